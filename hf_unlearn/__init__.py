@@ -1,0 +1,30 @@
+"""hf_unlearn: find, forget, verify, filter and publish, for Hugging Face models. Names are imported when first used."""
+
+from importlib import import_module
+
+
+__version__ = "0.1.0.dev0"
+
+_EXPORTS = {
+    "PBUConfig": "unlearning.pbu",
+    "PBUTrainer": "unlearning.pbu",
+    "UnlearnConfig": "unlearning.config",
+    "UnlearnMixin": "unlearning.trainer",
+    "UnlearnSFTConfig": "unlearning.config",
+    "UnlearnSFTTrainer": "unlearning.trainer",
+    "UnlearnTrainer": "unlearning.trainer",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

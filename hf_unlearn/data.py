@@ -1,0 +1,267 @@
+"""What to forget and what to keep, as datasets: splits, ids, collators, fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset as TorchDataset
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+
+LABEL_COLUMNS = ("labels", "label", "label_ids")
+
+
+# Loading
+
+
+def load(name: str, *, revision: str | None = None) -> DatasetDict:
+    """A dataset with its splits.
+
+    Args:
+        name (`str`): `"digits"` (embedded, no network), a folder written by `save_to_disk`, a folder of images, or an id
+            on the Hub.
+        revision (`str`, *optional*): of a dataset on the Hub.
+
+    Raises:
+        ValueError: there is no such dataset.
+    """
+    import datasets
+
+    if name == "digits":
+        return digits()
+    path = Path(name)
+    try:
+        if path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(name)
+        elif path.is_dir():
+            loaded = datasets.load_dataset("imagefolder", data_dir=name)
+        else:
+            loaded = datasets.load_dataset(name, revision=revision)
+    except (FileNotFoundError, ConnectionError, OSError) as error:
+        raise ValueError(
+            f"dataset={name!r}: neither a folder here nor a dataset on the Hub ({type(error).__name__})"
+        ) from error
+    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
+
+
+def digits() -> DatasetDict:
+    """The 1,797 real handwritten digits inside scikit-learn: 8 × 8 grey images, ten classes.
+
+    Returns:
+        `DatasetDict`: `train` (1,078), `validation` (270) and `test` (449), stratified and always the same, with columns
+        `id` (the row in scikit-learn's array), `image` and `label`.
+    """
+    import numpy as np
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+    from PIL import Image as PILImage
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    source = load_digits()
+    pixels = (source.images * (255 / 16)).round().astype(np.uint8)
+    rest, test = train_test_split(np.arange(len(pixels)), test_size=0.25, random_state=0, stratify=source.target)
+    train, validation = train_test_split(rest, test_size=0.2, random_state=0, stratify=source.target[rest])
+    features = Features(
+        {"id": Value("int64"), "image": Image(), "label": ClassLabel(names=[str(c) for c in range(10)])}
+    )
+    return DatasetDict(
+        {
+            name: Dataset.from_dict(
+                {
+                    "id": rows,
+                    "image": [PILImage.fromarray(pixels[row]) for row in rows],
+                    "label": source.target[rows],
+                },
+                features=features,
+            )
+            for name, rows in (("train", train), ("validation", validation), ("test", test))
+        }
+    )
+
+
+# Splitting
+
+
+def split_by_values(dataset: Dataset, column: str, values: Sequence[Any]) -> tuple[Dataset, Dataset]:
+    """`(forget, retain)`: the rows whose `column` is one of `values`, and the others, in their order.
+
+    Class names are understood where the column is a `ClassLabel`.
+
+    Raises:
+        ValueError: no such column, or a value that does not occur in it.
+    """
+    present = _column(dataset, column)
+    feature = dataset.features.get(column)
+    names = getattr(feature, "names", None) or []
+    wanted = {names.index(value) if isinstance(value, str) and value in names else value for value in values}
+    missing = sorted(wanted - set(present), key=str)
+    if missing:
+        some = ", ".join(str(value) for value in sorted(set(present), key=str)[:10])
+        raise ValueError(f"forget_values: {missing[0]!r} does not occur in column {column!r} (it has {some})")
+    inside = [value in wanted for value in present]
+    return (
+        dataset.select([row for row, hit in enumerate(inside) if hit]),
+        dataset.select([row for row, hit in enumerate(inside) if not hit]),
+    )
+
+
+def split_by_ids(dataset: Dataset, ids: Iterable[Any], *, column: str = "id") -> tuple[Dataset, Dataset]:
+    """`(forget, retain)`: the rows whose id is in `ids`, and the others.
+
+    Raises:
+        ValueError: no such column, or an id that is not there.
+    """
+    present = {value: row for row, value in enumerate(_column(dataset, column))}
+    wanted = set(ids)
+    missing = sorted(wanted - present.keys(), key=str)
+    if missing:
+        raise ValueError(f"forget_ids: {missing[0]!r} is not in column {column!r} ({len(missing)} unknown in all)")
+    rows = {present[value] for value in wanted}
+    return dataset.select(sorted(rows)), dataset.select([row for row in range(len(dataset)) if row not in rows])
+
+
+def _column(dataset: Dataset, column: str) -> list[Any]:
+    if column not in dataset.column_names:
+        raise ValueError(f"column {column!r} is not in the dataset (it has {', '.join(dataset.column_names)})")
+    return dataset.with_format(None)[column][:]
+
+
+def label_column(dataset: TorchDataset | Dataset) -> str | None:
+    """The name under which a dataset's rows carry their label, or None."""
+    names = getattr(dataset, "column_names", None) or (dataset[0].keys() if len(dataset) else ())
+    return next((name for name in LABEL_COLUMNS if name in names), None)
+
+
+def labels_of(dataset: TorchDataset | Dataset) -> list[int]:
+    """All labels, without decoding what else is in the rows where that can be avoided."""
+    column = label_column(dataset)
+    if hasattr(dataset, "with_format"):
+        return dataset.with_format(None)[column][:]
+    return [int(dataset[row][column]) for row in range(len(dataset))]
+
+
+def overlap(forget: Dataset, retain: Dataset, column: str) -> list[Any]:
+    """Ids that occur in both datasets; empty where one of them has no such column."""
+    if not all(column in (getattr(dataset, "column_names", None) or ()) for dataset in (forget, retain)):
+        return []
+    return sorted(set(_column(forget, column)) & set(_column(retain, column)), key=str)
+
+
+# Batches
+
+
+class ForgetRetainDataset(TorchDataset):
+    """Forget examples, each beside a retain example that changes from epoch to epoch: `{"forget": row, "retain": row}`.
+
+    Length and order are the forget set's. The pairing is a function of seed and epoch alone, so a resumed run sees the
+    same pairs.
+    """
+
+    def __init__(self, forget: TorchDataset, retain: TorchDataset | None = None, *, seed: int = 0):
+        self.forget, self.retain, self.seed = forget, retain, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.retain is not None:
+            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+            rounds = -(-len(self.forget) // len(self.retain))
+            self.partner = torch.cat(
+                [torch.randperm(len(self.retain), generator=generator) for _ in range(rounds)]
+            ).tolist()
+
+    def __len__(self) -> int:
+        return len(self.forget)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        item = {"forget": self.forget[row]}
+        if self.retain is not None:
+            item["retain"] = self.retain[self.partner[row]]
+        return item
+
+
+class NestedCollator:
+    """Collates `{"forget": row, "retain": row}` part by part with the collator it wraps; flat rows pass straight through."""
+
+    def __init__(self, collator: Callable[[list[Any]], Any]):
+        self.collator = collator
+
+    def __getattr__(self, name: str) -> Any:  # a Trainer looks for the collator's tokenizer when it saves
+        if name == "collator":
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def __call__(self, rows: list[Any]) -> Any:
+        if isinstance(rows[0], dict) and "forget" in rows[0]:
+            return {part: self.collator([row[part] for row in rows]) for part in rows[0]}
+        return self.collator(rows)
+
+
+class RawCollator:
+    """Turns rows of raw images or texts and labels into model inputs with the model's own processor.
+
+    Args:
+        processor: image processor, or tokenizer.
+        column (`str`): `"image"` or `"text"`.
+        max_length (`int`, *optional*): texts are cut to this many tokens.
+    """
+
+    def __init__(self, processor: Any, column: str, *, max_length: int | None = None):
+        self.processor, self.column, self.max_length = processor, column, max_length
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        values = [row[self.column] for row in rows]
+        if self.column == "image":
+            batch = dict(self.processor(images=values, return_tensors="pt"))
+        else:
+            limit = {"truncation": True, "max_length": self.max_length}
+            batch = dict(self.processor(values, padding=True, return_tensors="pt", **limit))
+        label = next((name for name in LABEL_COLUMNS if name in rows[0]), None)
+        if label is not None:
+            batch["labels"] = torch.tensor([int(row[label]) for row in rows])
+        return batch
+
+
+# Fingerprints
+
+
+def fingerprint(dataset: Iterable[dict[str, Any]], key: bytes) -> str:
+    """Keyed digest of a dataset's content, which proves to a holder of `key` what was forgotten and tells others nothing.
+
+    The order of rows does not matter. Without a key a digest of guessable rows could be searched for; with one it cannot.
+
+    Args:
+        dataset: rows; images, arrays, tensors and JSON values are understood.
+        key (`bytes`): at most 64 bytes, kept private.
+
+    Returns:
+        `str`: 64 hexadecimal digits.
+    """
+    rows = sorted(_row_digest(row, key) for row in dataset)
+    return hashlib.blake2b(b"".join(rows), key=key, digest_size=32).hexdigest()
+
+
+def _row_digest(row: dict[str, Any], key: bytes) -> bytes:
+    digest = hashlib.blake2b(key=key, digest_size=32)
+    for name in sorted(row):
+        value = row[name]
+        if hasattr(value, "tobytes"):  # an image or an array
+            described = f"{getattr(value, 'size', '')}{getattr(value, 'shape', '')}{getattr(value, 'mode', '')}"
+            content = value.tobytes()
+        elif isinstance(value, torch.Tensor):
+            described, content = (
+                f"{tuple(value.shape)}{value.dtype}",
+                value.cpu().contiguous().view(torch.uint8).numpy().tobytes(),
+            )
+        else:
+            described, content = "", json.dumps(value, sort_keys=True, default=str).encode()
+        for part in (name.encode(), described.encode(), content):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()

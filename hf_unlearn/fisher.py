@@ -1,0 +1,115 @@
+"""The diagonal of the Fisher information: how sharply each parameter decides what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from .parameters import trainable_parameters
+
+
+Forward = Callable[..., Any]
+Predictions = Callable[[Forward, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
+
+CHUNK_ELEMENTS = 2**26  # per-example gradients held at once: 256 MiB in fp32
+
+
+def diagonal_fisher(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    predictions: Predictions,
+    *,
+    method: Literal["exact", "monte_carlo"] = "exact",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    r"""Diagonal of the true Fisher information at the present parameters; labels are not used:
+
+    $$ F_i = \frac1N \sum_x \sum_c p_c(x)\,\big(\partial_i \log p_c(x)\big)^2 $$
+
+    (PBU, arXiv 2403.16246.) `"monte_carlo"` replaces the sum over classes by `samples` labels drawn from the model: an
+    unbiased estimate whose cost does not grow with the number of classes, and the only way for a vocabulary. An
+    example that makes several predictions (tokens) counts with the log-likelihood of them all.
+
+    The model runs in eval mode, one example at a time as far as the mathematics goes (BatchNorm uses its running
+    statistics); the examples of a chunk run together under `torch.func.vmap`.
+
+    Args:
+        model (`nn.Module`): differentiated with respect to its trainable parameters. Left as it was.
+        batches (iterable of mappings): model inputs, each value batched along its first axis.
+        predictions (callable): `predictions(forward, batch) -> (logits, targets)` with logits `[batch, …, classes]` and
+            targets `[batch, …]`; targets of −100 mark predictions that do not count.
+        method (`"exact"` | `"monte_carlo"`): exact needs one backward pass per class and one prediction per example.
+        samples (`int`): labels drawn per prediction, with `"monte_carlo"`.
+        generator (`torch.Generator`, *optional*): source of those labels, on the model's device.
+
+    Returns:
+        `dict[str, Tensor]`: by parameter name, in the parameter's shape, fp32.
+
+    Raises:
+        ValueError: no examples, nothing trainable, or `"exact"` asked of a model with several predictions an example.
+    """
+    parameters = {name: p.detach() for name, p in trainable_parameters(model).items()}
+    if not parameters:
+        raise ValueError("model: nothing is trainable, so there is no Fisher information to compute")
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    count = 0
+    try:
+        for batch in batches:
+            inputs = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+            with torch.no_grad():
+                logits, targets = predictions(model, inputs)
+            cotangents = _cotangents(logits.float(), targets, method, samples, generator)
+            _add_squared_gradients_(totals, model, parameters, inputs, cotangents.to(logits.dtype), predictions)
+            count += len(logits)
+    finally:
+        for module in in_training:
+            module.training = True
+    if count == 0:
+        raise ValueError("batches: no examples to compute the Fisher information on")
+    torch._foreach_div_(list(totals.values()), count * (samples if method == "monte_carlo" else 1))
+    return totals
+
+
+def _cotangents(
+    logits: Tensor, targets: Tensor, method: str, samples: int, generator: torch.Generator | None
+) -> Tensor:
+    """`[batch, draws, …, classes]`: pulled back through the logits and squared, their sum over draws is F times `draws`.
+
+    ∂ log p_c / ∂ logits = e_c − p, so √p_c (e_c − p) for every class is exact, and e_c − p for drawn classes unbiased.
+    """
+    p = logits.softmax(-1)
+    one_hot = torch.eye(p.shape[-1], device=p.device, dtype=p.dtype) if method == "exact" else None
+    if method == "exact":
+        if logits.dim() != 2:
+            raise ValueError("fisher='exact' needs one prediction per example; use fisher='monte_carlo' for sequences")
+        return p.sqrt().unsqueeze(-1) * (one_hot - p.unsqueeze(1))
+    drawn = torch.multinomial(p.flatten(0, -2), samples, replacement=True, generator=generator)
+    one_hot = nn.functional.one_hot(drawn.T.reshape(samples, *p.shape[:-1]), p.shape[-1]).to(p.dtype)
+    return ((one_hot - p) * (targets != -100).unsqueeze(-1)).transpose(0, 1)
+
+
+def _add_squared_gradients_(totals, model, parameters, inputs, cotangents, predictions) -> None:
+    def example_logits(values: dict[str, Tensor], example: dict[str, Tensor]) -> Tensor:
+        batch = {k: v.unsqueeze(0) for k, v in example.items()}
+        logits, _ = predictions(lambda *args, **kwargs: functional_call(model, values, args, kwargs), batch)
+        return logits.squeeze(0)
+
+    def summed_squares(example: dict[str, Tensor], directions: Tensor) -> dict[str, Tensor]:
+        _, pull_back = vjp(lambda values: example_logits(values, example), parameters)
+        gradients = vmap(lambda direction: pull_back(direction)[0])(directions)
+        return {name: gradient.float().square().sum(0) for name, gradient in gradients.items()}
+
+    size = sum(p.numel() for p in parameters.values()) * cotangents.shape[1]
+    chunk = max(1, CHUNK_ELEMENTS // size)
+    for start in range(0, len(cotangents), chunk):
+        piece = {k: v[start : start + chunk] for k, v in inputs.items()}
+        squares = vmap(summed_squares, randomness="same")(piece, cotangents[start : start + chunk])
+        for name, square in squares.items():
+            totals[name] += square.sum(0)

@@ -1,0 +1,282 @@
+"""Parameter space: the reference point θ*, and quadratic anchors that hold a model near it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+Parameters = Mapping[str, Tensor]
+BUCKET_ELEMENTS = (
+    2**24
+)  # anchors work through the parameters in pieces of this size, which bounds their scratch memory
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of `model` that training changes, by name; tied parameters appear once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@dataclass(frozen=True)
+class ReferencePoint:
+    """A model's state at one moment (θ* in the papers): trainable parameters and buffers, by name.
+
+    Frozen parameters are not copied: they cannot move. So a LoRA reference costs the size of the adapter, and a full
+    one costs the model once, which an anchor then shares.
+
+    Attributes:
+        parameters (`dict[str, Tensor]`): trainable parameters, detached copies.
+        buffers (`dict[str, Tensor]`): buffers, such as BatchNorm statistics, detached copies.
+    """
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    @torch.no_grad()
+    def capture(cls, model: nn.Module) -> ReferencePoint:
+        """Copy the state of `model` as it is now."""
+        return cls(
+            {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()},
+            {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
+        )
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Write this state back into `model`, in place.
+
+        Raises:
+            ValueError: the model does not have the same trainable parameters.
+        """
+        parameters, buffers = trainable_parameters(model), dict(model.named_buffers())
+        if parameters.keys() != self.parameters.keys():
+            odd = sorted(parameters.keys() ^ self.parameters.keys())
+            raise ValueError(
+                f"model: its trainable parameters are not those of the saved state (first difference: {odd[0]})"
+            )
+        for name, value in self.parameters.items():
+            parameters[name].copy_(value)
+        for name, value in self.buffers.items():
+            buffers[name].copy_(value)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run `model` as it was at this point: in eval mode, without gradients, changing nothing in it."""
+        in_training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            return torch.func.functional_call(model, {**self.parameters, **self.buffers}, args, kwargs)
+        finally:
+            for module in in_training:
+                module.training = True
+
+    def save(self, path: str | Path) -> None:
+        """Write to one `.safetensors` file, complete or not at all."""
+        tensors = {f"parameter/{k}": v.contiguous() for k, v in self.parameters.items()}
+        tensors |= {f"buffer/{k}": v.contiguous() for k, v in self.buffers.items()}
+        save_tensors(tensors, path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> ReferencePoint:
+        """Read what [`~ReferencePoint.save`] wrote."""
+        parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
+        for key, value in load_file(path, device=str(device)).items():
+            kind, name = key.split("/", 1)
+            parts[kind][name] = value
+        return cls(parts["parameter"], parts["buffer"])
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write a `.safetensors` file through a temporary name, so that a kill never leaves half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
+
+
+class Anchor(Protocol):
+    """A penalty in parameter space. It is pure: it holds no live parameter, so it is given them at each call."""
+
+    def value(self, parameters: Parameters) -> dict[str, Tensor]:
+        """Its terms by name, each a scalar in fp32; the penalty is their sum."""
+
+    def add_grad_(self, parameters: Parameters, scale: float = 1.0) -> None:
+        """Add `scale` times its gradient to the `.grad` of `parameters`, those that have one."""
+
+
+class QuadraticAnchor:
+    r"""Quadratic penalty around a reference point, with one fused precision per parameter:
+
+    $$ \sum_i P_i\,(\theta_i - \theta^*_i)^2, \qquad P_i = \beta F_i + \gamma $$
+
+    (PBU, arXiv 2403.16246; elastic weight consolidation is the case γ = 0.) It is a sum over parameters with no ½, as
+    in the authors' code, so its size depends on the number of parameters.
+
+    Args:
+        reference (`Mapping[str, Tensor]`): θ*, shared, not copied.
+        isotropic (`float`): γ ≥ 0.
+        fisher (`Mapping[str, Tensor]`, *optional*): F, same names and shapes as `reference`.
+        fisher_weight (`float`): β ≥ 0.
+
+    Raises:
+        ValueError: a weight is negative, or `fisher` does not fit `reference`.
+    """
+
+    def __init__(
+        self,
+        reference: Parameters,
+        *,
+        isotropic: float = 0.0,
+        fisher: Parameters | None = None,
+        fisher_weight: float = 0.0,
+    ):
+        if isotropic < 0 or fisher_weight < 0:
+            raise ValueError(f"an anchor attracts: isotropic={isotropic}, fisher_weight={fisher_weight} must be ≥ 0")
+        if fisher is not None and {k: v.shape for k, v in fisher.items()} != {
+            k: v.shape for k, v in reference.items()
+        }:
+            raise ValueError("fisher: names or shapes differ from the reference parameters; compute it on this model")
+        self.reference = dict(reference)
+        self.isotropic = isotropic
+        self.precision: dict[str, Tensor] | None = None
+        if fisher is not None and fisher_weight:
+            self.precision = {
+                k: (fisher[k] * fisher_weight + isotropic).to(v.dtype) for k, v in self.reference.items()
+            }
+        self._buckets = _buckets(self.reference)
+
+    @torch.no_grad()
+    def value(self, parameters: Parameters) -> dict[str, Tensor]:
+        isotropic, fisher = [], []
+        for names in self._buckets:
+            change = torch._foreach_sub([parameters[k] for k in names], [self.reference[k] for k in names])
+            isotropic += [norm.square() for norm in torch._foreach_norm(change, 2, torch.float32)]
+            if self.precision is not None:
+                # P − γ, not P: the two terms are logged apart, and F can be far smaller than γ.
+                excess = torch._foreach_sub([self.precision[k] for k in names], self.isotropic)
+                torch._foreach_mul_(excess, change)
+                torch._foreach_mul_(excess, change)
+                fisher += [term.sum(dtype=torch.float32) for term in excess]
+        terms = {"isotropic": torch.stack(isotropic).sum() * self.isotropic}
+        return terms | {"fisher": torch.stack(fisher).sum()} if fisher else terms
+
+    @torch.no_grad()
+    def add_grad_(self, parameters: Parameters, scale: float = 1.0) -> None:
+        for names in self._buckets:
+            names = [k for k in names if parameters[k].grad is not None]
+            change = torch._foreach_sub([parameters[k] for k in names], [self.reference[k] for k in names])
+            gradients = [parameters[k].grad for k in names]
+            if self.precision is None:
+                torch._foreach_add_(gradients, change, alpha=2 * self.isotropic * scale)
+            else:
+                torch._foreach_addcmul_(gradients, change, [self.precision[k] for k in names], value=2 * scale)
+
+
+def _buckets(tensors: Parameters) -> list[list[str]]:
+    buckets: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if buckets[-1] and filled + tensor.numel() > BUCKET_ELEMENTS:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(name)
+        filled += tensor.numel()
+    return [bucket for bucket in buckets if bucket]
+
+
+class LoRAProductAnchor:
+    r"""Isotropic penalty on what a LoRA adapter does to its layer, not on how it is factored:
+
+    $$ \gamma \sum_{\text{layers}} s^2\,\lVert BA - B^*A^* \rVert_F^2 $$
+
+    A and B alone mean nothing: (BM⁻¹)(MA) is the same layer for every invertible M. The product is never formed; with
+    rank r everything is an r × r matrix: ‖BA‖² = tr(BᵀB · AAᵀ).
+
+    Args:
+        reference (`Mapping[str, Tensor]`): the adapter's parameters before unlearning, shared.
+        layers (`Sequence[tuple[str, str, float]]`): for every adapted layer the names of A (r × in) and of B (out × r),
+            and its scaling s. Convolutions are flattened.
+        isotropic (`float`): γ ≥ 0.
+    """
+
+    def __init__(self, reference: Parameters, layers: Sequence[tuple[str, str, float]], *, isotropic: float):
+        if isotropic < 0:
+            raise ValueError(f"an anchor attracts: isotropic={isotropic} must be ≥ 0")
+        self.reference = reference
+        self.layers = [layer for layer in layers if layer[0] in reference and layer[1] in reference]
+        self.isotropic = isotropic
+
+    @torch.no_grad()
+    def value(self, parameters: Parameters) -> dict[str, Tensor]:
+        total = torch.zeros(())
+        for name_a, name_b, scaling in self.layers:
+            a, b = (parameters[k].detach().flatten(1).float() for k in (name_a, name_b))
+            a0, b0 = (self.reference[k].flatten(1).float() for k in (name_a, name_b))
+            # ‖BA − B₀A₀‖² = ‖[B, −B₀][A; A₀]‖²
+            factors_b, factors_a = torch.cat([b, -b0], 1), torch.cat([a, a0])
+            squared = ((factors_b.T @ factors_b) * (factors_a @ factors_a.T)).sum()
+            total = total.to(squared.device) + scaling**2 * squared.clamp(min=0)
+        return {"lora_product": total * self.isotropic}
+
+    @torch.no_grad()
+    def add_grad_(self, parameters: Parameters, scale: float = 1.0) -> None:
+        for name_a, name_b, scaling in self.layers:
+            a, b = parameters[name_a].detach().flatten(1), parameters[name_b].detach().flatten(1)
+            a0, b0 = self.reference[name_a].flatten(1), self.reference[name_b].flatten(1)
+            weight = 2 * self.isotropic * scaling**2 * scale
+            for name, gradient in (
+                (name_a, (b.T @ b) @ a - (b.T @ b0) @ a0),
+                (name_b, b @ (a @ a.T) - b0 @ (a0 @ a.T)),
+            ):
+                if parameters[name].grad is not None:
+                    parameters[name].grad.add_(gradient.view_as(parameters[name]), alpha=weight)
+
+
+class SumOfAnchors:
+    """Several anchors as one; terms of the same name are added."""
+
+    def __init__(self, *anchors: Anchor):
+        self.anchors = anchors
+
+    def value(self, parameters: Parameters) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        for anchor in self.anchors:
+            for name, term in anchor.value(parameters).items():
+                terms[name] = terms[name] + term if name in terms else term
+        return terms
+
+    def add_grad_(self, parameters: Parameters, scale: float = 1.0) -> None:
+        for anchor in self.anchors:
+            anchor.add_grad_(parameters, scale)
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, str, float]]:
+    """Names of A and B and the scaling of every trainable LoRA layer of a PEFT model, as [`LoRAProductAnchor`] wants them.
+
+    Raises:
+        ValueError: a layer uses DoRA, whose update is not a scaled product.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = []
+    for prefix, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter, scaling in module.scaling.items():
+            if getattr(module, "use_dora", {}).get(adapter):
+                raise ValueError(
+                    f"peft_config: {prefix} uses DoRA, which has no product BA to penalise; use plain LoRA"
+                )
+            if adapter in module.lora_A:
+                pair = (f"{prefix}.lora_A.{adapter}.weight", f"{prefix}.lora_B.{adapter}.weight")
+            else:
+                pair = (f"{prefix}.lora_embedding_A.{adapter}", f"{prefix}.lora_embedding_B.{adapter}")
+            layers.append((*pair, float(scaling)))
+    return layers
