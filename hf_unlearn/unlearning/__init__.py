@@ -1,0 +1,1 @@
+"""FORGET: one file a method, on the trainers that they share."""

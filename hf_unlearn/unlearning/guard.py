@@ -1,0 +1,161 @@
+"""The guard: stops when the model has forgotten, and restores the best state when utility falls."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accelerate.utils import broadcast
+from transformers import TrainerCallback
+
+from ..parameters import ReferencePoint, trainable_parameters
+
+
+if TYPE_CHECKING:
+    from .trainer import UnlearnMixin
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the guard saw at one step.
+
+    Attributes:
+        step (`int`): optimiser steps done.
+        remembered (`float`): how far from forgotten: accuracy on the forget set above its target, or nats of loss below
+            the held-out loss; ≤ 0 means forgotten. Infinite where no target is known.
+        utility_drop (`float`): what the model lost elsewhere, in the unit of `utility_tolerance`.
+        kept (`bool`): the drop is within tolerance.
+    """
+
+    step: int
+    remembered: float
+    utility_drop: float
+    kept: bool
+
+    @property
+    def forgotten(self) -> bool:
+        return self.remembered <= 0
+
+    @property
+    def rank(self) -> tuple[bool, bool, float]:
+        """Larger is better: a kept state before any other, a forgotten one before that, then the better utility."""
+        return self.kept, self.forgotten, -self.utility_drop if self.forgotten else -self.remembered
+
+
+@dataclass
+class GuardState:
+    """What a resumed run needs to know; written to every checkpoint."""
+
+    baseline: float | None = None
+    best: Look | None = None
+    without_gain: int = 0
+    looks: list[Look] = field(default_factory=list)
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, state: dict) -> GuardState:
+        looks = [Look(**look) for look in state["looks"]]
+        return cls(state["baseline"], state["best"] and Look(**state["best"]), state["without_gain"], looks)
+
+
+class Guard(TrainerCallback):
+    """Looks at forgetting and utility every `guard_steps` steps (default: every epoch).
+
+    Training stops after `guard_patience` looks in a row that bring nothing: the model has forgotten and its utility no
+    longer rises, or its utility stays more than `utility_tolerance` below where it began. At the end the best state seen
+    is restored from disk: forgotten, within tolerance, with the highest utility; if none was, the one within tolerance
+    that remembers least, with a warning. Looking changes nothing: no weight, no random state.
+
+    Args:
+        trainer (`UnlearnMixin`): provides `remembered()` and `utility()`.
+    """
+
+    def __init__(self, trainer: UnlearnMixin):
+        self.trainer = trainer
+        self.state = GuardState()
+
+    @property
+    def looks(self) -> list[Look]:
+        """Everything seen so far, in order."""
+        return self.state.looks
+
+    @property
+    def best(self) -> Look | None:
+        return self.state.best
+
+    def _file(self, step: int) -> Path:
+        return self.trainer.private_dir / "guard" / f"step-{step}.safetensors"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not self.state.looks:
+            self.state.baseline = self.trainer.utility()
+            self._look(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.guard_steps and state.global_step % args.guard_steps == 0:
+            self._look(state.global_step, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if not args.guard_steps and (not self.looks or self.looks[-1].step < state.global_step):
+            self._look(state.global_step, control)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._drop_superseded()  # what an older checkpoint would have gone back to; now there is a newer one
+
+    def _drop_superseded(self) -> None:
+        if self.trainer.args.should_save:
+            for file in self._file(0).parent.glob("step-*.safetensors"):
+                if file != self._file(self.best.step):
+                    file.unlink()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.looks[-1].step < state.global_step:
+            self._look(state.global_step)
+        if self.best.step < state.global_step:
+            self._restore()
+        if not self.best.forgotten and self.best.remembered != float("inf"):
+            logger.warning(
+                "the forget target was not reached within utility_tolerance=%g: %g above it in the best state (step %d)",
+                self.trainer.utility_tolerance,
+                self.best.remembered,
+                self.best.step,
+            )
+
+    def _look(self, step: int, control=None) -> None:
+        drop = self.trainer.utility_drop(self.state.baseline)
+        look = Look(step, self.trainer.remembered(), drop, drop <= self.trainer.utility_tolerance)
+        self.state.looks.append(look)
+        # Without a forget target (language models with no held-out loss) there is no state to prefer but the latest kept.
+        gained = self.best is None or look.rank > self.best.rank or (look.remembered == float("inf") and look.kept)
+        if gained:
+            self.state.best = look
+            if self.trainer.args.should_save:
+                ReferencePoint.capture(self.trainer.model).save(self._file(step))
+                if self.trainer.args.save_strategy == "no":
+                    self._drop_superseded()
+        waiting = not gained and (look.forgotten or not look.kept)
+        self.state.without_gain = self.state.without_gain + 1 if waiting else 0
+        if control is not None and self.state.without_gain >= self.trainer.args.guard_patience:
+            control.should_training_stop = True
+
+    def _restore(self) -> None:
+        model, file = self.trainer.model, self._file(self.best.step)
+        if self.trainer.args.should_save:
+            if not file.exists():
+                logger.warning(
+                    "the best state, of step %d, is gone from %s; keeping the last one", self.best.step, file
+                )
+                self.state.best = replace(self.looks[-1])
+            else:
+                ReferencePoint.load(file, self.trainer.args.device).restore(model)
+        if self.trainer.args.world_size > 1:
+            for tensor in [*trainable_parameters(model).values(), *model.buffers()]:
+                tensor.data.copy_(broadcast(tensor.data.clone()))
+        logger.info("restored the state of step %d: %s", self.best.step, self.best)

@@ -1,0 +1,138 @@
+"""What a trainer is given: checked before anything is written, loaded where it is an id, completed where it is raw."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.utils.generic import find_labels
+
+from ..data import LABEL_COLUMNS, RawCollator, label_column, labels_of, overlap
+
+
+def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_dataset) -> None:
+    """Refuse what cannot work, in one line, before anything is loaded or written.
+
+    Raises:
+        ValueError: naming the argument and the fix.
+    """
+    if train_dataset is not None:
+        raise ValueError(
+            f"train_dataset: {name} learns to forget; pass forget_dataset= (and retain_dataset=, if you have one)"
+        )
+    if forget_dataset is None:
+        raise ValueError("forget_dataset: missing; pass the examples to forget")
+    for argument, dataset in (("forget_dataset", forget_dataset), ("retain_dataset", retain_dataset)):
+        if dataset is None:
+            continue
+        if isinstance(dataset, dict):
+            raise ValueError(f"{argument}: has splits {', '.join(dataset)}; pass one of them")
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise ValueError(
+                f"{argument}: a streaming dataset has no length and is passed over once; make it a Dataset first"
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"{argument}: is empty; nothing to {argument.split('_')[0]}")
+    if retain_dataset is not None and (shared := overlap(forget_dataset, retain_dataset, args.id_column)):
+        raise ValueError(
+            f"retain_dataset: {len(shared)} of its ids are in forget_dataset too (first: {shared[0]!r} in column "
+            f"{args.id_column!r}); remove them from one of the two"
+        )
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: cannot write to {args.output_dir!r} ({error.strerror}); choose another folder"
+        ) from error
+
+
+def load_model(model: str | nn.Module, processing_class: Any) -> tuple[nn.Module, Any, str | None]:
+    """`(model, processing_class, name)`: an id or a path is loaded with the class its config names, and with its processor.
+
+    Raises:
+        ValueError: the model has no head and so no loss, or its config names no class of Transformers.
+    """
+    if isinstance(model, str):
+        import transformers
+
+        name = model
+        config = transformers.AutoConfig.from_pretrained(name)
+        architecture = getattr(transformers, (config.architectures or ["?"])[0], None)
+        if architecture is None:
+            raise ValueError(
+                f"model={name!r}: its config names no class of Transformers; load it yourself and pass the model"
+            )
+        model = architecture.from_pretrained(name)
+        processing_class = processing_class if processing_class is not None else _load_processor(name)
+    else:
+        name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if type(base).__name__ in MODEL_MAPPING_NAMES.values() or not find_labels(type(base)):
+        raise ValueError(
+            f"model: {type(base).__name__} takes no labels, so it has no loss; load it with an AutoModelFor… class"
+        )
+    problem = getattr(getattr(base, "config", None), "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"model: problem_type={problem!r} is not supported; single-label classifiers and causal LMs are"
+        )
+    return model, processing_class, name
+
+
+def _load_processor(name: str):
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    for auto in (AutoImageProcessor, AutoTokenizer):
+        try:
+            return auto.from_pretrained(name)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def raw_collator(dataset: Any, processing_class: Any) -> RawCollator | None:
+    """A collator for rows of raw images or texts; None where the rows are model inputs already.
+
+    Raises:
+        ValueError: raw rows, and nothing to process them with.
+    """
+    columns = getattr(dataset, "column_names", None) or ()
+    if any(column in columns for column in ("pixel_values", "input_ids")):
+        return None
+    column = next((column for column in ("image", "text") if column in columns), None)
+    if column is None:
+        return None
+    if processing_class is None:
+        kind = "image processor" if column == "image" else "tokenizer"
+        raise ValueError(f"processing_class: forget_dataset holds raw {column}s; pass the model's {kind}")
+    limit = processing_class.model_max_length if isinstance(processing_class, PreTrainedTokenizerBase) else None
+    return RawCollator(processing_class, column, max_length=limit if limit and limit < 10**9 else None)
+
+
+def check_labels(forget_dataset: Any, retain_dataset: Any, num_labels: int) -> list[int]:
+    """The classes that occur in the forget set, sorted.
+
+    Raises:
+        ValueError: a dataset without labels, a label that the model does not have, or no class left to keep.
+    """
+    for argument, dataset in (("forget_dataset", forget_dataset), ("retain_dataset", retain_dataset)):
+        if dataset is None:
+            continue
+        if label_column(dataset) is None:
+            raise ValueError(
+                f"{argument}: has no label column; name it one of {', '.join(LABEL_COLUMNS)} (rename_column)"
+            )
+        labels = set(labels_of(dataset))
+        outside = sorted(label for label in labels if label is None or not 0 <= label < num_labels)
+        if outside:
+            raise ValueError(
+                f"{argument}: label {outside[0]} is outside the model's num_labels={num_labels} (0…{num_labels - 1})"
+            )
+    classes = sorted(set(labels_of(forget_dataset)))
+    return classes

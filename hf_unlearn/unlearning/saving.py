@@ -1,0 +1,152 @@
+"""What an unlearning trainer writes: a sanitized model with its card, and private state that never leaves `_private/`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..data import fingerprint
+from ..hub.adapters import save_merged
+from ..hub.card import loading_code, unlearning_card
+from ..hub.provenance import Provenance, library_versions
+from ..hub.publish import publish_folder
+from .config import UnlearnArguments
+
+
+RUN_SETTINGS = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
+
+PIPELINE_TAGS = {
+    "ForImageClassification": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForCausalLM": "text-generation",
+}
+
+
+class SavingMixin:
+    """Saving, card and push of an unlearning trainer."""
+
+    @property
+    def private_dir(self) -> Path:
+        """Reference, Fisher, guard states, keys: everything that could undo the unlearning or tell what was forgotten."""
+        return Path(self.args.output_dir, "_private")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        half_trained = Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not half_trained and self.args.merge_adapter and hasattr(model, "peft_config"):
+            if self.args.should_save:
+                save_merged(model, output_dir)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(output_dir)
+        else:
+            super()._save(output_dir, state_dict)
+            Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing here needs
+        if not half_trained and self.args.should_save:
+            self.model_card(Path(output_dir).resolve().name).save(Path(output_dir, "README.md"))
+
+    # The card
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        file = self.private_dir / "fingerprint.key"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
+                handle.write(secrets.token_bytes(32))
+        return fingerprint(self.source_dataset, file.read_bytes())
+
+    def _forgotten(self) -> str:
+        if self.args.forget == "class":
+            names = getattr(self.model.config, "id2label", {})
+            labels = [names.get(c, str(c)) for c in self.forgotten_classes]
+            return ("class " if len(labels) == 1 else "classes ") + ", ".join(labels)
+        return f"{len(self.source_dataset):,} examples"
+
+    def provenance(self) -> Provenance:
+        """How this model was made: method, settings, versions and a keyed fingerprint of the forget set, never its data."""
+        chosen = {f.name: getattr(self.args, f.name) for f in fields(UnlearnArguments)}
+        chosen |= {"forget_loss": self.forget_loss_name, "replay_weight": self.replay_weight}
+        for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter"):
+            chosen.pop(name)
+        chosen |= {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
+        return Provenance(
+            method=self._method,
+            method_title=self._title,
+            paper=self._paper,
+            base_model=self.base_model,
+            base_revision=getattr(self.model.config, "_commit_hash", None),
+            hyperparameters={name: value for name, value in sorted(chosen.items()) if value is not None},
+            seed=self.args.seed,
+            versions=library_versions(),
+            forget_examples=len(self.source_dataset),
+            forget_fingerprint=self._fingerprint,
+            forgotten=self._forgotten(),
+            steps=self.state.global_step,
+        )
+
+    def model_card(self, model_name: str, **kwargs: Any):
+        """The card of the model as it is now; `trainer.results` are its figures. `kwargs` as for [`unlearning_card`]."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        values = {
+            "results": self.results,
+            "tags": (self._method,),
+            "pipeline_tag": PIPELINE_TAGS.get(getattr(base, "loss_type", None)),
+            "load_snippet": loading_code(type(base), model_name, processor=self._processor_class()),
+        }
+        return unlearning_card(self.provenance(), model_name=model_name, **(values | kwargs))
+
+    def _processor_class(self) -> str | None:
+        if self.processing_class is None:
+            return None
+        return "AutoTokenizer" if isinstance(self.processing_class, PreTrainedTokenizerBase) else "AutoImageProcessor"
+
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """Write `README.md`. Called by `Trainer`; what it would put there beside our card is dropped."""
+        if self.is_world_process_zero():
+            name = model_name or Path(self.args.output_dir).resolve().name
+            self.model_card(name).save(Path(self.args.output_dir, "README.md"))
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of unlearning",
+        blocking: bool = True,
+        token=None,
+        revision=None,
+        private=None,
+        **kwargs,
+    ):
+        """Save, and upload the sanitized files by an allow-list: model, config, processor, card.
+
+        Returns:
+            The commit, or a future of it if `blocking=False`; None on other processes than the first.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return publish_folder(
+            self.args.output_dir,
+            self.hub_model_id,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=private if private is not None else self.args.hub_private_repo,
+            commit_message=commit_message,
+            run_as_future=not blocking,
+            allow_adapter=not self.args.merge_adapter,
+        )

@@ -1,0 +1,332 @@
+"""`UnlearnTrainer` for `Trainer`, `UnlearnSFTTrainer` for `SFTTrainer`: the loop that every unlearning method shares."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, Subset
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTTrainer
+
+from ..data import LABEL_COLUMNS, ForgetRetainDataset, NestedCollator, RawCollator
+from ..parameters import (
+    Anchor,
+    ReferencePoint,
+    trainable_parameters,
+)
+from .checkpoint import last_complete, mark_complete, read_marker
+from .config import UnlearnConfig, UnlearnSFTConfig
+from .guard import Guard, GuardState
+from .inputs import check_arguments, check_labels, load_model, raw_collator
+from .objective import Batch, ObjectiveMixin
+from .saving import SavingMixin
+from .utility import UtilityMixin
+
+
+logger = logging.getLogger(__name__)
+
+
+class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
+    """Makes a Trainer forget: batches of forget (and optional retain) data, frozen reference, anchor, replay, guard,
+    saving and card. A method overrides `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` or `build_anchor`, and
+    nothing else.
+    """
+
+    _method = "unlearn"
+    _title = "bounded forget loss with data-free replay"
+    _paper: str | None = None
+    _tag_names = ["hf_unlearn", "machine-unlearning"]
+    _config_class: type = UnlearnConfig
+    loss_is_scaled_for_ga = False  # our loss is a mean over the batch: Trainer divides it by the accumulation steps
+
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        data_collator: Callable | None = None,
+        *,
+        forget_dataset=None,
+        retain_dataset=None,
+        heldout_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        train_dataset=None,
+        **kwargs,
+    ):
+        args = args if args is not None else self._config_class(output_dir="unlearned")
+        name = type(self).__name__
+        if not isinstance(args, self._config_class):
+            raise ValueError(f"args: {name} needs {self._config_class.__name__}, got {type(args).__name__}")
+        check_arguments(
+            name, args, train_dataset=train_dataset, forget_dataset=forget_dataset, retain_dataset=retain_dataset
+        )
+        if model is None:
+            raise ValueError("model: missing; pass a model, a path or an id")
+        model, processing_class, self.base_model = load_model(model, processing_class)
+        stock = self._stock_arguments(model, data_collator, forget_dataset, processing_class, peft_config)
+        super().__init__(
+            args=args, train_dataset=forget_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
+            **stock, **kwargs,
+        )  # fmt: skip
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs in one process (nn.DataParallel) are not supported; use `accelerate launch`"
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "DeepSpeed and FSDP are not supported yet: they step or shard out of the anchor's sight; use DDP"
+            )
+        self.source_dataset = forget_dataset  # as the caller passed it: what the fingerprint is taken of
+        self.forget_dataset = self.train_dataset  # as the trainer prepared it
+        self.retain_dataset = self._prepared(retain_dataset, "retain")
+        self.heldout_dataset = self._prepared(heldout_dataset, "heldout")
+        self.data_collator = NestedCollator(self.data_collator)
+        self.is_classifier = not self._loss_shifts_labels and hasattr(self.model.config, "num_labels")
+        self.forgotten_classes: list[int] = []
+        if self.is_classifier and getattr(self.source_dataset, "column_names", True):
+            self.forgotten_classes = check_labels(forget_dataset, retain_dataset, self.model.config.num_labels)
+        self.forget_loss_name = self._choose_forget_loss()
+        self.reference: ReferencePoint | None = None
+        self.anchor: Anchor | None = None
+        self.heldout_loss = args.heldout_loss
+        self.results: list = []
+        self._batchnorms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        self._terms: dict[str, Tensor] = {}
+        self._terms_count = 0
+        self._micro_step = 0
+        if self.compute_metrics is None and self.is_classifier:
+            self.compute_metrics = _accuracy
+        self.guard = Guard(self) if args.guard else None
+        if self.guard:
+            self.add_callback(self.guard)
+
+    # What the stock trainer gets
+
+    def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _prepared(self, dataset, name: str):
+        return dataset
+
+    # Batches
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            collator = getattr(self.data_collator, "collator", self.data_collator)
+            raw = [collator.column, *LABEL_COLUMNS] if isinstance(collator, RawCollator) else []
+            self._signature_columns = [*self._signature_columns, "forget", "retain", *raw]
+
+    def _pruned(self, dataset):
+        return self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset
+
+    def get_train_dataloader(self) -> DataLoader:
+        retain = None if self.retain_dataset is None else self._pruned(self.retain_dataset)
+        return self._get_dataloader(
+            dataset=ForgetRetainDataset(self._pruned(self.forget_dataset), retain, seed=self.args.seed),
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _batches(self, dataset, limit: int | None) -> Iterator[Batch]:
+        """The first `limit` examples in order, on the device; every process sees them all."""
+        rows = range(len(dataset) if limit is None else min(limit, len(dataset)))
+        part = dataset.select(rows) if isinstance(dataset, Dataset) else Subset(dataset, rows)
+        collator = self._get_collator_with_removed_columns(self.data_collator)
+        loader = DataLoader(self._pruned(part), batch_size=self.args.eval_batch_size, collate_fn=collator)
+        for batch in loader:
+            yield self._prepare_inputs(batch)
+
+    def _generator(self, *key: int) -> torch.Generator:
+        """Randomness as a function of the seed and `key` alone, so that a resumed run draws the same."""
+        seed = np.random.SeedSequence([self.args.seed, self.args.process_index, *key]).generate_state(1)[0]
+        return torch.Generator(self.args.device).manual_seed(int(seed))
+
+    # The step
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "forget" not in inputs:  # evaluation: a plain batch, the task's own loss
+            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+        if self.args.bn == "frozen":
+            for module in self._batchnorms:  # Trainer calls model.train() before every step
+                module.eval()
+        forget = inputs["forget"]
+        terms = {"forget": (self.args.forget_weight, self.forget_loss(model, forget).mean())}
+        if "retain" in inputs and self.args.retain_weight:
+            terms["retain"] = (self.args.retain_weight, self.retain_loss(model, inputs["retain"]).mean())
+        if self.replay_weight:
+            replayed = self.replay_inputs(forget, self._generator(self.state.global_step, self._micro_step))
+            terms["replay"] = (self.replay_weight, self.replay_loss(model, replayed).mean())
+        for name, (_, value) in terms.items():
+            name = f"{name}_loss"
+            self._terms[name] = self._terms.get(name, 0) + value.detach()
+        self._terms_count += 1
+        return sum(weight * value for weight, value in terms.values())
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro_step += 1
+        if self.accelerator.sync_gradients:
+            # After the backward pass of the last micro-batch: equal to a penalty in the loss, with and without
+            # accumulation and clipping. Under fp16 the gradients carry the scaler's factor, and so must this one.
+            self._micro_step = 0
+            scaler = self.accelerator.scaler
+            scaled = scaler is not None and scaler.is_enabled()
+            if self.anchor is not None:
+                self.anchor.add_grad_(trainable_parameters(self.model), scaler.get_scale() if scaled else 1.0)
+            if self.args.guard:
+                self._refuse_non_finite(loss, check_gradients=not scaled)
+        return loss
+
+    def _refuse_non_finite(self, loss: Tensor, check_gradients: bool) -> None:
+        """Stop before the optimiser steps, with the weights of the last good step in memory and on disk."""
+        finite = torch.isfinite(loss)
+        if check_gradients:  # with a scaler, infinite gradients are its business: it skips the step
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            finite = finite & torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())
+        if not finite:
+            terms = ", ".join(f"{name} {value.item() / self._terms_count:.3g}" for name, value in self._terms.items())
+            file = self.private_dir / "last_good.safetensors"
+            if self.args.should_save:
+                ReferencePoint.capture(self.model).save(file)
+            raise FloatingPointError(
+                f"loss or gradient is not finite at step {self.state.global_step + 1} ({terms}): nothing was updated, the last "
+                f"good weights are in trainer.model and in {file}; try a smaller learning_rate or forget_loss='bounded'"
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._terms_count:
+            terms = {name: value / self._terms_count for name, value in self._terms.items()}
+            if self.anchor is not None:
+                for name, value in self.anchor.value(trainable_parameters(self.model)).items():
+                    terms[f"anchor_{name}"] = value
+            values = self.accelerator.reduce(
+                torch.stack([v.float().to(self.args.device) for v in terms.values()]), "mean"
+            )
+            logs.update(zip(terms, values.tolist(), strict=True))
+            self._terms, self._terms_count = {}, 0
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs) -> int:
+        parts = [part for part in inputs.values() if isinstance(part, Mapping)] or [inputs]
+        return sum(super(UnlearnMixin, self).floating_point_ops(part) for part in parts)
+
+    # Training and resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Unlearn. As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the newest complete checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is incomplete or of another method.
+            FloatingPointError: the loss or a gradient is not finite; nothing was updated.
+        """
+        checkpoint = last_complete(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        self._resuming = bool(checkpoint)
+        file = self.private_dir / "reference.safetensors"
+        if checkpoint:
+            state = read_marker(checkpoint, self._method)
+            if not file.is_file():
+                raise ValueError(
+                    f"resume_from_checkpoint: {file} is missing, without which the original is not known; start again"
+                )
+            self.reference = ReferencePoint.load(file, self.args.device)
+            self.heldout_loss = state["heldout_loss"]
+            if self.guard and state["guard"]:
+                self.guard.state = GuardState.from_json(state["guard"])
+        elif self.reference is None:
+            self.reference = ReferencePoint.capture(self.model)
+            if self.args.should_save:
+                self.reference.save(file)
+            if self.heldout_loss is None and self.heldout_dataset is not None:
+                self.heldout_loss = self._mean(lambda batch: self.task_loss(self.model, batch), self.heldout_dataset)
+        if self.anchor is None or checkpoint:
+            self.anchor = self.build_anchor()
+        self.accelerator.wait_for_everyone()
+        return super().train(resume_from_checkpoint=checkpoint or None, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        # Rotation waits until the new checkpoint is marked: a kill in between must not leave none.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            run_dir = self._get_output_dir(trial=trial)
+            guard = self.guard.state.to_json() if self.guard else None
+            checkpoint = Path(run_dir, f"checkpoint-{self.state.global_step}")
+            mark_complete(checkpoint, self._method, {"guard": guard, "heldout_loss": self.heldout_loss})
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+
+class UnlearnTrainer(UnlearnMixin, Trainer):
+    """[`~transformers.Trainer`] that makes a model forget: pass `forget_dataset=` instead of `train_dataset=`.
+
+    For image and text classifiers and causal language models. Rows may be model inputs, as for `Trainer`, or raw (`image`
+    or `text` with a label), which the model's processor turns into inputs. The model is changed in place.
+
+    Args:
+        model (`PreTrainedModel` | `PeftModel` | `str`): what is to forget. An id or a path is loaded with its processor.
+        args (`UnlearnConfig`, *optional*): defaults to `UnlearnConfig(output_dir="unlearned")`.
+        data_collator (callable, *optional*): as for `Trainer`.
+        forget_dataset (`Dataset`): what to forget.
+        retain_dataset (`Dataset`, *optional*): data to keep; without any, data-free replay does its work.
+        heldout_dataset (`Dataset`, *optional*): data the model has never seen: its mean loss is the target of
+            `forget="examples"`.
+        eval_dataset (`dict[str, Dataset]`, *optional*): `{"forget": …, "retain": …}`, for `evaluate()`; the guard takes
+            `"retain"` as utility.
+        processing_class (*optional*): image processor or tokenizer; saved with the model.
+        peft_config (`peft.PeftConfig`, *optional*): unlearn with a new adapter.
+        kwargs: anything else `Trainer` takes.
+
+    Raises:
+        ValueError: see the message, which names the argument and the fix. Nothing was written.
+    """
+
+    def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
+        if peft_config is not None:
+            from peft import PeftModel, get_peft_model
+
+            if isinstance(model, PeftModel):
+                raise ValueError("peft_config: the model has an adapter already; pass one or the other")
+            model = get_peft_model(model, peft_config)
+        if data_collator is None:
+            data_collator = raw_collator(forget_dataset, processing_class)
+        return {"model": model, "data_collator": data_collator}
+
+
+class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
+    """[`~trl.SFTTrainer`] that makes a language model forget instructions: `forget_dataset=` instead of `train_dataset=`.
+
+    Takes the formats that `SFTTrainer` takes (text, prompt and completion, messages), with its completion masks and chat
+    templates; the same arguments as [`UnlearnTrainer`] besides. Packing is refused: it takes away the boundaries between
+    the examples to forget.
+    """
+
+    _config_class = UnlearnSFTConfig
+
+    def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
+        return {"model": model, "data_collator": data_collator, "peft_config": peft_config}
+
+    def _prepared(self, dataset, name: str):
+        if dataset is None or self._skip_prepare_dataset:
+            return dataset
+        return self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)
+
+
+def _accuracy(evaluation) -> dict[str, float]:
+    logits = evaluation.predictions[0] if isinstance(evaluation.predictions, tuple) else evaluation.predictions
+    return {"accuracy": float((np.argmax(logits, -1) == evaluation.label_ids).mean())}
