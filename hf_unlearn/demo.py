@@ -239,7 +239,8 @@ def run(output_dir: str | Path = "demo", forgotten: int = 3, seed: int = 0) -> P
     ]  # fmt: skip
     card = folders["unlearned"] / "README.md"
     trainer.model_card(
-        f"digits-without-{forgotten}",
+        folders["unlearned"],
+        model_name=f"digits-without-{forgotten}",
         picture="pictures/per_class.png",
         dataset_name="scikit-learn digits",
         dataset_type="digits",

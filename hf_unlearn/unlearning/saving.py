@@ -7,7 +7,7 @@ import secrets
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -18,6 +18,10 @@ from ..hub.card import loading_code, unlearning_card
 from ..hub.provenance import Provenance, library_versions
 from ..hub.publish import publish_folder
 from .config import UnlearnArguments
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 
 RUN_SETTINGS = (
@@ -56,7 +60,7 @@ class SavingMixin:
             super()._save(output_dir, state_dict)
             Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing here needs
         if not half_trained and self.args.should_save:
-            self.model_card(Path(output_dir).resolve().name).save(Path(output_dir, "README.md"))
+            self.model_card(self.hub_model_id or output_dir).save(Path(output_dir, "README.md"))
 
     # The card
 
@@ -98,17 +102,23 @@ class SavingMixin:
             steps=self.state.global_step,
         )
 
-    def model_card(self, model_name: str, **kwargs: Any):
-        """The card of the model as it is now; `trainer.results` are its figures. `kwargs` as for [`unlearning_card`]."""
+    def model_card(self, source: str | Path, **kwargs: Any) -> ModelCard:
+        """The card of the model as it is now.
+
+        Args:
+            source (`str`): repository id or folder that the model is loaded from; its last part is the card's title.
+            kwargs: as for [`~hf_unlearn.hub.card.unlearning_card`]. Its figures are `trainer.results` by default.
+        """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         values = {
+            "model_name": Path(source).resolve().name,
             "results": self.results,
             "tags": (self._method,),
             "pipeline_tag": PIPELINE_TAGS.get(getattr(base, "loss_type", None)),
-            "load_snippet": loading_code(type(base), model_name, processor=self._processor_class()),
+            "load_snippet": loading_code(type(base), str(source), processor=self._processor_class()),
         }
-        return unlearning_card(self.provenance(), model_name=model_name, **(values | kwargs))
+        return unlearning_card(self.provenance(), **(values | kwargs))
 
     def _processor_class(self) -> str | None:
         if self.processing_class is None:
@@ -116,10 +126,9 @@ class SavingMixin:
         return "AutoTokenizer" if isinstance(self.processing_class, PreTrainedTokenizerBase) else "AutoImageProcessor"
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
-        """Write `README.md`. Called by `Trainer`; what it would put there beside our card is dropped."""
+        """Write `README.md`. Called by Trainer and TRL; the arguments that they fill a stock card with are dropped."""
         if self.is_world_process_zero():
-            name = model_name or Path(self.args.output_dir).resolve().name
-            self.model_card(name).save(Path(self.args.output_dir, "README.md"))
+            self.model_card(self.hub_model_id or self.args.output_dir).save(Path(self.args.output_dir, "README.md"))
 
     def push_to_hub(
         self,

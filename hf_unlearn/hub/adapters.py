@@ -1,0 +1,148 @@
+"""Folds a LoRA adapter into the weights on the way to disk, so that what is published cannot be taken apart again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def merged_state_dict(peft_model: PeftModel) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """`W + s·BA` for every adapted weight `W`, under the names that the base model has without PEFT.
+
+    The model is only read: merging and unmerging in place would leave rounding errors in `W`. Extra memory is one copy
+    of the adapted weights; everything else is shared with the model.
+
+    Args:
+        peft_model (`PeftModel`): plain LoRA on linear, embedding and convolution layers, with or without
+            `modules_to_save`. What is active is folded, also inside `disable_adapter()`.
+
+    Returns:
+        `tuple`: the base model, which still holds the adapter, and its state dict, which does not.
+
+    Raises:
+        ValueError: what is there cannot be folded exactly.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import PeftType
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if not isinstance(peft_model, PeftModel):
+        raise ValueError(
+            f"peft_model={type(peft_model).__name__}: must be a PeftModel; use save_pretrained for others"
+        )
+    for config in (peft_model.peft_config[name] for name in peft_model.active_adapters):
+        if config.peft_type != PeftType.LORA:
+            raise _cannot_fold(f"a {config.peft_type.value} adapter")
+
+    base = peft_model.get_base_model()
+    wrappers: dict[str, nn.Module] = {}
+    folded: dict[str, torch.Tensor] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            folded[f"{name}.base_layer.weight"] = _fold(name, module)
+        elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(
+            module, ModulesToSaveWrapper
+        ):
+            raise _cannot_fold(f"{type(module).__name__} at {name!r}")
+        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+            wrappers[name] = module
+
+    state: dict[str, torch.Tensor] = {}
+    originals: dict[int, list[str]] = {}  # names that the base model ties to one tensor
+    for key, tensor in base.state_dict(keep_vars=True).items():
+        name, is_original, is_active = _without_wrappers(key, wrappers)
+        if is_original and isinstance(tensor, torch.Tensor):
+            originals.setdefault(id(tensor), []).append(name)
+        if is_active:
+            value = folded.get(key, tensor)
+            state[name] = value.detach() if isinstance(value, torch.Tensor) else value
+
+    for first, *others in originals.values():
+        for other in others:
+            if state[first] is not state[other] and not torch.equal(state[first], state[other]):
+                raise _cannot_fold(f"a change of {other!r} away from {first!r}, which the base model ties to it,")
+            state[other] = state[first]  # one tensor again, which is how save_pretrained sees that they are tied
+    return base, state
+
+
+def save_merged(peft_model: PeftModel, folder: str | Path) -> None:
+    """Saves the base model with the adapter folded in, as `save_pretrained` would save one that was never adapted.
+
+    Args:
+        peft_model (`PeftModel`): see [`merged_state_dict`]; not changed.
+        folder (`str` or `Path`): loads with stock `from_pretrained` afterwards.
+
+    Raises:
+        ValueError: see [`merged_state_dict`]; before anything is written.
+    """
+    base, state = merged_state_dict(peft_model)
+    base.save_pretrained(folder, state_dict=state)
+
+
+def _fold(name: str, layer: Any) -> torch.Tensor:
+    from peft.tuners.lora import layer as lora
+
+    # Exact types: layers for quantized bases derive from these or from LoraLayer, and add deltas in another way.
+    if type(layer) not in (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d):
+        raise _cannot_fold(f"{type(layer).__module__}.{type(layer).__name__} at {name!r}")
+    weight = layer.get_base_layer().weight
+    # A merged layer computes with its base weight alone, which holds the adapter already.
+    active = [] if layer.merged else [adapter for adapter in layer.active_adapters if adapter in layer.r]
+    for adapter in layer.merged_adapters or active:
+        if adapter in layer.lora_variant:
+            raise _cannot_fold(f"{type(layer.lora_variant[adapter]).__name__} at {name!r}")
+        if layer.lora_bias[adapter]:
+            raise _cannot_fold(f"lora_bias at {name!r}")
+        if getattr(layer.get_base_layer(), "groups", 1) > 1:
+            raise _cannot_fold(f"a grouped convolution at {name!r}")
+    for adapter in active:
+        weight = (weight + layer.get_delta_weight(adapter)).to(weight.dtype)
+    return weight
+
+
+def _without_wrappers(key: str, wrappers: dict[str, nn.Module]) -> tuple[str, bool, bool]:
+    """Name of a tensor in the base model, and whether it belongs to the base model, and to the adapted one.
+
+    Decided by the modules on the way, not by the text: a model may have a `base_layer` of its own.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    parts = key.split(".")
+    kept: list[str] = []
+    is_original = is_active = True
+    position = 0
+    while position < len(parts):
+        wrapper = wrappers.get(".".join(parts[:position]))
+        if wrapper is None:
+            kept.append(parts[position])
+            position += 1
+        elif not isinstance(wrapper, ModulesToSaveWrapper):
+            if parts[position] != "base_layer":
+                return key, False, False
+            position += 1
+        else:
+            chosen = wrapper.active_adapters[0] if wrapper.active_adapters else None
+            if parts[position] == "original_module":
+                is_active = is_active and chosen is None
+                position += 1
+            else:  # modules_to_save.<adapter>
+                is_original, is_active = False, is_active and parts[position + 1] == chosen
+                position += 2
+    return ".".join(kept), is_original, is_active
+
+
+def _cannot_fold(what: str) -> ValueError:
+    return ValueError(
+        f"merge_adapter=True: {what} cannot be folded into the weights; set merge_adapter=False to save the adapter apart"
+    )

@@ -1,0 +1,223 @@
+"""The model card of an unlearned model: what was forgotten, how, the figures, and what they do not show."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .provenance import Provenance
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+
+TAGS = ("machine-unlearning", "hf_unlearn")
+TEMPLATE = Path(__file__).with_name("unlearning_card.md.jinja")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One measured number and what to compare it with.
+
+    Args:
+        metric (`str`): id of the metric on the Hub, as in `"accuracy"`.
+        name (`str`): what the table calls it, as in `"Accuracy on the forgotten class"`.
+        after (`float`): of the unlearned model; this one goes to `model-index`.
+        before (`float`, *optional*): of the model that unlearning started from.
+        retrained (`float`, *optional*): of a model trained without the forget set.
+        split (`str`, defaults to `"test"`): of the data it was measured on.
+        unit (`str`, defaults to `"%"`): of all three; `""` for plain numbers.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+
+    metric: str
+    name: str
+    after: float
+    before: float | None = None
+    retrained: float | None = None
+    split: str = "test"
+    unit: str = "%"
+
+    def __post_init__(self) -> None:
+        for name in ("before", "after", "retrained"):
+            value = getattr(self, name)
+            if value is None and name != "after":
+                continue
+            if value is None or not math.isfinite(value):
+                raise ValueError(f"{name}={value} of {self.name!r}: must be a finite number; leave the figure out")
+
+
+def loading_code(model_class: type, model_name: str, *, processor: str | None = None) -> str:
+    """Lines of Python that load a saved model with stock libraries.
+
+    Args:
+        model_class (`type`): class of the saved model. Its Auto class is used if it has one.
+        model_name (`str`): repository id or folder.
+        processor (`str`, *optional*): class in transformers that loads what was saved beside it, as in
+            `"AutoTokenizer"` or `"AutoImageProcessor"`.
+    """
+    import transformers
+
+    name = _auto_class(model_class) or model_class.__name__
+    module = "transformers" if hasattr(transformers, name) else model_class.__module__
+    imports = {module: [name]}
+    lines = [f"model = {name}.from_pretrained({json.dumps(model_name)})"]
+    if processor is not None:
+        imports.setdefault("transformers", []).append(processor)
+        lines.append(f"processor = {processor}.from_pretrained({json.dumps(model_name)})")
+    header = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())]
+    return "\n".join([*header, "", *lines])
+
+
+def unlearning_card(
+    provenance: Provenance,
+    *,
+    model_name: str,
+    task: str | None = None,
+    pipeline_tag: str | None = None,
+    library_name: str = "transformers",
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    results: Sequence[Figure] = (),
+    failed_checks: Sequence[str] = (),
+    limitations: Sequence[str] = (),
+    load_snippet: str | None = None,
+    picture: str | None = None,
+    dataset_name: str = "unknown",
+    dataset_type: str = "unknown",
+) -> ModelCard:
+    """The card of an unlearned model.
+
+    Args:
+        provenance ([`Provenance`]): how it was made.
+        model_name (`str`): title, and name in `model-index`.
+        task (`str`, *optional*): task in `model-index`. Default: `pipeline_tag`.
+        pipeline_tag (`str`, *optional*): task of the model on the Hub, as in `"image-classification"`.
+        library_name (`str`, defaults to `"transformers"`): what loads the model.
+        license (`str`, *optional*): id of the license, as in `"apache-2.0"`.
+        tags (`Sequence[str]`, defaults to `()`): besides [`TAGS`].
+        results (`Sequence[Figure]`, defaults to `()`): what was measured. Without any, the card says so.
+        failed_checks (`Sequence[str]`, defaults to `()`): one line for each check that did not pass.
+        limitations (`Sequence[str]`, defaults to `()`): besides those that every unlearned model has.
+        load_snippet (`str`, *optional*): Python that loads the model: see [`loading_code`]. Default: no such section.
+        picture (`str`, *optional*): path beside the card, as in `"pictures/classes.png"`.
+        dataset_name (`str`, defaults to `"unknown"`): of the data measured on, for readers.
+        dataset_type (`str`, defaults to `"unknown"`): of the data measured on: its id on the Hub.
+
+    Returns:
+        `ModelCard`: `card.save(folder / "README.md")` writes it.
+
+    Raises:
+        ValueError: a picture that a push would leave behind.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    if picture is not None and (Path(picture).parent.as_posix() != "pictures" or not picture.endswith(".png")):
+        raise ValueError(f"picture={picture!r}: must be pictures/NAME.png, the only pictures that are published")
+    base_id = _hub_id(provenance.base_model)
+    evaluations = [
+        EvalResult(
+            task_type=task or pipeline_tag or "other",
+            dataset_type=dataset_type,
+            dataset_name=dataset_name,
+            dataset_split=figure.split,
+            metric_type=figure.metric,
+            metric_name=figure.name,
+            metric_value=float(figure.after),
+        )
+        for figure in results
+    ]
+    data = ModelCardData(
+        base_model=base_id,
+        eval_results=evaluations or None,
+        library_name=library_name,
+        license=license,
+        metrics=sorted({figure.metric for figure in results}) or None,
+        model_name=model_name,
+        pipeline_tag=pipeline_tag,
+        tags=[*TAGS, *tags],
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        model_name=_line(model_name),
+        method=_line(provenance.method),
+        method_title=_line(provenance.method_title),
+        paper=provenance.paper,
+        forgotten=_line(provenance.forgotten),
+        forget_examples=provenance.forget_examples,
+        forget_fingerprint=provenance.forget_fingerprint,
+        base_model_link=_base_model_link(provenance.base_model, base_id),
+        base_revision=provenance.base_revision,
+        steps=provenance.steps,
+        seed=provenance.seed,
+        created=provenance.created,
+        hyperparameters=[
+            (name, _line(json.dumps(value, ensure_ascii=False)))
+            for name, value in sorted(provenance.hyperparameters.items())
+        ],
+        versions=", ".join(f"{name} {number}" for name, number in provenance.versions.items()),
+        rows=[
+            [_line(figure.name), _line(figure.split)]
+            + [_shown(value, figure.unit) for value in (figure.before, figure.after, figure.retrained)]
+            for figure in results
+        ],
+        has_retrained=any(figure.retrained is not None for figure in results),
+        failed_checks=[_line(check) for check in failed_checks],
+        limitations=[_line(limitation) for limitation in limitations],
+        load_snippet=load_snippet,
+        picture=picture,
+    )
+
+
+def _auto_class(model_class: Any) -> str | None:
+    import transformers
+
+    config_class = getattr(model_class, "config_class", None)
+    for name in sorted(dir(transformers)):
+        # AutoModelForPreTraining also lists models that have an Auto class that says more.
+        if name.startswith("AutoModel") and name != "AutoModelForPreTraining":
+            mapping = getattr(getattr(transformers, name), "_model_mapping", None)
+            if mapping is not None and config_class in mapping and mapping[config_class] is model_class:
+                return name
+    return None
+
+
+def _hub_id(base_model: str | None) -> str | None:
+    """`base_model` where it is an id on the Hub: the Hub refuses others as metadata, and a path is nobody's business."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if base_model is None or Path(base_model).exists():
+        return None
+    try:
+        validate_repo_id(base_model)
+    except HFValidationError:
+        return None
+    return base_model
+
+
+def _base_model_link(base_model: str | None, hub_id: str | None) -> str | None:
+    if base_model is None:
+        return None
+    if hub_id is None:
+        return "a model that is not on the Hub"
+    return f"[{hub_id}](https://huggingface.co/{hub_id})"
+
+
+def _line(text: str) -> str:
+    """Text that stays in one line and one table cell."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _shown(value: float | None, unit: str) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2f} {unit}" if unit else f"{value:.4g}"

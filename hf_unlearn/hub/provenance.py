@@ -1,0 +1,98 @@
+"""Where an unlearned model comes from: what a reader needs to redo the job, and no example that was forgotten."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+PACKAGES = ("hf_unlearn", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "diffusers")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that shape a result, without importing them."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How an unlearned model was made.
+
+    Args:
+        method (`str`): short name, as in `"PBU"`.
+        method_title (`str`): what the card calls it, as in `"Partially blinded unlearning"`.
+        forgotten (`str`): what was forgotten, in words, as in `"class 3"`.
+        forget_examples (`int`): size of the forget set, > 0.
+        seed (`int`): of the training.
+        steps (`int`): optimiser steps taken, ≥ 0.
+        paper (`str`, *optional*): arXiv id, as in `"2403.16246"`.
+        base_model (`str`, *optional*): id on the Hub, or a path, of the model before unlearning.
+        base_revision (`str`, *optional*): commit of `base_model`.
+        hyperparameters (`dict`, defaults to `{}`): JSON values; those that define the method or differ from defaults.
+        forget_fingerprint (`str`, *optional*): keyed digest of the forget set, never the data.
+        versions (`dict`, *optional*): of libraries. Default: [`library_versions`].
+        created (`str`, *optional*): ISO date. Default: today, UTC.
+
+    Raises:
+        ValueError: a field that is no JSON value, or a number out of range.
+    """
+
+    method: str
+    method_title: str
+    forgotten: str
+    forget_examples: int
+    seed: int
+    steps: int
+    paper: str | None = None
+    base_model: str | None = None
+    base_revision: str | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    forget_fingerprint: str | None = None
+    versions: dict[str, str] = field(default_factory=library_versions)
+    created: str = field(default_factory=_today)
+
+    def __post_init__(self) -> None:
+        if self.forget_examples < 1:
+            raise ValueError(f"forget_examples={self.forget_examples}: must be at least 1")
+        if self.steps < 0:
+            raise ValueError(f"steps={self.steps}: must be 0 or more")
+        for name, value in self.hyperparameters.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"hyperparameters[{name!r}]={value!r}: must be a finite JSON value") from error
+
+    def to_json(self) -> str:
+        """The same fields as JSON text, in their order."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Provenance:
+        """Reads what [`~Provenance.to_json`] wrote.
+
+        Raises:
+            ValueError: not such a text, or a field that is missing or unknown.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"text: must be a JSON object of provenance fields, not {type(values).__name__}")
+        names = {f.name for f in fields(cls)}
+        # versions and created too: a default would claim today's libraries for a model of another day
+        for name in sorted(names.symmetric_difference(values)):
+            problem = "is missing" if name in names else "is no field of Provenance"
+            raise ValueError(f"text: {name!r} {problem}; pass what Provenance.to_json wrote")
+        return cls(**values)

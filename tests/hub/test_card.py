@@ -1,0 +1,206 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers import (
+    GPT2LMHeadModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    T5ForConditionalGeneration,
+    ViTModel,
+)
+
+from hf_unlearn.hub.card import Figure, loading_code, unlearning_card
+from hf_unlearn.hub.provenance import Provenance
+
+
+PROVENANCE = Provenance(
+    method="PBU",
+    method_title="A method",
+    forgotten="class 3",
+    forget_examples=108,
+    seed=7,
+    steps=90,
+    paper="2403.00001",
+    base_model="me/digits",
+    base_revision="abc123",
+    hyperparameters={"learning_rate": 1e-4, "pattern": "a|b"},
+    forget_fingerprint="ab" * 32,
+    versions={"torch": "1.0"},
+    created="2020-02-29",
+)
+FIGURES = [
+    Figure(metric="accuracy", name="Forgotten class", before=97.5, after=np.float32(0.5), retrained=0.0),
+    Figure(metric="accuracy", name="Other classes", before=98.25, after=97.125),
+    Figure(metric="auc", name="Membership attack", after=0.51234, split="train", unit=""),
+]
+
+
+def saved(card, tmp_path):
+    """The card as the Hub would read it."""
+    card.save(tmp_path / "README.md")
+    return ModelCard.load(tmp_path / "README.md")
+
+
+class TestUnlearningCard:
+    def test_metadata_survives_the_file(self, tmp_path):
+        card = unlearning_card(
+            PROVENANCE,
+            model_name="digits-without-3",
+            pipeline_tag="image-classification",
+            license="apache-2.0",
+            tags=["digits", "hf_unlearn"],
+            results=FIGURES,
+            dataset_name="Digits",
+            dataset_type="me/digits-data",
+        )
+        data = saved(card, tmp_path).data
+        assert data.base_model == "me/digits"
+        assert data.library_name == "transformers"
+        assert data.license == "apache-2.0"
+        assert data.pipeline_tag == "image-classification"
+        assert data.tags == ["machine-unlearning", "hf_unlearn", "digits"]
+        assert data.metrics == ["accuracy", "auc"]
+        assert data.model_name == "digits-without-3"
+        found = [(r.metric_type, r.metric_name, r.metric_value, r.dataset_split) for r in data.eval_results]
+        assert found == [
+            ("accuracy", "Forgotten class", 0.5, "test"),
+            ("accuracy", "Other classes", 97.125, "test"),
+            ("auc", "Membership attack", 0.51234, "train"),
+        ]
+        for result in data.eval_results:
+            assert (result.task_type, result.dataset_name) == ("image-classification", "Digits")
+            assert result.dataset_type == "me/digits-data"
+
+    def test_header_is_plain_yaml(self):
+        content = unlearning_card(PROVENANCE, model_name="m", results=FIGURES).content
+        header = yaml.safe_load(content.split("---")[1])
+        assert header["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
+
+    def test_table_of_figures(self):
+        text = unlearning_card(PROVENANCE, model_name="m", results=FIGURES).text
+        table = text[text.index("| | split |") :].split("\n\n")[0].splitlines()
+        assert table[2:] == [
+            "| Forgotten class | test | 97.50 % | 0.50 % | 0.00 % |",
+            "| Other classes | test | 98.25 % | 97.12 % | – |",
+            "| Membership attack | train | – | 0.5123 | – |",
+        ]
+        assert "trained from scratch without the forget set" in text
+        assert "no model retrained" in unlearning_card(PROVENANCE, model_name="m", results=FIGURES[1:]).text
+
+    def test_says_how_it_was_made(self):
+        text = unlearning_card(PROVENANCE, model_name="m").text
+        rows = text[text.index("## How it was made") :].split("\n\n")[1].splitlines()
+        assert rows[2:] == [
+            "| method | A method (PBU), [arXiv:2403.00001](https://arxiv.org/abs/2403.00001) |",
+            "| base model | [me/digits](https://huggingface.co/me/digits), revision `abc123` |",
+            "| optimiser steps | 90 |",
+            "| seed | 7 |",
+            "| made on | 2020-02-29 |",
+            "| `learning_rate` | 0.0001 |",
+            '| `pattern` | "a\\|b" |',
+            "| versions | torch 1.0 |",
+            f"| fingerprint of the forget set | `{'ab' * 32}` |",
+        ]
+        assert "class 3" in text.split("##")[0]
+        assert "108 examples" in text.split("##")[0]
+
+    def test_without_an_audit_it_says_so(self):
+        text = unlearning_card(PROVENANCE, model_name="m").text
+        assert "No audit was run" in text
+        assert "## Figures" not in text
+        assert "None of the checks" not in text
+
+    def test_failed_checks_are_listed_with_and_without_figures(self):
+        for results in ([], FIGURES):
+            text = unlearning_card(
+                PROVENANCE, model_name="m", results=results, failed_checks=["one", "two\nlines"]
+            ).text
+            assert "\n- one\n- two lines\n" in text
+            assert "No audit was run" not in text
+            assert "None of the checks" not in text
+        assert "None of the checks" in unlearning_card(PROVENANCE, model_name="m", results=FIGURES).text
+
+    def test_limitations_are_always_there(self):
+        text = unlearning_card(PROVENANCE, model_name="m", results=FIGURES, limitations=["Only digits."]).text
+        limits = text[text.index("## Limitations") :]
+        for part in ("not proof of forgetting", "features", "retrained", "- Only digits."):
+            assert part in limits
+
+    @pytest.mark.parametrize("base_model", ["{tmp}", "/somewhere/else/secret", "../secret"])
+    def test_a_local_base_model_stays_private(self, base_model, tmp_path):
+        (tmp_path / "secret").mkdir()
+        base_model = base_model.format(tmp=tmp_path / "secret")
+        provenance = Provenance.from_json(PROVENANCE.to_json().replace("me/digits", base_model))
+        card = saved(unlearning_card(provenance, model_name="m"), tmp_path)
+        assert card.data.base_model is None
+        assert "secret" not in card.content
+        assert "not on the Hub" in card.text
+
+    def test_a_folder_that_looks_like_an_id_is_not_one(self, tmp_path, monkeypatch):
+        (tmp_path / "me/digits").mkdir(parents=True)
+        assert unlearning_card(PROVENANCE, model_name="m").data.base_model == "me/digits"
+        monkeypatch.chdir(tmp_path)
+        assert unlearning_card(PROVENANCE, model_name="m").data.base_model is None
+
+    def test_text_cannot_break_out(self, tmp_path):
+        values = {**vars(PROVENANCE), "forgotten": "x\n---\n# y", "hyperparameters": {"a": "{{ 7 * 7 }}\n|"}}
+        card = saved(unlearning_card(Provenance(**values), model_name="m", results=FIGURES), tmp_path)
+        assert "**x --- # y**" in card.text
+        assert '| `a` | "{{ 7 * 7 }}\\n\\|" |' in card.text
+        assert len(card.data.eval_results) == len(FIGURES)
+
+    def test_picture_is_one_that_gets_published(self):
+        assert "](<pictures/a b.png>)" in unlearning_card(PROVENANCE, model_name="m", picture="pictures/a b.png").text
+        for picture in ("a.png", "_private/a.png", "pictures/a.svg", "pictures/../_private/a.png"):
+            with pytest.raises(ValueError, match="picture="):
+                unlearning_card(PROVENANCE, model_name="m", picture=picture)
+
+    @pytest.mark.parametrize("field", ["before", "after", "retrained"])
+    def test_figures_are_finite(self, field):
+        with pytest.raises(ValueError, match=f"{field}=nan"):
+            Figure(**{"metric": "accuracy", "name": "x", "after": 1.0, field: float("nan")})
+
+
+class TestLoadingCode:
+    def test_the_snippet_in_the_card_runs(self, tmp_path):
+        config = ResNetConfig(num_channels=1, embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=2)
+        folder = str(tmp_path / "a model")
+        ResNetForImageClassification(config).save_pretrained(folder)
+        code = loading_code(ResNetForImageClassification, folder)
+        text = unlearning_card(PROVENANCE, model_name="m", load_snippet=code).text
+        snippet = text.split("```python\n")[1].split("```")[0]
+        assert "AutoModelForImageClassification" in snippet
+        ran = subprocess.run(
+            [sys.executable, "-c", snippet + "\nprint(type(model).__name__)"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ran.stdout.strip() == "ResNetForImageClassification"
+
+    @pytest.mark.parametrize(
+        ("model_class", "line"),
+        [
+            (GPT2LMHeadModel, 'model = AutoModelForCausalLM.from_pretrained("me/m")'),
+            (T5ForConditionalGeneration, 'model = AutoModelForSeq2SeqLM.from_pretrained("me/m")'),
+            (ViTModel, 'model = AutoModel.from_pretrained("me/m")'),
+        ],
+    )
+    def test_auto_class(self, model_class, line):
+        assert line in loading_code(model_class, "me/m").splitlines()
+
+    def test_a_class_from_elsewhere_is_imported_from_there(self):
+        class Mine(GPT2LMHeadModel):
+            pass
+
+        assert loading_code(Mine, "me/m", processor="AutoTokenizer").splitlines() == [
+            f"from {__name__} import Mine",
+            "from transformers import AutoTokenizer",
+            "",
+            'model = Mine.from_pretrained("me/m")',
+            'processor = AutoTokenizer.from_pretrained("me/m")',
+        ]
