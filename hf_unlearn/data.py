@@ -56,7 +56,7 @@ def digits() -> DatasetDict:
     """The 1,797 real handwritten digits inside scikit-learn: 8 × 8 grey images, ten classes.
 
     Returns:
-        `DatasetDict`: `train` (1,078), `validation` (270) and `test` (449), stratified and always the same, with columns
+        `DatasetDict`: `train` (1,077), `validation` (270) and `test` (450), stratified and always the same, with columns
         `id` (the row in scikit-learn's array), `image` and `label`.
     """
     import numpy as np
@@ -98,6 +98,8 @@ def split_by_values(dataset: Dataset, column: str, values: Sequence[Any]) -> tup
     Raises:
         ValueError: no such column, or a value that does not occur in it.
     """
+    if isinstance(values, str):
+        raise ValueError(f"forget_values={values!r}: is one text; pass a list of values")
     present = _column(dataset, column)
     feature = dataset.features.get(column)
     names = getattr(feature, "names", None) or []
@@ -119,13 +121,16 @@ def split_by_ids(dataset: Dataset, ids: Iterable[Any], *, column: str = "id") ->
     Raises:
         ValueError: no such column, or an id that is not there.
     """
-    present = {value: row for row, value in enumerate(_column(dataset, column))}
+    present = _column(dataset, column)
     wanted = set(ids)
-    missing = sorted(wanted - present.keys(), key=str)
+    missing = sorted(wanted - set(present), key=str)
     if missing:
         raise ValueError(f"forget_ids: {missing[0]!r} is not in column {column!r} ({len(missing)} unknown in all)")
-    rows = {present[value] for value in wanted}
-    return dataset.select(sorted(rows)), dataset.select([row for row in range(len(dataset)) if row not in rows])
+    inside = [value in wanted for value in present]
+    return (
+        dataset.select([row for row, hit in enumerate(inside) if hit]),
+        dataset.select([row for row, hit in enumerate(inside) if not hit]),
+    )
 
 
 def _column(dataset: Dataset, column: str) -> list[Any]:
@@ -243,25 +248,38 @@ def fingerprint(dataset: Iterable[dict[str, Any]], key: bytes) -> str:
 
     Returns:
         `str`: 64 hexadecimal digits.
+
+    Raises:
+        ValueError: an empty key, or a value of another kind.
     """
-    rows = sorted(_row_digest(row, key) for row in dataset)
+    if not key:
+        raise ValueError("key: must not be empty; without one the digest of guessable rows can be searched for")
+    rows = sorted(_digest(row, key) for row in dataset)
     return hashlib.blake2b(b"".join(rows), key=key, digest_size=32).hexdigest()
 
 
-def _row_digest(row: dict[str, Any], key: bytes) -> bytes:
+def _digest(value: Any, key: bytes) -> bytes:
+    """Digest of one value and its kind; containers are digests of digests, so no bytes can move between their parts."""
+    if isinstance(value, dict):
+        parts = [b"dict"] + [_digest(part, key) for name in sorted(value) for part in (name, value[name])]
+    elif isinstance(value, (list, tuple)):
+        parts = [b"list", *(_digest(part, key) for part in value)]
+    elif isinstance(value, torch.Tensor):
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        parts = [b"tensor", f"{tuple(value.shape)}{value.dtype}".encode(), content]
+    elif hasattr(value, "dtype") and hasattr(value, "tobytes"):
+        parts = [b"array", f"{value.shape}{value.dtype}".encode(), value.tobytes()]
+    elif hasattr(value, "getpalette"):
+        parts = [b"image", f"{value.size}{value.mode}".encode(), value.tobytes(), bytes(value.getpalette() or ())]
+    elif isinstance(value, bytes):
+        parts = [b"bytes", value]
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        parts = [b"json", json.dumps(value).encode()]
+    elif hasattr(value, "isoformat"):
+        parts = [type(value).__name__.encode(), value.isoformat().encode()]
+    else:
+        raise ValueError(f"dataset: a fingerprint of {type(value).__name__} values is not defined")
     digest = hashlib.blake2b(key=key, digest_size=32)
-    for name in sorted(row):
-        value = row[name]
-        if hasattr(value, "tobytes"):  # an image or an array
-            described = f"{getattr(value, 'size', '')}{getattr(value, 'shape', '')}{getattr(value, 'mode', '')}"
-            content = value.tobytes()
-        elif isinstance(value, torch.Tensor):
-            described, content = (
-                f"{tuple(value.shape)}{value.dtype}",
-                value.cpu().contiguous().view(torch.uint8).numpy().tobytes(),
-            )
-        else:
-            described, content = "", json.dumps(value, sort_keys=True, default=str).encode()
-        for part in (name.encode(), described.encode(), content):
-            digest.update(len(part).to_bytes(8, "little") + part)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
     return digest.digest()

@@ -36,7 +36,7 @@ def diagonal_fisher(
     example that makes several predictions (tokens) counts with the log-likelihood of them all.
 
     The model runs in eval mode, one example at a time as far as the mathematics goes (BatchNorm uses its running
-    statistics); the examples of a chunk run together under `torch.func.vmap`.
+    statistics).
 
     Args:
         model (`nn.Module`): differentiated with respect to its trainable parameters. Left as it was.
@@ -54,6 +54,8 @@ def diagonal_fisher(
         ValueError: no examples, nothing trainable, or `"exact"` asked of a model with several predictions an example.
     """
     parameters = {name: p.detach() for name, p in trainable_parameters(model).items()}
+    if method not in ("exact", "monte_carlo"):
+        raise ValueError(f"method={method!r}: must be 'exact' or 'monte_carlo'")
     if not parameters:
         raise ValueError("model: nothing is trainable, so there is no Fisher information to compute")
     in_training = [module for module in model.modules() if module.training]
@@ -85,31 +87,28 @@ def _cotangents(
     ∂ log p_c / ∂ logits = e_c − p, so √p_c (e_c − p) for every class is exact, and e_c − p for drawn classes unbiased.
     """
     p = logits.softmax(-1)
-    one_hot = torch.eye(p.shape[-1], device=p.device, dtype=p.dtype) if method == "exact" else None
     if method == "exact":
         if logits.dim() != 2:
             raise ValueError("fisher='exact' needs one prediction per example; use fisher='monte_carlo' for sequences")
-        return p.sqrt().unsqueeze(-1) * (one_hot - p.unsqueeze(1))
+        one_hot = torch.eye(p.shape[-1], device=p.device, dtype=p.dtype)
+        return p.sqrt().unsqueeze(-1) * (one_hot - p.unsqueeze(1)) * (targets != -100).view(-1, 1, 1)
     drawn = torch.multinomial(p.flatten(0, -2), samples, replacement=True, generator=generator)
     one_hot = nn.functional.one_hot(drawn.T.reshape(samples, *p.shape[:-1]), p.shape[-1]).to(p.dtype)
     return ((one_hot - p) * (targets != -100).unsqueeze(-1)).transpose(0, 1)
 
 
 def _add_squared_gradients_(totals, model, parameters, inputs, cotangents, predictions) -> None:
-    def example_logits(values: dict[str, Tensor], example: dict[str, Tensor]) -> Tensor:
-        batch = {k: v.unsqueeze(0) for k, v in example.items()}
-        logits, _ = predictions(lambda *args, **kwargs: functional_call(model, values, args, kwargs), batch)
-        return logits.squeeze(0)
+    # A loop over examples, not vmap: transformers asks masks and ids in Python (attention_mask.all()), which vmap refuses.
+    chunk = max(1, CHUNK_ELEMENTS // sum(p.numel() for p in parameters.values()))
+    for row, directions in enumerate(cotangents):
+        example = {name: value[row : row + 1] for name, value in inputs.items()}
 
-    def summed_squares(example: dict[str, Tensor], directions: Tensor) -> dict[str, Tensor]:
-        _, pull_back = vjp(lambda values: example_logits(values, example), parameters)
-        gradients = vmap(lambda direction: pull_back(direction)[0])(directions)
-        return {name: gradient.float().square().sum(0) for name, gradient in gradients.items()}
+        def example_logits(values: dict[str, Tensor], example=example) -> Tensor:
+            logits, _ = predictions(lambda *args, **kwargs: functional_call(model, values, args, kwargs), example)
+            return logits.squeeze(0)
 
-    size = sum(p.numel() for p in parameters.values()) * cotangents.shape[1]
-    chunk = max(1, CHUNK_ELEMENTS // size)
-    for start in range(0, len(cotangents), chunk):
-        piece = {k: v[start : start + chunk] for k, v in inputs.items()}
-        squares = vmap(summed_squares, randomness="same")(piece, cotangents[start : start + chunk])
-        for name, square in squares.items():
-            totals[name] += square.sum(0)
+        _, pull_back = vjp(example_logits, parameters)
+        for piece in directions.split(chunk):
+            (gradients,) = vmap(pull_back)(piece)
+            for name, gradient in gradients.items():
+                totals[name] += gradient.float().square().sum(0)

@@ -112,7 +112,7 @@ class Anchor(Protocol):
 
 
 class QuadraticAnchor:
-    r"""Quadratic penalty around a reference point, with one fused precision per parameter:
+    r"""Quadratic penalty around a reference point, with one precision per parameter:
 
     $$ \sum_i P_i\,(\theta_i - \theta^*_i)^2, \qquad P_i = \beta F_i + \gamma $$
 
@@ -145,11 +145,11 @@ class QuadraticAnchor:
             raise ValueError("fisher: names or shapes differ from the reference parameters; compute it on this model")
         self.reference = dict(reference)
         self.isotropic = isotropic
-        self.precision: dict[str, Tensor] | None = None
-        if fisher is not None and fisher_weight:
-            self.precision = {
-                k: (fisher[k] * fisher_weight + isotropic).to(v.dtype) for k, v in self.reference.items()
-            }
+        self.fisher_weight = fisher_weight
+        # Beside γ, not added to it: F can be far smaller, and P = βF + γ would round it away.
+        self.fisher = (
+            {k: fisher[k].to(v.dtype) for k, v in self.reference.items()} if fisher and fisher_weight else None
+        )
         self._buckets = _buckets(self.reference)
 
     @torch.no_grad()
@@ -158,25 +158,25 @@ class QuadraticAnchor:
         for names in self._buckets:
             change = torch._foreach_sub([parameters[k] for k in names], [self.reference[k] for k in names])
             isotropic += [norm.square() for norm in torch._foreach_norm(change, 2, torch.float32)]
-            if self.precision is not None:
-                # P − γ, not P: the two terms are logged apart, and F can be far smaller than γ.
-                excess = torch._foreach_sub([self.precision[k] for k in names], self.isotropic)
-                torch._foreach_mul_(excess, change)
-                torch._foreach_mul_(excess, change)
-                fisher += [term.sum(dtype=torch.float32) for term in excess]
+            if self.fisher is not None:
+                torch._foreach_mul_(change, change)
+                torch._foreach_mul_(change, [self.fisher[k] for k in names])
+                fisher += [term.sum(dtype=torch.float32) for term in change]
         terms = {"isotropic": torch.stack(isotropic).sum() * self.isotropic}
-        return terms | {"fisher": torch.stack(fisher).sum()} if fisher else terms
+        return terms | {"fisher": torch.stack(fisher).sum() * self.fisher_weight} if fisher else terms
 
     @torch.no_grad()
     def add_grad_(self, parameters: Parameters, scale: float = 1.0) -> None:
         for names in self._buckets:
             names = [k for k in names if parameters[k].grad is not None]
+            if not names:
+                continue
             change = torch._foreach_sub([parameters[k] for k in names], [self.reference[k] for k in names])
             gradients = [parameters[k].grad for k in names]
-            if self.precision is None:
-                torch._foreach_add_(gradients, change, alpha=2 * self.isotropic * scale)
-            else:
-                torch._foreach_addcmul_(gradients, change, [self.precision[k] for k in names], value=2 * scale)
+            torch._foreach_add_(gradients, change, alpha=2 * self.isotropic * scale)
+            if self.fisher is not None:
+                precision = [self.fisher[k] for k in names]
+                torch._foreach_addcmul_(gradients, change, precision, value=2 * self.fisher_weight * scale)
 
 
 def _buckets(tensors: Parameters) -> list[list[str]]:
@@ -209,6 +209,9 @@ class LoRAProductAnchor:
     def __init__(self, reference: Parameters, layers: Sequence[tuple[str, str, float]], *, isotropic: float):
         if isotropic < 0:
             raise ValueError(f"an anchor attracts: isotropic={isotropic} must be ≥ 0")
+        for layer in layers:
+            if (layer[0] in reference) != (layer[1] in reference):
+                raise ValueError(f"layers: of {layer[0]} and {layer[1]} one is frozen; both factors must be trainable")
         self.reference = reference
         self.layers = [layer for layer in layers if layer[0] in reference and layer[1] in reference]
         self.isotropic = isotropic
@@ -219,8 +222,8 @@ class LoRAProductAnchor:
         for name_a, name_b, scaling in self.layers:
             a, b = (parameters[k].detach().flatten(1).float() for k in (name_a, name_b))
             a0, b0 = (self.reference[k].flatten(1).float() for k in (name_a, name_b))
-            # ‖BA − B₀A₀‖² = ‖[B, −B₀][A; A₀]‖²
-            factors_b, factors_a = torch.cat([b, -b0], 1), torch.cat([a, a0])
+            # BA − B₀A₀ = (B − B₀)A + B₀(A − A₀) = [B − B₀, B₀][A; A − A₀], without a difference of large numbers
+            factors_b, factors_a = torch.cat([b - b0, b0], 1), torch.cat([a, a - a0])
             squared = ((factors_b.T @ factors_b) * (factors_a @ factors_a.T)).sum()
             total = total.to(squared.device) + scaling**2 * squared.clamp(min=0)
         return {"lora_product": total * self.isotropic}
@@ -228,12 +231,13 @@ class LoRAProductAnchor:
     @torch.no_grad()
     def add_grad_(self, parameters: Parameters, scale: float = 1.0) -> None:
         for name_a, name_b, scaling in self.layers:
-            a, b = parameters[name_a].detach().flatten(1), parameters[name_b].detach().flatten(1)
-            a0, b0 = self.reference[name_a].flatten(1), self.reference[name_b].flatten(1)
+            a, b = (parameters[k].detach().flatten(1).float() for k in (name_a, name_b))
+            a0, b0 = (self.reference[k].flatten(1).float() for k in (name_a, name_b))
+            da, db = a - a0, b - b0
             weight = 2 * self.isotropic * scaling**2 * scale
             for name, gradient in (
-                (name_a, (b.T @ b) @ a - (b.T @ b0) @ a0),
-                (name_b, b @ (a @ a.T) - b0 @ (a0 @ a.T)),
+                (name_a, (b.T @ db) @ a + (b.T @ b0) @ da),
+                (name_b, db @ (a @ a.T) + b0 @ (da @ a.T)),
             ):
                 if parameters[name].grad is not None:
                     parameters[name].grad.add_(gradient.view_as(parameters[name]), alpha=weight)
@@ -269,6 +273,10 @@ def lora_layers(model: nn.Module) -> list[tuple[str, str, float]]:
     for prefix, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
+        if getattr(module, "parameter_name", None) is not None:
+            raise ValueError(f"peft_config: {prefix} adapts target_parameters, stacked products; use target_modules")
+        if getattr(module.get_base_layer(), "groups", 1) > 1:
+            raise ValueError(f"peft_config: {prefix} is a convolution with groups > 1, whose A and B do not multiply")
         for adapter, scaling in module.scaling.items():
             if getattr(module, "use_dora", {}).get(adapter):
                 raise ValueError(

@@ -31,7 +31,10 @@ def perturb_images(images: Tensor, generator: torch.Generator) -> Tensor:
         return torch.rand(shape, generator=generator, device=device)
 
     order = uniform(n).argsort()
-    rolled, flipped, noised, shuffled, noise = (images[index] for index in order.tensor_split(5))
+    sizes = torch.full((5,), n // 5, device=device)
+    sizes[uniform(5).argsort()[: n % 5]] += 1  # small batches: every kind has its turn
+    sizes = sizes.tolist()
+    rolled, flipped, noised, shuffled, noise = (images[index] for index in order.split(sizes))
 
     rows = (torch.arange(height, device=device) + (uniform(len(rolled), 1) * height).long()) % height
     columns = (torch.arange(width, device=device) + (uniform(len(rolled), 1) * width).long()) % width
@@ -60,7 +63,7 @@ def perturb_tokens(
     """Token sequences like the given ones in length and vocabulary, unlike them in meaning.
 
     A third of the batch each, drawn at random: tokens in random order, every token replaced with probability ½, and
-    all tokens drawn anew. First tokens, tokens outside `vocabulary` (special ones) and padding stay where they are.
+    all tokens drawn anew. The first token of a row, tokens outside `vocabulary` (special ones) and padding stay in place.
 
     Args:
         input_ids (`Tensor`): `[batch, length]`; left unchanged.
@@ -78,9 +81,8 @@ def perturb_tokens(
         return torch.rand(shape, generator=generator, device=device)
 
     free = torch.isin(input_ids, vocabulary)
-    free[:, 0] = False
-    if attention_mask is not None:
-        free &= attention_mask.bool()
+    real = torch.ones_like(free) if attention_mask is None else attention_mask.bool()
+    free &= real & (real.cumsum(1) > 1)  # not the first token, wherever padding lets the row begin
     # The free places of a row, in reading order and in random order, with the fixed ones behind them in both.
     behind = (~free).to(torch.float32) * 2
     in_order = (behind + torch.arange(length, device=device) / length).argsort(-1)
@@ -88,7 +90,8 @@ def perturb_tokens(
     permuted = torch.empty_like(input_ids).scatter_(1, in_order, input_ids.gather(1, at_random))
     drawn = vocabulary[(uniform(n, length) * len(vocabulary)).long()].to(input_ids.dtype)
 
-    kind = (uniform(n).argsort() % 3).unsqueeze(1)  # 0 permuted, 1 half replaced, 2 all drawn
+    turn = (uniform(1) * 3).long()  # small batches: every kind has its turn
+    kind = ((uniform(n).argsort() + turn) % 3).unsqueeze(1)  # 0 permuted, 1 half replaced, 2 all drawn
     replace = (kind == 2) | ((kind == 1) & (uniform(n, length) < 0.5))
     result = torch.where(replace, drawn, torch.where(kind == 0, permuted, input_ids))
     return torch.where(free, result, input_ids)
@@ -109,4 +112,5 @@ def divergence(logits: Tensor, reference_logits: Tensor, excluded: Tensor | None
     if excluded is not None:
         logits, reference_logits = logits[..., ~excluded], reference_logits[..., ~excluded]
     log_p, log_q = reference_logits.log_softmax(-1), logits.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(-1)

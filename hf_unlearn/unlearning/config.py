@@ -47,7 +47,7 @@ class UnlearnArguments:
         guard_steps (`int`, *optional*): optimiser steps between two looks. Default: once per epoch.
         guard_examples (`int`, defaults to 512): forget examples looked at, at most.
         guard_patience (`int`, defaults to 3): looks at a forgotten model without better utility before stopping.
-        forget_accuracy (`float`, defaults to 0.0): with `forget="class"`: the accuracy on the forget set, in [0, 1], at
+        forget_accuracy (`float`, defaults to 0.01): with `forget="class"`: the accuracy on the forget set, in [0, 1], at
             or below which the class counts as forgotten.
         utility_tolerance (`float`, *optional*): how far utility may fall: accuracy on the `"retain"` evaluation set (in
             [0, 1], default 0.02), or the relative rise of its loss for language models (default 0.1); where there is no
@@ -91,7 +91,7 @@ class UnlearnArguments:
     guard_steps: int | None = field(default=None, metadata={"help": "Steps between two looks. Default: an epoch."})
     guard_examples: int = field(default=512, metadata={"help": "Forget examples looked at, at most."})
     guard_patience: int = field(default=3, metadata={"help": "Looks without improvement before stopping."})
-    forget_accuracy: float = field(default=0.0, metadata={"help": "Accuracy at which a class counts as forgotten."})
+    forget_accuracy: float = field(default=0.01, metadata={"help": "Accuracy at which a class counts as forgotten."})
     utility_tolerance: float | None = field(
         default=None, metadata={"help": "How far utility may fall; see the docs for its unit."}
     )
@@ -145,3 +145,11 @@ class UnlearnSFTConfig(UnlearnArguments, SFTConfig):
     forget: Literal["class", "examples"] = field(
         default="examples", metadata={"help": "Instruction data has no classes: single examples are deleted."}
     )
+
+    def _check_unlearn_arguments(self) -> None:
+        super()._check_unlearn_arguments()
+        for name in ("packing", "eval_packing", "padding_free"):
+            if getattr(self, name):
+                raise ValueError(f"{name}=True: takes away the boundaries between examples; set {name}=False")
+        if self.loss_type != "nll":
+            raise ValueError(f"loss_type={self.loss_type!r}: only 'nll' is supported; see forget_loss")

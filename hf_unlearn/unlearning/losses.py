@@ -30,7 +30,7 @@ def mean_over_predictions(values: Tensor, targets: Tensor) -> Tensor:
     """Mean of `values` over the predictions of each example that count: `[batch, …] -> [batch]`."""
     counted = (targets != IGNORED).flatten(1) if targets.dim() > 1 else (targets != IGNORED).unsqueeze(1)
     values = values.reshape(counted.shape)
-    return (values * counted).sum(1) / counted.sum(1).clamp(min=1)
+    return values.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp(min=1)
 
 
 def ascent(loss: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def redirect(logits: Tensor, reference_logits: Tensor, excluded: Tensor) -> Tens
         `Tensor`: `[…]`.
     """
     target = reference_logits.float().masked_fill(excluded, -torch.inf).softmax(-1)
-    return -(target * logits.float().log_softmax(-1)).sum(-1)
+    return -(target * logits.float().log_softmax(-1)).masked_fill(target == 0, 0).sum(-1)  # 0 · log 0 = 0
 
 
 def uniform(logits: Tensor) -> Tensor:

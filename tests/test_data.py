@@ -1,0 +1,357 @@
+import copy
+import datetime
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hf_unlearn import data
+from hf_unlearn.data import ForgetRetainDataset, NestedCollator, RawCollator, fingerprint
+
+
+KEY = b"a private key"
+
+
+def animals():
+    features = Features({"id": Value("string"), "label": ClassLabel(names=["cat", "dog", "cow"]), "n": Value("int64")})
+    rows = {"id": list("abcdef"), "label": [0, 1, 2, 1, 0, 1], "n": [5, 5, 7, 7, 9, 9]}
+    return Dataset.from_dict(rows, features=features)
+
+
+class TestDigits:
+    def test_sizes_and_disjoint_ids_that_cover_everything(self, digits):
+        assert {name: len(part) for name, part in digits.items()} == {"train": 1077, "validation": 270, "test": 450}
+        ids = [i for part in digits.values() for i in part["id"]]
+        assert sorted(ids) == list(range(1797))
+        assert all(set(part["label"]) == set(range(10)) for part in digits.values())
+
+    def test_images_and_labels_are_scikit_learns(self, digits):
+        from sklearn.datasets import load_digits
+
+        source = load_digits()
+        for part in digits.values():
+            for row in part.select(range(0, len(part), 7)):
+                assert row["label"] == source.target[row["id"]]
+                pixels = np.asarray(row["image"])
+                assert pixels.shape == (8, 8)
+                assert pixels.dtype == np.uint8
+                np.testing.assert_array_equal(np.rint(pixels.astype(float) * 16 / 255), source.images[row["id"]])
+
+    def test_always_the_same_and_stratified(self, digits):
+        again = data.load("digits")
+        for name, part in digits.items():
+            assert again[name]["id"][:] == part["id"][:]
+            shares = np.bincount(part["label"]) / len(part)
+            assert np.abs(shares - 0.1).max() < 0.01
+
+
+class TestLoad:
+    def test_folders(self, tmp_path, digits):
+        few = DatasetDict({"train": digits["train"].select(range(3)), "test": digits["test"].select(range(2))})
+        few.save_to_disk(tmp_path / "both")
+        few["test"].save_to_disk(tmp_path / "one")
+        assert {k: v["id"][:] for k, v in data.load(str(tmp_path / "both")).items()} == {
+            k: v["id"][:] for k, v in few.items()
+        }
+        one = data.load(str(tmp_path / "one"))
+        assert set(one) == {"train"}
+        assert one["train"]["id"][:] == few["test"]["id"][:]
+
+    def test_images_in_folders(self, tmp_path):
+        for name, grey in (("cat", 10), ("dog", 200)):
+            (tmp_path / "images" / name).mkdir(parents=True)
+            Image.new("L", (4, 4), grey).save(tmp_path / "images" / name / "0.png")
+        loaded = data.load(str(tmp_path / "images"))["train"]
+        assert {loaded.features["label"].int2str(row["label"]): row["image"].getpixel((0, 0)) for row in loaded} == {
+            "cat": 10,
+            "dog": 200,
+        }
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(ValueError, match="dataset="):
+            data.load("nobody/has-such-a-dataset")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match="dataset="):
+            data.load(str(tmp_path / "empty"))
+
+
+class TestSplits:
+    @settings(deadline=None, max_examples=25)
+    @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.sets(st.integers(0, 4), min_size=1))
+    def test_by_values_is_a_partition_in_order(self, column, values):
+        dataset = Dataset.from_dict({"row": range(len(column)), "kind": column})
+        if not values <= set(column):
+            with pytest.raises(ValueError, match="forget_values"):
+                data.split_by_values(dataset, "kind", sorted(values))
+            return
+        forget, retain = data.split_by_values(dataset, "kind", sorted(values))
+        assert forget["row"][:] == [i for i, v in enumerate(column) if v in values]
+        assert retain["row"][:] == [i for i, v in enumerate(column) if v not in values]
+
+    def test_by_values_understands_class_names(self):
+        for values in (["dog"], [1], ["dog", 1]):
+            forget, retain = data.split_by_values(animals(), "label", values)
+            assert forget["id"][:] == ["b", "d", "f"]
+            assert retain["id"][:] == ["a", "c", "e"]
+        forget, _ = data.split_by_values(animals(), "id", ["c", "a"])
+        assert forget["id"][:] == ["a", "c"]
+
+    def test_by_values_in_another_format(self):
+        forget, _ = data.split_by_values(animals().with_format("torch"), "label", [1])
+        assert torch.stack(list(forget["n"][:])).tolist() == [5, 7, 9]
+
+    @pytest.mark.parametrize(("column", "values"), [("colour", [1]), ("label", ["horse"]), ("label", [0, 3])])
+    def test_by_values_refuses_what_is_not_there(self, column, values):
+        with pytest.raises(ValueError, match=str(values[-1]) if column == "label" else column):
+            data.split_by_values(animals(), column, values)
+
+    @settings(deadline=None, max_examples=25)
+    @given(st.permutations(list(range(12))), st.sets(st.integers(0, 11)))
+    def test_by_ids_is_a_partition_in_order(self, ids, chosen):
+        forget, retain = data.split_by_ids(Dataset.from_dict({"id": ids}), iter(chosen))
+        assert forget["id"][:] == [i for i in ids if i in chosen]
+        assert retain["id"][:] == [i for i in ids if i not in chosen]
+
+    def test_by_ids_takes_every_row_of_an_id(self):
+        dataset = Dataset.from_dict({"person": ["ann", "bob", "ann", "eve"], "n": range(4)})
+        forget, retain = data.split_by_ids(dataset, ["ann"], column="person")
+        assert forget["n"][:] == [0, 2]
+        assert retain["n"][:] == [1, 3]
+
+    def test_by_ids_refuses_what_is_not_there(self):
+        with pytest.raises(ValueError, match="'y'.*2 unknown"):
+            data.split_by_ids(animals(), ["a", "z", "y"])
+        with pytest.raises(ValueError, match="sample_id"):
+            data.split_by_ids(animals(), ["a"], column="sample_id")
+
+    def test_overlap(self):
+        forget, retain = data.split_by_ids(animals(), ["a", "c"])
+        assert data.overlap(forget, retain, "id") == []
+        assert data.overlap(forget, animals(), "id") == ["a", "c"]
+        assert data.overlap(forget, animals(), "nothing") == []
+        assert data.overlap(forget, animals().remove_columns("id"), "id") == []
+
+    def test_labels(self, digits):
+        assert data.label_column(digits["train"]) == "label"
+        assert data.labels_of(animals()) == [0, 1, 2, 1, 0, 1]
+        assert data.labels_of(animals().with_format("torch")) == [0, 1, 2, 1, 0, 1]
+        assert data.label_column(animals().remove_columns("label")) is None
+        rows = [{"x": 0, "labels": torch.tensor(4)}, {"x": 1, "labels": torch.tensor(2)}]
+        assert data.label_column(rows) == "labels"
+        assert data.labels_of(rows) == [4, 2]
+
+
+class TestForgetRetainDataset:
+    @settings(deadline=None, max_examples=40)
+    @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 1000), st.integers(0, 50))
+    def test_pairs_are_a_function_of_seed_and_epoch_and_use_retain_rows_evenly(self, forget, retain, seed, epoch):
+        def pairs(*epochs):
+            dataset = ForgetRetainDataset(range(forget), range(100, 100 + retain), seed=seed)
+            for e in epochs:
+                dataset.set_epoch(e)
+            return [dataset[row] for row in range(len(dataset))]
+
+        rows = pairs(epoch)
+        assert rows == pairs(3, 1, epoch)
+        assert [row["forget"] for row in rows] == list(range(forget))
+        counts = np.bincount([row["retain"] - 100 for row in rows], minlength=retain)
+        assert len(counts) == retain
+        assert counts.max() - counts.min() <= 1
+
+    def test_pairs_change_with_epoch_and_seed(self):
+        def partners(seed, epoch):
+            dataset = ForgetRetainDataset(range(30), range(30), seed=seed)
+            dataset.set_epoch(epoch)
+            return tuple(dataset[row]["retain"] for row in range(30))
+
+        assert len({partners(seed, epoch) for seed in range(3) for epoch in range(4)}) == 12
+        rounds = [row["retain"] for row in map(ForgetRetainDataset(range(60), range(30)).__getitem__, range(60))]
+        assert rounds[:30] != rounds[30:]
+
+    def test_without_retain_data(self):
+        dataset = ForgetRetainDataset(["a", "b"])
+        dataset.set_epoch(5)
+        assert [dataset[0], dataset[1], len(dataset)] == [{"forget": "a"}, {"forget": "b"}, 2]
+
+
+class TestCollators:
+    def test_nested_parts_and_flat_rows(self, tiny_vit):
+        from transformers import default_data_collator
+
+        collator = NestedCollator(default_data_collator)
+        rows = [{"x": [1.0, 2.0], "label": 3}, {"x": [4.0, 5.0], "label": 6}]
+        flat = collator(rows)
+        assert flat["labels"].tolist() == [3, 6]
+        nested = collator([{"forget": row, "retain": other} for row, other in zip(rows, rows[::-1], strict=True)])
+        assert set(nested) == {"forget", "retain"}
+        assert torch.equal(nested["forget"]["x"], flat["x"])
+        assert torch.equal(nested["retain"]["x"], flat["x"].flip(0))
+        assert set(collator([{"forget": rows[0]}])) == {"forget"}
+
+    def test_nested_forwards_attributes_and_can_be_copied(self, tokenizer):
+        from transformers import DataCollatorWithPadding
+
+        collator = NestedCollator(DataCollatorWithPadding(tokenizer))
+        assert collator.tokenizer is tokenizer
+        with pytest.raises(AttributeError):
+            collator.nothing  # noqa: B018
+        rows = [{"forget": dict(tokenizer(text))} for text in ("a", "Paris is large")]
+        expected = collator(rows)["forget"]
+        for other in (pickle.loads(pickle.dumps(collator)), copy.copy(collator), copy.deepcopy(collator)):
+            assert torch.equal(other(rows)["forget"]["input_ids"], expected["input_ids"])
+
+    @pytest.mark.parametrize("processor_class", ["ViTImageProcessor", "ConvNextImageProcessor"])
+    def test_raw_images(self, processor_class, digits):
+        import transformers
+
+        size = {"height": 8, "width": 8} if processor_class.startswith("ViT") else {"shortest_edge": 8}
+        processor = getattr(transformers, processor_class)(
+            size=size, do_resize=False, image_mean=[0.5], image_std=[0.25], do_center_crop=False
+        )
+        rows = [digits["test"][row] for row in range(3)]
+        batch = RawCollator(processor, "image")(rows)
+        assert set(batch) == {"pixel_values", "labels"}
+        assert batch["labels"].tolist() == [row["label"] for row in rows]
+        pixels = torch.stack([torch.tensor(np.asarray(row["image"]) / 255, dtype=torch.float32) for row in rows])
+        torch.testing.assert_close(batch["pixel_values"], ((pixels - 0.5) / 0.25).unsqueeze(1))
+
+    def test_raw_images_feed_a_model(self, digits, tiny_vit):
+        from transformers import ViTImageProcessor
+
+        processor = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5])
+        batch = RawCollator(processor, "image")([digits["train"][row] for row in range(4)])
+        assert tiny_vit(**batch).logits.shape == (4, 10)
+
+    def test_raw_texts(self, tokenizer, tiny_bert):
+        texts = ["Paris is the capital of France", "no", ""]
+        rows = [{"text": text, "labels": label} for label, text in enumerate(texts)]
+        batch = RawCollator(tokenizer, "text", max_length=5)(rows)
+        assert batch["labels"].tolist() == [0, 1, 2]
+        for row, text in enumerate(texts):
+            expected = tokenizer(text)["input_ids"][:5]
+            length = batch["attention_mask"][row].sum()
+            assert batch["input_ids"][row][:length].tolist() == expected
+            assert (batch["input_ids"][row][length:] == tokenizer.pad_token_id).all()
+        assert tiny_bert(**batch).logits.shape == (3, 3)
+        whole = RawCollator(tokenizer, "text")([{"text": texts[0]}])
+        assert set(whole) == {"input_ids", "attention_mask"}
+        assert tokenizer.decode(whole["input_ids"][0]) == texts[0]
+
+
+class TestFingerprint:
+    def test_does_not_depend_on_the_order_of_rows_or_columns(self, digits):
+        few = digits["train"].select(range(12))
+        value = fingerprint(few, KEY)
+        assert len(bytes.fromhex(value)) == 32
+        assert fingerprint(few.shuffle(seed=1), KEY) == value
+        assert fingerprint(few.select_columns(["label", "image", "id"]), KEY) == value
+        assert fingerprint([dict(reversed(row.items())) for row in few], KEY) == value
+
+    def test_depends_on_the_key(self, digits):
+        few = digits["train"].select(range(3))
+        assert fingerprint(few, KEY) != fingerprint(few, KEY + b".")
+        with pytest.raises(ValueError):
+            fingerprint(few, b"x" * 65)
+
+    def test_every_change_shows(self, digits):
+        rows = list(digits["train"].select(range(4)))
+        pixels = np.asarray(rows[2]["image"]).copy()
+        pixels[3, 3] += 1
+        image = Image.fromarray(pixels)
+        wide = Image.fromarray(pixels.reshape(4, 16))
+        renamed = [{("class" if k == "label" else k): v for k, v in row.items()} for row in rows]
+        variants = [
+            rows,
+            rows[:3],
+            [*rows, rows[0]],
+            [*rows, rows[1]],
+            [*rows[:2], {**rows[2], "image": image}, rows[3]],
+            [*rows[:2], {**rows[2], "image": wide}, rows[3]],
+            [{**rows[0], "label": rows[0]["label"] + 1}, *rows[1:]],
+            [{**rows[0], "label": str(rows[0]["label"])}, *rows[1:]],
+            [{**rows[0], "label": None}, *rows[1:]],
+            [{**rows[0], "more": None}, *rows[1:]],
+            renamed,
+            [],
+        ]
+        assert len({fingerprint(variant, KEY) for variant in variants}) == len(variants)
+
+    def test_swapped_labels_show(self):
+        """The same columns, each with the same values, belonging together differently."""
+        assert fingerprint([{"x": 1, "y": 2}, {"x": 2, "y": 1}], KEY) != fingerprint(
+            [{"x": 1, "y": 1}, {"x": 2, "y": 2}], KEY
+        )
+
+    VALUES = st.one_of(st.text(max_size=3), st.integers(-3, 3), st.none(), st.lists(st.integers(0, 2), max_size=2))
+    ROWS = st.lists(st.dictionaries(st.sampled_from(["a", "b", "ab", "a\x00b"]), VALUES, max_size=3), max_size=3)
+
+    @settings(deadline=None, max_examples=200)
+    @given(first=ROWS, second=ROWS)
+    def test_equal_exactly_when_the_rows_are(self, first, second):
+        same = sorted(map(repr, map(sorted_items, first))) == sorted(map(repr, map(sorted_items, second)))
+        assert (fingerprint(first, KEY) == fingerprint(second, KEY)) == same
+
+    @settings(deadline=None, max_examples=50)
+    @given(content=st.binary(min_size=2, max_size=6), cut=st.integers(1, 5), name=st.sampled_from(["a", "b"]))
+    def test_bytes_cannot_move_between_columns(self, content, cut, name):
+        def row(*parts):
+            return [{key: np.frombuffer(part, np.uint8) for key, part in zip("ab", parts, strict=True)}]
+
+        cut = min(cut, len(content) - 1)
+        values = {fingerprint(row(content[:i], content[i:]), KEY) for i in (0, cut, len(content))}
+        assert len(values) == 3
+
+    def test_bytes_cannot_move_between_names_and_values(self):
+        rows = [{"a": 12}, {"a1": 2}, {"a": 1, "b": 2}, {"a1b": 2}, {"a": "1", "b": 2}, {'a"1"b': 2}]
+        assert len({fingerprint([row], KEY) for row in rows}) == len(rows)
+
+    def test_tensors_and_arrays_of_other_shapes_or_types(self):
+        tensor = torch.arange(6)
+        variants = [tensor, tensor.int(), tensor.view(2, 3), tensor.view(3, 2), tensor + 1, tensor[:5]]
+        assert len({fingerprint([{"x": v}], KEY) for v in variants}) == len(variants)
+        assert fingerprint([{"x": tensor.view(2, 3).T}], KEY) == fingerprint([{"x": tensor.view(2, 3).T.clone()}], KEY)
+        arrays = [v.numpy() for v in (tensor, tensor.view(2, 3), tensor.view(3, 2), tensor + 1)]
+        assert len({fingerprint([{"x": v}], KEY) for v in arrays}) == len(arrays)
+        dates = [datetime.date(2020, 1, 1), datetime.date(2020, 1, 2)]
+        assert len({fingerprint([{"x": v}], KEY) for v in dates}) == 2
+
+    def test_arrays_of_other_types_with_the_same_bytes(self):
+        zeros = [np.zeros(2, dtype) for dtype in (np.int32, np.float32)]
+        assert len({fingerprint([{"x": v}], KEY) for v in zeros}) == 2
+
+    def test_scalars_of_a_dataset_in_torch_format(self):
+        rows = [fingerprint([{"x": torch.tensor(v)}], KEY) for v in (1, 2)]
+        assert rows[0] != rows[1]
+
+    def test_images_inside_lists_are_read(self):
+        first, second = Image.new("L", (2, 2), 1), Image.new("L", (2, 2), 1)
+        assert fingerprint([{"images": [first]}], KEY) == fingerprint([{"images": [second]}], KEY)
+        second.putpixel((0, 0), 2)
+        assert fingerprint([{"images": [first]}], KEY) != fingerprint([{"images": [second]}], KEY)
+
+    def test_arrays_inside_lists_are_read(self):
+        first = np.zeros(2000)
+        second = first.copy()
+        second[1000] = 1
+        assert fingerprint([{"x": [first]}], KEY) != fingerprint([{"x": [second]}], KEY)
+
+    def test_palettes_are_read(self):
+        def image(colour):
+            picture = Image.new("P", (2, 2), 0)
+            picture.putpalette(colour)
+            return picture
+
+        assert fingerprint([{"x": image([255, 0, 0])}], KEY) != fingerprint([{"x": image([0, 0, 255])}], KEY)
+
+    def test_refuses_an_empty_key(self):
+        with pytest.raises(ValueError, match="key"):
+            fingerprint([{"x": 1}], b"")
+
+
+def sorted_items(row):
+    return sorted(row.items())

@@ -1,0 +1,243 @@
+import pytest
+import torch
+from torch import nn
+
+from hf_unlearn import fisher as fisher_module
+from hf_unlearn.fisher import diagonal_fisher
+from hf_unlearn.parameters import trainable_parameters
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def classify(forward, batch):
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    return forward(**inputs).logits, batch["labels"]
+
+
+def next_token(forward, batch):
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    return forward(**inputs).logits[:, :-1], batch["labels"][:, 1:]
+
+
+def brute_force(model, batch, predictions):
+    """The definition, one example, one prediction, one class at a time."""
+    model.eval()
+    parameters = trainable_parameters(model)
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    size = len(next(iter(batch.values())))
+    for row in range(size):
+        logits, targets = predictions(model, {k: v[row : row + 1] for k, v in batch.items()})
+        counted = logits.flatten(0, -2)[targets.flatten() != -100]
+        for log_p in counted.log_softmax(-1):
+            for c in range(len(log_p)):
+                gradients = torch.autograd.grad(log_p[c], list(parameters.values()), retain_graph=True)
+                for name, gradient in zip(parameters, gradients, strict=True):
+                    total[name] += log_p[c].exp().detach() * gradient.square()
+    return {name: value / size for name, value in total.items()}
+
+
+def assert_close(actual, expected, rtol=1e-3):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == torch.float32
+        torch.testing.assert_close(actual[name], value, rtol=rtol, atol=1e-5 * float(value.max()) + 1e-10, msg=name)
+
+
+def image_batch(n=4, seed=0):
+    return {
+        "pixel_values": torch.randn(n, 1, 16, 16, generator=seeded(seed)),
+        "labels": torch.zeros(n, dtype=torch.long),
+    }
+
+
+class TestExact:
+    @pytest.mark.parametrize("fixture", ["tiny_resnet", "tiny_vit"])
+    def test_image_classifiers_against_the_definition(self, fixture, request):
+        model = request.getfixturevalue(fixture)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # statistics that differ from those of any batch
+                module.running_mean.normal_(generator=seeded(1))
+                module.running_var.uniform_(0.5, 2, generator=seeded(2))
+        expected = brute_force(model, image_batch(), classify)
+        model.train()
+        assert_close(diagonal_fisher(model, [image_batch()], classify), expected)
+
+    @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+    @pytest.mark.parametrize("side", [None, "right", "left"])
+    def test_bert_with_padding_against_the_definition(self, tiny_bert, implementation, side):
+        tiny_bert.set_attn_implementation(implementation)
+        batch = text_batch(300, side) | {"labels": torch.zeros(3, dtype=torch.long)}
+        assert_close(diagonal_fisher(tiny_bert, [batch], classify), brute_force(tiny_bert, batch, classify), rtol=5e-3)
+
+    def test_softmax_regression_has_a_closed_form(self):
+        """F of weight [c, d] is the mean of p_c (1 − p_c) x_d², of bias [c] that of p_c (1 − p_c)."""
+        model, x = nn.Linear(5, 4), 2 * torch.randn(7, 5, generator=seeded(0))
+        with torch.no_grad():
+            model.weight.normal_(generator=seeded(1))
+            p = model(x).softmax(-1)
+        spread = p * (1 - p)
+        expected = {"weight": spread.T @ x.square() / 7, "bias": spread.mean(0)}
+        assert_close(diagonal_fisher(model, [{"x": x}], regression), expected, rtol=1e-5)
+
+    def test_labels_are_not_used(self, tiny_vit):
+        batch = image_batch()
+        other = {**batch, "labels": torch.tensor([3, 1, 4, 1])}
+        first, second = (diagonal_fisher(tiny_vit, [b], classify) for b in (batch, other))
+        assert all(torch.equal(first[k], second[k]) for k in first)
+
+    def test_batches_and_chunks_do_not_matter(self, tiny_resnet, monkeypatch):
+        batch = image_batch(6)
+        whole = diagonal_fisher(tiny_resnet, [batch], classify)
+        uneven = [{k: v[a:b] for k, v in batch.items()} for a, b in ((0, 1), (1, 5), (5, 6))]
+        assert_close(diagonal_fisher(tiny_resnet, uneven, classify), whole)
+        size = 10 * sum(p.numel() for p in tiny_resnet.parameters())
+        for elements in (1, size, 4 * size):
+            monkeypatch.setattr(fisher_module, "CHUNK_ELEMENTS", elements)
+            assert_close(diagonal_fisher(tiny_resnet, [batch], classify), whole)
+
+    def test_frozen_parameters_are_left_out(self, tiny_resnet):
+        tiny_resnet.resnet.requires_grad_(False)
+        fisher = diagonal_fisher(tiny_resnet, [image_batch()], classify)
+        assert set(fisher) == {"classifier.1.weight", "classifier.1.bias"}
+        assert_close(fisher, brute_force(tiny_resnet, image_batch(), classify))
+
+    def test_model_is_left_as_it_was(self, tiny_resnet):
+        tiny_resnet.train()
+        tiny_resnet.resnet.embedder.eval()
+        state = {k: v.clone() for k, v in tiny_resnet.state_dict().items()}
+        training, random_state = [m.training for m in tiny_resnet.modules()], torch.get_rng_state()
+        diagonal_fisher(tiny_resnet, [image_batch()], classify)
+
+        def fails(forward, batch):
+            raise KeyError("pixel_values")
+
+        with pytest.raises(KeyError):
+            diagonal_fisher(tiny_resnet, [image_batch()], fails)
+        assert [m.training for m in tiny_resnet.modules()] == training
+        assert all(torch.equal(v, state[k]) for k, v in tiny_resnet.state_dict().items())
+        assert all(p.grad is None and p.requires_grad for p in tiny_resnet.parameters())
+        assert torch.equal(torch.get_rng_state(), random_state)
+
+    def test_refuses_what_it_cannot_do(self, tiny_resnet, tiny_gpt2):
+        with pytest.raises(ValueError, match="batches"):
+            diagonal_fisher(tiny_resnet, [], classify)
+        batch = {"input_ids": torch.arange(8).view(2, 4), "labels": torch.zeros(2, 4, dtype=torch.long)}
+        with pytest.raises(ValueError, match="monte_carlo"):
+            diagonal_fisher(tiny_gpt2, [batch], next_token)
+        with pytest.raises(ValueError, match="trainable"):
+            diagonal_fisher(tiny_resnet.requires_grad_(False), [image_batch()], classify)
+
+    def test_refuses_an_unknown_method(self, tiny_resnet):
+        with pytest.raises(ValueError, match="method"):
+            diagonal_fisher(tiny_resnet, [image_batch()], classify, method="montecarlo", samples=3)
+
+    def test_ignored_examples_do_not_count(self):
+        model, x = nn.Linear(5, 4), torch.randn(3, 5, generator=seeded(0))
+        targets = torch.tensor([0, -100, 2])
+        actual = diagonal_fisher(model, [{"x": x, "y": targets}], lambda forward, b: (forward(b["x"]), b["y"]))
+        p = model(x).softmax(-1).detach()[targets != -100]
+        torch.testing.assert_close(actual["bias"], (p * (1 - p)).sum(0) / 3)
+
+
+def regression(forward, batch):
+    return forward(batch["x"]), torch.zeros(len(batch["x"]), dtype=torch.long)
+
+
+def text_batch(vocabulary, side=None, n=3, length=6):
+    ids = torch.randint(3, vocabulary, (n, length), generator=seeded(0))
+    if side is None:
+        return {"input_ids": ids}
+    mask = torch.ones_like(ids)
+    if side == "right":
+        mask[1, 4:] = 0
+    else:
+        mask[1, :2] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+class TestMonteCarlo:
+    def test_mean_and_variance_on_softmax_regression(self):
+        """One draw for bias c is (1[y = c] − p_c)²: mean p(1 − p), fourth moment p(1 − p)⁴ + (1 − p)p⁴."""
+        draws, n = 4000, 3
+        model, x = nn.Linear(2, 4), torch.randn(n, 2, generator=seeded(0))
+        with torch.no_grad():
+            model.weight.normal_(generator=seeded(1))
+            p = model(x).softmax(-1)
+        mean = p * (1 - p)
+        variance = p * (1 - p) ** 4 + (1 - p) * p**4 - mean**2
+        x_squared = x.square()
+        options = {"method": "monte_carlo", "samples": draws, "generator": seeded(2)}
+        actual = diagonal_fisher(model, [{"x": x}], regression, **options)
+        bias_z = (actual["bias"] - mean.mean(0)) / (variance.sum(0) / n**2 / draws).sqrt()
+        weight_z = (actual["weight"] - mean.T @ x_squared / n) / (
+            variance.T @ x_squared.square() / n**2 / draws
+        ).sqrt()
+        assert bias_z.abs().max() < 4.5
+        assert weight_z.abs().max() < 4.5
+
+    @pytest.mark.parametrize("samples", [1, 8])
+    def test_token_sequences_are_unbiased(self, samples, tiny_llama):
+        """Against the sum over all counted tokens and the whole vocabulary; far closer than if one token were lost."""
+        from transformers import LlamaForCausalLM
+
+        config = tiny_llama.config
+        config.vocab_size, config.hidden_size, config.intermediate_size = 7, 8, 8
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config)
+        batch = text_batch(7, n=2, length=5)
+        batch["labels"] = batch["input_ids"].clone()
+        batch["labels"][0, :2] = -100
+        batch["labels"][1, 3:] = -100
+        expected = brute_force(model, batch, next_token)
+        generator = seeded(0)
+        repeated = {k: v.repeat(64 // samples, 1) for k, v in batch.items()}
+        options = {"method": "monte_carlo", "samples": samples, "generator": generator}
+        runs = [diagonal_fisher(model, [repeated], next_token, **options) for _ in range(12)]
+        for name in expected:
+            sums = torch.stack([run[name].sum() for run in runs])
+            error = sums.mean() - expected[name].sum()
+            assert error.abs() < 5 * sums.std() / len(runs) ** 0.5, name
+            assert error.abs() < 0.12 * expected[name].sum(), name
+
+    def test_same_generator_same_estimate_whatever_the_chunks(self, tiny_llama, monkeypatch):
+        batch = text_batch(300)
+        batch["labels"] = batch["input_ids"]
+        options = {"method": "monte_carlo", "samples": 2}
+        first = diagonal_fisher(tiny_llama, [batch], next_token, generator=seeded(3), **options)
+        monkeypatch.setattr(fisher_module, "CHUNK_ELEMENTS", 1)
+        assert_close(diagonal_fisher(tiny_llama, [batch], next_token, generator=seeded(3), **options), first)
+        other = diagonal_fisher(tiny_llama, [batch], next_token, generator=seeded(4), **options)
+        assert not torch.allclose(other["lm_head.weight"], first["lm_head.weight"], rtol=0.01)
+
+    def test_gpt2_with_a_pad_token_and_no_mask(self, tiny_gpt2):
+        batch = text_batch(300)
+        batch["labels"] = batch["input_ids"]
+        fisher = diagonal_fisher(tiny_gpt2, [batch], next_token, method="monte_carlo", generator=seeded(0))
+        assert all(value.isfinite().all() for value in fisher.values())
+
+    @pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_gpt2"])
+    @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+    @pytest.mark.parametrize("side", ["right", "left"])
+    def test_padding_does_not_count(self, fixture, implementation, side, request):
+        """A padded sequence counts like the same sequence alone: the batch's Fisher is the sum of the parts'."""
+        model = request.getfixturevalue(fixture)
+        model.set_attn_implementation(implementation)
+        padded = text_batch(300, side, n=2)
+        mask = padded["attention_mask"].bool()
+        short, long = padded["input_ids"][1][mask[1]], padded["input_ids"][0]
+        padded["labels"] = padded["input_ids"].masked_fill(~mask, -100)
+        padded["labels"][1, mask[1].int().argmax()] = -100  # nothing precedes it when it stands alone
+        if fixture == "tiny_gpt2":
+            padded["position_ids"] = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        options = {"method": "monte_carlo", "samples": 400}
+        together = diagonal_fisher(model, [padded], next_token, generator=seeded(0), **options)
+        alone = [
+            {"input_ids": row[None], "attention_mask": torch.ones_like(row[None]), "labels": row[None]}
+            for row in (long, short)
+        ]
+        apart = diagonal_fisher(model, alone, next_token, generator=seeded(1), **options)
+        for name in together:
+            torch.testing.assert_close(together[name].sum(), apart[name].sum(), rtol=0.1, atol=0, msg=name)
