@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 
 Parameters = Mapping[str, Tensor]
-BUCKET_ELEMENTS = (
-    2**24
-)  # anchors work through the parameters in pieces of this size, which bounds their scratch memory
+# Anchors work through the parameters in runs of so many elements: small enough for a core's cache, or large enough to
+# keep a GPU busy. It bounds their scratch memory too.
+RUN_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -150,45 +150,61 @@ class QuadraticAnchor:
         self.fisher = (
             {k: fisher[k].to(v.dtype) for k, v in self.reference.items()} if fisher and fisher_weight else None
         )
-        self._buckets = _buckets(self.reference)
+        self._runs = _runs(self.reference)
 
     @torch.no_grad()
     def value(self, parameters: Parameters) -> dict[str, Tensor]:
         isotropic, fisher = [], []
-        for names in self._buckets:
-            change = torch._foreach_sub([parameters[k] for k in names], [self.reference[k] for k in names])
+        for run in self._runs:
+            change = torch._foreach_sub(_cut(parameters, run), _cut(self.reference, run))
             isotropic += [norm.square() for norm in torch._foreach_norm(change, 2, torch.float32)]
             if self.fisher is not None:
                 torch._foreach_mul_(change, change)
-                torch._foreach_mul_(change, [self.fisher[k] for k in names])
+                torch._foreach_mul_(change, _cut(self.fisher, run))
                 fisher += [term.sum(dtype=torch.float32) for term in change]
         terms = {"isotropic": torch.stack(isotropic).sum() * self.isotropic}
         return terms | {"fisher": torch.stack(fisher).sum() * self.fisher_weight} if fisher else terms
 
     @torch.no_grad()
     def add_grad_(self, parameters: Parameters, scale: float = 1.0) -> None:
-        for names in self._buckets:
-            names = [k for k in names if parameters[k].grad is not None]
-            if not names:
+        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        for run in self._runs:
+            run = [part for part in run if part[0] in gradients]
+            if not run:
                 continue
-            change = torch._foreach_sub([parameters[k] for k in names], [self.reference[k] for k in names])
-            gradients = [parameters[k].grad for k in names]
-            torch._foreach_add_(gradients, change, alpha=2 * self.isotropic * scale)
+            change = torch._foreach_sub(_cut(parameters, run), _cut(self.reference, run))
+            pulled = _cut(gradients, run)
+            torch._foreach_add_(pulled, change, alpha=2 * self.isotropic * scale)
             if self.fisher is not None:
-                precision = [self.fisher[k] for k in names]
-                torch._foreach_addcmul_(gradients, change, precision, value=2 * self.fisher_weight * scale)
+                torch._foreach_addcmul_(pulled, change, _cut(self.fisher, run), value=2 * self.fisher_weight * scale)
 
 
-def _buckets(tensors: Parameters) -> list[list[str]]:
-    buckets: list[list[str]] = [[]]
+def _runs(tensors: Parameters) -> list[list[tuple[str, int, int]]]:
+    """All elements of all tensors, as runs of parts `(name, axis-0 begin, axis-0 end)`. A part is a slice of rows, so that
+    any memory layout will do; scalars are one part.
+    """
+    runs: list[list[tuple[str, int, int]]] = [[]]
     filled = 0
     for name, tensor in tensors.items():
-        if buckets[-1] and filled + tensor.numel() > BUCKET_ELEMENTS:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(name)
-        filled += tensor.numel()
-    return [bucket for bucket in buckets if bucket]
+        limit = RUN_ELEMENTS.get(tensor.device.type, RUN_ELEMENTS["cuda"])
+        rows = tensor.shape[0] if tensor.dim() else 1
+        step = max(1, limit * rows // max(tensor.numel(), 1))
+        for begin in range(0, rows, step):
+            size = tensor.numel() * min(step, rows - begin) // rows
+            if runs[-1] and filled + size > limit:
+                runs.append([])
+                filled = 0
+            runs[-1].append((name, begin, min(begin + step, rows)))
+            filled += size
+    return [run for run in runs if run]
+
+
+def _cut(tensors: Parameters, run: list[tuple[str, int, int]]) -> list[Tensor]:
+    """Views of the parts of a run."""
+    return [
+        tensors[name] if end - begin == (tensors[name].shape[:1] or (1,))[0] else tensors[name][begin:end]
+        for name, begin, end in run
+    ]
 
 
 class LoRAProductAnchor:

@@ -110,7 +110,7 @@ class TestQuadraticAnchor:
     @pytest.mark.parametrize("elements", [1, 6, 18, 2**24])
     @pytest.mark.parametrize("fisher_weight", [0.0, 2.0])
     def test_buckets_change_nothing_and_cover_everything(self, monkeypatch, elements, fisher_weight):
-        monkeypatch.setattr(parameters_module, "BUCKET_ELEMENTS", elements)
+        monkeypatch.setitem(parameters_module.RUN_ELEMENTS, "cpu", elements)
         reference, point = random_point(0), random_point(1)
         fisher = {k: v.square() for k, v in random_point(2).items()}
         anchor = QuadraticAnchor(reference, isotropic=0.5, fisher=fisher, fisher_weight=fisher_weight)
@@ -148,7 +148,7 @@ class TestQuadraticAnchor:
         assert all(torch.equal(parameters[k].grad, full[k].grad) for k in SHAPES if k != "bias")
 
     def test_a_bucket_without_any_gradient_is_skipped(self, monkeypatch):
-        monkeypatch.setattr(parameters_module, "BUCKET_ELEMENTS", 1)
+        monkeypatch.setitem(parameters_module.RUN_ELEMENTS, "cpu", 1)
         anchor = QuadraticAnchor(random_point(0), isotropic=0.5)
         parameters = live(random_point(1))
         parameters["bias"].grad = None

@@ -1,0 +1,167 @@
+"""What a step costs: stock Trainer, with the Fisher and isotropic anchor, and with redirect and replay, side by side.
+
+    python benchmarks/step_cost.py [--quick]
+
+One process, one model (ResNet-18 of 11.2 M parameters on 28 × 28 images, batch 64), the trainers' own `training_step`,
+`clip` and optimiser step, interleaved round by round, so that a busy machine is busy for all. Times are medians of the
+rounds' ratios to stock Trainer. Memory is measured apart: one process a variant, the peak of the allocations that PyTorch's
+profiler saw in a step, on top of what was there before it, plus the tensors the trainer holds beside the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.profiler import ProfilerActivity, profile
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from hf_unlearn import UnlearnConfig, UnlearnTrainer
+
+
+HERE = Path(__file__).parent
+BATCH = 64
+COMMON = {
+    "per_device_train_batch_size": BATCH,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "dataloader_pin_memory": False,
+    "max_steps": 1,
+    "learning_rate": 1e-6,
+}
+VARIANTS = {
+    "stock Trainer": None,
+    "ascent, no anchor": {"forget_loss": "ascent"},
+    "ascent, isotropic anchor": {"forget_loss": "ascent", "isotropic_weight": 0.1},
+    "ascent, Fisher + isotropic anchor": {"forget_loss": "ascent", "isotropic_weight": 0.1, "fisher_weight": 0.14},
+    "redirect, Fisher + isotropic anchor": {"isotropic_weight": 0.1, "fisher_weight": 0.14},
+    "redirect, both anchors, replay (PBU default)": {
+        "isotropic_weight": 0.1,
+        "fisher_weight": 0.14,
+        "replay_weight": 10.0,
+    },
+}
+BAR = "ascent, Fisher + isotropic anchor"
+
+
+def model() -> ResNetForImageClassification:
+    torch.manual_seed(0)
+    return ResNetForImageClassification(
+        ResNetConfig(
+            num_channels=1, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=10
+        )
+    )
+
+
+class Stepper:
+    """A trainer after one real step, so that its optimiser, reference and anchor exist, taking more steps by hand."""
+
+    def __init__(self, settings: dict | None, folder: str):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(BATCH, 1, 28, 28, generator=generator)
+        rows = Dataset.from_dict({"pixel_values": images.numpy(), "label": [3] * BATCH}).with_format("torch")
+        if settings is None:
+            self.trainer = Trainer(model(), TrainingArguments(folder, **COMMON), train_dataset=rows)
+            self.batch = {"pixel_values": images, "labels": torch.full((BATCH,), 3)}
+        else:
+            off = {"isotropic_weight": 0.0, "replay_weight": 0.0, "guard": False, "fisher_examples": 2}
+            arguments = UnlearnConfig(folder, **(COMMON | off | settings))
+            self.trainer = UnlearnTrainer(model(), arguments, forget_dataset=rows)
+            self.batch = {"forget": {"pixel_values": images, "labels": torch.full((BATCH,), 3)}}
+        self.trainer.train()
+        self.trainer.accelerator.gradient_state._set_sync_gradients(True)
+
+    def step(self) -> None:
+        trainer = self.trainer
+        trainer.training_step(trainer.model, self.batch)
+        trainer._clip_grad_norm(trainer.model)
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+
+    def held(self) -> int:
+        """Bytes of tensors the trainer keeps beside model, gradients and optimiser."""
+        trainer = self.trainer
+        seen = {}
+        for tensor in getattr(getattr(trainer, "reference", None), "parameters", {}).values():
+            seen[tensor.data_ptr()] = tensor.nbytes
+        for tensor in getattr(getattr(trainer, "reference", None), "buffers", {}).values():
+            seen[tensor.data_ptr()] = tensor.nbytes
+        for tensor in (getattr(getattr(trainer, "anchor", None), "fisher", None) or {}).values():
+            seen[tensor.data_ptr()] = tensor.nbytes
+        return sum(seen.values())
+
+    def peak(self) -> int:
+        """Peak of the bytes allocated during a step above its beginning."""
+        self.step()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.step()
+        now = top = 0
+        for event in sorted(
+            (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"),
+            key=lambda e: e.start_ns(),
+        ):
+            now += event.nbytes()
+            top = max(top, now)
+        return top
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds: under two minutes; writes nothing")
+    rounds = 8 if parser.parse_args().quick else 60
+    transformers_logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        steppers = {name: Stepper(settings, f"{folder}/{i}") for i, (name, settings) in enumerate(VARIANTS.items())}
+        for stepper in steppers.values():
+            stepper.step()
+        times = {name: [] for name in steppers}
+        for turn in range(rounds):
+            names = list(steppers) if turn % 2 else list(reversed(steppers))
+            for name in names:
+                started = time.perf_counter()
+                steppers[name].step()
+                times[name].append(time.perf_counter() - started)
+        size = sum(p.nbytes for p in steppers[BAR].trainer.model.parameters())
+        plain = steppers["stock Trainer"].peak()
+        rows = {}
+        for name, stepper in steppers.items():
+            ratios = [t / s for t, s in zip(times[name], times["stock Trainer"], strict=True)]
+            quartiles = statistics.quantiles(ratios, n=4)
+            rows[name] = {
+                "time_ratio": statistics.median(ratios),
+                "time_ratio_quartiles": [quartiles[0], quartiles[2]],
+                "milliseconds": 1000 * statistics.median(times[name]),
+                "extra_memory_in_parameters": (stepper.held() + stepper.peak() - plain) / size,
+            }
+    print(
+        "| variant | time of a step / stock | quartiles | ms | extra peak memory / parameters |\n|---|---|---|---|---|"
+    )
+    for name, row in rows.items():
+        low, high = row["time_ratio_quartiles"]
+        print(
+            f"| {name} | {row['time_ratio']:.3f} | {low:.3f}–{high:.3f} | {row['milliseconds']:.0f} | "
+            f"{row['extra_memory_in_parameters']:+.2f} |"
+        )
+    if rounds > 8:
+        result = {
+            "rounds": rounds,
+            "batch": BATCH,
+            "parameters": size // 4,
+            "threads": torch.get_num_threads(),
+            "rows": rows,
+        }
+        file = HERE / "results" / "step_cost.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
