@@ -98,7 +98,11 @@ def train_classifier(dataset, output_dir: str | Path, *, seed: int = 0, progress
         unfinished = Path(scratch, "model")
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
-        os.replace(unfinished, output_dir)
+        try:
+            os.replace(unfinished, output_dir)
+        except OSError:
+            if not (output_dir / "config.json").exists():  # else another process was faster
+                raise
     return model.eval()
 
 
@@ -230,6 +234,13 @@ def run(output_dir: str | Path = "demo", forgotten: int = 3, seed: int = 0) -> P
         folders["unlearned"] / "pictures" / "per_class.png",
     )
     trainer.base_model = None  # a folder on this machine: no one else could look it up
+    trainer.card_values = {
+        "model_name": f"digits-without-{forgotten}",
+        "picture": "pictures/per_class.png",
+        "dataset_name": "scikit-learn digits",
+        "dataset_type": "digits",
+        "license": "apache-2.0",
+    }
     trainer.results = [
         Figure(metric="accuracy", name=label, split="test", unit="%", **{
             column: 100 * figures[model][key]
@@ -238,14 +249,7 @@ def run(output_dir: str | Path = "demo", forgotten: int = 3, seed: int = 0) -> P
         for key, label in (("forget_accuracy", "Accuracy on the forgotten class"), ("retain_accuracy", "Accuracy on the other classes"))
     ]  # fmt: skip
     card = folders["unlearned"] / "README.md"
-    trainer.model_card(
-        folders["unlearned"],
-        model_name=f"digits-without-{forgotten}",
-        picture="pictures/per_class.png",
-        dataset_name="scikit-learn digits",
-        dataset_type="digits",
-        license="apache-2.0",
-    ).save(card)
+    trainer.model_card(folders["unlearned"]).save(card)
 
     # What counts is what other people will load: a process that has never seen the trainer.
     names = json.dumps({name: str(folder) for name, folder in folders.items()})

@@ -1,0 +1,352 @@
+"""What the keys of a recipe mean: the jobs of the command line."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from . import data
+from .hub.card import Figure, loading_code
+from .unlearning.config import UnlearnConfig, UnlearnSFTConfig
+from .unlearning.inputs import check_processes
+from .unlearning.pbu import PBUConfig, PBUTrainer
+from .unlearning.trainer import UnlearnSFTTrainer, UnlearnTrainer
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+    from .unlearning.config import UnlearnArguments
+
+
+METHODS = {
+    "pbu": (PBUConfig, PBUTrainer),
+    "unlearn": (UnlearnConfig, UnlearnTrainer),
+    "sft": (UnlearnSFTConfig, UnlearnSFTTrainer),
+}
+
+
+@dataclass
+class UnlearnJob:
+    """Which model forgets what: the keys of an unlearning recipe besides those of the method's config.
+
+    Exactly one of `forget_column` (with `forget_values`), `forget_ids` and `forget_dataset` says what is forgotten.
+
+    Args:
+        method (`"pbu"` | `"unlearn"` | `"sft"`): trainer, and so the config that has the other keys.
+        preset (`"paper"`, *optional*): with `method: pbu`: the paper's settings; keys that are given win.
+        model (`str`): `"digits"` (a small classifier of scikit-learn's digits, trained on first use), a folder, or an id.
+        dataset (`str`, *optional*): `"digits"`, a folder, or an id: see [`hf_unlearn.data.load`].
+        dataset_revision (`str`, *optional*): of a dataset on the Hub.
+        split (`str`, defaults to `"train"`): split that holds the forget examples.
+        forget_column, forget_values (`str`, `list[str]`): forget the rows with one of these values in this column; class
+            names and numbers are both understood.
+        forget_ids (`list[str]`): forget the rows with these ids in `id_column`.
+        forget_dataset (`str`): folder of a dataset saved with `save_to_disk`; `dataset` is optional then.
+        retain (`bool`, defaults to `False`): hand over the other rows of the split too, as data to keep.
+        heldout_split (`str`, *optional*): split that the model has never seen: the target of `forget: examples`.
+        eval_split (`str`, *optional*): split to measure before and after, for the table and the card. Training never
+            sees it.
+
+    Raises:
+        ValueError: a key that is missing, or two that exclude each other.
+    """
+
+    _argument_group_name = "model and data"
+
+    method: Literal["pbu", "unlearn", "sft"] | None = field(
+        default=None, metadata={"help": "Trainer. Its own keys are below; `--method sft --help` lists another one's."}
+    )
+    preset: Literal["paper"] | None = field(
+        default=None, metadata={"help": "With method pbu: the paper's settings; keys that are given win."}
+    )
+    model: str | None = field(default=None, metadata={"help": "'digits', a folder, or an id on the Hub."})
+    dataset: str | None = field(default=None, metadata={"help": "'digits', a folder, or an id on the Hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the Hub."})
+    split: str = field(default="train", metadata={"help": "Split that holds the forget examples."})
+    forget_column: str | None = field(default=None, metadata={"help": "Forget by the values in this column."})
+    forget_values: list[str] | None = field(default=None, metadata={"help": "Values in forget_column to forget."})
+    forget_ids: list[str] | None = field(default=None, metadata={"help": "Forget the rows with these ids."})
+    forget_dataset: str | None = field(
+        default=None, metadata={"help": "Forget the rows of this dataset: a folder written by save_to_disk."}
+    )
+    retain: bool = field(
+        default=False, metadata={"help": "Hand over the other rows of the split too, as data to keep."}
+    )
+    heldout_split: str | None = field(
+        default=None, metadata={"help": "Split that the model has never seen: the target of forget: examples."}
+    )
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to measure before and after; training never sees it."}
+    )
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method: {self.method!r} is not one of {', '.join(METHODS)}")
+        if self.preset is not None and self.method != "pbu":
+            raise ValueError(f"preset: {self.preset!r} belongs to method 'pbu', this is {self.method!r}; leave it out")
+        if not self.model:
+            raise ValueError("model: missing; set it to 'digits', a folder, or an id on the Hub")
+        if self.forget_values and not self.forget_column:
+            raise ValueError("forget_column: missing; name the column that holds forget_values, as in 'label'")
+        if self.forget_column and not self.forget_values:
+            raise ValueError("forget_values: missing; list the values of forget_column to forget, as in [3]")
+        chosen = [name for name in ("forget_column", "forget_ids", "forget_dataset") if getattr(self, name)]
+        if not chosen:
+            raise ValueError(
+                "forget_column: missing; say what to forget by forget_column, forget_ids or forget_dataset"
+            )
+        if len(chosen) > 1:
+            raise ValueError(f"{chosen[1]}: given beside {chosen[0]}; keep one of them")
+        if not self.dataset:
+            needs = [name for name in ("retain", "heldout_split", "eval_split") if getattr(self, name)]
+            if chosen != ["forget_dataset"] or needs:
+                why = f", which {needs[0]} needs" if needs else ""
+                raise ValueError(f"dataset: missing{why}; set it to 'digits', a folder, or an id on the Hub")
+
+    def config(self, config_class: type, given: dict[str, Any]) -> UnlearnArguments:
+        """The method's config with the keys that were given.
+
+        Raises:
+            ValueError: a key that is missing or a value that is not allowed.
+        """
+        if not given.get("output_dir"):
+            raise ValueError("output_dir: missing; set it to the folder that gets the unlearned model")
+        if Path(self.model).is_dir() and Path(self.model).resolve() == Path(given["output_dir"]).resolve():
+            raise ValueError(f"output_dir: {given['output_dir']!r} holds the original model; choose another folder")
+        return (config_class if self.preset is None else config_class.paper)(**given)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The rows that a job is about."""
+
+    forget: Dataset
+    retain: Dataset | None
+    heldout: Dataset | None
+    evaluation: dict[str, Dataset]
+
+
+def select(job: UnlearnJob, id_column: str) -> Parts:
+    """Load and split the data of a job.
+
+    Raises:
+        ValueError: naming the key that does not fit the data.
+    """
+    splits = data.load(job.dataset, revision=job.dataset_revision) if job.dataset else None
+    forget, rest = _forget_and_rest(job, splits, id_column)
+    if job.retain and rest is None:
+        raise ValueError(
+            f"retain: forget_dataset has no column {id_column!r} in common with {job.dataset!r}, so what to keep is not "
+            "known; set id_column, or use forget_ids"
+        )
+    evaluation = {}
+    if job.eval_split:
+        rows = _split(splits, "eval_split", job.eval_split)
+        if job.forget_column:
+            evaluation["forget"], evaluation["retain"] = _by_values(rows, job, key=f"eval_split={job.eval_split!r}: ")
+        else:
+            evaluation = {"forget": forget, "retain": _without(rows, forget, id_column)}
+    return Parts(
+        forget=forget,
+        retain=rest if job.retain else None,
+        heldout=_split(splits, "heldout_split", job.heldout_split) if job.heldout_split else None,
+        evaluation={name: rows for name, rows in evaluation.items() if rows is not None and len(rows)},
+    )
+
+
+def _forget_and_rest(job: UnlearnJob, splits: DatasetDict | None, id_column: str) -> tuple[Dataset, Dataset | None]:
+    if job.forget_dataset:
+        folder = Path(job.forget_dataset)
+        if not any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            raise ValueError(f"forget_dataset: {job.forget_dataset!r} is no dataset saved with save_to_disk")
+        saved = data.load(job.forget_dataset)
+        forget = next(iter(saved.values())) if len(saved) == 1 else _split(saved, "split", job.split)
+        return forget, _without(_split(splits, "split", job.split), forget, id_column) if job.retain else None
+    rows = _split(splits, "split", job.split)
+    if job.forget_column:
+        return _by_values(rows, job)
+    if id_column not in rows.column_names:
+        raise ValueError(f"id_column: {id_column!r} is not in the dataset (it has {', '.join(rows.column_names)})")
+    ids = [_as_in_column(rows, id_column, value, "forget_ids") for value in job.forget_ids]
+    return data.split_by_ids(rows, ids, column=id_column)
+
+
+def _split(splits: DatasetDict, key: str, name: str) -> Dataset:
+    if name not in splits:
+        raise ValueError(f"{key}: {name!r} is not in the dataset (it has {', '.join(splits)})")
+    return splits[name]
+
+
+def _by_values(rows: Dataset, job: UnlearnJob, key: str = "") -> tuple[Dataset, Dataset]:
+    column = job.forget_column
+    if column not in rows.column_names:
+        raise ValueError(
+            f"{key}forget_column: {column!r} is not in the dataset (it has {', '.join(rows.column_names)})"
+        )
+    values = [_as_in_column(rows, column, value, "forget_values") for value in job.forget_values]
+    try:
+        return data.split_by_values(rows, column, values)
+    except ValueError as error:
+        raise ValueError(f"{key}{error}") from error
+
+
+def _without(rows: Dataset, forget: Dataset, id_column: str) -> Dataset | None:
+    """The rows that are not in `forget`; None where no ids tell."""
+    if not all(id_column in part.column_names for part in (rows, forget)):
+        return None
+    gone = set(forget[id_column])
+    return rows.select([row for row, value in enumerate(rows[id_column]) if value not in gone])
+
+
+def _as_in_column(rows: Dataset, column: str, word: str, key: str) -> Any:
+    """A word of a recipe as the value that the column would hold."""
+    feature = rows.features[column]
+    names = getattr(feature, "names", None)
+    if names is not None:
+        if word in names and word.isdecimal() and int(word) < len(names) and names[int(word)] != word:
+            raise ValueError(
+                f"{key}: {word!r} is the name of class {names.index(word)}, and class {word} is {names[int(word)]!r}; "
+                "use forget_dataset to say which"
+            )
+        if word in names:
+            return names.index(word)
+    kind = str(getattr(feature, "dtype", ""))
+    if kind == "bool":
+        known = {"true": True, "false": False}
+        if word.lower() in known:
+            return known[word.lower()]
+    elif "int" in kind or "float" in kind:
+        try:
+            return int(word) if "int" in kind else float(word)
+        except ValueError:
+            pass
+    else:
+        return word
+    allowed = f"one of {', '.join(names[:10])}" if names is not None else f"a value of type {kind}"
+    raise ValueError(f"{key}: {word!r} does not occur in column {column!r}; expected {allowed}")
+
+
+# Running
+
+
+def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[UnlearnTrainer]) -> None:
+    """Select, train, measure, save, and say where things are.
+
+    Raises:
+        ValueError: something in the recipe does not fit the model or the data; nothing was written.
+        FloatingPointError: the loss is not finite.
+    """
+    check_processes(config)
+    parts = select(job, config.id_column)
+    trainer = trainer_class(
+        _model(job, config),
+        config,
+        forget_dataset=parts.forget,
+        retain_dataset=parts.retain,
+        heldout_dataset=parts.heldout,
+        # Not under the name "retain", which the guard would choose the best state by: these rows are for measuring.
+        eval_dataset={f"{job.eval_split}_{name}": rows for name, rows in parts.evaluation.items()} or None,
+    )
+    if job.dataset and not Path(job.dataset).exists():
+        trainer.card_values = {"dataset_name": job.dataset, "dataset_type": job.dataset}
+    before = _measure(trainer)
+    resume = {None: None, "false": None, "true": True}.get(
+        config.resume_from_checkpoint and config.resume_from_checkpoint.lower(), config.resume_from_checkpoint
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.results = _figures(job, config, trainer, before, _measure(trainer))
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        _report(trainer, parts)
+
+
+def _model(job: UnlearnJob, config: UnlearnArguments) -> str:
+    if job.model == "digits":
+        from .demo import cached_digits_classifier
+
+        if config.world_size == 1:
+            return str(cached_digits_classifier())
+        with config.main_process_first(desc="training a classifier of digits"):
+            return _digits_classifier_in_a_process_of_its_own()
+    try:
+        AutoConfig.from_pretrained(job.model)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "").rstrip(".")
+        raise ValueError(
+            f"model={job.model!r}: neither a folder with a model nor an id on the Hub ({reason})"
+        ) from error
+    return job.model
+
+
+def _digits_classifier_in_a_process_of_its_own() -> str:
+    """For a launched run: its training must not look for the other processes."""
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    alone = {name: value for name, value in os.environ.items() if name not in launched}
+    alone = {name: value for name, value in alone.items() if not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
+    code = "from hf_unlearn.demo import cached_digits_classifier; print(cached_digits_classifier())"
+    done = subprocess.run([sys.executable, "-c", code], env=alone, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.splitlines()[-1]
+
+
+def _measure(trainer: UnlearnTrainer) -> dict[str, float]:
+    """Accuracy in %, or the loss of a language model in nats, on each evaluation set."""
+    values = {}
+    for name, rows in (trainer.eval_dataset or {}).items():
+        if trainer.is_classifier:
+            values[name] = 100 * trainer.predict(rows, metric_key_prefix="eval").metrics["eval_accuracy"]
+        else:
+            values[name] = trainer.evaluate(rows, metric_key_prefix=f"eval_{name}")[f"eval_{name}_loss"]
+    return values
+
+
+def _figures(
+    job: UnlearnJob,
+    config: UnlearnArguments,
+    trainer: UnlearnTrainer,
+    before: dict[str, float],
+    after: dict[str, float],
+) -> list[Figure]:
+    what, metric, unit = ("Accuracy", "accuracy", "%") if trainer.is_classifier else ("Loss", "loss", "nats")
+    if config.forget == "class":
+        forgotten, kept = "forgotten class" + "es" * (len(trainer.forgotten_classes) > 1), "other classes"
+    else:
+        forgotten, kept = "forgotten examples", "other examples"
+    return [
+        Figure(
+            metric=metric,
+            name=f"{what} on the {forgotten if name.endswith('_forget') else kept}",
+            before=before[name],
+            after=value,
+            split=job.eval_split if job.forget_column or name.endswith("_retain") else job.split,
+            unit=unit,
+        )
+        for name, value in after.items()
+        if math.isfinite(value) and math.isfinite(before[name])
+    ]
+
+
+def _report(trainer: UnlearnTrainer, parts: Parts) -> None:
+    console, folder = Console(highlight=False, soft_wrap=True), trainer.args.output_dir
+    if trainer.results:
+        table = Table(title=f"{len(parts.forget):,} examples forgotten in {trainer.state.global_step:,} steps")
+        table.add_column("")
+        for heading in ("split", "before", "after"):
+            table.add_column(heading, justify="left" if heading == "split" else "right")
+        for figure in trainer.results:
+            values = (f"{value:.2f} {figure.unit}" for value in (figure.before, figure.after))
+            table.add_row(figure.name, figure.split, *values)
+        console.print(table)
+    console.print(f"model    {folder}\ncard     {Path(folder, 'README.md')}")
+    console.print(f"private  {trainer.private_dir} (could undo the unlearning: never publish it)\n\nLoad it:\n")
+    code = loading_code(type(trainer.model), folder, processor=trainer.processor_loader)
+    console.print("\n".join(f"    {line}".rstrip() for line in code.splitlines()), markup=False)
