@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import report
 import torch
 from datasets import Dataset
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
@@ -36,16 +37,6 @@ from hf_unlearn.unlearning import losses
 
 HERE = Path(__file__).parent
 MARKS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100)
-LABELS = {
-    "original": ("original", "—"),
-    "retrain": ("retrained from scratch", "retained"),
-    "finetune": ("fine-tuned on retained data", "retained"),
-    "ascent": ("gradient ascent", "forget"),
-    "random_labels": ("random labels", "forget"),
-    "pbu_paper": ("PBU, paper preset, 3 epochs", "forget"),
-    "pbu_paper_tuned": ("PBU, paper preset, best epoch", "forget"),
-    "pbu": ("**PBU, our defaults**", "forget"),
-}
 
 
 class RandomLabelTrainer(UnlearnTrainer):
@@ -342,23 +333,6 @@ def _mean_class_drop(rows: list[dict], originals: list[dict]) -> np.ndarray:
     return np.divide(total, count, where=count > 0, out=np.zeros(10))
 
 
-def markdown(result: dict) -> str:
-    shown = result["summary"]
-    lines = [
-        "| method | data it sees | forgotten class: mean / worst, % | other classes, % | against original: mean / worst run, points | worst class on average | against retrained | example-passes | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for method, (label, sees) in LABELS.items():
-        if method in shown:
-            row = shown[method]
-            lines.append(
-                f"| {label} | {sees} | {row['forget_mean']:.1f} / {row['forget_worst']:.1f} | {row['retain_mean']:.2f} | "
-                f"{row['drop_mean']:+.2f} / {row['drop_worst']:+.2f} | {row['mean_class_drop_worst']:+.2f} | "
-                f"{row['against_retrained']:+.2f} | {row['passes_relative']:.3f} | {row['seconds_relative']:.2f} |"
-            )
-    return "\n".join(lines)
-
-
 def draw(result: dict) -> None:
     series = {}
     for method, name in (("pbu", "our defaults"), ("pbu_paper", "paper preset")):
@@ -428,7 +402,7 @@ def main() -> None:
     else:
         result = run_digits(options.quick)
         result["summary"] = summary(result)
-        print(markdown(result))
+        print(report.class_table(result))
         if options.quick:
             return
         stored["digits"] = result

@@ -20,6 +20,11 @@ def mark_complete(checkpoint: str | Path, method: str, state: dict) -> None:
     os.replace(partial, Path(checkpoint, MARKER))
 
 
+def unmark(checkpoint: str | Path) -> None:
+    """Declare a checkpoint, if there is one, incomplete: it is about to be written over."""
+    Path(checkpoint, MARKER).unlink(missing_ok=True)
+
+
 def read_marker(checkpoint: str | Path, method: str) -> dict:
     """What [`mark_complete`] wrote.
 

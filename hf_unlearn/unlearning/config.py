@@ -31,7 +31,8 @@ class UnlearnArguments:
 
     > What to keep
         retain_weight (`float`, defaults to 1.0): weight of the task loss on `retain_dataset=`, if there is one.
-        replay_weight (`float`, *optional*): weight of the data-free replay. Default: 10, or 0 with a `retain_dataset=`.
+        replay_weight (`float`, *optional*): weight of the data-free replay. Default: 5 (`npo`: 1, `match`: 0.1), or 0 with a
+            `retain_dataset=`.
         isotropic_weight (`float`, defaults to 0.1): γ of the anchor γ‖θ−θ*‖², a sum over parameters; under LoRA, over
             the change of the product BA.
         fisher_weight (`float`, defaults to 0.0): β of the anchor β Σ Fᵢ(θᵢ−θ*ᵢ)². Not available under LoRA.
@@ -50,9 +51,9 @@ class UnlearnArguments:
         forget_accuracy (`float`, defaults to 0.01): with `forget="class"`: the accuracy on the forget set, in [0, 1], at
             or below which the class counts as forgotten.
         utility_tolerance (`float`, *optional*): how far utility may fall: accuracy on the `"retain"` evaluation set (in
-            [0, 1], default 0.02), or the relative rise of its loss for language models (default 0.1); where there is no
-            such set, on `retain_dataset`; without either, divergence from the original on replay inputs, in nats
-            (default 0.25).
+            [0, 1], default 0.02), or for language models the rise of its loss in nats per token (default 0.1, a
+            perplexity 1.1 times as high); where there is no such set, on `retain_dataset`; without either, divergence
+            from the original on replay inputs, in nats (default 0.25).
 
     > Data and output
         id_column (`str`, defaults to `"id"`): column that identifies examples. Where forget and retain sets both have
@@ -60,6 +61,8 @@ class UnlearnArguments:
         merge_adapter (`bool`, defaults to `True`): save the model with the adapter merged into it. An adapter alone can be
             taken off again, which undoes the unlearning.
     """
+
+    _argument_group_name = "unlearning"
 
     forget: Literal["class", "examples"] = field(
         default="class", metadata={"help": "Delete a class, or single examples."}
@@ -75,7 +78,8 @@ class UnlearnArguments:
     )
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the retain set, if given."})
     replay_weight: float | None = field(
-        default=None, metadata={"help": "Weight of data-free replay. Default: 10, or 0 with a retain set."}
+        default=None,
+        metadata={"help": "Weight of data-free replay. Default: 5 (npo 1, match 0.1), 0 with a retain set."},
     )
     isotropic_weight: float = field(default=0.1, metadata={"help": "Weight of the squared distance to the original."})
     fisher_weight: float = field(default=0.0, metadata={"help": "Weight of the Fisher-weighted squared distance."})

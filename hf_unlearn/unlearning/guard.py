@@ -69,7 +69,8 @@ class Guard(TrainerCallback):
     """Looks at forgetting and utility every `guard_steps` steps (default: every epoch).
 
     Training stops after `guard_patience` looks in a row that bring nothing: the model has forgotten and its utility no
-    longer rises, or its utility stays more than `utility_tolerance` below where it began. At the end the best state seen
+    longer rises, or its utility stays more than `utility_tolerance` below where it began (a language model without a
+    forget target is given the time to regain it). At the end the best state seen
     is restored from disk: forgotten, within tolerance, with the highest utility; if none was, the one within tolerance
     that remembers least, with a warning. Looking changes nothing: no weight, no random state.
 
@@ -93,18 +94,25 @@ class Guard(TrainerCallback):
     def _file(self, step: int) -> Path:
         return self.trainer.private_dir / "guard" / f"step-{step}.safetensors"
 
+    @property
+    def exhausted(self) -> bool:
+        """Looking on would bring nothing."""
+        return self.state.without_gain >= self.trainer.args.guard_patience
+
     def on_train_begin(self, args, state, control, **kwargs):
-        if not self.state.looks:
-            self.state.baseline = self.trainer.utility()
+        if not self.looks:
+            if self.state.baseline is None:
+                self.state.baseline = self.trainer.utility()
             self._look(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.guard_steps and state.global_step % args.guard_steps == 0:
-            self._look(state.global_step, control)
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if not args.guard_steps and (not self.looks or self.looks[-1].step < state.global_step):
-            self._look(state.global_step, control)
+        # Also at the end of an epoch here and not in on_epoch_end, which comes after a checkpoint of the same step: a run
+        # that goes on from that checkpoint would miss the look.
+        if self.exhausted:  # a run that goes on from where the guard had stopped it
+            control.should_training_stop = True
+        elif state.global_step % args.guard_steps == 0 if args.guard_steps else float(state.epoch).is_integer():
+            self._look(state.global_step)
+            control.should_training_stop |= self.exhausted
 
     def on_save(self, args, state, control, **kwargs):
         self._drop_superseded()  # what an older checkpoint would have gone back to; now there is a newer one
@@ -116,7 +124,7 @@ class Guard(TrainerCallback):
                     file.unlink()
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.looks[-1].step < state.global_step:
+        if not self.exhausted and self.looks[-1].step < state.global_step:
             self._look(state.global_step)
         if self.best.step < state.global_step:
             self._restore()
@@ -128,7 +136,7 @@ class Guard(TrainerCallback):
                 self.best.step,
             )
 
-    def _look(self, step: int, control=None) -> None:
+    def _look(self, step: int) -> None:
         drop = self.trainer.utility_drop(self.state.baseline)
         look = Look(step, self.trainer.remembered(), drop, drop <= self.trainer.utility_tolerance)
         self.state.looks.append(look)
@@ -140,10 +148,9 @@ class Guard(TrainerCallback):
                 ReferencePoint.capture(self.trainer.model).save(self._file(step))
                 if self.trainer.args.save_strategy == "no":
                     self._drop_superseded()
-        waiting = not gained and (look.forgotten or not look.kept)
+        # A language model that forgets by NPO loses utility first and gains it back later: without a target, no reason to stop.
+        waiting = not gained and (look.forgotten or (not look.kept and look.remembered != float("inf")))
         self.state.without_gain = self.state.without_gain + 1 if waiting else 0
-        if control is not None and self.state.without_gain >= self.trainer.args.guard_patience:
-            control.should_training_stop = True
 
     def _restore(self) -> None:
         model, file = self.trainer.model, self._file(self.best.step)

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedTokenizerBase
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
 from ..data import LABEL_COLUMNS, RawCollator, label_column, labels_of, overlap
+
+
+CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
+UNSUPPORTED_LOSSES = LOSS_MAPPING.keys() - {*CLASSIFIERS, "ForCausalLM", "ForConditionalGeneration"}
+
+
+def check_processes(args) -> None:
+    """Refuse processes that were launched together and do not know of each other: each would write the same folder.
+
+    Raises:
+        ValueError: as when `accelerate launch` starts several on a machine without a GPU, which it does not tell them.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != args.world_size:
+        raise ValueError(f"use_cpu: {launched} processes were launched, but there is no GPU; set use_cpu=True")
 
 
 def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_dataset) -> None:
@@ -20,6 +38,7 @@ def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_da
     Raises:
         ValueError: naming the argument and the fix.
     """
+    check_processes(args)
     if train_dataset is not None:
         raise ValueError(
             f"train_dataset: {name} learns to forget; pass forget_dataset= (and retain_dataset=, if you have one)"
@@ -77,12 +96,46 @@ def load_model(model: str | nn.Module, processing_class: Any) -> tuple[nn.Module
         raise ValueError(
             f"model: {type(base).__name__} takes no labels, so it has no loss; load it with an AutoModelFor… class"
         )
-    problem = getattr(getattr(base, "config", None), "problem_type", None)
+    config = getattr(base, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or getattr(base, "loss_type", None) in UNSUPPORTED_LOSSES:
+        raise ValueError(
+            f"model: {type(base).__name__} is not supported; single-label classifiers and causal language models are"
+        )
+    problem = getattr(config, "problem_type", None)
     if problem in ("regression", "multi_label_classification"):
         raise ValueError(
             f"model: problem_type={problem!r} is not supported; single-label classifiers and causal LMs are"
         )
     return model, processing_class, name
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether the prediction at a token is of the next one. Transformers 5.23 knows it of some classes only: GPT-2 has no
+    `loss_type`, so its Trainer's own `_loss_shifts_labels` is wrong.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return hasattr(base, "can_generate") and base.can_generate()
+
+
+def check_trainable(model: nn.Module, args) -> None:
+    """Refuse a model that training would not change, and what cannot be done with an adapter.
+
+    Raises:
+        ValueError: naming the argument and the fix.
+    """
+    has_adapter = hasattr(model, "peft_config")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        fix = "load the adapter with is_trainable=True" if has_adapter else "unfreeze some with requires_grad_(True)"
+        raise ValueError(f"model: none of its parameters is trainable; {fix}")
+    if has_adapter and args.bn == "train" and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ValueError("bn='train': an adapter's checkpoints hold no BatchNorm statistics; set bn='frozen'")
+    if has_adapter and args.merge_adapter and any(c.peft_type != "LORA" for c in model.peft_config.values()):
+        kind = next(c.peft_type for c in model.peft_config.values() if c.peft_type != "LORA")
+        raise ValueError(
+            f"merge_adapter: {getattr(kind, 'value', kind)} cannot be merged; use LoRA, or merge_adapter=False"
+        )
+    if has_adapter and args.fisher_weight:
+        raise ValueError("fisher_weight: a Fisher anchor on LoRA factors means nothing; set fisher_weight=0")
 
 
 def _load_processor(name: str):
@@ -128,8 +181,12 @@ def check_labels(forget_dataset: Any, retain_dataset: Any, num_labels: int) -> l
             raise ValueError(
                 f"{argument}: has no label column; name it one of {', '.join(LABEL_COLUMNS)} (rename_column)"
             )
-        labels = set(labels_of(dataset))
-        outside = sorted(label for label in labels if label is None or not 0 <= label < num_labels)
+        labels = labels_of(dataset)
+        if odd := [label for label in labels if not isinstance(label, int)]:
+            raise ValueError(
+                f"{argument}: label {odd[0]!r} is no class index; give every row one integer (class_encode_column)"
+            )
+        outside = sorted(label for label in set(labels) if not 0 <= label < num_labels)
         if outside:
             raise ValueError(
                 f"{argument}: label {outside[0]} is outside the model's num_labels={num_labels} (0…{num_labels - 1})"

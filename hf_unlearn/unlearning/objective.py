@@ -25,7 +25,8 @@ from . import losses
 
 
 Batch = Mapping[str, Tensor]
-DEFAULT_REPLAY_WEIGHT = 10.0
+# `match` and `npo` change what the model says of single examples, which inputs made from them pull against.
+DEFAULT_REPLAY_WEIGHT = {"match": 0.1, "npo": 1.0}
 
 
 class ObjectiveMixin:
@@ -76,10 +77,8 @@ class ObjectiveMixin:
         inputs = {k: v for k, v in batch.items() if k not in self.label_names and k in self._signature_columns}
         if self.is_classifier:
             return forward(**inputs).logits, batch[label]
-        inputs.pop("seq_lengths", None)
-        inputs.setdefault("attention_mask", batch.get("attention_mask"))
-        logits = forward(**inputs, use_cache=False).logits
-        return (logits[:, :-1], batch[label][:, 1:]) if self._loss_shifts_labels else (logits, batch[label])
+        inputs.setdefault("attention_mask", batch.get("attention_mask"))  # SFTTrainer's signature leaves it out
+        return forward(**inputs, use_cache=False).logits[:, :-1], batch[label][:, 1:]
 
     def reference_forward(self, **inputs: Tensor) -> Any:
         """The model as it was before unlearning (its adapter as it was, if it has one)."""
@@ -138,10 +137,11 @@ class ObjectiveMixin:
     @cached_property
     def _vocabulary(self) -> Tensor:
         """Token ids that are no special tokens."""
-        config = self.model.config
-        special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "unk", "cls", "sep")}
-        special |= set(getattr(self.processing_class, "all_special_ids", ()))
-        size = self.model.get_input_embeddings().weight.shape[0]
+        config, size = self.model.config, self.model.get_input_embeddings().weight.shape[0]
+        special = set(getattr(self.processing_class, "all_special_ids", ()))
+        for kind in ("pad", "bos", "eos", "unk", "cls", "sep"):
+            token = getattr(config, f"{kind}_token_id", None)
+            special.update(token if isinstance(token, list) else [token])  # Llama 3 has several eos tokens
         return torch.tensor([i for i in range(size) if i not in special])
 
     def replay_loss(self, model: Callable, batch: Batch) -> Tensor:
@@ -154,13 +154,14 @@ class ObjectiveMixin:
         values = divergence(logits, reference_logits)
         if (mask := batch.get("attention_mask")) is None:
             return values.mean(1)
-        return losses.mean_over_predictions(values, mask[:, : values.shape[1]].long().sub(1) * -losses.IGNORED)
+        real = (mask[:, :-1] * mask[:, 1:]).bool()  # a token that predicts a token, wherever the padding is
+        return losses.mean_over_predictions(values, torch.where(real, 0, losses.IGNORED))
 
     @property
     def replay_weight(self) -> float:
         if self.args.replay_weight is not None:
             return self.args.replay_weight
-        return DEFAULT_REPLAY_WEIGHT if self.retain_dataset is None else 0.0
+        return DEFAULT_REPLAY_WEIGHT.get(self.forget_loss_name, 5.0) if self.retain_dataset is None else 0.0
 
     def build_anchor(self) -> Anchor | None:
         """The penalty in parameter space around `self.reference`, which is what the arguments ask for."""
@@ -168,8 +169,6 @@ class ObjectiveMixin:
         if not (args.isotropic_weight or args.fisher_weight):
             return None
         if hasattr(self.model, "peft_config"):
-            if args.fisher_weight:
-                raise ValueError("fisher_weight: a Fisher anchor on LoRA factors means nothing; set fisher_weight=0")
             layers = lora_layers(self.model)
             factored = {name for a, b, _ in layers for name in (a, b)}
             whole = {name: value for name, value in reference.items() if name not in factored}
@@ -188,7 +187,9 @@ class ObjectiveMixin:
         """The Fisher information at θ*; a resumed run reads what the first one computed."""
         file = self.private_dir / "fisher.safetensors"
         if self._resuming:
-            return load_file(file, device=str(self.args.device))
+            if not file.is_file():
+                raise ValueError(f"resume_from_checkpoint: {file} is missing; start again, or set fisher_weight=0")
+            return {name: value.to(self.args.device) for name, value in load_file(file).items()}
         fisher = diagonal_fisher(
             self.model,
             self._batches(self.forget_dataset, self.args.fisher_examples),

@@ -106,21 +106,25 @@ class SavingMixin:
         """The card of the model as it is now.
 
         Args:
-            source (`str`): repository id or folder that the model is loaded from; its last part is the card's title.
-            kwargs: as for [`~hf_unlearn.hub.card.unlearning_card`]. Its figures are `trainer.results` by default.
+            source (`str`): repository id, or folder that the model was saved to, of which only the name is written.
+            kwargs: as for [`~hf_unlearn.hub.card.unlearning_card`]; `trainer.results` and `trainer.card_values` are the
+                defaults.
         """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        name = str(source) if source == self.hub_model_id else Path(source).resolve().name
         values = {
-            "model_name": Path(source).resolve().name,
+            "model_name": Path(name).name,
             "results": self.results,
             "tags": (self._method,),
             "pipeline_tag": PIPELINE_TAGS.get(getattr(base, "loss_type", None)),
-            "load_snippet": loading_code(type(base), str(source), processor=self._processor_class()),
+            "load_snippet": loading_code(type(base), name, processor=self.processor_loader),
         }
-        return unlearning_card(self.provenance(), **(values | kwargs))
+        return unlearning_card(self.provenance(), **(values | self.card_values | kwargs))
 
-    def _processor_class(self) -> str | None:
+    @property
+    def processor_loader(self) -> str | None:
+        """The Auto class that loads what is saved as `processing_class`."""
         if self.processing_class is None:
             return None
         return "AutoTokenizer" if isinstance(self.processing_class, PreTrainedTokenizerBase) else "AutoImageProcessor"

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import reduce
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
@@ -23,10 +24,10 @@ from ..parameters import (
     ReferencePoint,
     trainable_parameters,
 )
-from .checkpoint import last_complete, mark_complete, read_marker
+from .checkpoint import last_complete, mark_complete, read_marker, unmark
 from .config import UnlearnConfig, UnlearnSFTConfig
 from .guard import Guard, GuardState
-from .inputs import check_arguments, check_labels, load_model, raw_collator
+from .inputs import check_arguments, check_labels, check_trainable, is_causal_lm, load_model, raw_collator
 from .objective import Batch, ObjectiveMixin
 from .saving import SavingMixin
 from .utility import UtilityMixin
@@ -72,7 +73,11 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
         )
         if model is None:
             raise ValueError("model: missing; pass a model, a path or an id")
+        if kwargs.get("compute_loss_func") is not None or args.label_smoothing_factor:
+            ignored = "label_smoothing_factor" if args.label_smoothing_factor else "compute_loss_func"
+            raise ValueError(f"{ignored}: would be ignored while unlearning; override task_loss in a subclass")
         model, processing_class, self.base_model = load_model(model, processing_class)
+        set_seed(args.seed)  # an adapter begins at random
         stock = self._stock_arguments(model, data_collator, forget_dataset, processing_class, peft_config)
         super().__init__(
             args=args, train_dataset=forget_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
@@ -86,12 +91,18 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
             raise ValueError(
                 "DeepSpeed and FSDP are not supported yet: they step or shard out of the anchor's sight; use DDP"
             )
+        check_trainable(self.model, args)
         self.source_dataset = forget_dataset  # as the caller passed it: what the fingerprint is taken of
         self.forget_dataset = self.train_dataset  # as the trainer prepared it
+        if lost := len(forget_dataset) - len(self.forget_dataset):
+            raise ValueError(
+                f"max_length={args.max_length}: leaves {lost} forget examples without a token that counts; raise it"
+            )
         self.retain_dataset = self._prepared(retain_dataset, "retain")
         self.heldout_dataset = self._prepared(heldout_dataset, "heldout")
         self.data_collator = NestedCollator(self.data_collator)
-        self.is_classifier = not self._loss_shifts_labels and hasattr(self.model.config, "num_labels")
+        self.is_causal_lm = is_causal_lm(self.model)
+        self.is_classifier = not self.is_causal_lm and hasattr(self.model.config, "num_labels")
         self.forgotten_classes: list[int] = []
         if self.is_classifier and getattr(self.source_dataset, "column_names", True):
             self.forgotten_classes = check_labels(forget_dataset, retain_dataset, self.model.config.num_labels)
@@ -100,6 +111,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
         self.anchor: Anchor | None = None
         self.heldout_loss = args.heldout_loss
         self.results: list = []
+        self.card_values: dict[str, Any] = {}
         self._batchnorms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
         self._terms: dict[str, Tensor] = {}
         self._terms_count = 0
@@ -107,6 +119,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
         if self.compute_metrics is None and self.is_classifier:
             self.compute_metrics = _accuracy
         self.guard = Guard(self) if args.guard else None
+        self.add_callback(_NewPairs())
         if self.guard:
             self.add_callback(self.guard)
 
@@ -176,6 +189,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
         return sum(weight * value for weight, value in terms.values())
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.args.guard and self.args.bn == "train" and self._micro_step == 0:
+            self._statistics = [buffer.clone() for module in self._batchnorms for buffer in module.buffers()]
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro_step += 1
         if self.accelerator.sync_gradients:
@@ -196,7 +211,13 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
         if check_gradients:  # with a scaler, infinite gradients are its business: it skips the step
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             finite = finite & torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())
+        if self.args.world_size > 1:  # one process that stopped alone would leave the others waiting
+            finite = reduce(finite.int(), "sum") == self.args.world_size
         if not finite:
+            if self.args.bn == "train":  # the forward pass has moved them already
+                buffers = [buffer for module in self._batchnorms for buffer in module.buffers()]
+                for buffer, before in zip(buffers, self._statistics, strict=True):
+                    buffer.copy_(before)
             terms = ", ".join(f"{name} {value.item() / self._terms_count:.3g}" for name, value in self._terms.items())
             file = self.private_dir / "last_good.safetensors"
             if self.args.should_save:
@@ -218,6 +239,11 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
             logs.update(zip(terms, values.tolist(), strict=True))
             self._terms, self._terms_count = {}, 0
         super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As [`~transformers.Trainer.evaluate`], except that the random state stays: evaluating changes no training run."""
+        with torch.random.fork_rng(self._random_devices):
+            return super().evaluate(*args, **kwargs)
 
     def floating_point_ops(self, inputs) -> int:
         parts = [part for part in inputs.values() if isinstance(part, Mapping)] or [inputs]
@@ -253,11 +279,18 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
                 self.heldout_loss = self._mean(lambda batch: self.task_loss(self.model, batch), self.heldout_dataset)
         if self.anchor is None or checkpoint:
             self.anchor = self.build_anchor()
+        if self.guard and not checkpoint:  # a second run of the same trainer: what was useful is still the original
+            self.guard.state = GuardState(baseline=self.guard.state.baseline)
         self.accelerator.wait_for_everyone()
         return super().train(resume_from_checkpoint=checkpoint or None, **kwargs)
 
     def _save_checkpoint(self, model, trial):
-        # Rotation waits until the new checkpoint is marked: a kill in between must not leave none.
+        # Rotation waits until the new checkpoint is marked: a kill in between must not leave none. And where an earlier run
+        # left a checkpoint of this step, its marker must not stand for the half of one that a kill leaves now.
+        run_dir = self._get_output_dir(trial=trial)
+        checkpoint = Path(run_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            unmark(checkpoint)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -265,11 +298,27 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            run_dir = self._get_output_dir(trial=trial)
             guard = self.guard.state.to_json() if self.guard else None
-            checkpoint = Path(run_dir, f"checkpoint-{self.state.global_step}")
             mark_complete(checkpoint, self._method, {"guard": guard, "heldout_loss": self.heldout_loss})
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model = model if model is not None else self.model
+        if hasattr(model, "peft_config") or not hasattr(model, "from_pretrained"):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # Transformers 5.23 saves some models (ViT) under the parameter names of older versions, which from_pretrained
+        # understands and Trainer does not: it warns of missing keys and goes on with the weights that it has.
+        saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
+
+class _NewPairs(TrainerCallback):
+    """Tells the training data which epoch it is. accelerate 1.15 does so in one process only, and not where a resumed run
+    skips batches.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.dataset.set_epoch(int(state.epoch))
 
 
 class UnlearnTrainer(UnlearnMixin, Trainer):
@@ -319,6 +368,10 @@ class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
     _config_class = UnlearnSFTConfig
 
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
+        if {"image", "images"} & set(getattr(forget_dataset, "column_names", None) or ()):
+            raise ValueError(
+                "forget_dataset: holds images; UnlearnSFTTrainer is for text, UnlearnTrainer for classifiers"
+            )
         return {"model": model, "data_collator": data_collator, "peft_config": peft_config}
 
     def _prepared(self, dataset, name: str):

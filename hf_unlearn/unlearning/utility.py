@@ -26,13 +26,16 @@ class UtilityMixin:
         """Eval mode, no gradients, and afterwards the random state and training flags of before."""
         in_training = [module for module in self.model.modules() if module.training]
         self.model.eval()
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices):
+            with torch.no_grad(), torch.random.fork_rng(self._random_devices):
                 yield
         finally:
             for module in in_training:
                 module.training = True
+
+    @property
+    def _random_devices(self) -> list[torch.device]:
+        return [self.args.device] if self.args.device.type == "cuda" else []
 
     def _mean(self, function: Callable[[Batch], Tensor], dataset) -> float:
         """Mean of a per-example quantity; under several processes all get the first one's number."""
@@ -83,8 +86,6 @@ class UtilityMixin:
         )
 
     def utility_drop(self, baseline: float) -> float:
-        """What was lost since `baseline`: points of accuracy, relative rise of the loss, or nats of divergence."""
+        """What was lost since `baseline`: points of accuracy, nats that the loss rose by, or nats of divergence."""
         now = self.utility()
-        if self.utility_kind == "accuracy":
-            return baseline - now
-        return now / max(baseline, 1e-12) - 1 if self.utility_kind == "loss" else now
+        return baseline - now if self.utility_kind == "accuracy" else now - baseline

@@ -1,0 +1,390 @@
+"""Unlearning with adapters: the penalty on the product, the reference, what is saved and what is resumed."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    TrainerCallback,
+)
+
+from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig, UnlearnSFTConfig, UnlearnSFTTrainer, UnlearnTrainer
+
+
+TEXTS = ["The quick fox.", "Paris is the capital of France.", "My order never"]
+GAMMA, BETA, RATE = 0.7, 0.1, 0.02
+
+
+def settings(folder, config=UnlearnConfig, **changes):
+    """Two plain SGD steps over all rows at once."""
+    plain = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "optim": "sgd",
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "npo_beta": BETA,
+        "isotropic_weight": GAMMA,
+        "replay_weight": 0.0,
+        "guard": False,
+    }
+    return config(str(folder), **plain | changes)
+
+
+def texts(tokenizer):
+    rows = [dict(tokenizer(text)) for text in TEXTS]
+    return Dataset.from_list([{**row, "labels": row["input_ids"]} for row in rows])
+
+
+def images(model):
+    size = getattr(model.config, "image_size", 16)
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(4, model.config.num_channels, size, size, generator=generator)
+    return Dataset.from_dict({"pixel_values": pixels.tolist(), "labels": [3] * 4}).with_format("torch")
+
+
+CASES = {
+    "llama": ("tiny_llama", {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8}),
+    "llama, rank-stabilised": ("tiny_llama", {"target_modules": "all-linear", "r": 4, "use_rslora": True}),
+    "gpt2": ("tiny_gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "r": 2}),
+    "vit": ("tiny_vit", {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}),
+    "resnet": ("tiny_resnet", {"target_modules": r".*layer\.\d\.convolution", "modules_to_save": ["classifier.1"]}),
+}
+
+
+class Case:
+    def __init__(self, name, request):
+        fixture, options = CASES[name]
+        self.base = request.getfixturevalue(fixture)
+        self.tokenizer = request.getfixturevalue("tokenizer")
+        self.config = LoraConfig(**options)
+        self.is_text = fixture in ("tiny_llama", "tiny_gpt2")
+        self.rows = texts(self.tokenizer) if self.is_text else images(self.base)
+        self.auto = AutoModelForCausalLM if self.is_text else AutoModelForImageClassification
+        for module in self.base.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+
+    def trainer(self, folder, model=None, trainer=UnlearnTrainer, callbacks=None, **changes):
+        return trainer(
+            self.base if model is None else model,
+            args=settings(folder, forget="examples" if self.is_text else "class", **changes),
+            data_collator=DataCollatorForSeq2Seq(self.tokenizer) if self.is_text else None,
+            forget_dataset=self.rows,
+            peft_config=self.config if model is None else None,
+            processing_class=self.tokenizer if self.is_text else None,
+            callbacks=callbacks,
+        )
+
+    def adapted(self):
+        """With an adapter that does something, as one that was trained does."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            model = get_peft_model(copy.deepcopy(self.base), self.config)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.data.add_(0.1 * torch.randn_like(parameter))
+                assert parameter.requires_grad == ("lora_" in name or "modules_to_save" in name)
+        return model
+
+    def logits(self, model):
+        model.eval()
+        with torch.no_grad():
+            if self.is_text:
+                return [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in self.rows]
+            return list(model(pixel_values=self.rows["pixel_values"][:]).logits)
+
+    def forget_loss(self, model, original):
+        """Of the trainer's defaults, by hand: NPO of a text, or redirection away from class 3."""
+        values = []
+        if self.is_text:
+            for row in self.rows:
+                ids = torch.tensor([row["input_ids"]])
+                with torch.no_grad():
+                    reference = F.cross_entropy(original(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+                nll = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+                values.append(-2 / BETA * F.logsigmoid(BETA * (nll - reference)))
+        else:
+            pixels = self.rows["pixel_values"][:]
+            with torch.no_grad():
+                p = original(pixel_values=pixels).logits.softmax(-1)
+            p[:, 3] = 0
+            values = -(p / p.sum(-1, keepdim=True) * model(pixel_values=pixels).logits.log_softmax(-1)).sum(-1)
+        return sum(values) / len(values)
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return Case(request.param, request)
+
+
+@pytest.fixture
+def llama(request):
+    return Case("llama", request)
+
+
+def assert_close(actual, expected, **tolerance):
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+def explicit_product(model, original):
+    """γ Σ ‖s(BA − B*A*)‖², every product formed, and γ‖θ − θ*‖² of what is trained besides."""
+    now, then = dict(model.named_parameters()), dict(original.named_parameters())
+    total = 0
+    for name in now:
+        if "lora_A" in name:
+            layer = model.get_submodule(name.split(".lora_A")[0])
+            other = name.replace("lora_A", "lora_B")
+            change = now[other].flatten(1) @ now[name].flatten(1) - then[other].flatten(1) @ then[name].flatten(1)
+            total = total + (layer.scaling["default"] * change).square().sum()
+        elif now[name].requires_grad and "lora_B" not in name:
+            assert "modules_to_save" in name
+            total = total + (now[name] - then[name]).square().sum()
+    return GAMMA * total
+
+
+def test_two_steps_with_the_product_penalty_equal_plain_torch(case, tmp_path):
+    model = case.adapted()
+    original, student = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
+    trainer = case.trainer(tmp_path, model)
+    trainer.train()
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=RATE)
+    for step in range(2):
+        penalty = explicit_product(student, original.requires_grad_(False))
+        forget = case.forget_loss(student, original)
+        assert trainer.state.log_history[step]["forget_loss"] == pytest.approx(forget.item(), rel=1e-4)
+        optimizer.zero_grad()
+        (forget + penalty).backward()
+        optimizer.step()
+    after = explicit_product(student, original).item()
+    logged = trainer.state.log_history[1]
+    assert after > 0
+    assert logged["anchor_lora_product"] + logged.get("anchor_isotropic", 0) == pytest.approx(after, rel=1e-3)
+    assert ("anchor_isotropic" in logged) == bool(case.config.modules_to_save)
+    start = dict(original.named_parameters())
+    for (name, actual), expected in zip(model.named_parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, msg=name)
+        assert expected.requires_grad or torch.equal(actual, start[name]), name
+
+
+def test_without_the_penalty_the_step_is_another(llama, tmp_path):
+    models = [llama.adapted() for _ in range(2)]
+    for model, weight in zip(models, (0.0, GAMMA), strict=True):
+        llama.trainer(tmp_path, model, isotropic_weight=weight).train()
+    difference = max((a - b).abs().max() for a, b in zip(*(m.parameters() for m in models), strict=True))
+    assert difference > 1e-3
+
+
+def test_the_reference_is_the_adapter_as_it_was(case, tmp_path):
+    model = case.adapted()
+    before, without = case.logits(model), case.logits(case.base)
+    trainer = case.trainer(tmp_path, model, learning_rate=0.3)
+    trainer.train()
+    moved = case.logits(model)
+    reference = case.logits(Reference(trainer))
+    assert_close(reference, before, rtol=0, atol=0)
+    for other in (moved, without):
+        assert max((a - b).abs().max() for a, b in zip(reference, other, strict=True)) > 0.01
+    assert all("lora_" in name or "modules_to_save" in name for name in trainer.reference.parameters)
+
+
+class Reference:
+    def __init__(self, trainer):
+        self.reference_forward = trainer.reference_forward
+
+    def eval(self):
+        return self
+
+    def __call__(self, **inputs):
+        return self.reference_forward(**inputs)
+
+
+def test_a_new_adapter_starts_from_the_base_model(case, tmp_path):
+    before = case.logits(case.base)
+    trainer = case.trainer(tmp_path, learning_rate=0.3)
+    assert isinstance(trainer.model, PeftModel)
+    trainer.train()
+    assert_close(case.logits(Reference(trainer)), before, rtol=0, atol=0)
+    moved = case.logits(trainer.model)
+    assert max((a - b).abs().max() for a, b in zip(moved, before, strict=True)) > 1e-3
+
+
+class TestSaving:
+    def test_merged_is_a_stock_model(self, case, tmp_path):
+        model = case.adapted()
+        trainer = case.trainer(tmp_path, model)
+        trainer.train()
+        trainer.save_model()
+        assert not list(tmp_path.glob("adapter_*"))
+        assert not list(tmp_path.glob("*.bin"))
+        loaded = case.auto.from_pretrained(tmp_path)
+        assert not isinstance(loaded, PeftModel)
+        assert not [name for name in loaded.state_dict() if "lora" in name]
+        logits = case.logits(loaded)
+        assert_close(logits, case.logits(model), rtol=1e-4, atol=1e-4)
+        assert_close(logits, case.logits(copy.deepcopy(model).merge_and_unload()), rtol=0, atol=0)
+        if case.is_text:
+            assert AutoTokenizer.from_pretrained(tmp_path)(TEXTS[0]) == case.tokenizer(TEXTS[0])
+
+    def test_an_adapter_on_request(self, case, tmp_path):
+        model = case.adapted()
+        trainer = case.trainer(tmp_path, model, merge_adapter=False)
+        trainer.train()
+        trainer.save_model()
+        assert (tmp_path / "adapter_model.safetensors").is_file()
+        assert not list(tmp_path.glob("model*.safetensors"))
+        assert not list(tmp_path.glob("*.bin"))
+        loaded = PeftModel.from_pretrained(copy.deepcopy(case.base), tmp_path)
+        assert_close(case.logits(loaded), case.logits(model), rtol=0, atol=0)
+
+
+class TestResuming:
+    @pytest.mark.parametrize("start", ["a new adapter", "an adapter", "an adapter with a name"])
+    @pytest.mark.parametrize("case", ["llama", "vit", "resnet"], indirect=True)
+    def test_ends_where_an_uninterrupted_run_does(self, case, start, tmp_path):
+        class StopAfterFive(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = state.global_step >= 5
+
+        def model():
+            if start == "a new adapter":
+                return None
+            if start == "an adapter":
+                return case.adapted()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(3)
+                return get_peft_model(copy.deepcopy(case.base), case.config, adapter_name="mine")
+
+        base = case.base
+        steps = {
+            "max_steps": 8,
+            "per_device_train_batch_size": 2,
+            "save_strategy": "steps",
+            "save_steps": 4,
+            "optim": "adamw_torch",
+            "learning_rate": 1e-3,
+            "replay_weight": 1.0,
+            "guard": case.is_text,
+            "utility_tolerance": 9.0,
+        }
+        whole, killed = tmp_path / "whole", tmp_path / "killed"
+        runs = []
+        for folder, callbacks, resume in ((whole, [], None), (killed, [StopAfterFive()], None), (killed, [], True)):
+            case.base = copy.deepcopy(base)
+            trainer = case.trainer(folder, model(), callbacks=callbacks, **steps)
+            trainer.train(resume_from_checkpoint=resume)
+            runs.append(trainer)
+        assert [trainer.state.global_step for trainer in runs] == [8, 5, 8]
+        assert not list(killed.glob("checkpoint-*/model*.safetensors"))
+        states = [trainer.model.state_dict() for trainer in runs]
+        for name, value in states[0].items():
+            assert torch.equal(states[2][name], value), name
+        assert any(not torch.equal(states[1][name], value) for name, value in states[0].items())
+        references = [trainer.reference.parameters for trainer in (runs[0], runs[2])]
+        assert all(torch.equal(references[1][name], value) for name, value in references[0].items())
+        if case.is_text:
+            assert runs[2].guard.looks == runs[0].guard.looks
+
+
+class TestInstructions:
+    ROWS = Dataset.from_list(
+        [{"prompt": "Who?", "completion": " The fox"}, {"prompt": "Where is it", "completion": "?"}]
+    )
+
+    def trainer(self, model, tokenizer, folder, **changes):
+        args = settings(folder, UnlearnSFTConfig, replay_weight=1.0, **changes)
+        config = LoraConfig(target_modules=["q_proj", "o_proj"], r=4, init_lora_weights="gaussian")
+        return UnlearnSFTTrainer(
+            model, args=args, forget_dataset=self.ROWS, processing_class=tokenizer, peft_config=config
+        )
+
+    def test_forgets_with_a_new_adapter_and_saves_a_stock_model(self, tiny_llama, tokenizer, tmp_path):
+        base = copy.deepcopy(tiny_llama.state_dict())
+        trainer = self.trainer(tiny_llama, tokenizer, tmp_path, optim="adamw_torch", learning_rate=1e-2, max_steps=4)
+        assert trainer.args.gradient_checkpointing
+        trainer.train()
+        first, *_, last = [log for log in trainer.state.log_history if "forget_loss" in log]
+        assert first["forget_loss"] == pytest.approx(2 / BETA * torch.tensor(2.0).log().item(), rel=1e-5)
+        assert first["replay_loss"] == 0
+        assert last["forget_loss"] < first["forget_loss"]
+        trainer.save_model()
+        assert not list(tmp_path.glob("adapter_*"))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        batch = AutoTokenizer.from_pretrained(tmp_path)(TEXTS, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            logits = trainer.model.eval()(**batch).logits
+            torch.testing.assert_close(loaded(**batch).logits, logits, rtol=1e-4, atol=1e-4)
+        changed = {name for name, value in loaded.state_dict().items() if not torch.equal(value, base[name])}
+        assert changed == {f"model.layers.{i}.self_attn.{n}_proj.weight" for i in range(2) for n in "qo"}
+
+    def test_gradient_checkpointing_changes_nothing(self, tiny_llama, tokenizer, tmp_path):
+        runs = []
+        for gradient_checkpointing in (True, False):
+            model = copy.deepcopy(tiny_llama)
+            changes = {"gradient_checkpointing": gradient_checkpointing, "learning_rate": 0.5}
+            trainer = self.trainer(model, tokenizer, tmp_path, **changes)
+            trainer.train()
+            runs.append(dict(trainer.model.named_parameters()))
+        for name, value in runs[0].items():
+            torch.testing.assert_close(value, runs[1][name], rtol=1e-4, atol=1e-6, msg=name)
+        assert any(value.abs().max() > 0 for name, value in runs[0].items() if "lora_B" in name)
+
+
+class TestRefusals:
+    """Each in one line that names the argument, before anything is written."""
+
+    def test_a_fisher_anchor(self, llama, tmp_path):
+        with pytest.raises(ValueError, match=r"^fisher_weight: [^\n]+ set fisher_weight=0$"):
+            llama.trainer(tmp_path, fisher_weight=0.1, fisher="monte_carlo")
+        assert not list(tmp_path.iterdir())
+
+    def test_pbu_leaves_its_own_out(self, request, tmp_path):
+        case = Case("vit", request)
+        trainer = PBUTrainer(
+            case.base,
+            args=settings(tmp_path, PBUConfig, max_steps=1),
+            forget_dataset=case.rows,
+            peft_config=case.config,
+        )
+        trainer.train()
+        assert "anchor_fisher" not in trainer.state.log_history[0]
+
+    def test_two_adapters(self, llama, tmp_path):
+        with pytest.raises(ValueError, match=r"^peft_config: the model has an adapter already[^\n]+$"):
+            UnlearnTrainer(
+                llama.adapted(),
+                args=settings(tmp_path, forget="examples"),
+                forget_dataset=llama.rows,
+                peft_config=llama.config,
+            )
+
+    def test_an_adapter_loaded_for_inference(self, llama, tmp_path):
+        llama.adapted().save_pretrained(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(llama.base, tmp_path / "adapter")
+        with pytest.raises(ValueError, match=r"^model: none of its parameters is trainable; [^\n]+is_trainable=True$"):
+            llama.trainer(tmp_path / "out", model)
+
+    def test_drifting_statistics(self, request, tmp_path):
+        with pytest.raises(ValueError, match=r"^bn='train': [^\n]+$"):
+            Case("resnet", request).trainer(tmp_path, bn="train")
+
+    def test_weight_decomposition(self, llama, tmp_path):
+        llama.config.use_dora = True
+        with pytest.raises(ValueError, match=r"^peft_config: [^\n]+ uses DoRA[^\n]+$"):
+            llama.trainer(tmp_path).train()
