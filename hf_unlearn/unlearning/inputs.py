@@ -61,6 +61,12 @@ def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_da
             f"retain_dataset: {len(shared)} of its ids are in forget_dataset too (first: {shared[0]!r} in column "
             f"{args.id_column!r}); remove them from one of the two"
         )
+    if args.load_best_model_at_end:
+        raise ValueError("load_best_model_at_end: the guard restores the best state; leave it out")
+    if retain_dataset is not None and args.dataloader_persistent_workers:
+        raise ValueError(
+            "dataloader_persistent_workers: would pair forget and retain examples once for all; set it to False"
+        )
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.output_dir):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from trl import SFTTrainer
 
 from ..data import LABEL_COLUMNS, ForgetRetainDataset, NestedCollator, RawCollator
@@ -77,6 +77,11 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
             ignored = "label_smoothing_factor" if args.label_smoothing_factor else "compute_loss_func"
             raise ValueError(f"{ignored}: would be ignored while unlearning; override task_loss in a subclass")
         model, processing_class, self.base_model = load_model(model, processing_class)
+        self.is_causal_lm = is_causal_lm(model)
+        self.is_classifier = not self.is_causal_lm and hasattr(getattr(model, "config", None), "num_labels")
+        self.forgotten_classes: list[int] = []
+        if self.is_classifier:
+            self.forgotten_classes = check_labels(forget_dataset, retain_dataset, model.config.num_labels)
         set_seed(args.seed)  # an adapter begins at random
         stock = self._stock_arguments(model, data_collator, forget_dataset, processing_class, peft_config)
         super().__init__(
@@ -101,11 +106,6 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
         self.retain_dataset = self._prepared(retain_dataset, "retain")
         self.heldout_dataset = self._prepared(heldout_dataset, "heldout")
         self.data_collator = NestedCollator(self.data_collator)
-        self.is_causal_lm = is_causal_lm(self.model)
-        self.is_classifier = not self.is_causal_lm and hasattr(self.model.config, "num_labels")
-        self.forgotten_classes: list[int] = []
-        if self.is_classifier and getattr(self.source_dataset, "column_names", True):
-            self.forgotten_classes = check_labels(forget_dataset, retain_dataset, self.model.config.num_labels)
         self.forget_loss_name = self._choose_forget_loss()
         self.reference: ReferencePoint | None = None
         self.anchor: Anchor | None = None
@@ -222,9 +222,15 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
             file = self.private_dir / "last_good.safetensors"
             if self.args.should_save:
                 ReferencePoint.capture(self.model).save(file)
+            best = (
+                f", those of the guard's best step {self.guard.best.step} beside it in guard/"
+                if self.guard.best
+                else ""
+            )
             raise FloatingPointError(
-                f"loss or gradient is not finite at step {self.state.global_step + 1} ({terms}): nothing was updated, the last "
-                f"good weights are in trainer.model and in {file}; try a smaller learning_rate or forget_loss='bounded'"
+                f"loss or gradient is not finite at step {self.state.global_step + 1} ({terms}): nothing was updated; the "
+                f"weights before it are in trainer.model and in {file}{best}; try a smaller learning_rate or "
+                "forget_loss='bounded'"
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -274,6 +280,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
         elif self.reference is None:
             self.reference = ReferencePoint.capture(self.model)
             if self.args.should_save:
+                for earlier in sort_checkpoints(self.args.output_dir):  # of a run with another reference
+                    unmark(earlier)
                 self.reference.save(file)
             if self.heldout_loss is None and self.heldout_dataset is not None:
                 self.heldout_loss = self._mean(lambda batch: self.task_loss(self.model, batch), self.heldout_dataset)

@@ -16,6 +16,9 @@ from .objective import Batch
 DEFAULT_TOLERANCE = {"accuracy": 0.02, "loss": 0.1, "divergence": 0.25}
 
 
+LOOKING = 2**31  # a key for random numbers that no training step has
+
+
 class UtilityMixin:
     """Forgetting and utility of the model as it is, measured without disturbing the run."""
 
@@ -80,7 +83,7 @@ class UtilityMixin:
             return self._mean(self._correct, self._utility_dataset)
         if self.utility_kind == "loss":
             return self._mean(lambda batch: self.task_loss(self.model, batch), self._utility_dataset)
-        generator = self._generator(0)  # the same replay inputs at every look
+        generator = self._generator(LOOKING)  # the same replay inputs at every look
         return self._mean(
             lambda batch: self.replay_loss(self.model, self.replay_inputs(batch, generator)), self._utility_dataset
         )

@@ -168,6 +168,12 @@ class TestArguments:
         refused("compute_loss_func: would be ignored", "override task_loss", compute_loss_func=lambda *a, **k: 0.0)
         refused("label_smoothing_factor: would", "override task_loss", config={"label_smoothing_factor": 0.1})
 
+    def test_what_would_go_wrong_silently(self, refused):
+        refused("load_best_model_at_end", "the guard", config={"load_best_model_at_end": True, "save_strategy": "epoch",
+                "eval_strategy": "epoch"})  # fmt: skip
+        workers = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}
+        refused("dataloader_persistent_workers", "set it to False", config=workers, retain_dataset=RETAIN)
+
     def test_an_adapter_that_cannot_be_merged(self, refused):
         from peft import IA3Config
 
