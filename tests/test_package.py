@@ -98,6 +98,12 @@ class TestDocuments:
         missing = [target for target in targets if not (ROOT / document).parent.joinpath(target).exists()]
         assert missing == []
 
+    def test_the_benchmark_page_is_what_the_results_say(self, monkeypatch):
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        import report
+
+        assert (ROOT / "docs" / "benchmarks.md").read_text() == report.render(), "run python benchmarks/report.py"
+
     def test_every_requirement_is_pinned(self):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         pins = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))

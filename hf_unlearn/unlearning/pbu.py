@@ -66,7 +66,7 @@ class PBUTrainer(UnlearnTrainer):
     """
 
     _method = "pbu"
-    _title = "Partially-blinded unlearning (PBU)"
+    _title = "Partially-blinded unlearning"
     _paper = "2403.16246"
     _config_class = PBUConfig
 
