@@ -18,6 +18,7 @@ def main() -> None:
     torch = any(run.stdout.split()[1] == "True" for run in runs)
     print(f"import hf_unlearn: {1000 * seconds:.1f} ms, torch imported: {torch}")
     file = Path(__file__).parent / "results" / "import_time.json"
+    file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({"milliseconds": 1000 * seconds, "torch": torch}, indent=1) + "\n")
 
 

@@ -43,10 +43,13 @@ VARIANTS = {
     "ascent, isotropic anchor": {"forget_loss": "ascent", "isotropic_weight": 0.1},
     "ascent, Fisher + isotropic anchor": {"forget_loss": "ascent", "isotropic_weight": 0.1, "fisher_weight": 0.14},
     "redirect, Fisher + isotropic anchor": {"isotropic_weight": 0.1, "fisher_weight": 0.14},
-    "redirect, both anchors, replay (PBU default)": {
+    "the same, BatchNorm frozen": {"isotropic_weight": 0.1, "fisher_weight": 0.14, "bn": "frozen"},
+    "redirect, both anchors, replay, BatchNorm frozen, guard's check (PBU default)": {
         "isotropic_weight": 0.1,
         "fisher_weight": 0.14,
-        "replay_weight": 10.0,
+        "replay_weight": 5.0,
+        "bn": "frozen",
+        "guard": True,
     },
 }
 BAR = "ascent, Fisher + isotropic anchor"
@@ -72,7 +75,7 @@ class Stepper:
             self.trainer = Trainer(model(), TrainingArguments(folder, **COMMON), train_dataset=rows)
             self.batch = {"pixel_values": images, "labels": torch.full((BATCH,), 3)}
         else:
-            off = {"isotropic_weight": 0.0, "replay_weight": 0.0, "guard": False, "fisher_examples": 2}
+            off = {"isotropic_weight": 0.0, "replay_weight": 0.0, "guard": False, "fisher_examples": 2, "bn": "train"}
             arguments = UnlearnConfig(folder, **(COMMON | off | settings))
             self.trainer = UnlearnTrainer(model(), arguments, forget_dataset=rows)
             self.batch = {"forget": {"pixel_values": images, "labels": torch.full((BATCH,), 3)}}

@@ -45,9 +45,10 @@ def load(name: str, *, revision: str | None = None) -> DatasetDict:
             loaded = datasets.load_dataset("imagefolder", data_dir=name)
         else:
             loaded = datasets.load_dataset(name, revision=revision)
-    except (FileNotFoundError, ConnectionError, OSError) as error:
+    except OSError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"dataset={name!r}: neither a folder here nor a dataset on the Hub ({type(error).__name__})"
+            f"dataset={name!r}: neither a folder here nor a dataset that the Hub gives ({reason})"
         ) from error
     return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
 
@@ -141,14 +142,14 @@ def _column(dataset: Dataset, column: str) -> list[Any]:
 
 def label_column(dataset: TorchDataset | Dataset) -> str | None:
     """The name under which a dataset's rows carry their label, or None."""
-    names = getattr(dataset, "column_names", None) or (dataset[0].keys() if len(dataset) else ())
+    names = dataset[0].keys() if len(dataset) and isinstance(dataset[0], dict) else ()
     return next((name for name in LABEL_COLUMNS if name in names), None)
 
 
 def labels_of(dataset: TorchDataset | Dataset) -> list[int]:
     """All labels, without decoding what else is in the rows where that can be avoided."""
     column = label_column(dataset)
-    if hasattr(dataset, "with_format"):
+    if column in (getattr(dataset, "column_names", None) or ()):
         return dataset.with_format(None)[column][:]
     return [int(dataset[row][column]) for row in range(len(dataset))]
 

@@ -121,6 +121,10 @@ class UnlearnJob:
         """
         if not given.get("output_dir"):
             raise ValueError("output_dir: missing; set it to the folder that gets the unlearned model")
+        if self.forget_ids and "forget" not in given:
+            raise ValueError(
+                "forget: missing; say 'examples' to forget these rows, or 'class' to forget their classes"
+            )
         if Path(self.model).is_dir() and Path(self.model).resolve() == Path(given["output_dir"]).resolve():
             raise ValueError(f"output_dir: {given['output_dir']!r} holds the original model; choose another folder")
         return (config_class if self.preset is None else config_class.paper)(**given)
@@ -338,7 +342,8 @@ def _figures(
 def _report(trainer: UnlearnTrainer, parts: Parts) -> None:
     console, folder = Console(highlight=False, soft_wrap=True), trainer.args.output_dir
     if trainer.results:
-        table = Table(title=f"{len(parts.forget):,} examples forgotten in {trainer.state.global_step:,} steps")
+        steps = trainer.provenance().steps
+        table = Table(title=f"{len(parts.forget):,} forget examples, {steps:,} steps")
         table.add_column("")
         for heading in ("split", "before", "after"):
             table.add_column(heading, justify="left" if heading == "split" else "right")
@@ -346,6 +351,8 @@ def _report(trainer: UnlearnTrainer, parts: Parts) -> None:
             values = (f"{value:.2f} {figure.unit}" for value in (figure.before, figure.after))
             table.add_row(figure.name, figure.split, *values)
         console.print(table)
+    for failed in trainer.failed_checks:
+        console.print(f"[bold red]not passed[/]  {failed}")
     console.print(f"model    {folder}\ncard     {Path(folder, 'README.md')}")
     console.print(f"private  {trainer.private_dir} (could undo the unlearning: never publish it)\n\nLoad it:\n")
     code = loading_code(type(trainer.model), folder, processor=trainer.processor_loader)

@@ -593,7 +593,7 @@ class TestRunning:
             command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("examples forgotten in") == 1  # one process reports
+        assert done.stdout.count("109 forget examples") == 1  # one process reports
         assert (out / "model.safetensors").is_file()
 
 

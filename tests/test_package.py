@@ -1,6 +1,7 @@
 """The package as others get it: light to import, complete in a wheel, true to its own documentation."""
 
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -42,11 +43,7 @@ class TestWheel:
         """Python of a fresh environment with the built wheel; its dependencies are those of this environment."""
         folder = tmp_path_factory.mktemp("wheel")
         source = folder / "source"
-        files = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).split("\n")
-        for name in filter(None, files):
-            if (ROOT / name).is_file():
-                (source / name).parent.mkdir(parents=True, exist_ok=True)
-                (source / name).write_bytes((ROOT / name).read_bytes())
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "demo", "outputs", "build", "*.egg-info"))
         build = ("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source)
         run(sys.executable, "-m", "pip", *build)
         venv.create(folder / "venv", with_pip=True)

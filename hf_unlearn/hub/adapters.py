@@ -31,30 +31,16 @@ def merged_state_dict(peft_model: PeftModel) -> tuple[PreTrainedModel, dict[str,
     Raises:
         ValueError: what is there cannot be folded exactly.
     """
-    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import PeftType
-    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+    from peft.utils.other import ModulesToSaveWrapper
 
-    if not isinstance(peft_model, PeftModel):
-        raise ValueError(
-            f"peft_model={type(peft_model).__name__}: must be a PeftModel; use save_pretrained for others"
-        )
-    for config in (peft_model.peft_config[name] for name in peft_model.active_adapters):
-        if config.peft_type != PeftType.LORA:
-            raise _cannot_fold(f"a {config.peft_type.value} adapter")
-
+    check_mergeable(peft_model)
     base = peft_model.get_base_model()
     wrappers: dict[str, nn.Module] = {}
     folded: dict[str, torch.Tensor] = {}
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
-            folded[f"{name}.base_layer.weight"] = _fold(name, module)
-        elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(
-            module, ModulesToSaveWrapper
-        ):
-            raise _cannot_fold(f"{type(module).__name__} at {name!r}")
+            folded[f"{name}.base_layer.weight"] = _fold(module)
         if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
             wrappers[name] = module
 
@@ -76,6 +62,34 @@ def merged_state_dict(peft_model: PeftModel) -> tuple[PreTrainedModel, dict[str,
     return base, state
 
 
+def check_mergeable(peft_model: PeftModel) -> None:
+    """Refuse what [`merged_state_dict`] could not fold; cheap, so that it can be asked before training.
+
+    Raises:
+        ValueError: naming what is in the way, and `merge_adapter=False`.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import PeftType
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if not isinstance(peft_model, PeftModel):
+        raise ValueError(
+            f"peft_model={type(peft_model).__name__}: must be a PeftModel; use save_pretrained for others"
+        )
+    for config in (peft_model.peft_config[name] for name in peft_model.active_adapters):
+        if config.peft_type != PeftType.LORA:
+            raise _cannot_fold(f"a {config.peft_type.value} adapter")
+    for name, module in peft_model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            _check_layer(name, module)
+        elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(
+            module, ModulesToSaveWrapper
+        ):
+            raise _cannot_fold(f"{type(module).__name__} at {name!r}")
+
+
 def save_merged(peft_model: PeftModel, folder: str | Path) -> None:
     """Saves the base model with the adapter folded in, as `save_pretrained` would save one that was never adapted.
 
@@ -90,23 +104,29 @@ def save_merged(peft_model: PeftModel, folder: str | Path) -> None:
     base.save_pretrained(folder, state_dict=state)
 
 
-def _fold(name: str, layer: Any) -> torch.Tensor:
+def _check_layer(name: str, layer: Any) -> None:
     from peft.tuners.lora import layer as lora
 
     # Exact types: layers for quantized bases derive from these or from LoraLayer, and add deltas in another way.
     if type(layer) not in (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d):
         raise _cannot_fold(f"{type(layer).__module__}.{type(layer).__name__} at {name!r}")
-    weight = layer.get_base_layer().weight
-    # A merged layer computes with its base weight alone, which holds the adapter already.
-    active = [] if layer.merged else [adapter for adapter in layer.active_adapters if adapter in layer.r]
-    for adapter in layer.merged_adapters or active:
+    for adapter in layer.merged_adapters or _active(layer):
         if adapter in layer.lora_variant:
             raise _cannot_fold(f"{type(layer.lora_variant[adapter]).__name__} at {name!r}")
         if layer.lora_bias[adapter]:
             raise _cannot_fold(f"lora_bias at {name!r}")
         if getattr(layer.get_base_layer(), "groups", 1) > 1:
             raise _cannot_fold(f"a grouped convolution at {name!r}")
-    for adapter in active:
+
+
+def _active(layer: Any) -> list[str]:
+    """Adapters to add: none where they are merged, since the base weight holds them already."""
+    return [] if layer.merged else [adapter for adapter in layer.active_adapters if adapter in layer.r]
+
+
+def _fold(layer: Any) -> torch.Tensor:
+    weight = layer.get_base_layer().weight
+    for adapter in _active(layer):
         weight = (weight + layer.get_delta_weight(adapter)).to(weight.dtype)
     return weight
 

@@ -121,7 +121,7 @@ def unlearning_card(
 
     if picture is not None and (Path(picture).parent.as_posix() != "pictures" or not picture.endswith(".png")):
         raise ValueError(f"picture={picture!r}: must be pictures/NAME.png, the only pictures that are published")
-    base_id = _hub_id(provenance.base_model)
+    base_id = hub_id(provenance.base_model)
     evaluations = [
         EvalResult(
             task_type=task or pipeline_tag or "other",
@@ -190,7 +190,7 @@ def _auto_class(model_class: Any) -> str | None:
     return None
 
 
-def _hub_id(base_model: str | None) -> str | None:
+def hub_id(base_model: str | None) -> str | None:
     """`base_model` where it is an id on the Hub: the Hub refuses others as metadata, and a path is nobody's business."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

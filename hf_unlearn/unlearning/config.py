@@ -39,7 +39,8 @@ class UnlearnArguments:
         fisher (`"exact"` | `"monte_carlo"`, defaults to `"exact"`): the Fisher information: a sum over all classes, or
             over labels drawn from the model (sequences, many classes).
         fisher_samples (`int`, defaults to 1): labels drawn per prediction, Monte-Carlo only.
-        fisher_examples (`int`, *optional*, defaults to 256): forget examples used, the first ones; None for all.
+        fisher_examples (`int`, *optional*, defaults to 256): forget examples used, drawn by the seed; None
+            for all.
         bn (`"frozen"` | `"train"`, defaults to `"frozen"`): whether BatchNorm keeps its statistics or drifts toward
             those of the forget set.
 

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NOTHING_TO_FORGET = {
+    "class": "the model gives these examples other labels; compare the dataset's labels with model.config.id2label",
+    "examples": "the loss on forget_dataset is that of unseen data already",
+}
+
 
 @dataclass(frozen=True)
 class Look:
@@ -101,9 +106,12 @@ class Guard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not self.looks:
-            if self.state.baseline is None:
+            first = self.state.baseline is None
+            if first:
                 self.state.baseline = self.trainer.utility()
             self._look(state.global_step)
+            if first and self.best.forgotten:
+                logger.warning("forgotten before the first step: %s", NOTHING_TO_FORGET[args.forget])
 
     def on_step_end(self, args, state, control, **kwargs):
         # Also at the end of an epoch here and not in on_epoch_end, which comes after a checkpoint of the same step: a run

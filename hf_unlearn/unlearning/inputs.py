@@ -7,18 +7,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedTokenizerBase
-from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
 from ..data import LABEL_COLUMNS, RawCollator, label_column, labels_of, overlap
+from ..hub.adapters import check_mergeable
 
 
 CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
-UNSUPPORTED_LOSSES = LOSS_MAPPING.keys() - {*CLASSIFIERS, "ForCausalLM", "ForConditionalGeneration"}
 
 
 def check_processes(args) -> None:
@@ -32,7 +32,7 @@ def check_processes(args) -> None:
         raise ValueError(f"use_cpu: {launched} processes were launched, but there is no GPU; set use_cpu=True")
 
 
-def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_dataset) -> None:
+def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_dataset, heldout_dataset) -> None:
     """Refuse what cannot work, in one line, before anything is loaded or written.
 
     Raises:
@@ -45,7 +45,8 @@ def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_da
         )
     if forget_dataset is None:
         raise ValueError("forget_dataset: missing; pass the examples to forget")
-    for argument, dataset in (("forget_dataset", forget_dataset), ("retain_dataset", retain_dataset)):
+    datasets = {"forget_dataset": forget_dataset, "retain_dataset": retain_dataset, "heldout_dataset": heldout_dataset}
+    for argument, dataset in datasets.items():
         if dataset is None:
             continue
         if isinstance(dataset, dict):
@@ -55,12 +56,13 @@ def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_da
                 f"{argument}: a streaming dataset has no length and is passed over once; make it a Dataset first"
             )
         if len(dataset) == 0:
-            raise ValueError(f"{argument}: is empty; nothing to {argument.split('_')[0]}")
-    if retain_dataset is not None and (shared := overlap(forget_dataset, retain_dataset, args.id_column)):
-        raise ValueError(
-            f"retain_dataset: {len(shared)} of its ids are in forget_dataset too (first: {shared[0]!r} in column "
-            f"{args.id_column!r}); remove them from one of the two"
-        )
+            use = argument.removesuffix("_dataset").replace("heldout", "compare with")
+            raise ValueError(f"{argument}: is empty, so there is nothing to {use}; pass rows")
+        if argument != "forget_dataset" and (shared := overlap(forget_dataset, dataset, args.id_column)):
+            raise ValueError(
+                f"{argument}: {len(shared)} of its ids are in forget_dataset too (first: {shared[0]!r} in column "
+                f"{args.id_column!r}); remove them from one of the two"
+            )
     if args.load_best_model_at_end:
         raise ValueError("load_best_model_at_end: the guard restores the best state; leave it out")
     if retain_dataset is not None and args.dataloader_persistent_workers:
@@ -77,8 +79,10 @@ def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_da
         ) from error
 
 
-def load_model(model: str | nn.Module, processing_class: Any) -> tuple[nn.Module, Any, str | None]:
+def load_model(model: str | nn.Module, args, processing_class: Any) -> tuple[nn.Module, Any, str | None]:
     """`(model, processing_class, name)`: an id or a path is loaded with the class its config names, and with its processor.
+
+    In fp32, as TRL does and whatever it was saved in: steps of 1e-5 are lost in 16 bits. `model_init_kwargs` says otherwise.
 
     Raises:
         ValueError: the model has no head and so no loss, or its config names no class of Transformers.
@@ -93,8 +97,11 @@ def load_model(model: str | nn.Module, processing_class: Any) -> tuple[nn.Module
             raise ValueError(
                 f"model={name!r}: its config names no class of Transformers; load it yourself and pass the model"
             )
-        model = architecture.from_pretrained(name)
-        processing_class = processing_class if processing_class is not None else _load_processor(name)
+        model = architecture.from_pretrained(
+            name, **({"dtype": torch.float32} | (getattr(args, "model_init_kwargs", None) or {}))
+        )
+        if processing_class is None:
+            processing_class = _load_processor(name, text_first=is_causal_lm(model))
     else:
         name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -103,7 +110,8 @@ def load_model(model: str | nn.Module, processing_class: Any) -> tuple[nn.Module
             f"model: {type(base).__name__} takes no labels, so it has no loss; load it with an AutoModelFor… class"
         )
     config = getattr(base, "config", None)
-    if getattr(config, "is_encoder_decoder", False) or getattr(base, "loss_type", None) in UNSUPPORTED_LOSSES:
+    other_head = isinstance(base, PreTrainedModel) and base.loss_type not in CLASSIFIERS and not is_causal_lm(base)
+    if getattr(config, "is_encoder_decoder", False) or other_head:
         raise ValueError(
             f"model: {type(base).__name__} is not supported; single-label classifiers and causal language models are"
         )
@@ -135,19 +143,16 @@ def check_trainable(model: nn.Module, args) -> None:
         raise ValueError(f"model: none of its parameters is trainable; {fix}")
     if has_adapter and args.bn == "train" and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ValueError("bn='train': an adapter's checkpoints hold no BatchNorm statistics; set bn='frozen'")
-    if has_adapter and args.merge_adapter and any(c.peft_type != "LORA" for c in model.peft_config.values()):
-        kind = next(c.peft_type for c in model.peft_config.values() if c.peft_type != "LORA")
-        raise ValueError(
-            f"merge_adapter: {getattr(kind, 'value', kind)} cannot be merged; use LoRA, or merge_adapter=False"
-        )
+    if has_adapter and args.merge_adapter:
+        check_mergeable(model)  # now, not when it is to be saved
     if has_adapter and args.fisher_weight:
         raise ValueError("fisher_weight: a Fisher anchor on LoRA factors means nothing; set fisher_weight=0")
 
 
-def _load_processor(name: str):
+def _load_processor(name: str, text_first: bool):
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    for auto in (AutoImageProcessor, AutoTokenizer):
+    for auto in (AutoTokenizer, AutoImageProcessor) if text_first else (AutoImageProcessor, AutoTokenizer):
         try:
             return auto.from_pretrained(name)
         except (OSError, ValueError, KeyError, TypeError):
@@ -161,7 +166,9 @@ def raw_collator(dataset: Any, processing_class: Any) -> RawCollator | None:
     Raises:
         ValueError: raw rows, and nothing to process them with.
     """
-    columns = getattr(dataset, "column_names", None) or ()
+    columns = (
+        dataset[0].keys() if isinstance(dataset[0], dict) else ()
+    )  # as a transform leaves them, unlike column_names
     if any(column in columns for column in ("pixel_values", "input_ids")):
         return None
     column = next((column for column in ("image", "text") if column in columns), None)
@@ -174,13 +181,14 @@ def raw_collator(dataset: Any, processing_class: Any) -> RawCollator | None:
     return RawCollator(processing_class, column, max_length=limit if limit and limit < 10**9 else None)
 
 
-def check_labels(forget_dataset: Any, retain_dataset: Any, num_labels: int) -> list[int]:
-    """The classes that occur in the forget set, sorted.
+def check_labels(args, num_labels: int, **datasets: Any) -> list[int]:
+    """The classes that occur in `forget_dataset`, sorted.
 
     Raises:
-        ValueError: a dataset without labels, a label that the model does not have, or no class left to keep.
+        ValueError: a dataset without labels, a label that the model does not have, or rows to keep of a class to forget.
     """
-    for argument, dataset in (("forget_dataset", forget_dataset), ("retain_dataset", retain_dataset)):
+    classes: dict[str, set[int]] = {}
+    for argument, dataset in datasets.items():
         if dataset is None:
             continue
         if label_column(dataset) is None:
@@ -192,10 +200,15 @@ def check_labels(forget_dataset: Any, retain_dataset: Any, num_labels: int) -> l
             raise ValueError(
                 f"{argument}: label {odd[0]!r} is no class index; give every row one integer (class_encode_column)"
             )
-        outside = sorted(label for label in set(labels) if not 0 <= label < num_labels)
+        classes[argument] = set(labels)
+        outside = sorted(label for label in classes[argument] if not 0 <= label < num_labels)
         if outside:
             raise ValueError(
                 f"{argument}: label {outside[0]} is outside the model's num_labels={num_labels} (0…{num_labels - 1})"
             )
-    classes = sorted(set(labels_of(forget_dataset)))
-    return classes
+    both = classes["forget_dataset"] & classes.get("retain_dataset", set())
+    if args.forget == "class" and both:
+        raise ValueError(
+            f"retain_dataset: holds class {min(both)}, which is to be forgotten; remove it, or forget='examples'"
+        )
+    return sorted(classes["forget_dataset"])

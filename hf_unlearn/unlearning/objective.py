@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..fisher import diagonal_fisher
 from ..parameters import (
@@ -122,7 +123,7 @@ class ObjectiveMixin:
     def replay_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Inputs related to the forget examples on which the original says what is to be kept; see [`hf_unlearn.replay`]."""
         batch = dict(batch)
-        if "pixel_values" in batch:
+        if "pixel_values" in batch and batch["pixel_values"].dim() == 4:
             batch["pixel_values"] = perturb_images(batch["pixel_values"], generator)
         elif "input_ids" in batch:
             vocabulary = self._vocabulary.to(batch["input_ids"].device)
@@ -139,6 +140,12 @@ class ObjectiveMixin:
         """Token ids that are no special tokens."""
         config, size = self.model.config, self.model.get_input_embeddings().weight.shape[0]
         special = set(getattr(self.processing_class, "all_special_ids", ()))
+        added = getattr(
+            self.processing_class, "added_tokens_decoder", {}
+        )  # chat control tokens have no name of their own
+        special |= {index for index, token in added.items() if token.special}
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            size = min(size, len(self.processing_class))  # embeddings are often padded to a round number
         for kind in ("pad", "bos", "eos", "unk", "cls", "sep"):
             token = getattr(config, f"{kind}_token_id", None)
             special.update(token if isinstance(token, list) else [token])  # Llama 3 has several eos tokens
@@ -163,10 +170,14 @@ class ObjectiveMixin:
             return self.args.replay_weight
         return DEFAULT_REPLAY_WEIGHT.get(self.forget_loss_name, 5.0) if self.retain_dataset is None else 0.0
 
+    @property
+    def fisher_weight(self) -> float:
+        return self.args.fisher_weight or 0.0
+
     def build_anchor(self) -> Anchor | None:
         """The penalty in parameter space around `self.reference`, which is what the arguments ask for."""
         args, reference = self.args, self.reference.parameters
-        if not (args.isotropic_weight or args.fisher_weight):
+        if not (args.isotropic_weight or self.fisher_weight):
             return None
         if hasattr(self.model, "peft_config"):
             layers = lora_layers(self.model)
@@ -179,8 +190,8 @@ class ObjectiveMixin:
         return QuadraticAnchor(
             reference,
             isotropic=args.isotropic_weight,
-            fisher=self._fisher() if args.fisher_weight else None,
-            fisher_weight=args.fisher_weight,
+            fisher=self._fisher() if self.fisher_weight else None,
+            fisher_weight=self.fisher_weight,
         )
 
     def _fisher(self) -> dict[str, Tensor]:

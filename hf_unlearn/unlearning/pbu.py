@@ -70,7 +70,8 @@ class PBUTrainer(UnlearnTrainer):
     _paper = "2403.16246"
     _config_class = PBUConfig
 
-    def build_anchor(self):
+    @property
+    def fisher_weight(self) -> float:
         if self.args.fisher_weight is None:
-            self.args.fisher_weight = 0.0 if hasattr(self.model, "peft_config") else 0.14
-        return super().build_anchor()
+            return 0.0 if hasattr(self.model, "peft_config") else 0.14
+        return self.args.fisher_weight

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import secrets
 from dataclasses import fields
@@ -9,15 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import fingerprint
 from ..hub.adapters import save_merged
-from ..hub.card import loading_code, unlearning_card
+from ..hub.card import hub_id, loading_code, unlearning_card
 from ..hub.provenance import Provenance, library_versions
 from ..hub.publish import publish_folder
 from .config import UnlearnArguments
+from .guard import NOTHING_TO_FORGET
 
 
 if TYPE_CHECKING:
@@ -35,7 +39,6 @@ RUN_SETTINGS = (
 PIPELINE_TAGS = {
     "ForImageClassification": "image-classification",
     "ForSequenceClassification": "text-classification",
-    "ForCausalLM": "text-generation",
 }
 
 
@@ -59,6 +62,13 @@ class SavingMixin:
         else:
             super()._save(output_dir, state_dict)
             Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing here needs
+            adapter = Path(output_dir, "adapter_config.json")
+            if (
+                not half_trained and self.args.should_save and adapter.is_file()
+            ):  # PEFT writes the path of a local base
+                config = json.loads(adapter.read_text())
+                config["base_model_name_or_path"] = hub_id(config.get("base_model_name_or_path"))
+                adapter.write_text(json.dumps(config, indent=2, sort_keys=True))
         if not half_trained and self.args.should_save:
             self.model_card(self.hub_model_id or output_dir).save(Path(output_dir, "README.md"))
 
@@ -71,7 +81,8 @@ class SavingMixin:
             file.parent.mkdir(parents=True, exist_ok=True)
             with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
                 handle.write(secrets.token_bytes(32))
-        return fingerprint(self.source_dataset, file.read_bytes())
+        rows = self.source_dataset  # as they are stored: a transform may draw at random
+        return fingerprint(rows.with_format(None) if isinstance(rows, Dataset) else rows, file.read_bytes())
 
     def _forgotten(self) -> str:
         if self.args.forget == "class":
@@ -83,7 +94,9 @@ class SavingMixin:
     def provenance(self) -> Provenance:
         """How this model was made: method, settings, versions and a keyed fingerprint of the forget set, never its data."""
         chosen = {f.name: getattr(self.args, f.name) for f in fields(UnlearnArguments)}
-        chosen |= {"forget_loss": self.forget_loss_name, "replay_weight": self.replay_weight}
+        for name in ("replay_weight", "fisher_weight"):
+            chosen[name] = getattr(self, name)
+        chosen["forget_loss"] = self.forget_loss_name
         for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter"):
             chosen.pop(name)
         chosen |= {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
@@ -99,7 +112,7 @@ class SavingMixin:
             forget_examples=len(self.source_dataset),
             forget_fingerprint=self._fingerprint,
             forgotten=self._forgotten(),
-            steps=self.state.global_step,
+            steps=self.guard.best.step if self.guard and self.guard.best else self.state.global_step,
         )
 
     def model_card(self, source: str | Path, **kwargs: Any) -> ModelCard:
@@ -116,8 +129,9 @@ class SavingMixin:
         values = {
             "model_name": Path(name).name,
             "results": self.results,
+            "failed_checks": self.failed_checks,
             "tags": (self._method,),
-            "pipeline_tag": PIPELINE_TAGS.get(getattr(base, "loss_type", None)),
+            "pipeline_tag": "text-generation" if self.is_causal_lm else PIPELINE_TAGS.get(base.loss_type),
             "load_snippet": loading_code(type(base), name, processor=self.processor_loader),
         }
         return unlearning_card(self.provenance(), **(values | self.card_values | kwargs))
@@ -127,7 +141,32 @@ class SavingMixin:
         """The Auto class that loads what is saved as `processing_class`."""
         if self.processing_class is None:
             return None
-        return "AutoTokenizer" if isinstance(self.processing_class, PreTrainedTokenizerBase) else "AutoImageProcessor"
+        kinds = {
+            PreTrainedTokenizerBase: "AutoTokenizer",
+            ProcessorMixin: "AutoProcessor",
+            FeatureExtractionMixin: "AutoFeatureExtractor",
+        }
+        return next(
+            (name for kind, name in kinds.items() if isinstance(self.processing_class, kind)), "AutoImageProcessor"
+        )
+
+    @property
+    def failed_checks(self) -> list[str]:
+        """What the guard could not vouch for in the state that is kept, a line each, for the card."""
+        best = self.guard.best if self.guard else None
+        if best is None:
+            return []
+        failed = []
+        if self.guard.looks[0].forgotten:
+            failed.append(f"Nothing was there to forget before the first step: {NOTHING_TO_FORGET[self.args.forget]}.")
+        if not best.forgotten and math.isfinite(best.remembered):
+            unit = "accuracy on the forget set" if self.args.forget == "class" else "nats of loss"
+            failed.append(f"The forget target was not reached: {best.remembered:.3g} {unit} are missing.")
+        if not best.kept:
+            failed.append(
+                f"Utility fell by {best.utility_drop:.3g}, more than the tolerance of {self.utility_tolerance:g}."
+            )
+        return failed
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write `README.md`. Called by Trainer and TRL; the arguments that they fill a stock card with are dropped."""
@@ -148,6 +187,11 @@ class SavingMixin:
         Returns:
             The commit, or a future of it if `blocking=False`; None on other processes than the first.
         """
+        target = self.hub_model_id or self.args.hub_model_id
+        if target is not None and target == hub_id(self.base_model):
+            raise ValueError(
+                f"hub_model_id: {target!r} is the original's repository, whose history keeps it; choose another"
+            )
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)

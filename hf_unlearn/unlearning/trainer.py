@@ -69,19 +69,30 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
         if not isinstance(args, self._config_class):
             raise ValueError(f"args: {name} needs {self._config_class.__name__}, got {type(args).__name__}")
         check_arguments(
-            name, args, train_dataset=train_dataset, forget_dataset=forget_dataset, retain_dataset=retain_dataset
+            name,
+            args,
+            train_dataset=train_dataset,
+            forget_dataset=forget_dataset,
+            retain_dataset=retain_dataset,
+            heldout_dataset=heldout_dataset,
         )
         if model is None:
             raise ValueError("model: missing; pass a model, a path or an id")
         if kwargs.get("compute_loss_func") is not None or args.label_smoothing_factor:
             ignored = "label_smoothing_factor" if args.label_smoothing_factor else "compute_loss_func"
             raise ValueError(f"{ignored}: would be ignored while unlearning; override task_loss in a subclass")
-        model, processing_class, self.base_model = load_model(model, processing_class)
+        model, processing_class, self.base_model = load_model(model, args, processing_class)
         self.is_causal_lm = is_causal_lm(model)
         self.is_classifier = not self.is_causal_lm and hasattr(getattr(model, "config", None), "num_labels")
         self.forgotten_classes: list[int] = []
         if self.is_classifier:
-            self.forgotten_classes = check_labels(forget_dataset, retain_dataset, model.config.num_labels)
+            self.forgotten_classes = check_labels(
+                args,
+                model.config.num_labels,
+                forget_dataset=forget_dataset,
+                retain_dataset=retain_dataset,
+                heldout_dataset=heldout_dataset,
+            )
         set_seed(args.seed)  # an adapter begins at random
         stock = self._stock_arguments(model, data_collator, forget_dataset, processing_class, peft_config)
         super().__init__(
@@ -154,8 +165,10 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
         )
 
     def _batches(self, dataset, limit: int | None) -> Iterator[Batch]:
-        """The first `limit` examples in order, on the device; every process sees them all."""
-        rows = range(len(dataset) if limit is None else min(limit, len(dataset)))
+        """At most `limit` examples, drawn by the seed, on the device; every process sees the same."""
+        # Drawn, not the first ones: datasets are often sorted by class.
+        drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
+        rows = drawn[:limit].sort().values.tolist()
         part = dataset.select(rows) if isinstance(dataset, Dataset) else Subset(dataset, rows)
         collator = self._get_collator_with_removed_columns(self.data_collator)
         loader = DataLoader(self._pruned(part), batch_size=self.args.eval_batch_size, collate_fn=collator)
@@ -350,7 +363,7 @@ class UnlearnTrainer(UnlearnMixin, Trainer):
         kwargs: anything else `Trainer` takes.
 
     Raises:
-        ValueError: see the message, which names the argument and the fix. Nothing was written.
+        ValueError: see the message, which names the argument and the fix. No file was written.
     """
 
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:

@@ -79,8 +79,18 @@ class TestDatasets:
         retain = datasets.concatenate_datasets([RETAIN, FORGET.select([2, 1])])
         refused("retain_dataset: 2 of its ids are in forget_dataset too (first: 1", "remove", retain_dataset=retain)
 
+    def test_keeping_rows_of_a_class_to_forget(self, refused):
+        refused("retain_dataset: holds class 3", "forget='examples'", retain_dataset=images(4, [3, 1], seed=1))
+
+    def test_heldout_data_is_checked_too(self, refused):
+        examples = {"forget": "examples"}
+        refused("heldout_dataset: is empty", "pass rows", config=examples, heldout_dataset=RETAIN.select([]))
+        refused("heldout_dataset: 4 of its ids", "remove them", config=examples, heldout_dataset=FORGET)
+        without = RETAIN.remove_columns("labels")
+        refused("heldout_dataset: has no label column", "label", config=examples, heldout_dataset=without)
+
     def test_overlap_by_another_column(self, tiny_resnet, refused, tmp_path):
-        forget, retain = (part.rename_column("id", "name") for part in (FORGET, FORGET))
+        forget, retain = (part.rename_column("id", "name") for part in (FORGET, with_labels([1] * 4)))
         data = {"forget_dataset": forget, "retain_dataset": retain}
         refused("retain_dataset: 4 of its ids", "'name'", config={"id_column": "name"}, **data)
         UnlearnTrainer(tiny_resnet, arguments(tmp_path), **data)  # nothing identifies the rows
@@ -178,7 +188,7 @@ class TestArguments:
         from peft import IA3Config
 
         adapter = IA3Config(target_modules=["convolution"], feedforward_modules=[])
-        refused("merge_adapter: IA3 cannot be merged", "merge_adapter=False", peft_config=adapter)
+        refused("merge_adapter=True: a IA3 adapter cannot be folded", "merge_adapter=False", peft_config=adapter)
 
     def test_pushing_at_the_end_is_the_default(self, tmp_path):
         assert UnlearnConfig(str(tmp_path), push_to_hub=True, **QUIET).hub_strategy == "end"

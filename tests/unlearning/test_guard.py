@@ -37,6 +37,11 @@ class Scripted(UnlearnTrainer):
         return self.script[self.state.global_step][1]
 
 
+def drawn(total, limit, seed=42):
+    """The rows that a look takes: at most `limit`, by the seed of the run, in their order."""
+    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
+
+
 def scripted(model, tmp_path, script, **values):
     trainer_class = type("Scripted", (Scripted,), {"script": dict(enumerate(script))})
     settings = {"guard": True, "guard_steps": 1, "max_steps": len(script) - 1, "learning_rate": 0.01} | values
@@ -81,7 +86,7 @@ class TestCollapse:
         assert best.step < looks[-1].step
         assert same(weights(digits_classifier), trainer.seen[best.step])
         assert same(guard_file(tmp_path, best.step), trainer.seen[best.step])
-        kept = digits_parts["retain"].select(range(128))
+        kept = digits_parts["retain"].select(drawn(len(digits_parts["retain"]), 128))
         drop = trainer.guard.state.baseline - accuracy(digits_classifier, kept)
         assert drop == pytest.approx(best.utility_drop, abs=1e-6)
         assert drop <= 0.02
@@ -226,7 +231,7 @@ class TestUtility:
         assert trainer.utility_drop(0.75) == pytest.approx(0.75 - expected)
 
     def test_then_the_retained_training_data(self, tiny_vit, tmp_path):
-        retain = images(8, list(range(8)), seed=1)
+        retain = images(8, [0, 1, 2, 4, 5, 6, 7, 8], seed=1)
         trainer = self.trainer(tiny_vit, tmp_path, retain_dataset=retain, eval_dataset={"forget": images(3, [3])})
         expected = (tiny_vit(pixel_values=retain["pixel_values"][:]).logits.argmax(-1) == retain["labels"][:]).float()
         assert trainer.utility_kind == "accuracy"
@@ -265,7 +270,40 @@ class TestUtility:
         args = copy.deepcopy(args)
         args.guard_examples = 4
         trainer = UnlearnTrainer(tiny_vit, args, forget_dataset=forget)
-        assert trainer.remembered() == pytest.approx(1 - 0.25)
+        known = [row < 4 for row in drawn(6, 4)]
+        assert trainer.remembered() == pytest.approx(sum(known) / 4 - 0.25)
+
+    def test_a_sorted_dataset_is_not_seen_by_its_first_class_only(self, tiny_vit, tmp_path):
+        answers = tiny_vit(pixel_values=images(40, [3])["pixel_values"][:]).logits.argmax(-1).tolist()
+        labels = answers[:20] + [(a + 1) % 10 for a in answers[20:]]  # the first half is known, the second is not
+        forget = images(40, [3]).remove_columns("labels").add_column("labels", labels)
+        args = arguments(tmp_path, guard_examples=20, forget="examples", forget_loss="ascent")
+        trainer = UnlearnTrainer(tiny_vit, args, forget_dataset=forget)
+        seen = torch.cat([batch["labels"] for batch in trainer._batches(trainer.forget_dataset, 20)])
+        assert seen.tolist() == [labels[row] for row in drawn(40, 20)]
+        assert 4 <= sum(row < 20 for row in drawn(40, 20)) <= 16
+
+    def test_says_when_there_was_nothing_to_forget(self, tiny_vit, tmp_path, caplog):
+        answers = tiny_vit(pixel_values=images(8, [3])["pixel_values"][:]).logits.argmax(-1).tolist()
+        never = next(label for label in range(10) if label not in answers)
+        args = arguments(tmp_path, guard=True, guard_steps=1, learning_rate=1e-4)
+        trainer = UnlearnTrainer(tiny_vit, args, forget_dataset=images(8, [never]))
+        with caplog.at_level(logging.WARNING, "hf_unlearn"):
+            trainer.train()
+        assert any("id2label" in record.getMessage() for record in caplog.records)
+        assert "Nothing was there to forget" in trainer.failed_checks[0]
+        assert "Nothing was there to forget" in trainer.model_card(tmp_path).content
+
+    def test_a_target_that_was_not_reached_is_on_the_card(self, tiny_vit, tmp_path):
+        answers = tiny_vit(pixel_values=images(8, [3])["pixel_values"][:]).logits.argmax(-1).tolist()
+        common = max(set(answers), key=answers.count)
+        args = arguments(tmp_path, guard=True, guard_steps=1, learning_rate=1e-6)
+        trainer = UnlearnTrainer(tiny_vit, args, forget_dataset=images(8, [common]))
+        trainer.train()
+        (failed,) = trainer.failed_checks
+        assert failed.startswith("The forget target was not reached")
+        assert failed in trainer.model_card(tmp_path).content
+        assert trainer.provenance().steps == trainer.guard.best.step
 
     def test_looking_changes_neither_weights_nor_random_state_nor_modes(self, tiny_resnet, tmp_path):
         trainer = self.trainer(tiny_resnet, tmp_path)

@@ -109,13 +109,13 @@ class TestDefaults:
     def test_fisher_weight_is_resolved_when_training(self, tiny_vit, tmp_path):
         trainer = PBUTrainer(tiny_vit, PBUConfig(str(tmp_path), **QUIET, max_steps=1), forget_dataset=images(4, [3]))
         trainer.train()
-        assert trainer.args.fisher_weight == 0.14
+        assert trainer.fisher_weight == 0.14
         assert "fisher" in trainer.anchor.value(dict(tiny_vit.named_parameters()))
         trainer = PBUTrainer(
             tiny_vit, PBUConfig(str(tmp_path), **QUIET, max_steps=1, fisher_weight=0.0), forget_dataset=images(4, [3])
         )
         trainer.train()
-        assert trainer.args.fisher_weight == 0.0
+        assert trainer.fisher_weight == 0.0
 
     def test_under_lora_the_fisher_anchor_is_off(self, tiny_vit, tmp_path):
         from peft import LoraConfig
@@ -125,7 +125,7 @@ class TestDefaults:
             peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
         )  # fmt: skip
         trainer.train()
-        assert trainer.args.fisher_weight == 0.0
+        assert trainer.fisher_weight == 0.0
         assert lora_layers(trainer.model)
 
     @pytest.mark.parametrize("epochs", [5, 20])

@@ -386,5 +386,5 @@ class TestRefusals:
 
     def test_weight_decomposition(self, llama, tmp_path):
         llama.config.use_dora = True
-        with pytest.raises(ValueError, match=r"^peft_config: [^\n]+ uses DoRA[^\n]+$"):
+        with pytest.raises(ValueError, match=r"^merge_adapter=True: Dora[^\n]+$"):
             llama.trainer(tmp_path).train()
