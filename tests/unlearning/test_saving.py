@@ -264,3 +264,29 @@ def test_push_uploads_exactly_the_publishable_files(hub, tmp_path):
     assert hub.summaries == ["forget 3"]  # one commit, nothing half-forgotten before it
     assert list(folder.glob("checkpoint-*"))
     assert Path(folder, "_private", "reference.safetensors").exists()
+
+
+def test_an_adapter_saved_apart_tells_no_local_path(tiny_vit, tmp_path):
+    from peft import LoraConfig
+
+    tiny_vit.save_pretrained(tmp_path / "secret" / "original")
+    trainer = UnlearnTrainer(
+        str(tmp_path / "secret" / "original"),
+        arguments(tmp_path / "out", merge_adapter=False, max_steps=1),
+        forget_dataset=images(4, [3]),
+        processing_class=digits_processor(),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    )
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    for name in publishable_files(tmp_path / "out"):
+        assert b"secret" not in (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_the_original_s_own_repository_is_refused(tiny_vit, tmp_path):
+    args = arguments(tmp_path, hub_model_id="me/original")
+    trainer = UnlearnTrainer(tiny_vit, args, forget_dataset=images(4, [3]))
+    trainer.base_model = "me/original"
+    with pytest.raises(ValueError, match="^hub_model_id: 'me/original' is the original's repository"):
+        trainer.push_to_hub()
