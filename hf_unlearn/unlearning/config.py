@@ -54,7 +54,7 @@ class UnlearnArguments:
         utility_tolerance (`float`, *optional*): how far utility may fall: accuracy on the `"retain"` evaluation set (in
             [0, 1], default 0.02), or for language models the rise of its loss in nats per token (default 0.1, a
             perplexity 1.1 times as high); where there is no such set, on `retain_dataset`; without either, divergence
-            from the original on replay inputs, in nats (default 0.25).
+            from the original on replay inputs, in nats (default 0.5).
 
     > Data and output
         id_column (`str`, defaults to `"id"`): column that identifies examples. Where forget and retain sets both have

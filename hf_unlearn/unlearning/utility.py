@@ -13,7 +13,7 @@ from torch import Tensor
 from .objective import Batch
 
 
-DEFAULT_TOLERANCE = {"accuracy": 0.02, "loss": 0.1, "divergence": 0.25}
+DEFAULT_TOLERANCE = {"accuracy": 0.02, "loss": 0.1, "divergence": 0.5}
 
 
 LOOKING = 2**31  # a key for random numbers that no training step has
