@@ -4,8 +4,8 @@
 
 One process, one model (ResNet-18 of 11.2 M parameters on 28 × 28 images, batch 64), the trainers' own `training_step`,
 `clip` and optimiser step, interleaved round by round, so that a busy machine is busy for all. Times are medians of the
-rounds' ratios to stock Trainer. Memory is measured apart: one process a variant, the peak of the allocations that PyTorch's
-profiler saw in a step, on top of what was there before it, plus the tensors the trainer holds beside the model.
+rounds' ratios to stock Trainer. Memory is measured afterwards: the peak of the allocations that PyTorch's profiler sees in a
+step, on top of what was there before it, plus the tensors the trainer holds beside the model.
 """
 
 from __future__ import annotations
