@@ -92,12 +92,17 @@ def fashion_table(fashion: dict) -> str:
 
 
 def cost_table(cost: dict) -> str:
-    lines = ["| step | time / stock Trainer | quartiles | extra peak memory / parameters |", "|---|---|---|---|"]
-    for name, row in cost["rows"].items():
-        low, high = row["time_ratio_quartiles"]
-        lines.append(
-            f"| {name} | {row['time_ratio']:.3f} | {low:.3f}–{high:.3f} | {row['extra_memory_in_parameters']:+.2f} |"
-        )
+    lines = [
+        "| model and batch | step | time / stock Trainer | quartiles | extra peak memory / parameters |",
+        "|---|---|---|---|---|",
+    ]
+    for workload, measured in cost["workloads"].items():
+        for name, row in measured["rows"].items():
+            low, high = row["time_ratio_quartiles"]
+            lines.append(
+                f"| {workload} | {name} | {row['time_ratio']:.3f} | {low:.3f}–{high:.3f} | "
+                f"{row['extra_memory_in_parameters']:+.2f} |"
+            )
     return "\n".join(lines)
 
 
@@ -149,9 +154,9 @@ the same initialisation as the original of its seed.
     parts.append(
         f"""## What a step costs
 
-`python benchmarks/step_cost.py`: ResNet-18 ({cost["parameters"] / 1e6:.1f} M parameters, 28 × 28, batch {cost["batch"]}, {cost["threads"]} threads), training step, clipping and AdamW,
-medians of {cost["rounds"]} interleaved rounds. Memory: what the trainer holds beside model, gradients and optimiser, and the peak within a step,
-above stock Trainer's.
+`python benchmarks/step_cost.py`: training step, clipping and AdamW on {cost["threads"]} threads, medians of {cost["rounds"]} interleaved rounds. Memory: what
+the trainer holds beside model, gradients and optimiser, and the peak within a step, above stock Trainer's, in units of the
+parameters. The anchor's cost is that of passing over the parameters, so its share falls as the rest of the step grows.
 
 {cost_table(cost)}
 

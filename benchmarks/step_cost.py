@@ -2,8 +2,8 @@
 
     python benchmarks/step_cost.py [--quick]
 
-One process, one model (ResNet-18 of 11.2 M parameters on 28 × 28 images, batch 64), the trainers' own `training_step`,
-`clip` and optimiser step, interleaved round by round, so that a busy machine is busy for all. Times are medians of the
+One process, the trainers' own `training_step`, `clip` and optimiser step, on a ResNet-18 of 11.2 M parameters and on the
+digits classifier of the demo, interleaved round by round, so that a busy machine is busy for all. Times are medians of the
 rounds' ratios to stock Trainer. Memory is measured afterwards: the peak of the allocations that PyTorch's profiler sees in a
 step, on top of what was there before it, plus the tensors the trainer holds beside the model.
 """
@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import report
 import torch
 from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
@@ -24,12 +25,17 @@ from transformers import ResNetConfig, ResNetForImageClassification, Trainer, Tr
 from transformers.utils import logging as transformers_logging
 
 from hf_unlearn import UnlearnConfig, UnlearnTrainer
+from hf_unlearn.demo import digits_model
 
 
 HERE = Path(__file__).parent
-BATCH = 64
+WORKLOADS = {  # name: (layers, image side, batch)
+    "ResNet-18, 28 × 28, batch 64": ("resnet-18", 28, 64),
+    "ResNet-18, 28 × 28, batch 256": ("resnet-18", 28, 256),
+    "ResNet-18, 64 × 64, batch 64": ("resnet-18", 64, 64),
+    "digits ResNet, 16 × 16, batch 64": ("digits", 16, 64),
+}
 COMMON = {
-    "per_device_train_batch_size": BATCH,
     "report_to": "none",
     "disable_tqdm": True,
     "save_strategy": "no",
@@ -55,30 +61,32 @@ VARIANTS = {
 BAR = "ascent, Fisher + isotropic anchor"
 
 
-def model() -> ResNetForImageClassification:
+def model(layers: str):
+    if layers == "digits":
+        return digits_model()
     torch.manual_seed(0)
-    return ResNetForImageClassification(
-        ResNetConfig(
-            num_channels=1, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=10
-        )
-    )
+    sizes = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
+    return ResNetForImageClassification(ResNetConfig(num_channels=1, layer_type="basic", num_labels=10, **sizes))
 
 
 class Stepper:
     """A trainer after one real step, so that its optimiser, reference and anchor exist, taking more steps by hand."""
 
-    def __init__(self, settings: dict | None, folder: str):
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(BATCH, 1, 28, 28, generator=generator)
-        rows = Dataset.from_dict({"pixel_values": images.numpy(), "label": [3] * BATCH}).with_format("torch")
+    def __init__(self, settings: dict | None, workload: tuple[str, int, int], folder: str):
+        layers, side, batch = workload
+        images = torch.randn(batch, 1, side, side, generator=torch.Generator().manual_seed(0))
+        rows = Dataset.from_dict({"pixel_values": images.numpy(), "label": [3] * batch}).with_format("torch")
+        plain = {"pixel_values": images, "labels": torch.full((batch,), 3)}
+        common = COMMON | {"per_device_train_batch_size": batch}
         if settings is None:
-            self.trainer = Trainer(model(), TrainingArguments(folder, **COMMON), train_dataset=rows)
-            self.batch = {"pixel_values": images, "labels": torch.full((BATCH,), 3)}
+            self.trainer = Trainer(model(layers), TrainingArguments(folder, **common), train_dataset=rows)
+            self.batch = plain
         else:
             off = {"isotropic_weight": 0.0, "replay_weight": 0.0, "guard": False, "fisher_examples": 2, "bn": "train"}
-            arguments = UnlearnConfig(folder, **(COMMON | off | settings))
-            self.trainer = UnlearnTrainer(model(), arguments, forget_dataset=rows)
-            self.batch = {"forget": {"pixel_values": images, "labels": torch.full((BATCH,), 3)}}
+            self.trainer = UnlearnTrainer(
+                model(layers), UnlearnConfig(folder, **(common | off | settings)), forget_dataset=rows
+            )
+            self.batch = {"forget": plain}
         self.trainer.train()
         self.trainer.accelerator.gradient_state._set_sync_gradients(True)
 
@@ -116,51 +124,47 @@ class Stepper:
         return top
 
 
+def measure(workload: tuple[str, int, int], variants: dict, rounds: int, folder: str) -> dict:
+    steppers = {
+        name: Stepper(settings, workload, f"{folder}/{i}") for i, (name, settings) in enumerate(variants.items())
+    }
+    for stepper in steppers.values():
+        stepper.step()
+    times = {name: [] for name in steppers}
+    for turn in range(rounds):
+        for name in list(steppers) if turn % 2 else list(reversed(steppers)):
+            started = time.perf_counter()
+            steppers[name].step()
+            times[name].append(time.perf_counter() - started)
+    size = sum(p.nbytes for p in steppers[BAR].trainer.model.parameters())
+    plain = steppers["stock Trainer"].peak()
+    rows = {}
+    for name, stepper in steppers.items():
+        ratios = [t / s for t, s in zip(times[name], times["stock Trainer"], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        rows[name] = {
+            "time_ratio": statistics.median(ratios),
+            "time_ratio_quartiles": [quartiles[0], quartiles[2]],
+            "milliseconds": 1000 * statistics.median(times[name]),
+            "extra_memory_in_parameters": (stepper.held() + stepper.peak() - plain) / size,
+        }
+    return {"parameters": size // 4, "rows": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds: under two minutes; writes nothing")
-    rounds = 8 if parser.parse_args().quick else 60
+    rounds = 4 if parser.parse_args().quick else 40
     transformers_logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder:
-        steppers = {name: Stepper(settings, f"{folder}/{i}") for i, (name, settings) in enumerate(VARIANTS.items())}
-        for stepper in steppers.values():
-            stepper.step()
-        times = {name: [] for name in steppers}
-        for turn in range(rounds):
-            names = list(steppers) if turn % 2 else list(reversed(steppers))
-            for name in names:
-                started = time.perf_counter()
-                steppers[name].step()
-                times[name].append(time.perf_counter() - started)
-        size = sum(p.nbytes for p in steppers[BAR].trainer.model.parameters())
-        plain = steppers["stock Trainer"].peak()
-        rows = {}
-        for name, stepper in steppers.items():
-            ratios = [t / s for t, s in zip(times[name], times["stock Trainer"], strict=True)]
-            quartiles = statistics.quantiles(ratios, n=4)
-            rows[name] = {
-                "time_ratio": statistics.median(ratios),
-                "time_ratio_quartiles": [quartiles[0], quartiles[2]],
-                "milliseconds": 1000 * statistics.median(times[name]),
-                "extra_memory_in_parameters": (stepper.held() + stepper.peak() - plain) / size,
-            }
-    print(
-        "| variant | time of a step / stock | quartiles | ms | extra peak memory / parameters |\n|---|---|---|---|---|"
-    )
-    for name, row in rows.items():
-        low, high = row["time_ratio_quartiles"]
-        print(
-            f"| {name} | {row['time_ratio']:.3f} | {low:.3f}–{high:.3f} | {row['milliseconds']:.0f} | "
-            f"{row['extra_memory_in_parameters']:+.2f} |"
+    result = {"rounds": rounds, "threads": torch.get_num_threads(), "workloads": {}}
+    for index, (name, workload) in enumerate(WORKLOADS.items()):
+        variants = (
+            VARIANTS if index == 0 else {key: VARIANTS[key] for key in ("stock Trainer", BAR, list(VARIANTS)[-1])}
         )
-    if rounds > 8:
-        result = {
-            "rounds": rounds,
-            "batch": BATCH,
-            "parameters": size // 4,
-            "threads": torch.get_num_threads(),
-            "rows": rows,
-        }
+        with tempfile.TemporaryDirectory() as folder:
+            result["workloads"][name] = measure(workload, variants, rounds, folder)
+    print(report.cost_table(result))
+    if rounds == 40:
         file = HERE / "results" / "step_cost.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n")

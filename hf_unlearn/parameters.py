@@ -15,7 +15,7 @@ from torch import Tensor, nn
 Parameters = Mapping[str, Tensor]
 # Anchors work through the parameters in runs of so many elements: small enough for a core's cache, or large enough to
 # keep a GPU busy. It bounds their scratch memory too.
-RUN_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
+RUN_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
