@@ -303,6 +303,7 @@ class TestBadRecipes:
             ({"forget_values": None}, "forget_values: missing; list the values of forget_column to forget"),
             ({"forget_column": None, "forget_values": None}, "forget_column: missing; say what to forget by "),
             ({"forget_ids": [1]}, "forget_ids: given beside forget_column; keep one of them"),
+            ({"forget_column": None, "forget_values": None, "forget_ids": [1]}, "forget: missing; say 'examples'"),
             ({"forget_dataset": "x"}, "forget_dataset: given beside forget_column; keep one of them"),
             ({"method": "unlearn", "preset": "paper"}, "preset: 'paper' belongs to method 'pbu', this is 'unlearn'"),
             ({"forget_accuracy": 2}, "forget_accuracy=2.0: must be in [0, 1)"),
@@ -336,11 +337,11 @@ class TestBadData:
             ({"forget_column": "class"}, "forget_column: 'class' is not in the dataset (it has id, image, label)"),
             ({"forget_values": [12]}, "forget_values: 12 does not occur in column 'label' (it has 0, 1, 2"),
             ({"forget_values": ["cat"]}, "forget_values: 'cat' does not occur in column 'label'; expected one of 0, 1"),
-            ({"forget_column": None, "forget_values": None, "forget_ids": [1147, 99999]},
+            ({"forget_column": None, "forget_values": None, "forget_ids": [1147, 99999], "forget": "class"},
              "forget_ids: 99999 is not in column 'id' (1 unknown in all)"),
-            ({"forget_column": None, "forget_values": None, "forget_ids": ["a"]},
+            ({"forget_column": None, "forget_values": None, "forget_ids": ["a"], "forget": "class"},
              "forget_ids: 'a' does not occur in column 'id'; expected a value of type int64"),
-            ({"forget_column": None, "forget_values": None, "forget_ids": [1], "id_column": "row"},
+            ({"forget_column": None, "forget_values": None, "forget_ids": [1], "forget": "class", "id_column": "row"},
              "id_column: 'row' is not in the dataset (it has id, image, label)"),
             ({"forget_column": None, "forget_values": None, "forget_dataset": "nowhere"},
              "forget_dataset: 'nowhere' is no dataset saved with save_to_disk"),
@@ -414,8 +415,8 @@ class TestSelection:
 
     def test_ids(self, recipe, digits):
         ids = [1548, 1147, 443]
-        keys = {"forget_column": None, "forget_values": None, "forget_ids": ids, "retain": True, "eval_split": "train"}
-        parts = self.parts(recipe, **keys)
+        keys = {"forget_column": None, "forget_values": None, "forget_ids": ids, "forget": "class"}
+        parts = self.parts(recipe, **keys, retain=True, eval_split="train")
         forget, rest = data.split_by_ids(digits["train"], ids)
         assert parts.forget["id"][:] == forget["id"][:]
         assert parts.retain["id"][:] == parts.evaluation["retain"]["id"][:] == rest["id"][:]
@@ -469,7 +470,7 @@ class TestRunning:
         result = results["Accuracy on the forgotten class"]
         assert result.metric_value == pytest.approx(accuracy["after", "forgotten class"])
         assert (result.dataset_name, result.dataset_split) == ("digits", "test")
-        assert f"{forget_count(digits)} examples forgotten" in shown
+        assert f"{forget_count(digits)} forget examples" in shown
         # What is printed to load it does load it.
         code = "\n".join(line.strip() for line in shown.split("Load it:")[1].splitlines())
         loaded = {}
@@ -490,7 +491,7 @@ class TestRunning:
         out = tmp_path / "out"
         arguments = ("--model", classifier, "--output_dir", str(out), "--max_steps", "2", *QUICK)
         assert cli.main(["unlearn", "--config", str(RECIPES / "unlearn_examples_digits.yaml"), *arguments]) == 0
-        assert "20 examples forgotten" in capsys.readouterr().out
+        assert "20 forget examples" in capsys.readouterr().out
         card = (out / "README.md").read_text()
         assert '| `forget_loss` | "match" |' in card
         assert classifier not in card

@@ -310,7 +310,7 @@ class TestReplay:
 
     def test_is_off_with_retain_data_and_on_without(self, tiny_llama, tokenizer, tmp_path):
         rows = masked(TEXTS, tokenizer)
-        for retain, weight in ((None, 5.0), (rows, 0.0)):
+        for retain, weight in ((None, 1.0), (rows, 0.0)):
             args = settings(tmp_path, replay_weight=None)
             trainer = UnlearnTrainer(tiny_llama, args=args, forget_dataset=rows, retain_dataset=retain)
             assert trainer.replay_weight == weight
