@@ -139,7 +139,6 @@ class UnlearnConfig(UnlearnArguments, TrainingArguments):
     __doc__ = f"Configuration of [`UnlearnTrainer`]: [`~transformers.TrainingArguments`] and these.\n{UnlearnArguments.__doc__}"
 
     hub_strategy: str = field(default="end", metadata={"help": "Only 'end': nothing half-forgotten is uploaded."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Pulls toward 0, away from the original: off."})
 
 
 @dataclass

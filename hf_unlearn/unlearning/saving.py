@@ -131,7 +131,9 @@ class SavingMixin:
             "results": self.results,
             "failed_checks": self.failed_checks,
             "tags": (self._method,),
-            "pipeline_tag": "text-generation" if self.is_causal_lm else PIPELINE_TAGS.get(base.loss_type),
+            "pipeline_tag": "text-generation"
+            if self.is_causal_lm
+            else PIPELINE_TAGS.get(getattr(base, "loss_type", None)),
             "load_snippet": loading_code(type(base), name, processor=self.processor_loader),
         }
         return unlearning_card(self.provenance(), **(values | self.card_values | kwargs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from trl import SFTTrainer
 
 from ..data import LABEL_COLUMNS, ForgetRetainDataset, NestedCollator, RawCollator
-from ..parameters import (
-    Anchor,
-    ReferencePoint,
-    trainable_parameters,
-)
+from ..parameters import Anchor, ReferencePoint, trainable_parameters
 from .checkpoint import last_complete, mark_complete, read_marker, unmark
 from .config import UnlearnConfig, UnlearnSFTConfig
 from .guard import Guard, GuardState
@@ -31,9 +26,6 @@ from .inputs import check_arguments, check_labels, check_trainable, is_causal_lm
 from .objective import Batch, ObjectiveMixin
 from .saving import SavingMixin
 from .utility import UtilityMixin
-
-
-logger = logging.getLogger(__name__)
 
 
 class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):

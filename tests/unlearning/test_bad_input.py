@@ -23,10 +23,12 @@ class Endless(IterableDataset):
 
 
 @pytest.fixture
-def refused(tiny_resnet, tmp_path):
+def check_refused(tiny_resnet, tmp_path):
     """Builds a trainer that must refuse, with `problem` as the beginning of what it says and `fix` somewhere behind."""
 
-    def refused(problem, fix, *, trainer_class=UnlearnTrainer, model=tiny_resnet, args=None, config=None, **data):
+    def check_refused(
+        problem, fix, *, trainer_class=UnlearnTrainer, model=tiny_resnet, args=None, config=None, **data
+    ):
         folder = tmp_path / "not" / "yet"
 
         def attempt():
@@ -41,7 +43,7 @@ def refused(tiny_resnet, tmp_path):
         assert len(message) < 300
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
-    return refused
+    return check_refused
 
 
 def with_labels(labels):
@@ -49,146 +51,160 @@ def with_labels(labels):
 
 
 class TestDatasets:
-    def test_train_dataset(self, refused):
-        refused("train_dataset: UnlearnTrainer learns to forget", "pass forget_dataset=", train_dataset=FORGET)
-        refused("train_dataset: PBUTrainer", "forget_dataset=", trainer_class=PBUTrainer, train_dataset=FORGET,
+    def test_train_dataset(self, check_refused):
+        check_refused("train_dataset: UnlearnTrainer learns to forget", "pass forget_dataset=", train_dataset=FORGET)
+        check_refused("train_dataset: PBUTrainer", "forget_dataset=", trainer_class=PBUTrainer, train_dataset=FORGET,
                 args=PBUConfig("unused", **QUIET))  # fmt: skip
         assert not Path("unused").exists()
 
-    def test_forget_dataset_missing(self, refused):
-        refused("forget_dataset: missing", "pass the examples", forget_dataset=None)
+    def test_forget_dataset_missing(self, check_refused):
+        check_refused("forget_dataset: missing", "pass the examples", forget_dataset=None)
 
-    def test_empty(self, refused):
-        refused("forget_dataset: is empty", "nothing to forget", forget_dataset=FORGET.select([]))
-        refused("retain_dataset: is empty", "nothing to retain", retain_dataset=RETAIN.select([]))
-        refused("forget_dataset: is empty", "", forget_dataset=[])
+    def test_empty(self, check_refused):
+        check_refused("forget_dataset: is empty", "nothing to forget", forget_dataset=FORGET.select([]))
+        check_refused("retain_dataset: is empty", "nothing to retain", retain_dataset=RETAIN.select([]))
+        check_refused("forget_dataset: is empty", "", forget_dataset=[])
 
     @pytest.mark.parametrize("name", ["forget_dataset", "retain_dataset"])
-    def test_splits(self, name, refused):
+    def test_splits(self, name, check_refused):
         splits = datasets.DatasetDict({"train": RETAIN, "test": RETAIN})
-        refused(f"{name}: has splits train, test", "pass one of them", **{name: splits})
+        check_refused(f"{name}: has splits train, test", "pass one of them", **{name: splits})
 
     @pytest.mark.parametrize("name", ["forget_dataset", "retain_dataset"])
-    def test_streaming(self, name, refused):
-        refused(f"{name}: a streaming dataset", "make it a Dataset", **{name: RETAIN.to_iterable_dataset()})
-        refused(f"{name}: a streaming dataset", "make it a Dataset", **{name: Endless()})
+    def test_streaming(self, name, check_refused):
+        check_refused(f"{name}: a streaming dataset", "make it a Dataset", **{name: RETAIN.to_iterable_dataset()})
+        check_refused(f"{name}: a streaming dataset", "make it a Dataset", **{name: Endless()})
         splits = datasets.IterableDatasetDict({"train": RETAIN.to_iterable_dataset()})
-        refused(f"{name}: has splits train", "pass one of them", **{name: splits})
+        check_refused(f"{name}: has splits train", "pass one of them", **{name: splits})
 
-    def test_overlap(self, refused):
+    def test_overlap(self, check_refused):
         retain = datasets.concatenate_datasets([RETAIN, FORGET.select([2, 1])])
-        refused("retain_dataset: 2 of its ids are in forget_dataset too (first: 1", "remove", retain_dataset=retain)
+        check_refused(
+            "retain_dataset: 2 of its ids are in forget_dataset too (first: 1", "remove", retain_dataset=retain
+        )
 
-    def test_keeping_rows_of_a_class_to_forget(self, refused):
-        refused("retain_dataset: holds class 3", "forget='examples'", retain_dataset=images(4, [3, 1], seed=1))
+    def test_keeping_rows_of_a_class_to_forget(self, check_refused):
+        check_refused("retain_dataset: holds class 3", "forget='examples'", retain_dataset=images(4, [3, 1], seed=1))
 
-    def test_heldout_data_is_checked_too(self, refused):
+    def test_heldout_data_is_checked_too(self, check_refused):
         examples = {"forget": "examples"}
-        refused("heldout_dataset: is empty", "pass rows", config=examples, heldout_dataset=RETAIN.select([]))
-        refused("heldout_dataset: 4 of its ids", "remove them", config=examples, heldout_dataset=FORGET)
+        check_refused("heldout_dataset: is empty", "pass rows", config=examples, heldout_dataset=RETAIN.select([]))
+        check_refused("heldout_dataset: 4 of its ids", "remove them", config=examples, heldout_dataset=FORGET)
         without = RETAIN.remove_columns("labels")
-        refused("heldout_dataset: has no label column", "label", config=examples, heldout_dataset=without)
+        check_refused("heldout_dataset: has no label column", "label", config=examples, heldout_dataset=without)
 
-    def test_overlap_by_another_column(self, tiny_resnet, refused, tmp_path):
+    def test_overlap_by_another_column(self, tiny_resnet, check_refused, tmp_path):
         forget, retain = (part.rename_column("id", "name") for part in (FORGET, with_labels([1] * 4)))
         data = {"forget_dataset": forget, "retain_dataset": retain}
-        refused("retain_dataset: 4 of its ids", "'name'", config={"id_column": "name"}, **data)
+        check_refused("retain_dataset: 4 of its ids", "'name'", config={"id_column": "name"}, **data)
         UnlearnTrainer(tiny_resnet, arguments(tmp_path), **data)  # nothing identifies the rows
 
-    def test_no_label_column(self, refused):
+    def test_no_label_column(self, check_refused):
         for dataset in (FORGET.remove_columns("labels"), FORGET.rename_column("labels", "class")):
-            refused("forget_dataset: has no label column", "labels, label", forget_dataset=dataset)
-        refused("retain_dataset: has no label column", "rename_column", retain_dataset=RETAIN.remove_columns("labels"))
+            check_refused("forget_dataset: has no label column", "labels, label", forget_dataset=dataset)
+        check_refused(
+            "retain_dataset: has no label column", "rename_column", retain_dataset=RETAIN.remove_columns("labels")
+        )
 
     @pytest.mark.parametrize("label", [10, -1, 99])
-    def test_labels_outside(self, label, refused):
-        refused(
+    def test_labels_outside(self, label, check_refused):
+        check_refused(
             f"forget_dataset: label {label} is outside",
             "num_labels=10 (0…9)",
             forget_dataset=with_labels([3, 3, label, 3]),
         )
         retain = RETAIN.remove_columns("labels").add_column("labels", [0, label, 1, 1])
-        refused(f"retain_dataset: label {label} is outside", "num_labels=10", retain_dataset=retain)
+        check_refused(f"retain_dataset: label {label} is outside", "num_labels=10", retain_dataset=retain)
 
-    def test_labels_missing_or_no_numbers(self, refused):
-        refused("forget_dataset: label None", "", forget_dataset=with_labels([3, None, 3, 3]))
-        refused("forget_dataset: label 'three'", "class_encode_column", forget_dataset=with_labels(["three"] * 4))
-        refused("forget_dataset: label 0.5", "", forget_dataset=with_labels([0.5, 3.0, 3.0, 3.0]))
-        refused("forget_dataset: label [0, 1]", "one integer", forget_dataset=with_labels([[0, 1]] * 4))
+    def test_labels_missing_or_no_numbers(self, check_refused):
+        check_refused("forget_dataset: label None", "", forget_dataset=with_labels([3, None, 3, 3]))
+        check_refused(
+            "forget_dataset: label 'three'", "class_encode_column", forget_dataset=with_labels(["three"] * 4)
+        )
+        check_refused("forget_dataset: label 0.5", "", forget_dataset=with_labels([0.5, 3.0, 3.0, 3.0]))
+        check_refused("forget_dataset: label [0, 1]", "one integer", forget_dataset=with_labels([[0, 1]] * 4))
 
-    def test_every_class_forgotten(self, refused):
+    def test_every_class_forgotten(self, check_refused):
         everything = images(20, list(range(10)))
-        refused("forget_dataset: holds every class", "forget='examples'", forget_dataset=everything)
+        check_refused("forget_dataset: holds every class", "forget='examples'", forget_dataset=everything)
 
-    def test_single_examples_without_a_target(self, refused):
-        refused("heldout_dataset: missing", "heldout_loss=", config={"forget": "examples"})
-        refused("forget_loss='match' needs a target", "heldout_dataset=", config={"forget_loss": "match"})
+    def test_single_examples_without_a_target(self, check_refused):
+        check_refused("heldout_dataset: missing", "heldout_loss=", config={"forget": "examples"})
+        check_refused("forget_loss='match' needs a target", "heldout_dataset=", config={"forget_loss": "match"})
 
-    def test_raw_images_without_a_processor(self, refused, digits):
-        refused("processing_class: forget_dataset holds raw images", "image processor", forget_dataset=digits["train"])
+    def test_raw_images_without_a_processor(self, check_refused, digits):
+        check_refused(
+            "processing_class: forget_dataset holds raw images", "image processor", forget_dataset=digits["train"]
+        )
 
 
 class TestModels:
-    def test_missing(self, refused):
-        refused("model: missing", "pass a model", model=None)
+    def test_missing(self, check_refused):
+        check_refused("model: missing", "pass a model", model=None)
 
-    def test_without_a_head(self, refused):
+    def test_without_a_head(self, check_refused):
         body = ResNetModel(
             ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
         )
-        refused("model: ResNetModel takes no labels", "AutoModelFor…", model=body)
+        check_refused("model: ResNetModel takes no labels", "AutoModelFor…", model=body)
 
-    def test_of_another_task(self, refused, tiny_vit):
-        refused("model: ViTForMaskedImageModeling", "", model=ViTForMaskedImageModeling(tiny_vit.config))
+    def test_of_another_task(self, check_refused, tiny_vit):
+        check_refused("model: ViTForMaskedImageModeling", "", model=ViTForMaskedImageModeling(tiny_vit.config))
 
     @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
-    def test_regression_and_several_labels(self, problem, refused, tiny_resnet):
+    def test_regression_and_several_labels(self, problem, check_refused, tiny_resnet):
         tiny_resnet.config.problem_type = problem
-        refused(f"model: problem_type='{problem}' is not supported", "single-label")
+        check_refused(f"model: problem_type='{problem}' is not supported", "single-label")
 
-    def test_a_class_of_a_causal_language_model(self, refused, tiny_llama):
+    def test_a_class_of_a_causal_language_model(self, check_refused, tiny_llama):
         text = datasets.Dataset.from_dict({"input_ids": [[1, 5, 6, 2]] * 4, "labels": [[1, 5, 6, 2]] * 4})
-        refused("forget='class' needs a classifier", "use forget='examples'", model=tiny_llama, forget_dataset=text)
+        check_refused(
+            "forget='class' needs a classifier", "use forget='examples'", model=tiny_llama, forget_dataset=text
+        )
 
-    def test_nothing_trainable(self, refused, tiny_resnet):
-        refused("model: none of its parameters", "requires_grad_", model=tiny_resnet.requires_grad_(False))
+    def test_nothing_trainable(self, check_refused, tiny_resnet):
+        check_refused("model: none of its parameters", "requires_grad_", model=tiny_resnet.requires_grad_(False))
 
 
 class TestArguments:
-    def test_of_the_wrong_class(self, refused, tmp_path):
-        refused("args: UnlearnTrainer needs UnlearnConfig, got TrainingArguments", "",
+    def test_of_the_wrong_class(self, check_refused, tmp_path):
+        check_refused("args: UnlearnTrainer needs UnlearnConfig, got TrainingArguments", "",
                 args=TrainingArguments(str(tmp_path / "a"), **QUIET))  # fmt: skip
-        refused("args: PBUTrainer needs PBUConfig, got UnlearnConfig", "",
+        check_refused("args: PBUTrainer needs PBUConfig, got UnlearnConfig", "",
                 trainer_class=PBUTrainer, args=UnlearnConfig(str(tmp_path / "a"), **QUIET))  # fmt: skip
-        refused("args: UnlearnTrainer needs UnlearnConfig, got UnlearnSFTConfig", "",
+        check_refused("args: UnlearnTrainer needs UnlearnConfig, got UnlearnSFTConfig", "",
                 args=UnlearnSFTConfig(str(tmp_path / "a"), **QUIET, bf16=False))  # fmt: skip
 
-    def test_several_gpus_in_one_process(self, refused, tmp_path):
+    def test_several_gpus_in_one_process(self, check_refused, tmp_path):
         args = arguments(tmp_path / "out")
         assert args.n_gpu == 0
         args._n_gpu = 2
-        refused("several GPUs in one process", "accelerate launch", args=args)
+        check_refused("several GPUs in one process", "accelerate launch", args=args)
 
     @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-    def test_pushing_what_is_half_forgotten(self, strategy, refused):
+    def test_pushing_what_is_half_forgotten(self, strategy, check_refused):
         config = {"push_to_hub": True, "hub_strategy": strategy}
-        refused(f"hub_strategy='{strategy}': uploads half-forgotten weights", "hub_strategy='end'", config=config)
+        check_refused(
+            f"hub_strategy='{strategy}': uploads half-forgotten weights", "hub_strategy='end'", config=config
+        )
 
-    def test_what_would_be_ignored(self, refused):
-        refused("compute_loss_func: would be ignored", "override task_loss", compute_loss_func=lambda *a, **k: 0.0)
-        refused("label_smoothing_factor: would", "override task_loss", config={"label_smoothing_factor": 0.1})
+    def test_what_would_be_ignored(self, check_refused):
+        check_refused(
+            "compute_loss_func: would be ignored", "override task_loss", compute_loss_func=lambda *a, **k: 0.0
+        )
+        check_refused("label_smoothing_factor: would", "override task_loss", config={"label_smoothing_factor": 0.1})
 
-    def test_what_would_go_wrong_silently(self, refused):
-        refused("load_best_model_at_end", "the guard", config={"load_best_model_at_end": True, "save_strategy": "epoch",
+    def test_what_would_go_wrong_silently(self, check_refused):
+        check_refused("load_best_model_at_end", "the guard", config={"load_best_model_at_end": True, "save_strategy": "epoch",
                 "eval_strategy": "epoch"})  # fmt: skip
         workers = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}
-        refused("dataloader_persistent_workers", "set it to False", config=workers, retain_dataset=RETAIN)
+        check_refused("dataloader_persistent_workers", "set it to False", config=workers, retain_dataset=RETAIN)
 
-    def test_an_adapter_that_cannot_be_merged(self, refused):
+    def test_an_adapter_that_cannot_be_merged(self, check_refused):
         from peft import IA3Config
 
         adapter = IA3Config(target_modules=["convolution"], feedforward_modules=[])
-        refused("merge_adapter=True: a IA3 adapter cannot be folded", "merge_adapter=False", peft_config=adapter)
+        check_refused("merge_adapter=True: a IA3 adapter cannot be folded", "merge_adapter=False", peft_config=adapter)
 
     def test_pushing_at_the_end_is_the_default(self, tmp_path):
         assert UnlearnConfig(str(tmp_path), push_to_hub=True, **QUIET).hub_strategy == "end"
@@ -215,9 +231,9 @@ class TestArguments:
             ("forget_accuracy", [-0.1, 1.0], "[0, 1)"),
         ],
     )
-    def test_values_that_make_no_sense(self, name, values, fix, refused):
+    def test_values_that_make_no_sense(self, name, values, fix, check_refused):
         for value in values:
-            refused(f"{name}={value!r}", fix, config={name: value})
+            check_refused(f"{name}={value!r}", fix, config={name: value})
 
     def test_unknown_names(self, tmp_path):
         with pytest.raises(TypeError, match="forget_weigth"):
