@@ -32,7 +32,7 @@ from hf_unlearn.data import RawCollator, digits
 from hf_unlearn.demo import TRAINING, digits_model, digits_processor
 from hf_unlearn.metrics.classification import forget_retain_accuracy, per_class_accuracy
 from hf_unlearn.plots import curves
-from hf_unlearn.unlearning import losses
+from hf_unlearn.task import cross_entropy
 
 
 HERE = Path(__file__).parent
@@ -48,7 +48,7 @@ class RandomLabelTrainer(UnlearnTrainer):
         logits, targets = self.predictions(model, batch)
         generator = self._generator(self.state.global_step)
         shift = torch.randint(1, logits.shape[-1], targets.shape, generator=generator)
-        return losses.cross_entropy(logits, (targets + shift) % logits.shape[-1])
+        return cross_entropy(logits, (targets + shift) % logits.shape[-1])
 
 
 class Watch(TrainerCallback):

@@ -235,6 +235,29 @@ class RawCollator:
         return batch
 
 
+def raw_collator(dataset: Any, processing_class: Any) -> RawCollator | None:
+    """A collator for rows of raw images or texts; None where the rows are model inputs already.
+
+    Raises:
+        ValueError: raw rows, and nothing to process them with.
+    """
+    columns = (
+        dataset[0].keys() if isinstance(dataset[0], dict) else ()
+    )  # as a transform leaves them, unlike column_names
+    if any(column in columns for column in ("pixel_values", "input_ids")):
+        return None
+    column = next((column for column in ("image", "text") if column in columns), None)
+    if column is None:
+        return None
+    if processing_class is None:
+        kind = "image processor" if column == "image" else "tokenizer"
+        raise ValueError(f"processing_class: the dataset holds raw {column}s; pass the model's {kind}")
+    from transformers import PreTrainedTokenizerBase
+
+    limit = processing_class.model_max_length if isinstance(processing_class, PreTrainedTokenizerBase) else None
+    return RawCollator(processing_class, column, max_length=limit if limit and limit < 10**9 else None)
+
+
 # Fingerprints
 
 

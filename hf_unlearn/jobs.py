@@ -16,8 +16,8 @@ from transformers import AutoConfig
 
 from . import data
 from .hub.card import Figure, loading_code
+from .task import check_processes
 from .unlearning.config import UnlearnConfig, UnlearnSFTConfig
-from .unlearning.inputs import check_processes
 from .unlearning.pbu import PBUConfig, PBUTrainer
 from .unlearning.trainer import UnlearnSFTTrainer, UnlearnTrainer
 

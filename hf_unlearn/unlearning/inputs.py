@@ -1,35 +1,17 @@
-"""What a trainer is given: checked before anything is written, loaded where it is an id, completed where it is raw."""
+"""What an unlearning trainer is given, checked before anything is written."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-from transformers.utils.generic import find_labels
 
-from ..data import LABEL_COLUMNS, RawCollator, label_column, labels_of, overlap
+from ..data import LABEL_COLUMNS, label_column, labels_of, overlap
 from ..hub.adapters import check_mergeable
-
-
-CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
-
-
-def check_processes(args) -> None:
-    """Refuse processes that were launched together and do not know of each other: each would write the same folder.
-
-    Raises:
-        ValueError: as when `accelerate launch` starts several on a machine without a GPU, which it does not tell them.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != args.world_size:
-        raise ValueError(f"use_cpu: {launched} processes were launched, but there is no GPU; set use_cpu=True")
+from ..task import check_processes
 
 
 def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_dataset, heldout_dataset) -> None:
@@ -79,58 +61,6 @@ def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_da
         ) from error
 
 
-def load_model(model: str | nn.Module, args, processing_class: Any) -> tuple[nn.Module, Any, str | None]:
-    """`(model, processing_class, name)`: an id or a path is loaded with the class its config names, and with its processor.
-
-    In fp32, as TRL does and whatever it was saved in: steps of 1e-5 are lost in 16 bits. `model_init_kwargs` says otherwise.
-
-    Raises:
-        ValueError: the model has no head and so no loss, or its config names no class of Transformers.
-    """
-    if isinstance(model, str):
-        import transformers
-
-        name = model
-        config = transformers.AutoConfig.from_pretrained(name)
-        architecture = getattr(transformers, (config.architectures or ["?"])[0], None)
-        if architecture is None:
-            raise ValueError(
-                f"model={name!r}: its config names no class of Transformers; load it yourself and pass the model"
-            )
-        model = architecture.from_pretrained(
-            name, **({"dtype": torch.float32} | (getattr(args, "model_init_kwargs", None) or {}))
-        )
-        if processing_class is None:
-            processing_class = _load_processor(name, text_first=is_causal_lm(model))
-    else:
-        name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if type(base).__name__ in MODEL_MAPPING_NAMES.values() or not find_labels(type(base)):
-        raise ValueError(
-            f"model: {type(base).__name__} takes no labels, so it has no loss; load it with an AutoModelFor… class"
-        )
-    config = getattr(base, "config", None)
-    other_head = isinstance(base, PreTrainedModel) and base.loss_type not in CLASSIFIERS and not is_causal_lm(base)
-    if getattr(config, "is_encoder_decoder", False) or other_head:
-        raise ValueError(
-            f"model: {type(base).__name__} is not supported; single-label classifiers and causal language models are"
-        )
-    problem = getattr(config, "problem_type", None)
-    if problem in ("regression", "multi_label_classification"):
-        raise ValueError(
-            f"model: problem_type={problem!r} is not supported; single-label classifiers and causal LMs are"
-        )
-    return model, processing_class, name
-
-
-def is_causal_lm(model: nn.Module) -> bool:
-    """Whether the prediction at a token is of the next one. Transformers 5.23 knows it of some classes only: GPT-2 has no
-    `loss_type`, so its Trainer's own `_loss_shifts_labels` is wrong.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return hasattr(base, "can_generate") and base.can_generate()
-
-
 def check_trainable(model: nn.Module, args) -> None:
     """Refuse a model that training would not change, and what cannot be done with an adapter.
 
@@ -147,38 +77,6 @@ def check_trainable(model: nn.Module, args) -> None:
         check_mergeable(model)  # now, not when it is to be saved
     if has_adapter and args.fisher_weight:
         raise ValueError("fisher_weight: a Fisher anchor on LoRA factors means nothing; set fisher_weight=0")
-
-
-def _load_processor(name: str, text_first: bool):
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    for auto in (AutoTokenizer, AutoImageProcessor) if text_first else (AutoImageProcessor, AutoTokenizer):
-        try:
-            return auto.from_pretrained(name)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
-
-
-def raw_collator(dataset: Any, processing_class: Any) -> RawCollator | None:
-    """A collator for rows of raw images or texts; None where the rows are model inputs already.
-
-    Raises:
-        ValueError: raw rows, and nothing to process them with.
-    """
-    columns = (
-        dataset[0].keys() if isinstance(dataset[0], dict) else ()
-    )  # as a transform leaves them, unlike column_names
-    if any(column in columns for column in ("pixel_values", "input_ids")):
-        return None
-    column = next((column for column in ("image", "text") if column in columns), None)
-    if column is None:
-        return None
-    if processing_class is None:
-        kind = "image processor" if column == "image" else "tokenizer"
-        raise ValueError(f"processing_class: forget_dataset holds raw {column}s; pass the model's {kind}")
-    limit = processing_class.model_max_length if isinstance(processing_class, PreTrainedTokenizerBase) else None
-    return RawCollator(processing_class, column, max_length=limit if limit and limit < 10**9 else None)
 
 
 def check_labels(args, num_labels: int, **datasets: Any) -> list[int]:

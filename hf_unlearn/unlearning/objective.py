@@ -22,6 +22,7 @@ from ..parameters import (
     save_tensors,
 )
 from ..replay import divergence, perturb_images, perturb_tokens
+from ..task import IGNORED, cross_entropy, mean_over_predictions
 from . import losses
 
 
@@ -87,7 +88,7 @@ class ObjectiveMixin:
 
     def task_loss(self, model: Callable, batch: Batch) -> Tensor:
         """Loss of each example under the model's own task: `[batch]`, mean over its predictions."""
-        return losses.cross_entropy(*self.predictions(model, batch))
+        return cross_entropy(*self.predictions(model, batch))
 
     def forget_loss(self, model: Callable, batch: Batch) -> Tensor:
         """What is minimised on the forget examples; a scalar or one value per example."""
@@ -97,16 +98,14 @@ class ObjectiveMixin:
             return losses.match(self.task_loss(model, batch), self.heldout_loss)
         logits, targets = self.predictions(model, batch)
         if self.forget_loss_name == "uniform":
-            return losses.mean_over_predictions(losses.uniform(logits), targets)
+            return mean_over_predictions(losses.uniform(logits), targets)
         reference_logits, _ = self.predictions(self.reference_forward, batch)
         if self.forget_loss_name == "npo":
-            count = (
-                (targets != losses.IGNORED).reshape(len(targets), -1).sum(1)
-            )  # log π of a text is a sum over tokens
-            nll, reference_nll = (losses.cross_entropy(z, targets) * count for z in (logits, reference_logits))
+            count = (targets != IGNORED).reshape(len(targets), -1).sum(1)  # log π of a text is a sum over tokens
+            nll, reference_nll = (cross_entropy(z, targets) * count for z in (logits, reference_logits))
             return losses.npo(nll, reference_nll, self.args.npo_beta)
         values = losses.redirect(logits, reference_logits, self._excluded(logits, targets))
-        return losses.mean_over_predictions(values, targets)
+        return mean_over_predictions(values, targets)
 
     def _excluded(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Which classes `redirect` takes away: the forgotten ones, or each prediction's own target."""
@@ -162,7 +161,7 @@ class ObjectiveMixin:
         if (mask := batch.get("attention_mask")) is None:
             return values.mean(1)
         real = (mask[:, :-1] * mask[:, 1:]).bool()  # a token that predicts a token, wherever the padding is
-        return losses.mean_over_predictions(values, torch.where(real, 0, losses.IGNORED))
+        return mean_over_predictions(values, torch.where(real, 0, IGNORED))
 
     @property
     def replay_weight(self) -> float:

@@ -17,12 +17,13 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from trl import SFTTrainer
 
-from ..data import LABEL_COLUMNS, ForgetRetainDataset, NestedCollator, RawCollator
+from ..data import LABEL_COLUMNS, ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
 from ..parameters import Anchor, ReferencePoint, trainable_parameters
+from ..task import is_causal_lm, load_model
 from .checkpoint import last_complete, mark_complete, read_marker, unmark
 from .config import UnlearnConfig, UnlearnSFTConfig
 from .guard import Guard, GuardState
-from .inputs import check_arguments, check_labels, check_trainable, is_causal_lm, load_model, raw_collator
+from .inputs import check_arguments, check_labels, check_trainable
 from .objective import Batch, ObjectiveMixin
 from .saving import SavingMixin
 from .utility import UtilityMixin

@@ -134,7 +134,7 @@ class TestDatasets:
 
     def test_raw_images_without_a_processor(self, check_refused, digits):
         check_refused(
-            "processing_class: forget_dataset holds raw images", "image processor", forget_dataset=digits["train"]
+            "processing_class: the dataset holds raw images", "image processor", forget_dataset=digits["train"]
         )
 
 

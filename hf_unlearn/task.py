@@ -1,0 +1,112 @@
+"""What a model is trained to do: its class, its processor, and its loss on each example."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.utils.generic import find_labels
+
+
+CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
+IGNORED = -100  # targets that do not count, as everywhere in PyTorch and Transformers
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each example's predictions, in nats.
+
+    Args:
+        logits (`Tensor`): `[batch, …, classes]`; computed in fp32.
+        targets (`Tensor`): `[batch, …]`, −100 where a prediction does not count.
+
+    Returns:
+        `Tensor`: `[batch]`; 0 for an example without predictions.
+    """
+    losses = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    return mean_over_predictions(losses.view(targets.shape), targets)
+
+
+def mean_over_predictions(values: Tensor, targets: Tensor) -> Tensor:
+    """Mean of `values` over the predictions of each example that count: `[batch, …] -> [batch]`."""
+    counted = (targets != IGNORED).flatten(1) if targets.dim() > 1 else (targets != IGNORED).unsqueeze(1)
+    values = values.reshape(counted.shape)
+    return values.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp(min=1)
+
+
+def load_model(model: str | nn.Module, args, processing_class: Any) -> tuple[nn.Module, Any, str | None]:
+    """`(model, processing_class, name)`: an id or a path is loaded with the class its config names, and with its processor.
+
+    In fp32, as TRL does and whatever it was saved in: steps of 1e-5 are lost in 16 bits. `model_init_kwargs` says otherwise.
+
+    Raises:
+        ValueError: the model has no head and so no loss, or its config names no class of Transformers.
+    """
+    if isinstance(model, str):
+        import transformers
+
+        name = model
+        config = transformers.AutoConfig.from_pretrained(name)
+        architecture = getattr(transformers, (config.architectures or ["?"])[0], None)
+        if architecture is None:
+            raise ValueError(
+                f"model={name!r}: its config names no class of Transformers; load it yourself and pass the model"
+            )
+        model = architecture.from_pretrained(
+            name, **({"dtype": torch.float32} | (getattr(args, "model_init_kwargs", None) or {}))
+        )
+        if processing_class is None:
+            processing_class = _load_processor(name, text_first=is_causal_lm(model))
+    else:
+        name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if type(base).__name__ in MODEL_MAPPING_NAMES.values() or not find_labels(type(base)):
+        raise ValueError(
+            f"model: {type(base).__name__} takes no labels, so it has no loss; load it with an AutoModelFor… class"
+        )
+    config = getattr(base, "config", None)
+    other_head = isinstance(base, PreTrainedModel) and base.loss_type not in CLASSIFIERS and not is_causal_lm(base)
+    if getattr(config, "is_encoder_decoder", False) or other_head:
+        raise ValueError(
+            f"model: {type(base).__name__} is not supported; single-label classifiers and causal language models are"
+        )
+    problem = getattr(config, "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"model: problem_type={problem!r} is not supported; single-label classifiers and causal LMs are"
+        )
+    return model, processing_class, name
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether the prediction at a token is of the next one. Transformers 5.23 knows it of some classes only: GPT-2 has no
+    `loss_type`, so its Trainer's own `_loss_shifts_labels` is wrong.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return hasattr(base, "can_generate") and base.can_generate()
+
+
+def _load_processor(name: str, text_first: bool):
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    for auto in (AutoTokenizer, AutoImageProcessor) if text_first else (AutoImageProcessor, AutoTokenizer):
+        try:
+            return auto.from_pretrained(name)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def check_processes(args) -> None:
+    """Refuse processes that were launched together and do not know of each other: each would write the same folder.
+
+    Raises:
+        ValueError: as when `accelerate launch` starts several on a machine without a GPU, which it does not tell them.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != args.world_size:
+        raise ValueError(f"use_cpu: {launched} processes were launched, but there is no GPU; set use_cpu=True")
