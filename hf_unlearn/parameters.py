@@ -92,12 +92,12 @@ class ReferencePoint:
         return cls(parts["parameter"], parts["buffer"])
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a `.safetensors` file through a temporary name, so that a kill never leaves half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, partial)
+    save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, partial, metadata)
     partial.replace(path)
 
 

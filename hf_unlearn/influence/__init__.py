@@ -1,0 +1,1 @@
+"""FIND: which examples taught it."""

@@ -1,0 +1,320 @@
+"""What one layer adds to per-example gradients, by layer type, from its input x and the gradient y of its output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+
+CHUNK_ELEMENTS = 2**26  # the largest intermediate, unless one example alone needs more: 256 MiB in fp32
+
+
+class PerExampleGradients(Protocol):
+    """The gradients h_i of one parameter for the examples of a batch, in whatever form the layer has them."""
+
+    def dots(self, targets: Tensor, form_gradients: bool) -> Tensor:
+        """⟨G_c, h_i⟩ as `[batch, C]`; `targets` is G, `[C, *parameter.shape]`."""
+
+    def squared_norms(self) -> Tensor:
+        """‖h_i‖² as `[batch]`."""
+
+    def gram(self) -> Tensor:
+        """⟨h_i, h_j⟩ as `[batch, batch]`."""
+
+
+class VectorGradients:
+    """Of a bias or of a norm's scale. It is no larger than y, so it is simply there: `values` is `[batch, elements]`."""
+
+    def __init__(self, values: Tensor):
+        self.values = values
+
+    def dots(self, targets: Tensor, form_gradients: bool) -> Tensor:
+        return self.values @ targets.flatten(1).to(self.values.dtype).T
+
+    def squared_norms(self) -> Tensor:
+        return self.values.square().sum(1)
+
+    def gram(self) -> Tensor:
+        return self.values @ self.values.T
+
+
+class MatrixGradients:
+    r"""Of a matrix that multiplies every position t of an example: h_i = Σ_t r_t c_tᵀ. For `nn.Linear` r is y and c is x.
+
+    Dots are Σ_t r_t · (G c_t) or, the same number of operations, Σ_t c_t · (Gᵀ r_t): the one with the smaller vector in
+    the middle is taken. Norms are Σ_{t,s} (r_t·r_s)(c_t·c_s), or of h_i formed, whichever takes fewer operations.
+
+    Args:
+        rows (`Tensor`): r, `[batch, groups, positions, rows of the matrix]`; the groups of a convolution, else one.
+        columns (`Tensor`): c, `[batch, groups, positions, columns of the matrix]`.
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor):
+        dtype = _working_dtype(rows.dtype)
+        self.rows, self.columns = rows.to(dtype), columns.to(dtype)
+
+    def dots(self, targets: Tensor, form_gradients: bool) -> Tensor:
+        (_, _, positions, r), c = self.rows.shape, self.columns.shape[-1]
+        if form_gradients and max(r, c) <= positions * len(targets):
+            return self.formed_dots(targets)
+        rows, columns, targets = self.rows.squeeze(1), self.columns.squeeze(1), targets.to(self.rows.dtype)
+        wide, narrow, targets = (columns, rows, targets) if c >= r else (rows, columns, targets.mT)
+        stacked = targets.flatten(0, 1).T  # [wide, C · narrow]
+        dots = []
+        step = max(1, CHUNK_ELEMENTS // (positions * stacked.shape[1]))
+        for a, b in zip(wide.split(step), narrow.split(step), strict=True):
+            products = (a.flatten(0, 1) @ stacked).view(*b.shape[:2], len(targets), -1)
+            dots.append(products.mul_(b.unsqueeze(2)).sum((1, 3), dtype=_accumulator(b.dtype)))
+        return torch.cat(dots)
+
+    def formed_dots(self, targets: Tensor) -> Tensor:
+        """The same through h_i, and for several groups too: C times fewer operations where there are many positions."""
+        (_, groups, _, r), c = self.rows.shape, self.columns.shape[-1]
+        targets = targets.reshape(len(targets), groups, r, c)
+        return sum(h @ targets[:, :, part].flatten(1).to(h.dtype).T for part, h in self._formed())
+
+    def squared_norms(self) -> Tensor:
+        (_, _, positions, r), c = self.rows.shape, self.columns.shape[-1]
+        if positions * (r + c) >= r * c:
+            return sum(h.square().sum(1) for _, h in self._formed())
+        pairs = (self.rows @ self.rows.mT).mul_(self.columns @ self.columns.mT)
+        return pairs.sum((1, 2, 3), dtype=_accumulator(pairs.dtype))
+
+    def gram(self) -> Tensor:
+        (batch, groups, positions, r), c = self.rows.shape, self.columns.shape[-1]
+        if batch * positions**2 * (r + c) >= (positions + batch) * r * c:
+            return sum(h @ h.T for _, h in self._formed())
+        rows, columns = (side.transpose(0, 1).flatten(1, 2) for side in (self.rows, self.columns))
+        pairs = (rows @ rows.mT).mul_(columns @ columns.mT).view(groups, batch, positions, batch, positions)
+        return pairs.sum((0, 2, 4), dtype=_accumulator(pairs.dtype))
+
+    def _formed(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of every h_i at a time, `[batch, elements]`: sums over elements need no more at once."""
+        (batch, groups, _, r), c = self.rows.shape, self.columns.shape[-1]
+        step = max(1, CHUNK_ELEMENTS // (batch * groups * c))
+        for begin in range(0, r, step):
+            part = slice(begin, begin + step)
+            h = torch.matmul(self.rows[..., part].mT, self.columns).flatten(1)
+            yield part, h.to(_accumulator(h.dtype))
+
+
+class ConvolutionGradients:
+    """Of the kernels of a convolution: dots are ⟨y_i, G * x_i⟩ with G stacked into one convolution, so x is not unfolded;
+    norms unfold it and go on as matrices do.
+    """
+
+    def __init__(self, module: nn.Conv2d, x: Tensor, y: Tensor, batch: int):
+        dtype = _working_dtype(y.dtype)
+        self.module, self.x, self.y, self.batch = module, x.to(dtype), y.to(dtype), batch
+
+    def dots(self, targets: Tensor, form_gradients: bool) -> Tensor:
+        module, (_, out, *space) = self.module, self.y.shape
+        count, positions = len(targets), math.prod(space)
+        if form_gradients and module.weight[0].numel() <= positions * count:
+            return self._matrices().formed_dots(targets)
+        # Group by group: its kernels for every target, [groups · C · out/groups, in/groups, height, width]
+        kernels = targets.to(self.x.dtype).unflatten(1, (module.groups, -1)).transpose(0, 1).flatten(0, 2)
+        dots = []
+        step = max(1, CHUNK_ELEMENTS // (positions * out * count))
+        for x, y in zip(self.x.split(step), self.y.split(step), strict=True):
+            convolved = F.conv2d(x, kernels, None, module.stride, module.padding, module.dilation, module.groups)
+            convolved = convolved.view(len(x), module.groups, count, -1)
+            convolved.mul_(y.reshape(len(x), module.groups, 1, -1))
+            dots.append(convolved.sum((1, 3), dtype=_accumulator(x.dtype)))
+        return torch.cat(dots).view(self.batch, -1, count).sum(1)
+
+    def squared_norms(self) -> Tensor:
+        return self._matrices().squared_norms()
+
+    def gram(self) -> Tensor:
+        return self._matrices().gram()
+
+    def _matrices(self) -> MatrixGradients:
+        module = self.module
+        # torch.nn.functional.unfold knows no padding='same', which may be uneven
+        padded = F.pad(self.x, module._reversed_padding_repeated_twice)
+        patches = F.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)
+        return MatrixGradients(self._by_position(self.y.flatten(2)), self._by_position(patches))
+
+    def _by_position(self, channels_first: Tensor) -> Tensor:
+        """`[rows, channels, positions]` as `[batch, groups, positions, channels of a group]`."""
+        split = channels_first.unflatten(0, (self.batch, -1)).unflatten(2, (self.module.groups, -1))
+        return split.permute(0, 2, 1, 4, 3).flatten(2, 3)
+
+
+class LookupGradients:
+    """Of an embedding: h_i has y_t added to row id_t. Dots read those rows of G, norms add y_t·y_s over equal ids."""
+
+    def __init__(self, ids: Tensor, y: Tensor):
+        self.ids, self.y = ids, y.to(_working_dtype(y.dtype))  # [batch, positions], [batch, positions, width]
+
+    def dots(self, targets: Tensor, form_gradients: bool) -> Tensor:
+        dots = []
+        step = max(1, CHUNK_ELEMENTS // (self.y[0].numel() * len(targets)))
+        for ids, y in zip(self.ids.split(step), self.y.split(step), strict=True):
+            products = targets[:, ids].to(y.dtype).mul_(y)  # [C, examples, positions, width]
+            dots.append(products.sum((2, 3), dtype=_accumulator(y.dtype)).T)
+        return torch.cat(dots)
+
+    def squared_norms(self) -> Tensor:
+        same = self.ids.unsqueeze(1) == self.ids.unsqueeze(2)
+        return (self.y @ self.y.mT).mul_(same).sum((1, 2), dtype=_accumulator(self.y.dtype))
+
+    def gram(self) -> Tensor:
+        batch, positions = self.ids.shape
+        gram = []
+        step = max(1, CHUNK_ELEMENTS // (batch * positions**2))
+        for ids, y in zip(self.ids.split(step), self.y.split(step), strict=True):
+            same = ids.reshape(-1, 1) == self.ids.reshape(1, -1)
+            pairs = (y.flatten(0, 1) @ self.y.flatten(0, 1).T).mul_(same).view(len(ids), positions, batch, positions)
+            gram.append(pairs.sum((1, 3), dtype=_accumulator(pairs.dtype)))
+        return torch.cat(gram)
+
+
+# A rule: (module, x, y, batch, names) -> the gradients of those of its parameters; x is None if "weight" is not asked.
+Rule = Callable[[nn.Module, Tensor | None, Tensor, int, set[str]], dict[str, PerExampleGradients]]
+
+
+def linear(module, x, y, batch, names) -> dict[str, PerExampleGradients]:
+    gradients: dict[str, PerExampleGradients] = {}
+    if "weight" in names:
+        rows, columns = _tokens(y, batch).unsqueeze(1), _tokens(x, batch).unsqueeze(1)
+        gradients["weight"] = (
+            MatrixGradients(columns, rows) if type(module) is Conv1D else MatrixGradients(rows, columns)
+        )
+    if "bias" in names:
+        gradients["bias"] = VectorGradients(_tokens(y, batch).sum(1, dtype=_accumulator(y.dtype)))
+    return gradients
+
+
+def convolution(module, x, y, batch, names) -> dict[str, PerExampleGradients]:
+    gradients: dict[str, PerExampleGradients] = {}
+    if "weight" in names:
+        gradients["weight"] = ConvolutionGradients(module, x, y, batch)
+    if "bias" in names:
+        gradients["bias"] = VectorGradients(_sum_over_space(y, batch))
+    return gradients
+
+
+def embedding(module, ids, y, batch, names) -> dict[str, PerExampleGradients]:
+    ids = ids.expand(y.shape[:-1])  # ids of one row that all examples share, such as positions
+    if module.padding_idx is not None:
+        y = y.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
+    return {"weight": LookupGradients(ids.reshape(batch, -1), _tokens(y, batch))}
+
+
+def channels_last_norm(module, x, y, batch, names) -> dict[str, PerExampleGradients]:
+    values = {"bias": y} if "bias" in names else {}
+    if "weight" in names:
+        values["weight"] = y * _normalized(module, x)
+    shape = (batch, -1, module.weight.numel())
+    return {name: VectorGradients(v.reshape(shape).sum(1, dtype=_accumulator(v.dtype))) for name, v in values.items()}
+
+
+def channels_first_norm(module, x, y, batch, names) -> dict[str, PerExampleGradients]:
+    values = {"bias": y} if "bias" in names else {}
+    if "weight" in names:
+        values["weight"] = y * _normalized(module, x)
+    return {name: VectorGradients(_sum_over_space(v, batch)) for name, v in values.items()}
+
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: linear,
+    Conv1D: linear,
+    nn.Conv2d: convolution,
+    nn.Embedding: embedding,
+    nn.LayerNorm: channels_last_norm,
+    nn.RMSNorm: channels_last_norm,
+    nn.GroupNorm: channels_first_norm,
+    nn.BatchNorm1d: channels_first_norm,
+    nn.BatchNorm2d: channels_first_norm,
+}
+
+
+def rule_for(module: nn.Module) -> Rule | str:
+    """The rule for a layer, or in words what it is that has none."""
+    kind = type(module).__name__
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "its weight is used by nn.MultiheadAttention, not by the layer itself"
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return f"unsupported layer type '{kind}' with padding_mode={module.padding_mode!r}"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
+        return f"unsupported layer type '{kind}' with max_norm or scale_grad_by_freq"
+    for known, rule in RULES.items():
+        # A subclass may scale, quantise or merge: only the forward that the rule was written for will do.
+        if isinstance(module, known) and type(module).forward is known.forward:
+            return rule
+    return channels_last_norm if _is_rms_norm(module) else f"unsupported layer type '{kind}'"
+
+
+def mixes_examples(module: nn.Module) -> bool:
+    """Whether it is a BatchNorm that would now normalise with the statistics of the batch."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Whether one of transformers' many RMSNorms really scales x / rms(x): its name says so, and so does a trial.
+
+    The weight may enter as w or as 1 + w (Gemma): the gradient is the same.
+    """
+    if not type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
+        return False
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.dim() != 1 or len(list(module.parameters())) != 1 or _epsilon(module) is None:
+        return False
+    x = torch.linspace(-1, 2, len(weight), dtype=weight.dtype, device=weight.device).unsqueeze(0)
+    try:
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(module.forward(x).sum(), weight)
+    except Exception:  # it wants more than x, such as a gate
+        return False
+    return torch.allclose(gradient.float(), _normalized(module, x)[0].float(), rtol=2e-2, atol=1e-3)
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _normalized(module: nn.Module, x: Tensor) -> Tensor:
+    """What the module multiplies by its weight, in fp32."""
+    if isinstance(module, nn.RMSNorm):  # its default eps depends on the input's dtype
+        return F.rms_norm(x, module.normalized_shape, None, module.eps).to(_accumulator(x.dtype))
+    x = x.to(_accumulator(x.dtype))
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, None, None, module.eps)
+    if isinstance(module, _BatchNorm):
+        if mixes_examples(module):
+            return F.batch_norm(x, None, None, training=True, eps=module.eps)
+        mean, variance = (statistic.to(x.dtype) for statistic in (module.running_mean, module.running_var))
+        return F.batch_norm(x, mean, variance, eps=module.eps)
+    return F.rms_norm(x, module.weight.shape, None, _epsilon(module))
+
+
+def _tokens(value: Tensor, batch: int) -> Tensor:
+    """`[batch, …, d]`, or with the first axes flattened, as `[batch, positions, d]`."""
+    return value.reshape(batch, -1, value.shape[-1])
+
+
+def _sum_over_space(value: Tensor, batch: int) -> Tensor:
+    """`[rows, channels, …]` as `[batch, channels]`."""
+    summed = value.flatten(2).sum(2, dtype=_accumulator(value.dtype)) if value.dim() > 2 else value
+    return summed.reshape(batch, -1, value.shape[1]).sum(1, dtype=_accumulator(value.dtype))
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of matrix products. bf16 stays, for speed; fp16 could overflow or vanish."""
+    return dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,107 @@
+"""The behaviours that influence is measured on: sets of examples, and the gradient of their mean loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+Batch = Mapping[str, Tensor]
+PerExampleLoss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+
+
+class Targets:
+    """Target sets, each with a mean loss ℓ_c over its examples, and the gradients ∇ℓ_c.
+
+    A look at them changes nothing in training: eval mode, random state of its own, gradients that never reach `.grad`.
+
+    Args:
+        datasets (`Mapping[str, Dataset]`): examples by name of the target, as the collator takes them.
+        collate: rows → batch on the model's device.
+        per_example: model, batch → losses `[batch]` and weights `[batch]`.
+        batch_size (`int`): examples in one forward pass.
+        seed (`int`): of the examples that are drawn for a look.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, Sequence[Any]],
+        collate: Callable[[list[Any]], Batch],
+        per_example: PerExampleLoss,
+        *,
+        batch_size: int,
+        seed: int,
+    ):
+        self.datasets, self.collate, self.per_example = dict(datasets), collate, per_example
+        self.batch_size, self.seed = batch_size, seed
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.datasets)
+
+    def gradients(
+        self, model: nn.Module, parameters: Sequence[Tensor], *, step: int = 0, examples: int | None = None
+    ) -> Tensor:
+        """∇ℓ_c at the model's parameters: `[targets, parameters]`, flat, in the parameters' dtype.
+
+        Args:
+            step (`int`): which draw of examples.
+            examples (`int`, *optional*): how many are drawn of each target; None takes all.
+        """
+        flat = None
+        with _undisturbed(model):
+            for row, name in enumerate(self.datasets):
+                for losses, count in self._losses(model, name, step, examples):
+                    part = torch.autograd.grad(losses.sum() / count, parameters, materialize_grads=True)
+                    if flat is None:
+                        size = sum(p.numel() for p in parameters)
+                        flat = part[0].new_zeros(len(self.datasets), size)
+                    start = 0
+                    for gradient in part:
+                        flat[row, start : start + gradient.numel()] += gradient.flatten()
+                        start += gradient.numel()
+                    del part
+        return flat
+
+    @torch.no_grad()
+    def losses(self, model: nn.Module) -> Tensor:
+        """ℓ_c, over all examples: `[targets]`, nats."""
+        with _undisturbed(model):
+            sums = [
+                sum(losses.sum() / count for losses, count in self._losses(model, name, 0, None))
+                for name in self.datasets
+            ]
+        return torch.stack(sums)
+
+    def _losses(self, model, name: str, step: int, examples: int | None) -> Iterator[tuple[Tensor, int]]:
+        rows = self.datasets[name]
+        chosen = range(len(rows))
+        if examples is not None and examples < len(rows):
+            generator = torch.Generator().manual_seed((self.seed << 24) + step)
+            chosen = torch.randperm(len(rows), generator=generator)[:examples].sort().values.tolist()
+        for start in range(0, len(chosen), self.batch_size):
+            part = chosen[start : start + self.batch_size]
+            batch = self.collate([rows[int(row)] for row in part])
+            yield self.per_example(model, batch)[0], len(chosen)
+
+
+class _undisturbed:
+    """Eval mode inside, and modes and random state as before afterwards."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __enter__(self):
+        self.training = [module for module in self.model.modules() if module.training]
+        devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+        self.random = torch.random.fork_rng(devices=list(devices))
+        self.random.__enter__()
+        self.model.eval()
+
+    def __exit__(self, *error):
+        self.random.__exit__(*error)
+        for module in self.training:
+            module.training = True

@@ -1,0 +1,362 @@
+"""`InfluenceTrainer` for `Trainer`, `FINETrainer` for `SFTTrainer`: one ordinary training run that tells what its examples did."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from trl import SFTTrainer
+
+from ..data import raw_collator
+from ..parameters import trainable_parameters
+from ..task import IGNORED, is_causal_lm
+from .config import FINEConfig, InfluenceConfig
+from .ghost import GhostRecorder
+from .inputs import ROW, check_arguments, check_model, sample_ids_of, target_sets_of
+from .optimizers import FlatOptimizer
+from .recorder import Recorder, read_observations
+from .recording import RecordingMixin
+from .report import InfluenceReport
+from .sweep import Sweep
+from .targets import Batch
+from .trajectory import Trajectory
+
+
+class FINEMixin(RecordingMixin):
+    """Gives a Trainer a record of what each example did to each target.
+
+    Training is as it would be without: the same batches, the same updates. A subclass may override `per_example_loss`.
+    """
+
+    _config_class: type = InfluenceConfig
+    _tag_names = ["hf_unlearn", "influence"]
+
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        data_collator: Callable | None = None,
+        train_dataset=None,
+        *,
+        target_dataset=None,
+        target: Literal["self"] | None = None,
+        processing_class=None,
+        peft_config=None,
+        **kwargs,
+    ):
+        name = type(self).__name__
+        args = args if args is not None else self._config_class(output_dir="influence")
+        if not isinstance(args, self._config_class):
+            raise ValueError(f"args: {name} needs {self._config_class.__name__}, got {type(args).__name__}")
+        check_arguments(args, train_dataset, target_dataset, target, kwargs)
+        sample_ids = sample_ids_of(train_dataset, args.id_column)
+        sets = {} if target_dataset is None else target_sets_of(target_dataset)
+        stock = self._stock_arguments(model, data_collator, train_dataset, processing_class, peft_config, sample_ids)
+        super().__init__(args=args, processing_class=processing_class, **stock, **kwargs)
+        check_model(self)
+        self.is_causal_lm = is_causal_lm(self.model)
+        self.target: str | None = target
+        self.observation = self._choose_observation()
+        self.sample_ids = self._prepared_ids(sample_ids)
+        self.target_sets = {target: self._prepared(rows, target) for target, rows in sets.items()}
+        self._parameters = trainable_parameters(self.model)
+        self._ghost = self._build_ghost() if self.observation == "in_run" else None
+        self._recorder: Recorder | None = None
+        self._trajectory: Trajectory | None = None
+        self._target_gradients: Tensor | None = None
+        self._normalised_by: str | None = None
+        self._micro: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._scale = 1.0
+        self.add_callback(_Observer(self))
+
+    # What the stock trainer gets
+
+    def _stock_arguments(self, model, data_collator, train_dataset, processing_class, peft_config, sample_ids):
+        raise NotImplementedError
+
+    def _prepared(self, dataset, name: str):
+        return dataset
+
+    def _prepared_ids(self, sample_ids: list) -> list:
+        return sample_ids
+
+    def _choose_observation(self) -> str:
+        chosen = self.args.observation
+        if chosen is None:
+            return "in_run" if self.target == "self" or self.is_causal_lm else "propagated"
+        if chosen == "propagated" and self.target == "self":
+            raise ValueError("observation='propagated': target='self' has as many targets as examples; use 'in_run'")
+        return chosen
+
+    # Training and resuming
+
+    @property
+    def private_dir(self) -> Path:
+        """Records and trajectory. They tell of the training data, and are never pushed."""
+        return Path(self.args.output_dir, "_private")
+
+    @property
+    def records_dir(self) -> Path:
+        return self.private_dir / "influence"
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train, as [`~transformers.Trainer.train`] would, and record.
+
+        Raises:
+            ValueError: the training set is not that of the run to be resumed, or the optimiser cannot be propagated through.
+            FloatingPointError: a gradient is not finite.
+        """
+        self._recorder, self._noted, self._report = None, False, None
+        self._target_sets = self._targets()
+        try:
+            if self._ghost is not None:
+                self._ghost.attach()
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            if self._ghost is not None:
+                self._ghost.detach()
+            self._target_gradients, self._micro = None, []
+            if self._recorder is not None:
+                self._recorder.flush()
+        if self.observation == "propagated":
+            self._propagate()
+        if self.args.n_calibration_runs:
+            self._calibrate()
+        return result
+
+    def _begin(self) -> None:
+        """When the optimiser is there and the number of steps is known."""
+        step, steps = self.state.global_step, self.state.max_steps
+        if self.model_init is not None:  # Trainer made the model anew
+            self._parameters = trainable_parameters(self.model)
+            if self._ghost is not None:
+                self._ghost.detach()
+                self._ghost = self._build_ghost()
+                self._ghost.attach()
+        if self.observation == "propagated":
+            self._flat_optimizer = FlatOptimizer(self._inner_optimizer, list(self._parameters.values()))
+            start = max(0, steps - self.args.last_steps) if self.args.last_steps else 0
+            vectors = 1 + len(self._flat_optimizer.names)
+            each = 4 * vectors * sum(p.numel() for p in self._parameters.values())
+            segment = max(1, -(-(steps - start) * each // int(self.args.trajectory_gigabytes * 2**30)))
+            self._trajectory = Trajectory(self.private_dir / "trajectory", start=start, segment=segment)
+            if step:
+                self._trajectory.truncate(step)
+            else:
+                self._trajectory.clear()
+        if self.is_world_process_zero():
+            if step and self.observation == "in_run":
+                self._recorder = Recorder.resume(self.records_dir, self.sample_ids, step)
+            else:
+                self._recorder = Recorder(self.records_dir, self._manifest(), self.sample_ids)
+
+    def _manifest(self) -> dict[str, Any]:
+        names = (
+            "preconditioned",
+            "target_every",
+            "target_batch_size",
+            "target_window",
+            "last_steps",
+            "layers",
+            "target_rank",
+        )
+        optimizer = type(self._inner_optimizer).__name__
+        return {
+            "run_id": uuid.uuid4().hex,
+            "targets": ["self"] if self.target == "self" else list(self.target_sets),
+            "observation": self.observation,
+            "optimizer": optimizer,
+            "steps": self.state.max_steps,
+            "burn_in": self.args.burn_in,
+            "seed": self.args.seed,
+            "settings": {name: getattr(self.args, name) for name in names},
+        }
+
+    def _propagate(self) -> None:
+        window = round(self.args.target_window * self.state.global_step)
+        sweep = Sweep(
+            self.model,
+            self._flat_optimizer,
+            self._trajectory,
+            self._target_sets,
+            self.per_example_loss,
+            window=window,
+            examples=self.args.target_batch_size,
+        )
+
+        def record(step: int, examples: Tensor, weight: Tensor, gains: Tensor, variance: np.ndarray) -> None:
+            counted = weight > 0
+            self._recorder.add(step, examples[counted], weight[counted], gains[counted], variance)
+
+        sweep.run(self.state.global_step, record)
+        self._recorder.flush()
+        self._trajectory.clear()
+        self._trajectory = None
+
+    def _calibrate(self) -> None:
+        """σ of the targets' losses over whole trainings, and the factor by which the run's own σ must be multiplied."""
+        if self.model_init is None:
+            raise ValueError(
+                "n_calibration_runs: needs model_init= instead of model=, to begin again from other seeds"
+            )
+        losses = []
+        for run in range(self.args.n_calibration_runs):
+            with tempfile.TemporaryDirectory() as folder:
+                args = copy(self.args)
+                args.output_dir, args.seed, args.n_calibration_runs = folder, self.args.seed + 1 + run, 0
+                args.data_seed, args.save_strategy, args.report_to, args.eval_strategy = None, "no", [], "no"
+                args.disable_tqdm = True
+                trainer = Trainer(
+                    model_init=self.model_init,
+                    args=args,
+                    train_dataset=self.train_dataset,
+                    data_collator=self.data_collator,
+                )
+                trainer.train()
+                losses.append(self._target_sets.losses(trainer.model))
+        measured = torch.stack(losses).double().var(0).cpu().numpy()
+        observations, _ = read_observations(self.records_dir)
+        own = observations.variance.sum(0)
+        self._scale = float(np.sqrt(measured.sum() / own.sum()))
+
+    # The result
+
+    @property
+    def influence(self) -> InfluenceReport:
+        """What the run observed so far.
+
+        Raises:
+            ValueError: there was no run.
+        """
+        if not (self.records_dir / "manifest.json").is_file():
+            raise ValueError("influence: nothing was recorded; call train() first")
+        if self._recorder is not None:
+            self._recorder.flush()
+        observations, manifest = read_observations(self.records_dir)
+        return InfluenceReport.from_observations(
+            observations, manifest, burn_in=round(self.args.burn_in * manifest["steps"]), scale=self._scale
+        )
+
+    def _build_ghost(self) -> GhostRecorder:
+        return GhostRecorder(self.model, layers=self.args.layers)
+
+
+class InfluenceTrainer(FINEMixin, Trainer):
+    """[`~transformers.Trainer`] that tells which training examples taught the model a behaviour.
+
+    Args:
+        model: as for `Trainer`.
+        args (`InfluenceConfig`): training arguments and what is observed.
+        train_dataset: as for `Trainer`; rows of raw images or texts are processed with `processing_class`.
+        target_dataset (`Dataset` or `dict[str, Dataset]`): examples that show the behaviour. A column `target` tells several
+            behaviours apart.
+        target (`"self"`, *optional*): instead of a target set, every example is its own: which examples the model had to
+            learn by heart.
+
+    Raises:
+        ValueError: naming the argument, what is wrong with it and what to do.
+    """
+
+    def _stock_arguments(self, model, data_collator, train_dataset, processing_class, peft_config, sample_ids):
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        if data_collator is None:
+            data_collator = raw_collator(train_dataset, processing_class)
+        return {"model": model, "data_collator": data_collator, "train_dataset": train_dataset}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [*self._signature_columns, "image", "text"]
+
+
+class FINETrainer(FINEMixin, SFTTrainer):
+    """[`~trl.SFTTrainer`] that tells which training examples taught the model a behaviour.
+
+    Takes the formats that `SFTTrainer` takes, for `train_dataset` and `target_dataset`; the same arguments as
+    [`InfluenceTrainer`] besides. Packing is refused: it takes away the boundaries between examples.
+    """
+
+    _config_class = FINEConfig
+
+    def _stock_arguments(self, model, data_collator, train_dataset, processing_class, peft_config, sample_ids):
+        # Preparing filters and shuffles rows: their ids go along under a name that no template uses.
+        with_row = train_dataset.add_column(ROW, list(range(len(train_dataset))))
+        return {"model": model, "data_collator": data_collator, "train_dataset": with_row, "peft_config": peft_config}
+
+    def _prepared(self, dataset, name: str):
+        prepared = self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)
+        if len(prepared) == 0:
+            raise ValueError(f"max_length={self.args.max_length}: leaves no example of target {name!r}; raise it")
+        return prepared
+
+    def _prepared_ids(self, sample_ids: list) -> list:
+        return [sample_ids[row] for row in self.train_dataset[ROW]]
+
+    def per_example_loss(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
+        return super().per_example_loss(model, inputs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._needs_head and self.model.training and torch.is_grad_enabled():
+            model = _Unfused(model)
+        return super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
+    @property
+    def _needs_head(self) -> bool:
+        """Whether the head's own gradient is to be seen: TRL's fused loss goes around the layer."""
+        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        return self._ghost is not None and head is not None and head.weight.requires_grad
+
+
+class _Unfused:
+    """A causal language model whose head runs as a layer, and what TRL's loss wants to know of its logits."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, *, labels: Tensor, fused_lm_head: bool = True, **inputs: Tensor) -> SimpleNamespace:
+        outputs = self.model(**inputs)
+        targets = labels[:, 1:]
+        mask = targets != IGNORED
+        log_p = outputs.logits[:, :-1].float().log_softmax(-1)
+        own = log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(~mask, 0)
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(~mask, 0)
+            is_top1 = (log_p.argmax(-1) == targets) & mask
+        return SimpleNamespace(
+            log_probs=own,
+            label_mask=mask,
+            entropy=entropy,
+            is_top1=is_top1,
+            aux_loss=getattr(outputs, "aux_loss", None),
+        )
+
+
+class _Observer(TrainerCallback):
+    """Tells the trainer what Trainer's loop does."""
+
+    def __init__(self, trainer: FINEMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._begin()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._close_step()
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.trainer._recorder is not None:
+            self.trainer._recorder.flush()

@@ -1,0 +1,271 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.pytorch_utils import Conv1D
+
+from hf_unlearn.influence import layers
+from hf_unlearn.influence.ghost import GhostRecorder
+
+
+def randomized(module, seed=0):
+    """In fp64, with no parameter or statistic left at a special value."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
+    return module
+
+
+def inputs(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def losses(module, x):
+    """A nonlinear function of each example's outputs, with every output in it."""
+    output = module(x)
+    weights = inputs(*output.shape[1:], seed=2)
+    return (output * weights).tanh().flatten(1).sum(1)
+
+
+def check(module, x, targets=2, rtol=1e-9, atol=1e-11, **options):
+    parameters = dict(module.named_parameters())
+    gradients = {
+        name: torch.stack([torch.autograd.grad(losses(module, x[i : i + 1]).sum(), p)[0] for i in range(len(x))])
+        for name, p in parameters.items()
+    }
+    goals = {name: inputs(targets, *p.shape, seed=3) for name, p in parameters.items()}
+    expected = torch.cat([gradients[name].flatten(1) for name in parameters], 1)
+    wanted = torch.cat([goals[name].flatten(1) for name in parameters], 1)
+    with GhostRecorder(module, **options) as recorder:
+        assert set(recorder.covered) == set(parameters)
+        recorder.set_targets(goals)
+        for asked in ("targets", "norms", "gram"):
+            recorder.start(len(x), **{asked: True})
+            losses(module, x).sum().backward()
+            seen = {"targets": recorder.dots, "norms": recorder.squared_norms, "gram": recorder.gram}[asked]
+            right = {
+                "targets": expected @ wanted.T,
+                "norms": expected.square().sum(1),
+                "gram": expected @ expected.T,
+            }[asked]
+            torch.testing.assert_close(seen, right, rtol=rtol, atol=atol)
+
+
+@pytest.fixture(params=[layers.CHUNK_ELEMENTS, 7], ids=["at_once", "in_chunks"])
+def chunks(request, monkeypatch):
+    monkeypatch.setattr(layers, "CHUNK_ELEMENTS", request.param)
+
+
+@pytest.mark.usefixtures("chunks")
+class TestMatrices:
+    # Few positions and large matrices, or the reverse: norms go token by token, or by forming the gradients.
+    @pytest.mark.parametrize("shape", [(), (1,), (2,), (30,), (2, 3)])
+    @pytest.mark.parametrize(("width_in", "width_out"), [(3, 5), (6, 2), (25, 20)])
+    @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+    @pytest.mark.parametrize("form_gradients", [False, True])
+    def test_linear(self, shape, width_in, width_out, kind, form_gradients):
+        layer = nn.Linear(width_in, width_out) if kind == "Linear" else Conv1D(width_out, width_in)
+        check(randomized(layer), inputs(3, *shape, width_in), form_gradients=form_gradients)
+
+    @pytest.mark.parametrize("form_gradients", [False, True])
+    @pytest.mark.parametrize("groups", [1, 2, 4])
+    def test_convolution(self, groups, form_gradients):
+        layer = randomized(nn.Conv2d(4, 8, 3, groups=groups, padding=1))
+        check(layer, inputs(3, 4, 5, 4), form_gradients=form_gradients)
+        check(layer, inputs(3, 4, 1, 1), form_gradients=form_gradients)
+
+    @pytest.mark.parametrize("length", [1, 4])
+    def test_embedding(self, length):
+        ids = torch.randint(0, 5, (3, length), generator=torch.Generator().manual_seed(0))
+        ids[0] = 2  # one row, read at every position
+        ids[1, 0] = 1
+        for padding in (None, 1):
+            check(randomized(nn.Embedding(6, 3, padding_idx=padding)), ids)
+
+
+class TestConvolution:
+    @settings(deadline=None, max_examples=60)
+    @given(
+        groups=st.sampled_from([1, 2, 4]),
+        kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+        stride=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+        dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+        padding=st.one_of(st.tuples(st.integers(0, 2), st.integers(0, 2)), st.sampled_from(["same", "valid"])),
+        form_gradients=st.booleans(),
+        bias=st.booleans(),
+    )
+    def test_all_its_options(self, groups, kernel, stride, dilation, padding, form_gradients, bias):
+        stride = 1 if padding == "same" else stride
+        layer = nn.Conv2d(4, 4, kernel, stride, padding, dilation, groups, bias)
+        check(randomized(layer), inputs(2, 4, 6, 5), form_gradients=form_gradients)
+
+    def test_uneven_same_padding(self):
+        check(randomized(nn.Conv2d(2, 3, (2, 4), padding="same")), inputs(2, 2, 5, 6))
+
+    def test_several_images_per_example(self):
+        class Frames(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.convolution, self.norm = nn.Conv2d(2, 4, 3, groups=2), nn.GroupNorm(2, 4)
+
+            def forward(self, x):
+                hidden = self.norm(self.convolution(x.flatten(0, 1)))
+                return hidden.unflatten(0, x.shape[:2])
+
+        check(randomized(Frames()), inputs(3, 2, 2, 5, 5))
+
+    def test_other_padding_modes_are_not_covered(self):
+        model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.Linear(2, 2))
+        assert GhostRecorder(model).uncovered["0.weight"] == (
+            "unsupported layer type 'Conv2d' with padding_mode='reflect'"
+        )
+
+
+class TestNorms:
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            nn.LayerNorm(6),
+            nn.LayerNorm(6, bias=False, eps=0.1),
+            nn.LayerNorm((4, 6)),
+            nn.RMSNorm(6),
+            nn.RMSNorm((4, 6), eps=0.1),
+            LlamaRMSNorm(6, eps=0.1),
+            T5LayerNorm(6),
+            GemmaRMSNorm(6),
+        ],
+        ids=lambda layer: type(layer).__name__,
+    )
+    def test_over_the_last_axes(self, layer):
+        exact = isinstance(
+            layer, (nn.LayerNorm, nn.RMSNorm)
+        )  # transformers' own normalise in fp32, whatever the input is
+        check(randomized(layer), inputs(3, 4, 6), **({} if exact else {"rtol": 1e-5, "atol": 1e-5}))
+
+    @pytest.mark.parametrize("shape", [(3, 6), (3, 6, 2), (3, 6, 2, 3)])
+    def test_group_norm(self, shape):
+        check(randomized(nn.GroupNorm(3, 6, eps=0.1)), inputs(*shape))
+
+    @pytest.mark.parametrize(
+        ("layer", "shape"),
+        [
+            (nn.BatchNorm1d(6), (3, 6)),
+            (nn.BatchNorm1d(6), (3, 6, 2)),
+            (nn.BatchNorm2d(6, eps=0.1), (3, 6, 2, 2)),
+        ],
+    )
+    def test_batch_norm_with_running_statistics(self, layer, shape):
+        check(randomized(layer).eval(), inputs(*shape))
+
+    def test_batch_norm_with_the_batchs_statistics(self):
+        layer, x = randomized(nn.BatchNorm2d(3, eps=0.1, track_running_stats=False)).eval(), inputs(4, 3, 2, 2)
+        y = inputs(4, 3, 2, 2, seed=2)
+        with GhostRecorder(layer) as recorder:
+            assert recorder.mixes_examples == [""]
+            recorder.set_targets({"weight": torch.eye(3).double(), "bias": torch.zeros(3, 3)})
+            recorder.start(4, targets=True)
+            layer(x).backward(y)
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+        torch.testing.assert_close(recorder.dots, (y * (x - mean) / (variance + 0.1).sqrt()).sum((2, 3)))
+
+    def test_what_is_only_called_an_rms_norm_is_not_covered(self):
+        class CubicRMSNorm(LlamaRMSNorm):
+            def forward(self, x):
+                return self.weight**3 * super().forward(x)
+
+        head = nn.Linear(2, 2)
+        for layer in (CubicRMSNorm(6), Qwen3NextRMSNormGated(6)):
+            uncovered = GhostRecorder(nn.Sequential(randomized(layer), head)).uncovered
+            assert uncovered == {"0.weight": f"unsupported layer type '{type(layer).__name__}'"}
+
+
+class TestUnsupported:
+    def test_subclasses_with_a_forward_of_their_own(self):
+        class Scaled(nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        class Named(nn.Linear):
+            pass
+
+        recorder = GhostRecorder(nn.Sequential(Scaled(2, 2, bias=False), Named(2, 2, bias=False)))
+        assert recorder.uncovered == {"0.weight": "unsupported layer type 'Scaled'"}
+        assert set(recorder.covered) == {"1.weight"}
+
+    def test_attention_that_uses_its_linear_layers_weight_itself(self):
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "head": nn.Linear(2, 2)})
+        uncovered = GhostRecorder(model).uncovered
+        assert "nn.MultiheadAttention" in uncovered["attention.out_proj.weight"]
+        assert uncovered["attention.in_proj_weight"] == "unsupported layer type 'MultiheadAttention'"
+
+    @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+    def test_embeddings_that_change_their_gradient(self, options):
+        model = nn.Sequential(nn.Embedding(3, 2, **options), nn.Linear(2, 2))
+        assert "max_norm or scale_grad_by_freq" in GhostRecorder(model).uncovered["0.weight"]
+
+
+class TestCost:
+    @pytest.mark.parametrize(
+        ("layer", "shape"),
+        [(nn.Linear(4, 3), (2, 50, 4)), (nn.Conv2d(2, 3, 3), (2, 2, 9, 9)), (Conv1D(3, 4), (2, 50, 4))],
+    )
+    def test_dots_form_no_gradients_unless_allowed(self, layer, shape, monkeypatch):
+        def formed(self):
+            raise AssertionError("formed")
+
+        monkeypatch.setattr(layers.MatrixGradients, "_formed", formed)
+        for allowed in (False, True):
+            with GhostRecorder(layer, form_gradients=allowed) as recorder:
+                recorder.set_targets({name: torch.zeros(2, *p.shape) for name, p in layer.named_parameters()})
+                recorder.start(shape[0], targets=True)
+                if allowed:
+                    with pytest.raises(AssertionError, match="formed"):
+                        layer(torch.zeros(shape)).sum().backward()
+                else:
+                    layer(torch.zeros(shape)).sum().backward()
+
+    @pytest.mark.parametrize(("positions", "forms"), [(2, False), (200, True)])
+    @pytest.mark.parametrize("asked", ["norms", "gram"])
+    def test_norms_form_gradients_where_that_is_cheaper(self, positions, forms, asked, monkeypatch):
+        calls = []
+        original = layers.MatrixGradients._formed
+        monkeypatch.setattr(layers.MatrixGradients, "_formed", lambda self: calls.append(1) or original(self))
+        layer = nn.Linear(32, 32)
+        with GhostRecorder(layer) as recorder:
+            recorder.start(2, **{asked: True})
+            layer(torch.randn(2, positions, 32)).sum().backward()
+        assert bool(calls) == forms
+
+    def test_sizes_of_intermediates(self):
+        largest = []
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                largest.append(result.numel() if isinstance(result, torch.Tensor) else 0)
+                return result
+
+        batch, positions, r, c = 4, 3, 512, 8
+        for rows, columns, goals in (
+            (torch.randn(batch, 1, positions, r), torch.randn(batch, 1, positions, c), torch.randn(2, r, c)),
+            (torch.randn(batch, 1, positions, c), torch.randn(batch, 1, positions, r), torch.randn(2, c, r)),
+        ):
+            gradients = layers.MatrixGradients(rows, columns)
+            with Watch():
+                gradients.dots(goals, False)
+            # G and the layer's own rows and columns, viewed; the products are smaller, and all h_i would be batch · r · c
+            assert max(largest) == goals.numel() < batch * r * c
+            assert len([size for size in largest if size == len(goals) * batch * positions * c]) >= 2
+            assert not [size for size in largest if size == len(goals) * batch * positions * r]
+            largest.clear()
+
+        gradients = layers.MatrixGradients(torch.randn(4, 1, 2, 256), torch.randn(4, 1, 2, 256))
+        with Watch():
+            gradients.squared_norms(), gradients.gram()
+        assert max(largest) == 4 * 2 * 256  # x and y themselves

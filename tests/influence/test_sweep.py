@@ -1,0 +1,254 @@
+"""The sweep against autograd through the whole unrolled run, and against the real optimisers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_unlearn.influence.optimizers import FlatOptimizer, StepSettings, clip
+from hf_unlearn.influence.sweep import Sweep
+from hf_unlearn.influence.targets import Targets
+from hf_unlearn.influence.trajectory import MicroBatch, Trajectory, random_states
+
+
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"lr": 0.3}),
+    "sgd, decay": (torch.optim.SGD, {"lr": 0.3, "weight_decay": 0.1}),
+    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.8}),
+    "dampening": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}),
+    "nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1}),
+    "adam": (torch.optim.Adam, {"lr": 0.05, "weight_decay": 0.1}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.1, "betas": (0.8, 0.9)}),
+}
+STEPS, BATCH = 7, 4
+
+
+class Net(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.second(self.dropout(torch.tanh(self.first(x))))
+
+
+def per_example(model, inputs):
+    losses = F.cross_entropy(model(inputs["x"]), inputs["labels"], reduction="none")
+    return losses, torch.ones_like(losses)
+
+
+def make(kind, dropout=0.0, two_groups=False):
+    torch.manual_seed(0)
+    model = Net(dropout).double()
+    optimizer_class, settings = OPTIMIZERS[kind]
+    parameters = list(model.parameters())
+    groups = parameters
+    if two_groups:
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1]},
+            {"params": [p for p in parameters if p.dim() == 1], "lr": 0.02, "weight_decay": 0.0},
+        ]
+    return model, optimizer_class(groups, **settings)
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "x": torch.randn(BATCH, 3, generator=generator, dtype=torch.float64),
+            "labels": torch.randint(2, (BATCH,), generator=generator),
+        }
+        for _ in range(STEPS)
+    ]
+
+
+def run(folder, kind, *, max_norm=0.0, segment=1, start=0, parts=1, **options):
+    """A real training that is written down, as the trainer writes it."""
+    model, optimizer = make(kind, **options)
+    flat = FlatOptimizer(optimizer, list(model.parameters()))
+    trajectory = Trajectory(folder, start=start, segment=segment)
+    for step, batch in enumerate(batches()):
+        trajectory.before(step, flat.state)
+        settings = flat.settings(max_norm)
+        optimizer.zero_grad()
+        for part in range(parts):
+            rows = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
+            inputs = {name: value[rows] for name, value in batch.items()}
+            random = random_states(torch.device("cpu"))
+            losses, weight = per_example(model, inputs)
+            coefficient = torch.full_like(losses, 1 / BATCH).detach()
+            (coefficient * losses).sum().backward()
+            examples = step * BATCH + torch.arange(BATCH)[rows]
+            trajectory.add(step, MicroBatch(inputs, random, examples, weight, coefficient))
+        if max_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        trajectory.after(step, settings)
+    return model, flat, trajectory
+
+
+def target_sets(model):
+    generator = torch.Generator().manual_seed(2)
+    rows = {
+        name: [
+            {"x": torch.randn(3, generator=generator, dtype=torch.float64), "labels": torch.tensor(label)}
+            for _ in range(5)
+        ]
+        for name, label in (("zeros", 0), ("ones", 1))
+    }
+
+    def collate(part):
+        return {name: torch.stack([row[name] for row in part]) for name in part[0]}
+
+    return Targets(rows, collate, per_example, batch_size=3, seed=0)
+
+
+def swept(model, flat, trajectory, window=1):
+    gains, variances = {}, {}
+
+    def record(step, examples, weight, values, variance):
+        gains[step], variances[step] = values, torch.as_tensor(variance)
+
+    Sweep(model, flat, trajectory, target_sets(model), per_example, window=window).run(STEPS, record)
+    return gains, variances
+
+
+def unrolled(kind, *, max_norm=0.0, window=1, **options):
+    """−∂ℓ/∂q of every example by autograd through the run, times the batch size: by definition what the sweep observes."""
+    model, optimizer = make(kind, **options)
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [p.shape for p in model.parameters()]
+    flat = FlatOptimizer(optimizer, list(model.parameters()))
+
+    def losses(theta, inputs):
+        parts = theta.split([shape.numel() for shape in shapes])
+        values = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        logits = torch.func.functional_call(model, values, (inputs["x"],))
+        return F.cross_entropy(logits, inputs["labels"], reduction="none")
+
+    groups = flat.settings(max_norm).groups
+    state = tuple(value.requires_grad_() for value in flat.state())
+    coefficients = [torch.full((BATCH,), 1 / BATCH, dtype=torch.float64, requires_grad=True) for _ in range(STEPS)]
+    thetas = []
+    for step, (batch, coefficient) in enumerate(zip(batches(), coefficients, strict=True)):
+        loss = (coefficient * losses(state[0], batch)).sum()
+        (gradient,) = torch.autograd.grad(loss, state[0], create_graph=True)
+        state = flat.step(state, gradient, StepSettings(step, groups, max_norm))
+        thetas.append(state[0])
+    gains = {step: [] for step in range(STEPS)}
+    targets = target_sets(model)
+    for rows in targets.datasets.values():
+        inputs = targets.collate(rows)
+        loss = sum(losses(theta, inputs).mean() for theta in thetas[-window:]) / window
+        for step, gradient in enumerate(torch.autograd.grad(loss, coefficients, retain_graph=True)):
+            gains[step].append(-gradient)
+    return thetas[-1], {step: torch.stack(parts, dim=1) for step, parts in gains.items()}
+
+
+def assert_equal_gains(actual, expected, rtol=1e-7):
+    assert actual.keys() == expected.keys()
+    for step in actual:
+        torch.testing.assert_close(actual[step], expected[step], rtol=rtol, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+class TestAgainstUnrolledRun:
+    def test_gains(self, kind, tmp_path):
+        model, flat, trajectory = run(tmp_path, kind)
+        theta, expected = unrolled(kind)
+        torch.testing.assert_close(flat.state()[0], theta)  # our step is the optimiser's
+        assert_equal_gains(swept(model, flat, trajectory)[0], expected)
+
+    def test_with_clipping_groups_and_window(self, kind, tmp_path):
+        model, flat, trajectory = run(tmp_path, kind, max_norm=0.2, two_groups=True)
+        theta, expected = unrolled(kind, max_norm=0.2, two_groups=True, window=3)
+        torch.testing.assert_close(flat.state()[0], theta)
+        assert_equal_gains(swept(model, flat, trajectory, window=3)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adamw"])
+class TestTrajectory:
+    def test_segments_that_are_computed_again_change_nothing(self, kind, tmp_path):
+        expected = swept(*run(tmp_path / "all", kind, dropout=0.3))
+        actual = swept(*run(tmp_path / "some", kind, dropout=0.3, segment=3))
+        assert len(list((tmp_path / "some").glob("state-*"))) == 3
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert_equal_gains(ours, theirs, rtol=1e-6)
+
+    def test_micro_batches_add_up_to_the_batch(self, kind, tmp_path):
+        expected = swept(*run(tmp_path / "one", kind))
+        actual = swept(*run(tmp_path / "two", kind, parts=2))
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert_equal_gains(ours, theirs)
+
+    def test_last_steps_alone_are_the_end_of_the_whole_sweep(self, kind, tmp_path):
+        whole, _ = swept(*run(tmp_path / "whole", kind))
+        last, _ = swept(*run(tmp_path / "last", kind, start=4))
+        assert_equal_gains(last, {step: whole[step] for step in (4, 5, 6)})
+
+    def test_the_model_is_as_before(self, kind, tmp_path):
+        model, flat, trajectory = run(tmp_path, kind, dropout=0.3)
+        before = [p.detach().clone() for p in model.parameters()]
+        model.eval()
+        random = torch.get_rng_state()
+        swept(model, flat, trajectory, window=2)
+        assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before, strict=True))
+        assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_variance_is_that_of_the_last_steps_loss_whatever_the_window(tmp_path):
+    model, flat, trajectory = run(tmp_path, "momentum")
+    gains, variances = swept(model, flat, trajectory, window=1)
+    _, with_window = swept(model, flat, trajectory, window=4)
+    for step, values in gains.items():
+        torch.testing.assert_close(variances[step], values.var(0) / BATCH)
+        torch.testing.assert_close(with_window[step], variances[step])
+
+
+def test_an_example_less_moves_the_end_as_the_gain_says(tmp_path):
+    """No derivative: train again with one example's coefficient a little lower."""
+    model, flat, trajectory = run(tmp_path, "adamw")
+    gains, _ = swept(model, flat, trajectory)
+    step, example, less = 3, 2, 1e-5
+    again, optimizer = make("adamw")
+    for index, batch in enumerate(batches()):
+        optimizer.zero_grad()
+        losses, _ = per_example(again, batch)
+        coefficient = torch.full_like(losses, 1 / BATCH).detach()
+        if index == step:
+            coefficient[example] -= less
+        (coefficient * losses).sum().backward()
+        optimizer.step()
+    targets = target_sets(model)
+    change = (targets.losses(again) - targets.losses(model)) / less
+    torch.testing.assert_close(change, gains[step][example], rtol=1e-3, atol=1e-7)
+
+
+def test_clip_is_torchs():
+    parameter = nn.Parameter(torch.zeros(6))
+    for norm in (0.5, 100.0):
+        parameter.grad = torch.arange(6.0)
+        nn.utils.clip_grad_norm_([parameter], norm)
+        torch.testing.assert_close(clip(torch.arange(6.0), norm), parameter.grad)
+
+
+class TestRefusals:
+    def test_other_optimisers(self):
+        model = Net()
+        with pytest.raises(ValueError, match="^optim: RMSprop cannot be carried influence through"):
+            FlatOptimizer(torch.optim.RMSprop(model.parameters()), list(model.parameters()))
+
+    def test_options_that_are_not_adjoined(self):
+        model = Net()
+        with pytest.raises(ValueError, match="^optim: amsgrad=True is not supported"):
+            FlatOptimizer(torch.optim.AdamW(model.parameters(), amsgrad=True), list(model.parameters()))
+
+    def test_parameters_the_optimiser_does_not_have(self):
+        model = Net()
+        with pytest.raises(ValueError, match="^optim: holds not all trainable parameters"):
+            FlatOptimizer(torch.optim.SGD(model.first.parameters(), lr=0.1), list(model.parameters()))
+
+    def test_a_step_that_was_not_kept(self, tmp_path):
+        with pytest.raises(ValueError, match="^trajectory: step 3 is not in .*; train again$"):
+            Trajectory(tmp_path, start=0, segment=1).step(3, torch.device("cpu"))
