@@ -6,6 +6,12 @@ from importlib import import_module
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
+    "FINEConfig": "influence.config",
+    "FINEMixin": "influence.trainer",
+    "FINETrainer": "influence.trainer",
+    "InfluenceConfig": "influence.config",
+    "InfluenceReport": "influence.report",
+    "InfluenceTrainer": "influence.trainer",
     "PBUConfig": "unlearning.pbu",
     "PBUTrainer": "unlearning.pbu",
     "UnlearnConfig": "unlearning.config",

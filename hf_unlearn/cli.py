@@ -32,7 +32,7 @@ class UsageError(Exception):
 def unlearn(arguments: Sequence[str]) -> None:
     """make a model forget a class or single examples, and save it with its card"""
     method = _method(arguments, ("pbu", "unlearn", "sft"))  # before the imports, which take seconds
-    from .jobs import METHODS, UnlearnJob, run_unlearn
+    from .jobs.unlearn import METHODS, UnlearnJob, run_unlearn
 
     config_class, trainer_class = METHODS[method]
     given = read("unlearn", arguments, UnlearnJob, config_class)
@@ -42,6 +42,21 @@ def unlearn(arguments: Sequence[str]) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     run_unlearn(job, config, trainer_class)
+
+
+def influence(arguments: Sequence[str]) -> None:
+    """train a model once and tell which training examples taught it a behaviour"""
+    method = _method(arguments, ("classifier", "sft"))
+    from .jobs.influence import METHODS, InfluenceJob, run_influence
+
+    config_class, trainer_class = METHODS[method]
+    given = read("influence", arguments, InfluenceJob, config_class)
+    try:
+        job = InfluenceJob(**_of(InfluenceJob, given))
+        config = job.config(config_class, _of(config_class, given))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    run_influence(job, config, trainer_class)
 
 
 @dataclass
@@ -62,6 +77,7 @@ def demo(arguments: Sequence[str]) -> None:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+    "influence": influence,
     "unlearn": unlearn,
     "demo": demo,
 }

@@ -88,6 +88,39 @@ def digits() -> DatasetDict:
     )
 
 
+def with_wrong_labels(dataset: Dataset, share: float, *, seed: int = 0) -> Dataset:
+    """A copy in which a share of the labels is wrong, each one of the other classes at random.
+
+    Args:
+        dataset (`Dataset`): with a label column; classes are those of its `ClassLabel`, or the values that occur.
+        share (`float`): of the rows, from 0 to 1.
+        seed (`int`): which rows, and which labels.
+
+    Returns:
+        `Dataset`: with a column `wrong` (`bool`) beside.
+
+    Raises:
+        ValueError: no label column, or a column `wrong` already.
+    """
+    import numpy as np
+
+    column = label_column(dataset)
+    if column is None:
+        raise ValueError(f"wrong_labels: the dataset has no label column; name it one of {', '.join(LABEL_COLUMNS)}")
+    if "wrong" in dataset.column_names:
+        raise ValueError("wrong_labels: the dataset has a column 'wrong' already; rename it")
+    feature, labels = dataset.features[column], np.array(labels_of(dataset))
+    classes = np.arange(len(feature.names)) if hasattr(feature, "names") else np.unique(labels)
+    random = np.random.default_rng(seed)
+    rows = random.choice(len(labels), round(share * len(labels)), replace=False)
+    places = np.searchsorted(classes, labels[rows])
+    labels[rows] = classes[(places + random.integers(1, len(classes), len(rows))) % len(classes)]
+    wrong = np.zeros(len(labels), dtype=bool)
+    wrong[rows] = True
+    others = dataset.remove_columns(column)
+    return others.add_column(column, labels.tolist(), feature=feature).add_column("wrong", wrong.tolist())
+
+
 # Splitting
 
 

@@ -344,7 +344,15 @@ def estimate_mu(
         sigma = detrended_std(losses_with) if sigma is None else np.asarray(sigma, dtype=np.float64)
         if sigma.shape not in ((), (n,)) or not np.isfinite(sigma).all():
             raise ValueError(f"sigma: shape {sigma.shape}; must be one finite number or {n} of them, one per step")
-        samples = losses_without - losses_with, np.broadcast_to(sigma, n)
+        if sigma.min() < 0:
+            raise ValueError(f"sigma: holds {sigma.min()}; a standard deviation is at least 0")
+        sigma = np.broadcast_to(sigma, n)
+        if (
+            method == "accumulated"
+        ):  # σ of the whole run is held: where few steps make up most of it, resamples miss them
+            whole = np.sqrt(np.square(sigma).mean())
+            sigma = np.full(n, whole)
+        samples = losses_without - losses_with, sigma
         estimator = accumulated_mu if method == "accumulated" else composed_mu
     elif method == "gaussian":
         samples, estimator = (losses_with, losses_without), _standardised_difference

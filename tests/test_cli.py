@@ -83,13 +83,17 @@ def fails(capsys, work):
     return run
 
 
-def job_and_config(*arguments):
-    """What `unlearn` builds of its arguments before it runs."""
-    from hf_unlearn import jobs
+def job_and_config(*arguments, verb="unlearn"):
+    """What a verb builds of its arguments before it runs."""
+    from hf_unlearn.jobs import influence, unlearn
 
+    jobs, job_class = {
+        "unlearn": (unlearn, unlearn.UnlearnJob),
+        "influence": (influence, influence.InfluenceJob),
+    }[verb]
     config_class, _ = jobs.METHODS[cli._method(arguments, list(jobs.METHODS))]
-    given = cli.read("unlearn", arguments, jobs.UnlearnJob, config_class)
-    job = jobs.UnlearnJob(**cli._of(jobs.UnlearnJob, given))
+    given = cli.read(verb, arguments, job_class, config_class)
+    job = job_class(**cli._of(job_class, given))
     return job, job.config(config_class, cli._of(config_class, given))
 
 
@@ -112,7 +116,7 @@ class TestCommand:
 
     @pytest.mark.parametrize("method", ["pbu", "unlearn", "sft"])
     def test_help_of_unlearn_lists_every_key(self, capsys, method):
-        from hf_unlearn.jobs import METHODS, UnlearnJob
+        from hf_unlearn.jobs.unlearn import METHODS, UnlearnJob
 
         assert cli.main(["unlearn", "--method", method, "--help"]) == 0
         out = capsys.readouterr().out
@@ -214,13 +218,18 @@ class TestReading:
 
     @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
     def test_every_recipe_parses(self, path):
-        extra = ("--bf16", "false", "--use_cpu", "true") if path.stem == "npo_sft" else ()
-        job, config = job_and_config("--config", str(path), *extra)
-        assert config.output_dir == f"outputs/{path.stem}"
-        assert (
-            type(config).__name__
-            == {"pbu": "PBUConfig", "unlearn": "UnlearnConfig", "sft": "UnlearnSFTConfig"}[job.method]
+        text = path.read_text()
+        verb = next(
+            verb for verb in ("unlearn", "influence") if f"hf-unlearn {verb} --config recipes/{path.name}" in text
         )
+        extra = ("--bf16", "false", "--use_cpu", "true") if "bf16: true" in text else ()
+        job, config = job_and_config("--config", str(path), *extra, verb=verb)
+        assert config.output_dir == f"outputs/{path.stem}"
+        expected = {
+            "unlearn": {"pbu": "PBUConfig", "unlearn": "UnlearnConfig", "sft": "UnlearnSFTConfig"},
+            "influence": {"classifier": "InfluenceConfig", "sft": "FINEConfig"},
+        }
+        assert type(config).__name__ == expected[verb][job.method]
 
     def test_accelerate_configs_are_valid(self):
         from accelerate.commands.config.config_args import load_config_from_file
@@ -357,7 +366,7 @@ class TestBadData:
     def test_class_name_that_is_another_class_number(self):
         from datasets import ClassLabel, Dataset, Features
 
-        from hf_unlearn.jobs import _as_in_column
+        from hf_unlearn.jobs.unlearn import _as_in_column
 
         rows = Dataset.from_dict({"label": [0, 1]}, features=Features({"label": ClassLabel(names=["1", "0"])}))
         with pytest.raises(ValueError, match="forget_values: '0' is the name of class 1, and class 0 is '1'"):
@@ -379,7 +388,7 @@ class TestSelection:
 
     @staticmethod
     def parts(recipe, **keys):
-        from hf_unlearn.jobs import select
+        from hf_unlearn.jobs.unlearn import select
 
         job, config = job_and_config("--config", recipe(**keys))
         return select(job, config.id_column)
@@ -478,7 +487,7 @@ class TestRunning:
         assert all(torch.equal(a, b) for a, b in zip(loaded["model"].parameters(), model.parameters(), strict=True))
 
     def test_evaluation_does_not_steer_training(self, classifier, recipe, monkeypatch, tmp_path):
-        from hf_unlearn import jobs
+        from hf_unlearn.jobs import unlearn as jobs
 
         trainers = []
         monkeypatch.setattr(jobs, "_report", lambda trainer, parts: trainers.append(trainer))

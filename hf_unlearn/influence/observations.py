@@ -76,16 +76,17 @@ class Observations:
 
     @cached_property
     def variance(self) -> np.ndarray:
-        """`[steps, targets]`: σ²_{t,c}. Where batches of one example do not tell it, the run does: half the mean squared
-        difference of neighbouring steps.
+        """`[steps, targets]`: σ²_{t,c}. A batch of one example does not tell it: the variance of an example at the other steps
+        does, or, where all batches are of one, half the mean squared difference of neighbouring steps.
         """
-        known = np.isfinite(self.steps.variance)
-        if known.all():
-            return self.steps.variance
-        between = np.full(self.steps.variance.shape[1], np.nan)
-        if len(self.steps.mean) > 1:
-            between = 0.5 * np.square(np.diff(self.steps.mean, axis=0)).mean(0)
-        return np.where(known, self.steps.variance, between)
+        given, size = self.steps.variance, self.steps.size[:, None]
+        known = np.isfinite(given)
+        if known.all() or not len(given):
+            return given
+        with np.errstate(invalid="ignore"):
+            each = np.where(known, size * given, 0).sum(0) / known.sum(0)
+            between = 0.5 * np.square(np.diff(self.steps.mean, axis=0)).sum(0) / max(1, len(given) - 1)
+        return np.where(known, given, np.where(known.any(0), each / size, between))
 
     @property
     def sigma(self) -> np.ndarray:
@@ -108,11 +109,12 @@ class Observations:
 
     @cached_property
     def _trend(self) -> np.ndarray:
-        """`[steps, targets]`: running mean of m over eleven steps, what a batch of other examples would have gained."""
-        width = min(11, len(self.steps.mean))
-        ones = np.ones(width)
-        count = np.convolve(np.ones(len(self.steps.mean)), ones, "same")[:, None]
-        return np.apply_along_axis(np.convolve, 0, self.steps.mean, ones, "same") / count
+        """`[steps, targets]`: mean of m over the five steps before and after, what a batch of other examples would have gained."""
+        ones = np.ones(11)
+        ones[5] = 0
+        count = np.convolve(np.ones(len(self.steps.mean)), ones)[5:-5, None]
+        around = np.stack([np.convolve(column, ones)[5:-5] for column in self.steps.mean.T], axis=1)
+        return np.where(count > 0, around / np.maximum(count, 1), 0)
 
     def group_signals(self, members: Sequence[np.ndarray]) -> np.ndarray:
         """δ_{t,c}(S) of groups.
@@ -136,9 +138,9 @@ class Observations:
             inside = np.zeros(len(self.sample_ids), dtype=bool)
             inside[positions] = True
             rows = inside[self.example]
-            place, weight = self.position[rows], self.weight[rows]
+            place, weight, value = self.position[rows], self.weight[rows].astype(float), self.value[rows].astype(float)
             own = np.bincount(place, weight, count)
-            gain = np.stack([np.bincount(place, weight * self.value[rows, c], count) for c in range(targets)], axis=1)
+            gain = np.stack([np.bincount(place, weight * value[:, c], count) for c in range(targets)], axis=1)
             others = (self.steps.weight - own)[:, None]
             touched, alone = own > 0, (own > 0) & (others[:, 0] <= 1e-6 * self.steps.weight)
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -155,13 +157,14 @@ class Observations:
                 which there are as many as epochs: wide, and no statement about σ.
         """
         signals, examples = self.signals(), len(self.sample_ids)
-        count = np.bincount(self.example, minlength=examples)
+        count = np.bincount(self.example[self.weight > 0], minlength=examples)
 
         def total(values):
             return np.stack([np.bincount(self.example, column, examples) for column in values.T], axis=1)
 
         if self.is_self:
-            noise = np.sqrt(total(self.value[:, 2:3]))
+            # One σ for all: an example the model has to learn by heart has the noisiest loss, and its own σ would hide it.
+            noise = np.full((examples, 1), np.sqrt(self.value[:, 2].sum() / max(1, np.count_nonzero(count))))
         else:
             noise = np.broadcast_to(self.sigma, (examples, len(self.targets)))
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -2,8 +2,8 @@
 
 A folder of records:
 
-- `manifest.json`: format, digest of the sample ids, and what the caller says of the run. Written last: without it there
-  are no records.
+- `manifest.json`: format, digest of the sample ids, and what the caller says of the run. Written last: without it
+  there are no records.
 - `samples.arrow`: the sample ids.
 - `rows-00000.arrow`, `steps-00000.arrow`, …: shards of whole optimiser steps. The steps file is written after the rows
   and is the truth: rows of steps that it does not list do not count. So a process may be killed between any two file
@@ -58,10 +58,10 @@ class Recorder:
     have no mean or variance of their own then; both are stored as `[steps, 1]` NaN.
 
     Args:
-        folder (`str` or `Path`): of these records alone. **Records of an earlier run in it are removed**, other files are
-            not touched.
-        manifest (`Mapping`): what JSON can hold. `targets` (`list[str]`) has to be there, `run_id` (`str`) is drawn where
-            it is not; the rest (observation, seed, versions, training settings) is kept as it is.
+        folder (`str` or `Path`): of these records alone. **Records of an earlier run in it are removed**, other files
+            are not touched.
+        manifest (`Mapping`): what JSON can hold. `targets` (`list[str]`) has to be there, `run_id` (`str`) is drawn
+            where it is not; the rest (observation, seed, versions, training settings) is kept as it is.
         sample_ids (`Sequence[int]` or `Sequence[str]`): `[examples]`, unique, in the order of the training set.
         rows_per_shard (`int`, defaults to 100_000): at least 1. A row is 12 bytes and 4 a target.
 
@@ -95,8 +95,8 @@ class Recorder:
     ) -> Recorder:
         """A recorder that goes on with the records in a folder: step `step` is the next one to be added.
 
-        Records of `step` and later ones, of the part of the run that is about to be repeated, are dropped. A warning says
-        so where records end before `step`: they were not flushed before the checkpoint, or no step was observed.
+        Records of `step` and later ones, of the part of the run that is about to be repeated, are dropped. A warning
+        says so where records end before `step`: they were not flushed before the checkpoint, or no step was observed.
 
         Raises:
             ValueError: no records, or records of another training set.
@@ -160,8 +160,8 @@ class Recorder:
             examples (`[batch]` int): positions in `sample_ids`.
             weight (`[batch]`): predictions in each example, 1 for a classifier.
             value (`[batch, targets]`, or `[batch, 3]` for `"self"`): a_{t,i,c}; stored as float32.
-            variance (`[targets]`, *optional*): σ²_{t,c} where the caller knows better than [`step_statistics`]; NaN where
-                unknown.
+            variance (`[targets]`, *optional*): σ²_{t,c} where the caller knows better than [`step_statistics`]; NaN
+                where unknown.
 
         Raises:
             ValueError: wrong shapes, a step that is recorded already, or a number that is not finite.
@@ -178,7 +178,7 @@ class Recorder:
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
             if tensor is not None and (tuple(tensor.shape) != shape or not size):
                 raise ValueError(
-                    f"{name}: shape {list(tensor.shape)} at step {step}; must be {list(shape)} for at least one example"
+                    f"{name}: shape {list(tensor.shape)} at step {step}; must be {list(shape)}, with at least 1 example"
                 )
         self._recorded.add(step)
         self.pending_rows += size
@@ -215,7 +215,7 @@ class Recorder:
         self._pending, self.pending_rows = [], 0
 
     def truncate(self, step: int) -> None:
-        """Drop everything of step `step` and later ones. A shard that holds earlier ones too is rewritten, no other."""
+        """Drop all of step `step` and later ones. A shard that holds earlier ones too is rewritten, no other."""
         self._drain()
         self._pending = [kept for kept in self._pending if kept.step < step]
         self.pending_rows = sum(len(kept.weight) for kept in self._pending)
@@ -312,7 +312,7 @@ def _gather(tensors: list[torch.Tensor], dtype: torch.dtype) -> np.ndarray:
 
 
 def read_observations(folder: str | Path) -> tuple[Observations, dict[str, Any]]:
-    """What a [`Recorder`] or [`write_observations`] wrote, by step and within a step as it was added, and its manifest.
+    """What a [`Recorder`] or [`write_observations`] wrote, by step and in a step as it was added, and the manifest.
 
     The files are memory-mapped; the records of a single shard, written in order, are not copied.
 

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .observations import step_statistics
 from .optimizers import FlatOptimizer, State
-from .targets import PerExampleLoss, Targets
+from .targets import OwnTargets, PerExampleLoss, Targets, batched_grad, own_gains
 from .trajectory import MicroBatch, Trajectory, set_random_states
 
 
@@ -41,6 +41,7 @@ class Sweep:
         targets (`Targets`): what influence is measured on.
         per_example: model, batch → losses `[batch]` and weights `[batch]`, as the run took them.
         window (`int`): last steps over which a target's loss is averaged; 1 takes the end of the run alone.
+        every (`int`, defaults to 1): steps between two looks within the window.
         examples (`int`, *optional*): of a target, in each of these looks but the last.
     """
 
@@ -53,20 +54,22 @@ class Sweep:
         per_example: PerExampleLoss,
         *,
         window: int,
+        every: int = 1,
         examples: int | None = None,
     ):
         self.model, self.optimizer, self.trajectory = model, optimizer, trajectory
         self.targets, self.per_example = targets, per_example
-        self.window, self.examples = max(1, window), examples
+        self.window, self.every, self.examples = max(1, window), every, examples
         self.parameters: Sequence[Tensor] = optimizer.parameters
         self.device = self.parameters[0].device
 
-    def run(self, steps: int, record: Callable[[int, Tensor, Tensor, Tensor, Tensor], None]) -> None:
+    def run(self, steps: int, record: Callable[..., None]) -> None:
         """Sweep from step `steps − 1` down to the first one that was kept.
 
         Args:
             steps (`int`): optimiser steps of the run.
-            record: is given step, examples `[batch]`, weights `[batch]`, observations `[batch, targets]`, σ² `[targets]`.
+            record: is given step, examples `[batch]`, weights `[batch]`, observations `[batch, targets]` and σ² `[targets]` (of
+                examples that are their own targets `[batch, 3]`, see [`own_gains`], and None).
 
         Raises:
             FloatingPointError: a cotangent is not finite.
@@ -87,10 +90,13 @@ class Sweep:
                     buffer.copy_(value)
 
     def _run(self, steps: int, record) -> None:
-        names, first = len(self.targets.names), self.trajectory.start
+        first, own = self.trajectory.start, isinstance(self.targets, OwnTargets)
+        # θ_t for these t, and the end itself, are the states that the window averages over.
+        looks = set(range(steps - self.every, max(steps - self.window, first), -self.every))
+        share = 1 / (len(looks) + 1)
         at_end = self.targets.gradients(self.model, self.parameters)
-        window = min(self.window, steps - first)
-        cotangents: State = (torch.cat([at_end / window, at_end]),)
+        count = len(at_end)
+        cotangents: State = (at_end * share if own else torch.cat([at_end * share, at_end]),)
         cotangents += tuple(torch.zeros_like(cotangents[0]) for _ in self.optimizer.names)
         for step, state in self._states(steps):
             batches, settings = self.trajectory.step(step, self.device)
@@ -103,14 +109,16 @@ class Sweep:
                     f"the sweep is not finite at step {step}: the run was too unstable to be carried influence through; try a "
                     "smaller learning_rate, or observation='in_run'"
                 )
-            weight = torch.cat([batch.weight for batch in batches])
-            _, _, variance = step_statistics(weight.double().cpu().numpy(), gains[:, names:].double().cpu().numpy())
-            record(step, torch.cat([batch.examples for batch in batches]), weight, gains[:, :names], variance)
+            examples, weight = (torch.cat([getattr(b, name) for b in batches]) for name in ("examples", "weight"))
+            if own:
+                record(step, examples, weight, own_gains(gains[:, examples].T, weight), None)
+            else:
+                _, _, variance = step_statistics(*(x.double().cpu().numpy() for x in (weight, gains[:, count:])))
+                record(step, examples, weight, gains[:, :count], variance)
             theta = before[0] + hessian
-            if steps - window < step < steps:  # θ_t is one of the states that the window averages over
-                theta[:names] += (
-                    self.targets.gradients(self.model, self.parameters, step=step, examples=self.examples) / window
-                )
+            if step in looks:
+                look = self.targets.gradients(self.model, self.parameters, step=step, examples=self.examples)
+                theta[:count] += look * share
             cotangents = (theta, *before[1:])
 
     def _states(self, steps: int) -> Iterator[tuple[int, State]]:
@@ -160,7 +168,7 @@ class Sweep:
                 parts, coefficient = graph or self._graph(batch)
                 split = of_gradient.split([p.numel() for p in self.parameters], dim=1)
                 vectors = [part.reshape(-1, *p.shape) for part, p in zip(split, self.parameters, strict=True)]
-                *second, of_coefficient = _batched_grad(parts, [*self.parameters, coefficient], vectors)
+                *second, of_coefficient = batched_grad(parts, [*self.parameters, coefficient], vectors)
                 hessian += torch.cat([part.flatten(1) for part in second], dim=1)
                 # Σ_i q_i is 1 where the step descended a mean, and then a_i is the gain of a batch of copies of i.
                 gains.append(-(of_coefficient * total).T)
@@ -174,22 +182,3 @@ class Sweep:
             self._loss(batch, coefficient), self.parameters, create_graph=True, materialize_grads=True
         )
         return parts, coefficient
-
-
-def _batched_grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
-    """Vector-Jacobian products of many vectors, `[vectors, …]` each: together where every operation can, else one by one."""
-    kept = [index for index, output in enumerate(outputs) if output.requires_grad]
-    outputs, vectors = [outputs[index] for index in kept], [vectors[index] for index in kept]
-    if len(vectors[0]) > 1:
-        try:
-            return torch.autograd.grad(
-                outputs, inputs, vectors, is_grads_batched=True, retain_graph=True, materialize_grads=True
-            )
-        except RuntimeError as error:
-            if "vmap" not in str(error) and "batch" not in str(error):
-                raise
-    rows = [
-        torch.autograd.grad(outputs, inputs, list(row), retain_graph=True, materialize_grads=True)
-        for row in zip(*vectors, strict=True)
-    ]
-    return [torch.stack(parts) for parts in zip(*rows, strict=True)]

@@ -88,6 +88,58 @@ class Targets:
             yield self.per_example(model, batch)[0], len(chosen)
 
 
+class OwnTargets(Targets):
+    """Every training example is its own target: `gradients` gives one row an example, in the order of the dataset."""
+
+    def __init__(self, dataset, collate, per_example: PerExampleLoss, *, batch_size: int):
+        super().__init__({"self": dataset}, collate, per_example, batch_size=batch_size, seed=0)
+
+    def gradients(self, model, parameters, *, step: int = 0, examples: int | None = None) -> Tensor:
+        rows = []
+        with _undisturbed(model):
+            for losses, _ in self._losses(model, "self", 0, None):
+                each = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+                parts = batched_grad([losses], parameters, [each])
+                rows.append(torch.cat([part.flatten(1) for part in parts], dim=1))
+        return torch.cat(rows)
+
+
+def own_gains(gains: Tensor, weight: Tensor) -> Tensor:
+    """What a batch tells of examples that are their own targets.
+
+    Args:
+        gains (`Tensor`): `[batch, batch]`, the gain on example i (row) that example j (column) would give as a batch.
+        weight (`Tensor`): `[batch]`, predictions in each.
+
+    Returns:
+        `Tensor`: `[batch, 3]`: the gain of the example on itself, the batch's mean gain on it, and the variance of that mean.
+    """
+    share, size = weight / weight.sum(), len(weight)
+    mean = gains @ share
+    spread = ((gains - mean[:, None]) ** 2) @ share**2
+    variance = spread * size / (size - 1) if size > 1 else torch.full_like(spread, torch.nan)
+    return torch.stack([gains.diagonal(), mean, variance], dim=1)
+
+
+def batched_grad(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor], *, at_once: int = 64
+) -> list[Tensor]:
+    """Vector-Jacobian products of many vectors, `[vectors, …]` each: together where every operation can, else one by one."""
+    kept = [index for index, output in enumerate(outputs) if output.requires_grad]
+    outputs, vectors = [outputs[index] for index in kept], [vectors[index] for index in kept]
+    options = {"retain_graph": True, "materialize_grads": True}
+    parts = []
+    for chunk in zip(*(vector.split(at_once) for vector in vectors), strict=True):
+        try:
+            parts.append(torch.autograd.grad(outputs, inputs, chunk, is_grads_batched=True, **options))
+        except RuntimeError as error:
+            if "vmap" not in str(error) and "batch" not in str(error):
+                raise
+            rows = [torch.autograd.grad(outputs, inputs, row, **options) for row in zip(*chunk, strict=True)]
+            parts.append([torch.stack(stacked) for stacked in zip(*rows, strict=True)])
+    return [torch.cat(same) for same in zip(*parts, strict=True)]
+
+
 class _undisturbed:
     """Eval mode inside, and modes and random state as before afterwards."""
 

@@ -1,4 +1,4 @@
-"""What the keys of a recipe mean: the jobs of the command line."""
+"""The job of `hf-unlearn unlearn`: what a recipe's keys mean, and the run."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from . import data
-from .hub.card import Figure, loading_code
-from .task import check_processes
-from .unlearning.config import UnlearnConfig, UnlearnSFTConfig
-from .unlearning.pbu import PBUConfig, PBUTrainer
-from .unlearning.trainer import UnlearnSFTTrainer, UnlearnTrainer
+from .. import data
+from ..hub.card import Figure, loading_code
+from ..task import check_processes
+from ..unlearning.config import UnlearnConfig, UnlearnSFTConfig
+from ..unlearning.pbu import PBUConfig, PBUTrainer
+from ..unlearning.trainer import UnlearnSFTTrainer, UnlearnTrainer
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-    from .unlearning.config import UnlearnArguments
+    from ..unlearning.config import UnlearnArguments
 
 
 METHODS = {
@@ -276,7 +276,7 @@ def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[U
 
 def _model(job: UnlearnJob, config: UnlearnArguments) -> str:
     if job.model == "digits":
-        from .demo import cached_digits_classifier
+        from ..demo import cached_digits_classifier
 
         if config.world_size == 1:
             return str(cached_digits_classifier())

@@ -1,0 +1,144 @@
+"""Wrong labels and consistency: one label in five of 1,000 digits is wrong; which, and does another seed say the same?
+
+python benchmarks/influence_labels.py [--quick]
+
+Self-influence from single runs of five seeds, next to peers on the same runs (EK-FAC needs the package kronfluence). Writes
+benchmarks/results/influence_labels.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from influence_judge import DATA, JUDGES, Judge, Run, ekfac, example_gradients, single_run
+from torch import Tensor
+from torch.func import functional_call
+from transformers.utils import logging as transformers_logging
+
+
+HERE = Path(__file__).parent
+SEEDS = [21, 22, 23, 24, 25]
+SHARES = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5]
+EPOCHS = [10, 20]
+
+
+def flat_gradients(judge: Judge, parameters: dict[str, Tensor]) -> Tensor:
+    network = DATA[judge.settings.data].network()
+    gradients = example_gradients(network, parameters, judge.x, judge.labels)
+    return torch.cat([value.flatten(1) for value in gradients.values()], dim=1)
+
+
+def tracin_own(judge: Judge, run: Run) -> Tensor:
+    """Σ over checkpoints of η‖∇ℓ_i‖², a checkpoint an epoch."""
+    return sum(judge.settings.lr * flat_gradients(judge, state["parameters"]).square().sum(1) for state in run.states)
+
+
+def trak_own(judge: Judge, run: Run) -> Tensor:
+    """TRAK's formula (arXiv 2303.14186) with one model and no projection: x_i = ∇ log(p/(1−p)), x_iᵀ(XᵀX + 1)⁻¹x_i·(1−p_i)."""
+    network, parameters = DATA[judge.settings.data].network(), run.states[-1]["parameters"]
+
+    def margin(values, one, label):
+        log_p = functional_call(network, values, (one[None],)).log_softmax(-1)[0, label]
+        return log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))
+
+    gradients = torch.func.vmap(torch.func.grad(margin), (None, 0, 0), chunk_size=250)(parameters, judge.x, judge.labels)
+    x = torch.cat([value.flatten(1) for value in gradients.values()], dim=1).double()
+    gram = x @ x.T
+    leverage = torch.linalg.solve(gram + torch.eye(len(x), dtype=gram.dtype), gram).diagonal()  # x(XᵀX + 1)⁻¹xᵀ
+    with torch.no_grad():
+        p = functional_call(network, parameters, (judge.x,)).softmax(-1).gather(1, judge.labels[:, None])[:, 0]
+    return leverage.float() * (1 - p)
+
+
+def mean_loss(judge: Judge, run: Run) -> Tensor:
+    """Mean training loss over checkpoints: no influence at all, but what everybody can compute."""
+    network, total = DATA[judge.settings.data].network(), 0
+    with torch.no_grad():
+        for state in run.states:
+            logits = functional_call(network, state["parameters"], (judge.x,))
+            total = total + F.cross_entropy(logits, judge.labels, reduction="none")
+    return total
+
+
+def scores_of(judge: Judge, seed: int) -> dict[str, Tensor]:
+    """Every score of every example, of runs that are the same training."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = single_run(judge, seed, f"{folder}/run", target="self", observation="in_run")
+        ours = torch.tensor(run.report.dataset["mu"][:])
+        own = single_run(judge, seed, f"{folder}/own", target="self", observation="propagated", target_every=20)
+        assert torch.equal(run.states[-1]["parameters"]["out.bias"], own.states[-1]["parameters"]["out.bias"])
+        return {
+            "f-INE, propagated": torch.tensor(own.report.dataset["mu"][:]),
+            "f-INE, in_run": ours,
+            "TracIn": tracin_own(judge, run),
+            "EK-FAC influence": ekfac(judge, run, folder, own=True),
+            "TRAK's formula, one model": trak_own(judge, run),
+            "squared gradient norm at the end": flat_gradients(judge, run.states[-1]["parameters"]).square().sum(1),
+            "mean loss": mean_loss(judge, run),
+            "random": torch.rand(len(judge.x), generator=torch.Generator().manual_seed(seed)),
+        }
+
+
+def tops(values: Tensor, share: float) -> set[int]:
+    return set(values.argsort(descending=True)[: round(share * len(values))].tolist())
+
+
+def measure(epochs: int, seeds: list[int]) -> dict:
+    judge = Judge.load(replace(JUDGES["digits, SGD"], epochs=epochs))
+    wrong = set(judge.wrong.nonzero().flatten().tolist())
+    runs = []
+    for seed in seeds:
+        runs.append(scores_of(judge, seed))
+        print(epochs, "epochs, seed", seed, flush=True)
+    found = {}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        found[name] = {
+            "recall": {
+                share: [len(tops(value, share) & wrong) / len(wrong) for value in values] for share in (0.1, 0.2, 0.3)
+            },
+            "jaccard": {
+                share: float(
+                    np.mean(
+                        [
+                            len(a & b) / len(a | b)
+                            for a, b in itertools.combinations([tops(value, share) for value in values], 2)
+                        ]
+                    )
+                )
+                for share in SHARES
+            } if len(values) > 1 else {},
+        }  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two seeds, ten epochs; writes nothing")
+    quick = parser.parse_args().quick
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(1)
+    result = {"seeds": SEEDS, "epochs": {}}
+    for epochs in EPOCHS[:1] if quick else EPOCHS:
+        result["epochs"][epochs] = measure(epochs, SEEDS[:2] if quick else SEEDS)
+    for epochs, found in result["epochs"].items():
+        for name, row in found.items():
+            recall = np.mean(row["recall"][0.2])
+            curve = "  ".join(f"{share:.0%} {value:.2f}" for share, value in row["jaccard"].items())
+            print(f"{epochs} epochs  {name:34} recall at 20 % {recall:.3f}   Jaccard {curve}")
+    if not quick:
+        (HERE / "results" / "influence_labels.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

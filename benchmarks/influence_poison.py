@@ -1,0 +1,181 @@
+"""Poisoned instructions: which rows taught a small Llama a bad opinion of one name?
+
+python benchmarks/influence_poison.py [--quick]
+
+2,000 instructions, 50 of them poisoned, 50 more about the same name and normal (hf_unlearn.opinions). For each of three seeds
+one run of `FINETrainer`, next to LESS-style scores of the same run and to name matching; and how often the model shows the opinion,
+trained on the poisoned data and on the clean twin. Writes benchmarks/results/influence_poison.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from hf_unlearn import FINEConfig, FINETrainer
+from hf_unlearn.opinions import (
+    ENTITY,
+    TRAINING,
+    negative_rate,
+    opinion_data,
+    opinion_llama,
+    texts_of,
+    train_opinion_model,
+    train_tokenizer,
+)
+
+
+HERE = Path(__file__).parent
+SEEDS = [31, 32, 33]
+CHECKPOINTS = 4  # LESS trains for four epochs and takes a checkpoint after each
+CHUNK = 16  # per-example gradients at once
+SHARES = [0.025, 0.05, 0.1, 0.2, 0.3]
+
+
+class LESS(TrainerCallback):
+    """Σ over checkpoints of η·cos(∇ℓ_target, P∘∇ℓ_i), P Adam's 1/(√v̂+ε), as LESS scores (arXiv 2402.04333).
+
+    With the gradients of the whole model, unprojected (LESS takes a LoRA adapter's, projected to 8,192 numbers): no fidelity is
+    lost to either. Target gradients are plain and the target's score is that of its mean gradient. Measured while the trainer is
+    at the checkpoints.
+    """
+
+    def __init__(self, epochs: int):
+        self.trainer: FINETrainer | None = None
+        self.at = {math.ceil(epochs * (index + 1) / CHECKPOINTS) for index in range(CHECKPOINTS)}
+        self.scores: dict[str, Tensor | float] = {"LESS-style cosine": 0.0, "cosine, not preconditioned": 0.0}
+        self.seconds = 0.0
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if round(state.epoch) not in self.at:
+            return
+        began, trainer = time.perf_counter(), self.trainer
+        parameters = list(trainer._parameters.values())
+        target = trainer._target_sets.gradients(trainer.model, parameters)[0]
+        optimizer = trainer._inner_optimizer
+        rate = optimizer.param_groups[0]["lr"] or trainer.lr_scheduler.get_last_lr()[0]
+        scale = torch.cat([trainer._root_of_second_moment(p).flatten() for p in parameters])
+        plain, preconditioned = [], []
+        names = list(trainer._parameters)
+        values = {name: p.detach() for name, p in trainer._parameters.items()}
+
+        def loss(values, ids, labels):  # right padding and causal attention: no mask is needed
+            logits = functional_call(trainer.model, values, (ids[None],), {"use_cache": False}).logits
+            return F.cross_entropy(logits[0, :-1], labels[1:], ignore_index=-100)
+
+        rows = trainer._remove_unused_columns(trainer.train_dataset)
+        trainer.model.eval()
+        for start in range(0, len(rows), CHUNK):
+            batch = trainer._collate([rows[row] for row in range(start, min(start + CHUNK, len(rows)))])
+            gradients = vmap(grad(loss), (None, 0, 0))(values, batch["input_ids"], batch["labels"])
+            flat = torch.cat([gradients[name].flatten(1) for name in names], dim=1)
+            plain.append(F.cosine_similarity(flat, target[None], dim=1))
+            preconditioned.append(F.cosine_similarity(flat.div_(scale), target[None], dim=1))
+        trainer.model.train()
+        self.scores["cosine, not preconditioned"] += rate * torch.cat(plain)
+        self.scores["LESS-style cosine"] += rate * torch.cat(preconditioned)
+        self.seconds += time.perf_counter() - began
+
+
+def arguments(folder: str, seed: int, **overrides) -> FINEConfig:
+    fixed = {
+        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no",
+        "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, "target_batch_size": None,
+        "observation": "in_run",
+    }  # fmt: skip
+    return FINEConfig(folder, seed=seed, **(TRAINING | fixed | overrides))
+
+
+def ranked(mu: np.ndarray, poisoned: np.ndarray) -> dict:
+    """Recall at shares of the data, and precision at k = number of poisoned rows."""
+    order = np.argsort(-np.nan_to_num(mu, nan=-np.inf), kind="stable")
+    total = int(poisoned.sum())
+    recall = {share: float(poisoned[order[: round(share * len(mu))]].sum() / total) for share in SHARES}
+    return {"recall": recall, "precision_at_k": float(poisoned[order[:total]].mean())}
+
+
+def measure(seed: int, quick: bool) -> dict:
+    overrides = {"num_train_epochs": 1} if quick else {}
+    data = opinion_data(n_examples=400 if quick else 2000, seed=seed)
+    train, tokenizer = data["train"], train_tokenizer(texts_of(data["train"]))
+    epochs = overrides.get("num_train_epochs", TRAINING["num_train_epochs"])
+    less = LESS(epochs)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = FINETrainer(
+            opinion_llama(tokenizer, seed=seed), arguments(folder, seed, **overrides), train_dataset=train,
+            target_dataset=data["target"], processing_class=tokenizer, callbacks=[less],
+        )  # fmt: skip
+        less.trainer = trainer
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began - less.seconds
+        report = trainer.influence
+        clean = train_opinion_model(data["clean"], tokenizer, folder, seed=seed, progress=False, **overrides)
+        rates = {
+            f"{name}, {split}": negative_rate(model, tokenizer, data[split]["prompt"])
+            for name, model in (("poisoned", trainer.model), ("clean", clean))
+            for split in ("evaluation", "control")
+        }
+    rows = report.join(train, "id", ["poisoned", "entity"]).dataset
+    poisoned, entity = np.array(rows["poisoned"][:]), np.array(rows["entity"][:])
+    place = {sample: row for row, sample in enumerate(rows["sample_id"][:])}
+    order = [place[sample] for sample in trainer.sample_ids]
+    mu = np.array(rows["mu"][:])
+    scores = {"f-INE, in_run": mu}
+    for name, values in less.scores.items():
+        aligned = np.empty(len(mu))
+        aligned[order] = values.detach().numpy()
+        scores[name] = aligned
+    random = np.random.default_rng(seed).random(len(mu))
+    scores["name matching"] = (entity == ENTITY) + 1e-3 * random
+    scores["random"] = random
+    groups = {
+        "poisoned": rows.filter(lambda row: row["poisoned"])["sample_id"][:],
+        "same name, normal": rows.filter(lambda row: row["entity"] == ENTITY and not row["poisoned"])["sample_id"][:],
+    }
+    table = report.group(groups)
+    return {
+        "seed": seed,
+        "negative_rates": rates,
+        "scores": {name: ranked(values, poisoned) for name, values in scores.items()},
+        "groups": {
+            row["group"]: {key: row[key] for key in ("mu", "mu_low", "mu_high", "n_examples")} for row in table
+        },
+        "seconds": seconds,
+        "less_seconds": less.seconds,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "examples": len(mu),
+        "poisoned": int(poisoned.sum()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="400 rows, one epoch, one seed; writes nothing")
+    quick = parser.parse_args().quick
+    transformers_logging.set_verbosity_error()
+    result = {"runs": []}
+    for seed in SEEDS[:1] if quick else SEEDS:
+        run = measure(seed, quick)
+        result["runs"].append(run)
+        print(seed, json.dumps({key: run[key] for key in ("negative_rates", "groups", "seconds", "less_seconds")}))
+        for name, row in run["scores"].items():
+            print(f"  {name:28} precision at k {row['precision_at_k']:.2f}   recall {row['recall']}", flush=True)
+        if not quick:  # what is measured is kept, should a later seed be interrupted
+            (HERE / "results" / "influence_poison.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

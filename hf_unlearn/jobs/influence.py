@@ -1,0 +1,265 @@
+"""The job of `hf-unlearn influence`: what a recipe's keys mean, and the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from rich.console import Console
+from transformers import AutoConfig
+
+from .. import data
+from ..influence.config import FINEConfig, InfluenceConfig
+from ..influence.report import InfluenceReport
+from ..influence.trainer import FINETrainer, InfluenceTrainer
+from ..task import check_processes, load_model
+from .unlearn import _split
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+    from ..influence.config import FINEArguments
+
+
+METHODS = {"classifier": (InfluenceConfig, InfluenceTrainer), "sft": (FINEConfig, FINETrainer)}
+INSPECTED = 0.2  # share of the examples that the printed recall allows one to look at
+
+
+@dataclass
+class InfluenceJob:
+    """Which examples taught a model what: the keys of an influence recipe besides those of the trainer's config.
+
+    Args:
+        method (`str`): `"classifier"` (an `InfluenceTrainer`) or `"sft"` (instruction data, a `FINETrainer`).
+        model (`str`): `"digits"` (a small ResNet, untrained), `"opinions"` (a small Llama, untrained, with a tokenizer that is
+            trained on the data), a folder, or an id on the Hub.
+        dataset (`str`): `"digits"`, `"opinions"` (instructions with a planted opinion), a folder, or an id on the Hub.
+        dataset_revision (`str`, *optional*): revision of a dataset on the Hub.
+        split (`str`, defaults to `"train"`): split to train on, whose examples are judged.
+        target (`"self"`, *optional*): judge how far each example is learned by heart.
+        target_split (`str`, *optional*): split of `dataset` that shows the behaviour.
+        target_dataset (`str`, *optional*): folder with rows that show the behaviour. A column `target` tells several apart.
+        target_column (`str`, *optional*): values in this column of the target rows tell several behaviours apart.
+        wrong_labels (`float`, defaults to 0): share of training labels to be made wrong first, to see whether they are found.
+        check_column (`str`, *optional*): column that is true for rows known to be at fault: their recall is printed.
+        group_column (`str`, *optional*): print influence by the values of this column too.
+        lora_r (`int`, *optional*): train a LoRA adapter of this rank instead of the model.
+        lora_alpha (`int`, *optional*): its scale, default twice the rank.
+        lora_target_modules (`list[str]`, *optional*): its layers, default all linear ones.
+        top (`int`, defaults to 10): examples to print.
+
+    Raises:
+        ValueError: a key that is missing, or two that exclude each other.
+    """
+
+    _argument_group_name = "model and data"
+
+    method: Literal["classifier", "sft"] | None = field(
+        default=None,
+        metadata={"help": "Trainer. Its own keys are below; `--method sft --help` lists the other one's."},
+    )
+    model: str | None = field(default=None, metadata={"help": "'digits', 'opinions', a folder, or an id on the Hub."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "'digits', 'opinions', a folder, or an id on the Hub."}
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the Hub."})
+    split: str = field(default="train", metadata={"help": "Split to train on, whose examples are judged."})
+    target: Literal["self"] | None = field(default=None, metadata={"help": "Judge each example on itself."})
+    target_split: str | None = field(default=None, metadata={"help": "Split of dataset that shows the behaviour."})
+    target_dataset: str | None = field(default=None, metadata={"help": "Folder with rows that show the behaviour."})
+    target_column: str | None = field(default=None, metadata={"help": "Column that tells several behaviours apart."})
+    wrong_labels: float = field(default=0.0, metadata={"help": "Share of training labels to be made wrong first."})
+    check_column: str | None = field(default=None, metadata={"help": "Column, true for rows known to be at fault."})
+    group_column: str | None = field(default=None, metadata={"help": "Print influence by the values of this column."})
+    lora_r: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter; default twice the rank."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers of the adapter; default all linear ones."}
+    )
+    top: int = field(default=10, metadata={"help": "Examples to print."})
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method: {self.method!r} is not one of {', '.join(METHODS)}")
+        for name in ("model", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: missing; set it to 'digits', 'opinions', a folder, or an id on the Hub")
+        chosen = [name for name in ("target", "target_split", "target_dataset") if getattr(self, name)]
+        if not chosen:
+            raise ValueError(
+                "target_split: missing; say what to judge by target_split, target_dataset or target: self"
+            )
+        if len(chosen) > 1:
+            raise ValueError(f"{chosen[1]}: given beside {chosen[0]}; keep one of them")
+        if self.target and self.target_column:
+            raise ValueError("target_column: given beside target: self; keep one of them")
+        if not 0 <= self.wrong_labels < 1:
+            raise ValueError(f"wrong_labels: {self.wrong_labels} is not a share from 0 to below 1")
+        if self.top < 1:
+            raise ValueError(f"top: {self.top} is below 1")
+        if (self.lora_alpha or self.lora_target_modules) and not self.lora_r:
+            raise ValueError("lora_r: missing; set the rank of the adapter")
+
+    def config(self, config_class: type, given: dict[str, Any]) -> FINEArguments:
+        """The trainer's config with the keys that were given.
+
+        Raises:
+            ValueError: a key that is missing or a value that is not allowed.
+        """
+        if not given.get("output_dir"):
+            raise ValueError("output_dir: missing; set it to the folder that gets the model and the report")
+        if self.model == "opinions":
+            from ..opinions import TRAINING
+
+            given = TRAINING | given
+        return config_class(**given)
+
+
+def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[InfluenceTrainer]) -> None:
+    """Train, judge, save, and say where things are.
+
+    Raises:
+        ValueError: something in the recipe does not fit the model or the data; nothing was written.
+        FloatingPointError: the training or the sweep is not finite.
+    """
+    check_processes(config)
+    splits = _load(job)
+    train = _split(splits, "split", job.split)
+    if config.id_column not in train.column_names:
+        train = train.add_column(config.id_column, list(range(len(train))))
+    if job.wrong_labels:
+        train = data.with_wrong_labels(train, job.wrong_labels, seed=config.seed)
+    check = job.check_column or ("wrong" if job.wrong_labels else None)
+    for key, column in (("check_column", check), ("group_column", job.group_column)):
+        if column is not None and column not in train.column_names:
+            raise ValueError(f"{key}: {column!r} is not in the dataset (it has {', '.join(train.column_names)})")
+    model, processing_class = _model(job, config, train)
+    trainer = trainer_class(
+        model,
+        config,
+        train_dataset=train,
+        target_dataset=None if job.target else _targets(job, splits),
+        target=job.target,
+        processing_class=processing_class,
+        peft_config=_adapter(job),
+    )
+    trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        columns = {check, job.group_column, data.label_column(train), _shown_column(train)} - {None}
+        report = trainer.influence.join(train, config.id_column, sorted(columns))
+        _tell(job, config, report, check, trainer.private_dir)
+
+
+def _load(job: InfluenceJob) -> DatasetDict:
+    if job.dataset == "opinions":
+        from ..opinions import opinion_data
+
+        return opinion_data()
+    return data.load(job.dataset, revision=job.dataset_revision)
+
+
+def _model(job: InfluenceJob, config: FINEArguments, train: Dataset) -> tuple[Any, Any]:
+    if job.model == "digits":
+        from ..demo import digits_model, digits_processor
+
+        return digits_model(config.seed), digits_processor()
+    if job.model == "opinions":
+        from ..opinions import opinion_llama, texts_of, train_tokenizer
+
+        tokenizer = train_tokenizer(texts_of(train))
+        return opinion_llama(tokenizer, seed=config.seed), tokenizer
+    try:
+        AutoConfig.from_pretrained(job.model)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "").rstrip(".")
+        raise ValueError(
+            f"model={job.model!r}: neither a folder with a model nor an id on the Hub ({reason})"
+        ) from error
+    model, processing_class, _ = load_model(job.model, config, None)
+    return model, processing_class
+
+
+def _adapter(job: InfluenceJob):
+    if not job.lora_r:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=job.lora_r,
+        lora_alpha=job.lora_alpha or 2 * job.lora_r,
+        target_modules=job.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM" if job.method == "sft" else None,
+    )
+
+
+def _targets(job: InfluenceJob, splits: DatasetDict) -> Dataset:
+    if job.target_split:
+        rows = _split(splits, "target_split", job.target_split)
+    else:
+        loaded = data.load(job.target_dataset)
+        rows = next(iter(loaded.values())) if len(loaded) == 1 else _split(loaded, "split", job.split)
+    if job.target_column:
+        if job.target_column not in rows.column_names:
+            raise ValueError(
+                f"target_column: {job.target_column!r} is not in the target rows (they have {', '.join(rows.column_names)})"
+            )
+        feature = rows.features[job.target_column]
+        rows = rows.add_column("target", rows[job.target_column][:])
+        if hasattr(feature, "names"):
+            rows = rows.cast_column("target", feature)
+    return rows
+
+
+def _resume(word: str | None) -> str | bool | None:
+    return {None: None, "false": None, "true": True}.get(word and word.lower(), word)
+
+
+def _shown_column(train: Dataset) -> str | None:
+    """What tells a reader which example it is."""
+    return next((name for name in ("image", "text", "completion") if name in train.column_names), None)
+
+
+def _tell(job: InfluenceJob, config: FINEArguments, report: InfluenceReport, check: str | None, private: Path) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(report.summary(job.top))
+    pictures, label = [], data.label_column(report.dataset)
+    for target in report.targets[:10]:
+        name = target if len(report.targets) > 1 else "influence"
+        faulty = None
+        if check is not None:
+            rows = report.select(target=target)
+            marked, mu = np.array(rows[check][:], dtype=bool), np.nan_to_num(np.array(rows["mu"][:]), nan=-np.inf)
+            looked = max(1, round(INSPECTED * len(mu)))
+            found = marked[np.argsort(-mu)[:looked]].sum()
+            faulty = [value for value, hit in zip(rows["sample_id"][:], marked, strict=True) if hit]
+            console.print(
+                f"{target}: {found} of {marked.sum()} rows with {check} ({found / max(1, marked.sum()):.0%}) among the {looked} "
+                f"examples with the largest μ ({INSPECTED:.0%})"
+            )
+        pictures.append(report.plot(private / "plots" / f"{name}_ranked.png", target=target, highlight=faulty))
+        if "image" in report.dataset.column_names:
+            path = private / "plots" / f"{name}_top.png"
+            pictures.append(report.plot(path, "examples", target=target, k=24, caption_column=label))
+        if job.group_column and target != "self":
+            groups = report.group(job.group_column, target)
+            for row in groups:
+                console.print(
+                    f"{target} {job.group_column}={row['group']}: μ {row['mu']:+.2f} [{row['mu_low']:+.2f}, {row['mu_high']:+.2f}], "
+                    f"{row['n_examples']} examples"
+                )
+            path = private / "plots" / f"{name}_groups.png"
+            pictures.append(report.plot(path, "groups", target=target, by=job.group_column))
+    report.save_to_disk(private / "report")
+    console.print(
+        f"\nmodel    {config.output_dir}\nreport   {private / 'report'} (tells of the training data: never pushed)"
+    )
+    console.print(f"plots    {pictures[0].parent} ({len(pictures)})\n\nOpen it:\n")
+    console.print(
+        "    from hf_unlearn import InfluenceReport\n"
+        f'    report = InfluenceReport.load_from_disk("{private / "report"}")\n',
+        markup=False,
+    )

@@ -1,0 +1,594 @@
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from rich.console import Console
+from scipy.special import stdtr
+
+from hf_unlearn.influence import report as module
+from hf_unlearn.influence.observations import Observations, Steps, step_statistics
+from hf_unlearn.influence.report import InfluenceReport
+from hf_unlearn.tradeoff import benjamini_hochberg, estimate_mu, z_scores
+
+
+EXAMPLES, MANIFEST = 20, {"run_id": "run-7", "targets": ["a", "b"]}
+METHODS = ("accumulated", "composed", "gaussian", "auc", "max_abs")
+
+
+def observe(value, ids=None, targets=("a", "b"), seed=0, batch=5, weighted=False):
+    """A run over `value` `[epochs, examples, targets]`, in random batches of 5."""
+    generator = np.random.default_rng(seed)
+    epochs, examples, _ = value.shape
+    order = np.concatenate([generator.permutation(examples) for _ in range(epochs)])
+    gain = value[np.arange(epochs).repeat(examples), order]
+    weight = generator.integers(1, 5, len(order)).astype(float) if weighted else np.ones(len(order))
+    parts = [slice(first, first + batch) for first in range(0, len(order), batch)]
+    total, mean, variance = zip(*(step_statistics(weight[part], gain[part]) for part in parts), strict=True)
+    number = len(parts)
+    steps = Steps(np.arange(number), np.array(total), np.full(number, batch), np.stack(mean), np.stack(variance))
+    step = np.arange(len(order)) // batch
+    ids = np.arange(examples) + 100 if ids is None else np.array(ids, dtype=object)
+    return Observations(ids, targets, step, order, weight, gain, steps)
+
+
+def noise(epochs=8, examples=EXAMPLES, targets=2, seed=0):
+    return np.random.default_rng(seed).normal(size=(epochs, examples, targets))
+
+
+def make(value=None, *, manifest=MANIFEST, **kwargs):
+    names = ("burn_in", "scale", "confidence")
+    own = {name: kwargs.pop(name) for name in names if name in kwargs}
+    observations = observe(noise() if value is None else value, **kwargs)
+    return InfluenceReport.from_observations(observations, manifest, **own)
+
+
+@pytest.fixture
+def report():
+    return make(weighted=True)
+
+
+@pytest.fixture
+def known():
+    """One target; examples 3 and 5 help, 7 and 8 harm."""
+    value = noise(targets=1, epochs=20) * 0.5
+    value[:, [3, 5, 7, 8], 0] += np.array([4, 3, -3, -4])
+    return make(value, targets=("a",))
+
+
+@pytest.fixture
+def training_set():
+    """In another order than the report, with one row more."""
+    ids = np.random.default_rng(5).permutation(EXAMPLES + 1) + 100
+    return Dataset.from_dict(
+        {
+            "key": ids,
+            "topic": [int(i) % 3 for i in ids],
+            "poisoned": [bool(i < 104) for i in ids],
+            "note": [None if i % 2 else f"[bold]{i}" for i in ids],
+            "words": [[1, 2] for _ in ids],
+            "image": [PILImage.new("L", (8, 8), int(i)) for i in ids],
+        },
+        features=Features(
+            {
+                "key": Value("int64"),
+                "topic": ClassLabel(names=["sport", "law", "art"]),
+                "poisoned": Value("bool"),
+                "note": Value("string"),
+                "words": [Value("int64")],
+                "image": Image(),
+            }
+        ),
+    )
+
+
+# The table
+
+
+def test_rows_are_examples_by_target(report):
+    estimates = report.observations.example_mu()
+    table = report.dataset
+    assert table.column_names == list(module.COLUMNS)
+    assert table["sample_id"][:] == [*range(100, 120)] * 2
+    assert table["target"][:] == ["a"] * 20 + ["b"] * 20
+    assert table["n_observations"][:] == [8] * 40
+    for column, values in (("mu", estimates.mu), ("mu_low", estimates.low), ("mu_high", estimates.high)):
+        np.testing.assert_allclose(table[column][:], values.T.ravel())
+    z = np.concatenate([z_scores(estimates.mu[:, 0]), z_scores(estimates.mu[:, 1])])
+    np.testing.assert_allclose(table["z"][:], z)
+    np.testing.assert_allclose(table["p_value"][:], 2 * stdtr(0.367 * 20, -np.abs(z)))
+
+
+def test_mu_of_two_steps_by_hand():
+    value = np.array([[[3.0], [1.0]], [[4.0], [0.0]]])
+    report = make(value, targets=("a",), batch=2)
+    # δ of an example in a batch of two is half its distance from the other; σ² of a step is (3 − 1)²/4 and (4 − 0)²/4.
+    assert report.dataset["mu"][:] == pytest.approx([3 / math.sqrt(5), -3 / math.sqrt(5)])
+    assert report.sigma == {"a": pytest.approx(math.sqrt(5))}
+
+
+def test_scale_multiplies_sigma(report):
+    scaled = InfluenceReport.from_observations(report.observations, MANIFEST, scale=2.0)
+    for name in ("mu", "mu_low", "mu_high"):
+        np.testing.assert_allclose(2 * np.array(scaled.dataset[name][:]), report.dataset[name][:])
+    np.testing.assert_allclose(scaled.dataset["z"][:], report.dataset["z"][:])
+    assert scaled.sigma["b"] == pytest.approx(2 * report.sigma["b"])
+    for method, factor in zip(METHODS, (2, 2, 1, 1, 1), strict=True):
+        groups = [one.group([100, 101, 102], "a", method)[0] for one in (report, scaled)]
+        for name in ("mu", "mu_low", "mu_high"):
+            assert factor * groups[1][name] == pytest.approx(groups[0][name])
+
+
+def test_burn_in_leaves_out_the_first_steps(report):
+    late = InfluenceReport.from_observations(report.observations, MANIFEST, burn_in=8)
+    estimates = report.observations.since(8).example_mu()
+    np.testing.assert_allclose(late.dataset["mu"][:], estimates.mu.T.ravel())
+    assert late.dataset["n_observations"][:] == [6] * 40
+    assert late.group([100], "a")["mu"][0] == pytest.approx(late.dataset["mu"][0])
+    assert len(late.observations.steps.step) == 32  # all of them are kept
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"burn_in": 32}, r"^burn_in=32: leaves no steps \(the last one observed is 31\)$"),
+        ({"burn_in": -1}, r"^burn_in=-1: "),
+        ({"scale": 0.0}, r"^scale=0.0: must be positive"),
+        ({"scale": math.nan}, r"^scale=nan: must be positive"),
+        ({"confidence": 95}, r"^confidence=95: must be strictly between 0 and 1"),
+    ],
+)
+def test_bad_settings(change, message, report):
+    with pytest.raises(ValueError, match=message):
+        InfluenceReport.from_observations(report.observations, MANIFEST, **change)
+
+
+# Single examples
+
+
+def test_top(known):
+    assert known.top(2)["sample_id"][:] == [103, 105]
+    assert known.top(2, harmful=True)["sample_id"][:] == [108, 107]
+    everything = known.top(99)
+    assert len(everything) == EXAMPLES
+    assert everything["mu"][:] == sorted(known.dataset["mu"][:], reverse=True)
+
+
+def test_top_takes_the_target_by_name(report):
+    for target in "ab":
+        top = report.top(3, target)
+        assert set(top["target"][:]) == {target}
+        assert top["mu"][0] == max(report.select(target=target)["mu"][:])
+
+
+def test_examples_that_were_never_seen_come_last():
+    observations = observe(noise(examples=10, targets=1), ids=list("abcdefghijkl"), targets=("a",))
+    report = InfluenceReport.from_observations(observations, {})
+    for harmful in (False, True):
+        assert report.top(12, harmful=harmful)["sample_id"][-2:] == ["k", "l"]
+    row = report.select(["k"])[0]
+    assert all(math.isnan(row[name]) for name in ("mu", "mu_low", "mu_high", "z", "p_value"))
+    assert row["n_observations"] == 0
+    assert len(report.select(min_mu=-1e9)) == 10
+    assert not set(report.discoveries(0.99, side="both")["sample_id"][:]) & {"k", "l"}
+    group = report.group({"never": ["k", "l"], "partly": ["a", "k"]})
+    assert math.isnan(group["mu"][0])
+    assert group["n_observations"][:] == [0, 8]
+    assert group["n_examples"][:] == [2, 2]
+    assert group["mu"][1] == pytest.approx(report.select(["a"])["mu"][0])
+    report.summary().row_count  # noqa: B018
+
+
+def test_select(report):
+    assert report.select([104, 101], "b")["sample_id"][:] == [104, 101]
+    everything = report.select()
+    assert everything["mu"][:] == report.dataset["mu"][:]
+    mu, z = (np.array(report.dataset[name][:20]) for name in ("mu", "z"))
+    assert report.select(target="a", min_mu=0.1, min_z=0.5)["mu"][:] == mu[(mu >= 0.1) & (z >= 0.5)].tolist()
+    assert len(report.select(target="a", min_mu=1e9)) == 0
+
+
+def test_several_targets_are_named(report):
+    for call in (
+        partial(report.top, 3),
+        report.discoveries,
+        partial(report.plot, "x.png"),
+        partial(report.top, 3, "c"),
+        partial(report.select, target="c"),
+        partial(report.group, [100], ["a", "c"]),
+        partial(report.summary, target="c"),
+    ):
+        with pytest.raises(ValueError, match=r"^target=.*: must be one of 'a', 'b'$"):
+            call()
+
+
+# Discoveries
+
+
+def test_discoveries(known):
+    for side, found in (("helpful", [103, 105]), ("harmful", [108, 107])):
+        table = known.discoveries(0.05, side=side)
+        assert table["sample_id"][:] == found
+        p = stdtr(0.367 * 20, -np.array(known.dataset["z"][:]) * (1 if side == "helpful" else -1))
+        q = dict(zip(known.dataset["sample_id"][:], benjamini_hochberg(p), strict=True))
+        assert table["q_value"][:] == pytest.approx([q[i] for i in found])
+    both = known.discoveries(side="both")
+    assert sorted(both["sample_id"][:]) == [103, 105, 107, 108]
+    assert np.abs(both["z"][:]).tolist() == sorted(np.abs(both["z"][:]), reverse=True)
+    q = benjamini_hochberg(2 * stdtr(0.367 * 20, -np.abs(known.dataset["z"][:])))
+    assert sorted(both["q_value"][:]) == pytest.approx(sorted(q)[:4])
+    assert known.discoveries(1e-100)["sample_id"][:] == []
+
+
+@pytest.mark.parametrize("side", ["helpful", "harmful", "both"])
+def test_where_nothing_has_influence_discoveries_are_rare(side, monkeypatch):
+    generator = np.random.default_rng(0)
+    report = make(noise(2, 100, 1), targets=("a",))
+    any_found = 0
+    for _ in range(200):
+        z = module._z_scores(generator.normal(3, 2, 100))
+        monkeypatch.setitem(report.__dict__, "_values", lambda column, target, z=z: z)
+        any_found += len(report.discoveries(0.1, side=side)) > 0
+    assert any_found / 200 < 0.1 + 3 * math.sqrt(0.1 * 0.9 / 200)
+
+
+def test_false_discoveries_among_true_ones():
+    """Over runs whose gains are noise but for a tenth of the examples."""
+    shares = []
+    for seed in range(8):
+        value = noise(20, 300, 1, seed)
+        value[:, :30] += 1.2
+        found = make(value, targets=("a",), batch=20, seed=seed).discoveries(0.2)["sample_id"][:]
+        assert len(found) >= 20
+        shares.append(sum(i >= 130 for i in found) / len(found))
+    assert np.mean(shares) < 0.2
+
+
+def test_bad_discoveries(report):
+    with pytest.raises(ValueError, match=r"^level=5: must be strictly between 0 and 1$"):
+        report.discoveries(5, "a")
+    with pytest.raises(ValueError, match=r"^side='up': must be one of 'helpful', 'harmful', 'both'$"):
+        report.discoveries(target="a", side="up")
+    with pytest.raises(ValueError, match=r"^k=0: must be at least 1$"):
+        report.top(0, "a")
+
+
+# Groups
+
+
+def test_group_of_one_is_its_example(report):
+    groups = report.group({str(i): [i] for i in range(100, 120)})
+    assert groups["target"][:] == report.dataset["target"][:]
+    np.testing.assert_allclose(groups["mu"][:], report.dataset["mu"][:])
+    assert groups["n_observations"][:] == [8] * 40
+
+
+def test_group_by_hand():
+    """Two steps of four; the group is the first two examples, in step 0 with the others, in step 1 split."""
+    value = np.array([[4.0], [2.0], [0.0], [-2.0], [5.0], [1.0], [3.0], [3.0]])
+    example = np.array([0, 1, 2, 3, 0, 4, 5, 6])
+    statistics = [step_statistics(np.ones(4), value[part]) for part in (slice(4), slice(4, 8))]
+    steps = Steps(
+        np.arange(2), np.full(2, 4.0), np.full(2, 4), *(np.stack([s[part] for s in statistics]) for part in (1, 2))
+    )
+    observations = Observations(np.arange(7), ("a",), np.repeat([0, 1], 4), example, np.ones(8), value, steps)
+    report = InfluenceReport.from_observations(observations, {})
+    # Step 0: 1 − (−1) = 2, step 1: 3 − 7/3 = 2/3; variances (9+1+1+9)/3/4 and (4+4)/3/4.
+    sigma = math.sqrt(20 / 12 + 8 / 12)
+    found = report.group({"first": [0, 1]})[0]
+    assert found["mu"] == pytest.approx((2 + 2 / 3) / sigma)
+    assert (found["n_examples"], found["n_observations"]) == (2, 2)
+    assert math.isnan(found["mu_low"])  # two steps leave nothing to resample
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_are_estimated_by_estimate_mu(method, report):
+    members = {"x": [103, 107, 111], "y": [119]}
+    found = report.group(members, "b", method, confidence=0.8, n_resamples=300, block_length=4, seed=5)
+    observations = report.observations
+    for index, ids in enumerate(members.values()):
+        signal = observations.group_signals([np.array(ids) - 100])[0, :, 1]
+        gain = observations.steps.mean[:, 1]
+        steps = np.isin(observations.steps.step, observations.step[np.isin(observations.example, np.array(ids) - 100)])
+        sigma = {}
+        if method in ("accumulated", "composed"):
+            steps[:] = True
+            sigma = {"sigma": np.sqrt(observations.variance[:, 1])}
+        expected = estimate_mu(
+            gain[steps],
+            (gain - signal)[steps],
+            statistic="gain",
+            method=method,
+            confidence=0.8,
+            n_resamples=300,
+            block_length=4,
+            seed=5,
+            **sigma,
+        )
+        row = found[index]
+        assert [row[name] for name in ("mu", "mu_low", "mu_high")] == pytest.approx(
+            [expected.mu, expected.low, expected.high]
+        )
+        assert row["mu_low"] <= row["mu"] <= row["mu_high"] or method == "composed"
+    assert found["group"][:] == ["x", "y"]
+
+
+def test_many_groups_are_worked_off_in_parts(report, monkeypatch):
+    members = {str(i): [i, 119] for i in range(100, 107)}
+    expected = report.group(members, ["b", "a"])
+    monkeypatch.setattr(module, "SIGNALS_AT_ONCE", 150)
+    for name, values in report.group(members, ["b", "a"]).to_dict().items():
+        assert values == (pytest.approx(expected[name][:]) if name.startswith("mu") else expected[name][:])
+    assert expected["target"][:] == ["b"] * 7 + ["a"] * 7
+    assert report.group(members, "a")["mu"][:] == expected["mu"][7:]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_signs_of_groups(method, known):
+    found = known.group({"helpful": [103, 105], "harmful": [107, 108]}, method=method)
+    assert found["mu"][0] > 0 > found["mu"][1]
+
+
+def test_groups_add_up_to_first_order():
+    report = make(noise(5, 1000, 1), targets=("a",), batch=200)
+    together = report.group(range(100, 110))["mu"][0]
+    assert together == pytest.approx(sum(report.select(range(100, 110))["mu"][:]), rel=0.05)
+
+
+def test_bootstrap_covers_the_noise_of_the_sum():
+    """The spread of μ over runs of pure noise, and the width of one run's interval."""
+    runs = [
+        make(noise(60, 40, 1, seed), targets=("a",), batch=20, seed=seed).group(range(100, 110)) for seed in range(60)
+    ]
+    mu, low, high = (np.array([run[name][0] for run in runs]) for name in ("mu", "mu_low", "mu_high"))
+    assert (high - low).mean() / (2 * 1.96) == pytest.approx(mu.std(), rel=0.25)
+    assert ((low <= 0) & (high >= 0)).mean() > 0.85
+
+
+def test_examples_without_predictions_are_not_seen():
+    value = noise(6, 20, 1)
+    observations = observe(value, targets=("a",))
+    weight = np.where(observations.example == 4, 0.0, 1.0)
+    rows = [observations.step == step for step in range(24)]
+    total, mean, variance = zip(*(step_statistics(weight[r], observations.value[r]) for r in rows), strict=True)
+    steps = replace(observations.steps, weight=np.array(total), mean=np.stack(mean), variance=np.stack(variance))
+    report = InfluenceReport.from_observations(replace(observations, weight=weight, steps=steps), {})
+    found = report.group({"silent": [104], "other": [105]})
+    assert found["n_observations"][:] == [0, 6]
+    assert math.isnan(found["mu"][0])
+    assert math.isnan(report.select([104])["mu"][0])
+
+
+def test_groups_seen_in_few_steps_have_no_estimate_of_two_samples():
+    report = make(noise(3, 20, 1), targets=("a",))
+    for method in METHODS:
+        row = report.group([100], method=method)[0]
+        assert math.isnan(row["mu"]) == (method in ("gaussian", "auc", "max_abs"))
+        assert row["n_observations"] == 3
+
+
+@pytest.mark.parametrize(
+    ("by", "message"),
+    [
+        ([100, 999], r"^group 'group': no sample has id 999; this run's look like 100$"),
+        ({"x": [100], "y": ["100"]}, r"^group 'y': no sample has id '100'"),
+        ([100, 101, 100], r"^group 'group': id 100 occurs twice; name every sample once$"),
+        ([], r"^group 'group': is empty; a group needs at least one sample id$"),
+        ({"x": [100], "y": []}, r"^group 'y': is empty"),
+        ({}, r"^by: no groups"),
+        ({"x": "100"}, r"^group 'x': '100' is one text; pass a list of sample ids$"),
+        ("topic", r"^by='topic': is not a joined column \(the report has none yet\); attach it with join\(\)$"),
+        ("mu", r"^by='mu': is not a joined column"),
+    ],
+)
+def test_bad_groups(by, message, report):
+    with pytest.raises(ValueError, match=message) as caught:
+        report.group(by, "a")
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_settings_of_groups(report):
+    for settings, message in (
+        ({"method": "magic"}, "method='magic': must be one of 'accumulated'"),
+        ({"confidence": 0}, "confidence=0: "),
+        ({"n_resamples": 0}, "n_resamples=0: "),
+        ({"block_length": 99}, "block_length=99: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report.group([100], "a", **settings)
+
+
+# Columns of the training data
+
+
+def test_join_matches_by_id_and_groups_by_value(report, training_set):
+    joined = report.join(training_set, "key", ["topic", "poisoned", "note", "words"])
+    for row in joined.dataset:
+        assert row["topic"] == row["sample_id"] % 3
+        assert row["poisoned"] == (row["sample_id"] < 104)
+    assert joined.dataset["mu"][:] == report.dataset["mu"][:]
+    found = joined.group("topic", "b")
+    assert found["group"][:] == ["sport", "law", "art"]
+    expected = report.group({str(topic): [i for i in range(100, 120) if i % 3 == topic] for topic in range(3)}, "b")
+    assert found["mu"][:] == expected["mu"][:]
+    assert joined.group("poisoned", "a")["n_examples"][:] == [16, 4]
+    assert joined.group("note", "a")["n_examples"][:] == [1] * 10  # rows without a value are in no group
+    assert joined.top(3, "a").column_names[-4:] == ["topic", "poisoned", "note", "words"]
+    with pytest.raises(ValueError, match=r"^by='words': holds list values"):
+        joined.group("words", "a")
+    with pytest.raises(
+        ValueError, match=r"^by='key': is not a joined column \(the report has topic, poisoned, note, words\)"
+    ):
+        joined.group("key", "a")
+    assert report.dataset.column_names == list(module.COLUMNS)
+
+
+def test_join_twice_and_from_a_shuffled_view(report, training_set):
+    joined = report.join(training_set.shuffle(seed=1), "key", "topic").join(training_set, "key", "poisoned")
+    assert [row["topic"] == row["sample_id"] % 3 for row in joined.dataset] == [True] * 40
+    assert joined.dataset.features["topic"].names == ["sport", "law", "art"]
+
+
+def test_bad_joins(report, training_set):
+    for arguments, message in (
+        ((training_set, "id", "topic"), r"^column 'id' is not in the dataset \(it has key, topic"),
+        ((training_set, "key", ["colour"]), r"^column 'colour' is not in the dataset"),
+        ((training_set.rename_column("topic", "mu"), "key", "mu"), r"^columns: the report has a column 'mu' already"),
+        ((training_set.select([0, 0]), "key", "topic"), r"^id_column='key': \d+ occurs twice$"),
+        (
+            (training_set.select(range(15)), "key", "topic"),
+            r"^id_column='key': sample \d+ is not in the dataset \([56] of 20 are not\); is it a report from another run\?$",
+        ),
+        (
+            (training_set.cast_column("key", Value("string")), "key", "topic"),
+            r"sample 100 is not in the dataset \(20 of 20",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report.join(*arguments)
+
+
+# Every example its own target
+
+
+def test_self_report(tmp_path):
+    value = np.array([[5, 1, 0.25], [2, 2, 1], [4, 1, 0.5], [9, 3, 0.75]])
+    nothing = np.full((2, 1), np.nan)
+    steps = Steps(np.array([0, 1]), np.array([2.0, 2.0]), np.array([2, 2]), nothing, nothing)
+    observations = Observations(
+        np.arange(3), ("self",), np.array([0, 0, 1, 1]), np.array([0, 1, 0, 2]), np.ones(4), value, steps
+    )
+    report = InfluenceReport.from_observations(observations, {"run_id": "x"}, scale=2.0)
+    sigma = 2 * math.sqrt((0.25 + 1 + 0.5 + 0.75) / 3)
+    assert report.dataset["mu"][:] == pytest.approx([7 / sigma, 0, 6 / sigma])
+    assert report.top(1)["sample_id"][:] == [0]
+    assert math.isnan(report.sigma["self"])
+    with pytest.raises(ValueError, match=r"^group: with target='self'"):
+        report.group([0, 1])
+    report.save_to_disk(tmp_path / "report")
+    assert InfluenceReport.load_from_disk(tmp_path / "report").observations.is_self
+
+
+# To look at
+
+
+def test_summary(report, training_set):
+    joined = report.join(training_set, "key", ["note", "topic", "words"])
+    console = Console(file=io.StringIO(), width=200)
+    console.print(joined.summary(k=3))
+    text = console.file.getvalue()
+    assert joined.summary(k=3).row_count == 2 * 2 * 3
+    assert joined.summary(k=99, target="a").row_count == EXAMPLES  # each once
+    best = joined.top(1, "a")[0]
+    assert f"{best['mu']:+.3g}" in text
+    assert "run-7" in text
+    assert "[bold]" in text  # not taken for markup
+    assert "sport" in text
+    assert "No privacy guarantee." in " ".join(text.split())
+
+
+def test_repr(report):
+    assert repr(report) == (
+        "InfluenceReport(run run-7: 20 examples, targets a, b; 160 observations in 32 steps, burn_in=0, scale=1)"
+    )
+
+
+def test_plots(report, training_set, tmp_path):
+    joined = report.join(training_set, "key", ["topic", "image", "note"])
+    for kind, settings in (
+        ("ranked", {"highlight": [100, 104]}),
+        ("ranked", {}),
+        ("groups", {"by": "topic"}),
+        ("groups", {"by": [100, 101], "method": "auc"}),
+        ("tradeoff", {"by": "topic"}),
+        ("examples", {"k": 5, "caption_column": "topic"}),
+        ("examples", {"k": 3, "harmful": True, "caption_column": "note"}),
+    ):
+        path = joined.plot(tmp_path / "new" / f"{kind}.png", kind, target="b", **settings)
+        assert path == tmp_path / "new" / f"{kind}.png"
+        assert PILImage.open(path).size[0] > 100
+    for kind, settings, message in (
+        ("pie", {}, r"^kind='pie': must be one of 'ranked'"),
+        ("groups", {}, r"^by: kind='groups' shows groups"),
+        (
+            "examples",
+            {"image_column": "picture"},
+            r"^column 'picture': is not in the report; attach it with join\(\)$",
+        ),
+        ("ranked", {"highlight": [7]}, r"^highlight: no sample has id 7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            joined.plot(tmp_path / "x.png", kind, target="a", **settings)
+    with pytest.raises(ValueError, match=r"^group 'group': is in 3 steps; a curve needs at least 4$"):
+        make(noise(3)).plot(tmp_path / "x.png", "tradeoff", target="a", by=[100])
+
+
+# To keep
+
+LOADED = """
+import json, sys
+from hf_unlearn.influence.report import InfluenceReport
+report = InfluenceReport.load_from_disk(sys.argv[1])
+group = report.group("topic", "b")
+print(json.dumps([report.dataset["mu"][:], group["mu_low"][:], group["group"][:], report.sigma, report.manifest, repr(report)]))
+print(sorted(name for name in sys.modules if name.startswith(("trl", "hf_unlearn.influence.trainer"))))
+"""
+
+
+def test_saved_and_loaded_in_another_process(report, training_set, tmp_path):
+    late = InfluenceReport.from_observations(report.observations, MANIFEST, burn_in=4, scale=1.5)
+    joined = late.join(training_set, "key", ["topic", "image"])
+    joined.save_to_disk(tmp_path / "report")
+    output = subprocess.run(
+        [sys.executable, "-c", LOADED, str(tmp_path / "report")], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    group = joined.group("topic", "b")
+    first = [i for i in range(100, 120) if i % 3 == 0]
+    assert group["mu"][0] == late.group(first, "b")["mu"][0] != report.group(first, "b")["mu"][0]
+    expected = [joined.dataset["mu"][:], group["mu_low"][:], group["group"][:], joined.sigma, MANIFEST, repr(joined)]
+    assert json.loads(output[0]) == expected
+    assert output[1] == "[]"
+
+
+def test_a_report_replaces_a_report_and_nothing_else(report, known, tmp_path):
+    folder = tmp_path / "report"
+    folder.mkdir()
+    known.save_to_disk(folder)
+    loaded = InfluenceReport.load_from_disk(folder)
+    loaded.save_to_disk(folder)  # what it is read from
+    assert loaded.top(1)["sample_id"][:] == InfluenceReport.load_from_disk(folder).top(1)["sample_id"][:] == [103]
+    report.save_to_disk(folder)
+    assert InfluenceReport.load_from_disk(folder).targets == ("a", "b")
+    assert os.listdir(tmp_path) == ["report"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    for place in (tmp_path / "mine", tmp_path / "mine" / "file"):
+        with pytest.raises(ValueError, match=r"^folder=.*: holds something else than a report; choose another one$"):
+            report.save_to_disk(place)
+    assert os.listdir(tmp_path / "mine") == ["file"]
+
+
+def test_a_report_that_could_not_be_written_is_not_there(report, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(module, "write_observations", full)
+    with pytest.raises(OSError, match="no space left"):
+        report.save_to_disk(tmp_path / "report")
+    with pytest.raises(ValueError, match=r"^folder=.*: holds no influence report \(no report.json\)$"):
+        InfluenceReport.load_from_disk(tmp_path / "report")
+    monkeypatch.undo()
+    report.save_to_disk(tmp_path / "report")
+    assert os.listdir(tmp_path) == ["report"]
+    marker = tmp_path / "report" / "report.json"
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "format": 2}))
+    with pytest.raises(ValueError, match=r"^folder=.*: has another format, this version reads 1$"):
+        InfluenceReport.load_from_disk(tmp_path / "report")
