@@ -37,14 +37,22 @@ def check_arguments(args, train_dataset, target_dataset, target, kwargs) -> None
         raise ValueError(
             f"{name}=True: mixes documents in one row, so their gradients cannot be told apart; set it to False"
         )
+    if args.preconditioned and target == "self":
+        raise ValueError(
+            "preconditioned: folds Adam into the targets' gradients, and target='self' has none; set it to False"
+        )
+    if args.n_calibration_runs and target == "self":
+        raise ValueError(
+            "n_calibration_runs: measures the losses of target sets, and target='self' has none; set it to 0"
+        )
+    if args.n_calibration_runs and hasattr(args, "packing"):
+        raise ValueError("n_calibration_runs: SFTTrainer takes no model_init=, so it cannot begin again; set it to 0")
     if args.n_calibration_runs and kwargs.get("model_init") is None:
         raise ValueError("n_calibration_runs: needs model_init= instead of model=, to begin again from other seeds")
     if target == "self" and args.per_device_train_batch_size < 2:
         raise ValueError(
             "per_device_train_batch_size: target='self' compares an example with others; set it to 2 or more"
         )
-    if args.load_best_model_at_end and args.observation != "in_run":
-        raise ValueError("load_best_model_at_end: the sweep starts from the end of the run; set it to False")
 
 
 def check_model(trainer) -> None:
@@ -59,6 +67,8 @@ def check_model(trainer) -> None:
 def sample_ids_of(dataset, column: str) -> list:
     names = getattr(dataset, "column_names", None) or ()
     ids = list(dataset.with_format(None)[column]) if column in names else list(range(len(dataset)))
+    if not (all(isinstance(value, int) for value in ids) or all(isinstance(value, str) for value in ids)):
+        raise ValueError(f"train_dataset: column {column!r} must hold ids that are all int or all str")
     if len(set(ids)) < len(ids):
         seen: set = set()
         twice = next(value for value in ids if value in seen or seen.add(value))
@@ -77,7 +87,13 @@ def target_sets_of(dataset) -> dict[str, Any]:
         for row, value in enumerate(values):
             rows.setdefault(str(names[value] if names else value), []).append(row)
         sets = {name: dataset.select(chosen).remove_columns("target") for name, chosen in rows.items()}
+    if not sets:
+        raise ValueError("target_dataset: is empty; pass examples that show the behaviour")
     for name, part in sets.items():
+        if not hasattr(part, "__len__") or not hasattr(part, "__getitem__"):
+            raise ValueError(
+                f"target_dataset: {name!r} is a stream, which cannot be looked at again; make it a Dataset"
+            )
         if len(part) == 0:
             raise ValueError(f"target_dataset: {name!r} is empty; pass examples that show the behaviour")
     if "self" in sets:
@@ -97,10 +113,9 @@ class WithRow(TorchDataset):
     def __getitem__(self, row: int) -> tuple[int, Any]:
         return row, self.dataset[row]
 
-    def __getattr__(self, name: str) -> Any:  # samplers look for column names
-        if name == "dataset":
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
+    def __getitems__(self, rows: list[int]) -> list[tuple[int, Any]]:  # a `Dataset` reads a batch in one go
+        at_once = getattr(self.dataset, "__getitems__", None)
+        return list(zip(rows, at_once(rows) if at_once else map(self.dataset.__getitem__, rows), strict=True))
 
 
 class RowCollator:

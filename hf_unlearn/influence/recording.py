@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from ..task import IGNORED, cross_entropy
 from .inputs import ROW, RowCollator, WithRow
-from .targets import Batch, Targets
+from .layers import low_rank
+from .targets import Batch, OwnTargets, Targets, own_gains
 from .trajectory import MicroBatch, random_states
 
 
@@ -63,7 +64,7 @@ class RecordingMixin:
                 dataset=WithRow(dataset),
                 description="Training",
                 batch_size=self._train_batch_size,
-                sampler_fn=self._get_train_sampler,
+                sampler_fn=lambda _: self._get_train_sampler(dataset),  # it may look at columns and lengths
                 is_training=True,
             )
         finally:
@@ -74,6 +75,10 @@ class RecordingMixin:
         return self._prepare_inputs(collator(rows))
 
     def _targets(self) -> Targets:
+        if self.target == "self":
+            rows = self.train_dataset
+            rows = self._remove_unused_columns(rows) if isinstance(rows, Dataset) else rows
+            return OwnTargets(rows, self._collate, self.per_example_loss, batch_size=self.args.eval_batch_size)
         sets = {
             name: self._remove_unused_columns(rows) if isinstance(rows, Dataset) else rows
             for name, rows in self.target_sets.items()
@@ -85,6 +90,41 @@ class RecordingMixin:
             batch_size=self.args.eval_batch_size,
             seed=self.args.seed,
         )
+
+    def _check_batches(self) -> None:
+        """Whether a batch of the training set and of each target set can be made, and has a loss that is known.
+
+        Raises:
+            ValueError: naming the set.
+        """
+        config = getattr(self.model, "config", None)
+        problem = getattr(config, "problem_type", None)
+        own_loss = type(self).per_example_loss is not RecordingMixin.per_example_loss
+        if not (own_loss or self.is_causal_lm) and problem in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"model: problem_type={problem!r} is not supported; single-label classifiers and causal language models are"
+            )
+        label = (self.label_names or ["labels"])[0]
+        sets = {f"target_dataset: {name!r}": rows for name, rows in self.target_sets.items()}
+        for name, rows in ({"train_dataset:": self.train_dataset} | sets).items():
+            try:
+                rows = self._remove_unused_columns(rows) if isinstance(rows, Dataset) else rows
+                with torch.random.fork_rng(devices=[]):
+                    batch = self._collate([rows[0]])
+            except Exception as error:  # whatever a collator may raise
+                reason = (str(error).splitlines() or [""])[0]
+                raise ValueError(
+                    f"{name} cannot be collated ({type(error).__name__}: {reason}); it needs the columns that training needs"
+                ) from error
+            if label not in batch:
+                raise ValueError(
+                    f"{name} gives batches without {label!r}; the dataset or the collator must provide it"
+                )
+            if batch[label].is_floating_point() and not own_loss:
+                raise ValueError(
+                    f"{name} has labels that are no classes (regression, several labels at once), which is not supported; "
+                    "override per_example_loss"
+                )
 
     # The step
 
@@ -191,26 +231,49 @@ class RecordingMixin:
                 self._look_at_targets(step)
 
     def _look_at_targets(self, step: int) -> None:
-        covered = self._ghost.covered
-        parameters = list(covered.values())
-        self._target_gradients = None  # before the next one is made
-        flat = self._target_sets.gradients(self.model, parameters, step=step, examples=self.args.target_batch_size)
-        self._target_gradients = flat
+        covered, rank = self._ghost.covered, self.args.target_rank
+        self._target_gradients = None  # both, before the next ones are made
+        self._ghost.clear_targets()
+        flat = self._target_sets.gradients(
+            self.model, list(covered.values()), step=step, examples=self.args.target_batch_size
+        )
         start, gradients = 0, {}
         for name, parameter in covered.items():
             gradient = flat[:, start : start + parameter.numel()].view(-1, *parameter.shape)
             start += parameter.numel()
+            gradient.mul_(self._relative_rate(parameter))
             if self.args.preconditioned:
                 gradient.div_(self._root_of_second_moment(parameter))
-            gradients[name] = gradient
+            if rank is None:
+                gradients[name] = gradient
+            elif name in self._ghost.matrices and rank * sum(parameter.shape) < parameter.numel():
+                gradients[name] = low_rank(gradient, rank)
+            else:
+                gradients[name] = gradient.clone()  # not a view, so that all else of `flat` is freed
+        self._target_gradients = gradients
         self._ghost.set_targets(gradients)
 
     def _root_of_second_moment(self, parameter: Tensor) -> Tensor:
         """√v̂ + ε of Adam."""
         group = next(g for g in self._inner_optimizer.param_groups if any(p is parameter for p in g["params"]))
         state = self._inner_optimizer.state[parameter]
+        if "exp_avg_sq" not in state:  # it never had a gradient, and does not move
+            return torch.full_like(parameter, torch.inf)
         correction = 1 - group["betas"][1] ** float(state["step"])
         return (state["exp_avg_sq"] / correction).sqrt_().add_(group["eps"]).to(parameter.dtype)
+
+    @property
+    def _leading_group(self) -> dict[str, Any]:
+        """The group of parameters with the largest learning rate; those of the others are relative to it."""
+        return max(self._inner_optimizer.param_groups, key=_base_rate)
+
+    def _relative_rate(self, parameter: Tensor) -> float:
+        groups = self._inner_optimizer.param_groups
+        group = next((group for group in groups if any(p is parameter for p in group["params"])), None)
+        if group is None:  # the optimiser does not move it
+            return 0.0
+        leading = _base_rate(self._leading_group)
+        return _base_rate(group) / leading if leading else 1.0
 
     @property
     def _inner_optimizer(self) -> torch.optim.Optimizer:
@@ -242,9 +305,11 @@ class RecordingMixin:
             return
         if not micro or not self._sees(step) or any(values.numel() == 0 for _, _, values in micro):
             return
-        learning_rate = self._inner_optimizer.param_groups[0]["lr"]
+        learning_rate = float(self._leading_group["lr"])
         if self.target == "self":
-            micro = [(rows, weight, _own(gram, weight)) for rows, weight, gram in micro]
+            sums = torch.stack([torch.stack([w.sum(), w.square().sum()]) for _, w, _ in micro]).sum(0)
+            sums = gather(sums[None]).sum(0) if self.args.world_size > 1 else sums
+            micro = [_own(*part, *sums) for part in micro]
         rows, weight, values = (torch.cat(parts) for parts in zip(*micro, strict=True))
         factor = learning_rate * self._clipped
         if self.target == "self":
@@ -300,14 +365,26 @@ class _Factor(torch.autograd.Function):
         return gradient, None
 
 
-def _own(gram: Tensor, weight: Tensor) -> Tensor:
-    """For each example: its gain on itself, the batch's mean gain on it, and the variance of that mean."""
-    share = weight / weight.sum()
-    mean = gram @ share
-    spread = ((gram - mean[:, None]) ** 2) @ share**2
-    size = len(weight)
-    variance = spread * size / (size - 1) if size > 1 else torch.full_like(spread, torch.nan)
-    return torch.stack([gram.diagonal(), mean, variance], dim=1)
+def _own(rows: Tensor, weight: Tensor, gram: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The examples of a micro-batch that have predictions, and what it tells of the whole step that it is a part of: others are
+    taken to be like those in it. `total` and `squares` are the sums of all weights of the step, and of their squares.
+    """
+    kept = weight > 0
+    rows, weight, values = rows[kept], weight[kept], own_gains(gram[kept][:, kept], weight[kept])
+    if len(rows) < 2:  # as the recorder has it: one example alone tells nothing of others
+        values[:, 2] = 0
+        return rows, weight, values
+    own, mean, variance = values.unbind(1)
+    here = weight.sum()
+    others = (here * mean - weight * own) / (here - weight)
+    mean = (weight * own + (total - weight) * others) / total
+    variance = variance * (squares / total**2) / (weight.square().sum() / here**2)
+    return rows, weight, torch.stack([own, mean, variance], dim=1)
+
+
+def _base_rate(group: dict[str, Any]) -> float:
+    """A group's learning rate before any schedule."""
+    return float(group.get("initial_lr", group["lr"]))
 
 
 def _predictions(labels: Tensor) -> Tensor:

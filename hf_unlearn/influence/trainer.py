@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
@@ -27,8 +28,10 @@ from .recorder import Recorder, read_observations
 from .recording import RecordingMixin
 from .report import InfluenceReport
 from .sweep import Sweep
-from .targets import Batch
 from .trajectory import Trajectory
+
+
+MAX_OWN_GIGABYTES = 4
 
 
 class FINEMixin(RecordingMixin):
@@ -76,6 +79,7 @@ class FINEMixin(RecordingMixin):
         self._normalised_by: str | None = None
         self._micro: list[tuple[Tensor, Tensor, Tensor]] = []
         self._scale = 1.0
+        self._check_batches()
         self.add_callback(_Observer(self))
 
     # What the stock trainer gets
@@ -92,9 +96,18 @@ class FINEMixin(RecordingMixin):
     def _choose_observation(self) -> str:
         chosen = self.args.observation
         if chosen is None:
-            return "in_run" if self.target == "self" or self.is_causal_lm else "propagated"
+            chosen = "in_run" if self.target == "self" or self.is_causal_lm else "propagated"
+        if chosen == "propagated" and self.args.world_size > 1:
+            raise ValueError("observation='propagated': runs in one process only; use 'in_run' with several")
+        if chosen == "propagated" and self.args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end: the sweep starts from the end of the run; set it to False")
         if chosen == "propagated" and self.target == "self":
-            raise ValueError("observation='propagated': target='self' has as many targets as examples; use 'in_run'")
+            size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            if (gigabytes := 4e-9 * len(self.train_dataset) * size) > MAX_OWN_GIGABYTES:
+                raise ValueError(
+                    f"observation='propagated': with target='self' it would hold {gigabytes:.0f} GB, a gradient of every example; "
+                    "use 'in_run'"
+                )
         return chosen
 
     # Training and resuming
@@ -127,6 +140,7 @@ class FINEMixin(RecordingMixin):
             self._target_gradients, self._micro = None, []
             if self._recorder is not None:
                 self._recorder.flush()
+        self.accelerator.wait_for_everyone()  # for the records of the first process
         if self.observation == "propagated":
             self._propagate()
         if self.args.n_calibration_runs:
@@ -136,6 +150,11 @@ class FINEMixin(RecordingMixin):
     def _begin(self) -> None:
         """When the optimiser is there and the number of steps is known."""
         step, steps = self.state.global_step, self.state.max_steps
+        if self.args.preconditioned and not isinstance(self._inner_optimizer, torch.optim.Adam | torch.optim.AdamW):
+            kind = type(self._inner_optimizer).__name__
+            raise ValueError(f"preconditioned: needs Adam or AdamW of torch, and optim is {kind}; set it to False")
+        if step:
+            self._check_records(step)
         if self.model_init is not None:  # Trainer made the model anew
             self._parameters = trainable_parameters(self.model)
             if self._ghost is not None:
@@ -150,14 +169,50 @@ class FINEMixin(RecordingMixin):
             segment = max(1, -(-(steps - start) * each // int(self.args.trajectory_gigabytes * 2**30)))
             self._trajectory = Trajectory(self.private_dir / "trajectory", start=start, segment=segment)
             if step:
-                self._trajectory.truncate(step)
-            else:
-                self._trajectory.clear()
+                kept = {int(file.stem.split("-")[1]) for file in self._trajectory.folder.glob("step-*.safetensors")}
+                if missing := set(range(start, step)) - kept:
+                    raise ValueError(
+                        f"resume_from_checkpoint: step {min(missing)} of the run is not in {str(self._trajectory.folder)!r}, so "
+                        "nothing can be carried back through it; train again from the start"
+                    )
         if self.is_world_process_zero():
-            if step and self.observation == "in_run":
-                self._recorder = Recorder.resume(self.records_dir, self.sample_ids, step)
+            if step:  # rows of a sweep are made again
+                kept_steps = step if self.observation == "in_run" else 0
+                self._recorder = Recorder.resume(self.records_dir, self.sample_ids, kept_steps)
             else:
                 self._recorder = Recorder(self.records_dir, self._manifest(), self.sample_ids)
+        if self._trajectory is not None:
+            self._trajectory.truncate(step) if step else self._trajectory.clear()
+
+    def _check_records(self, step: int) -> None:
+        """Whether the records are of the run that is resumed.
+
+        Raises:
+            ValueError: there are none, or they are of other targets.
+        """
+        _, manifest = read_observations(self.records_dir)
+        own = self._manifest()
+        for name in ("targets", "observation"):
+            if manifest[name] != own[name]:
+                raise ValueError(
+                    f"resume_from_checkpoint: the run was started with {name} {manifest[name]}, this is {own[name]}; resume it as "
+                    "it was, or start a new one"
+                )
+
+    def _save_checkpoint(self, model, trial):
+        if self._recorder is not None:
+            self._recorder.flush()  # before there is a checkpoint to resume from, that could lack them
+        super()._save_checkpoint(model, trial)
+        self._target_gradients = None  # a run that is resumed here has to look anew, and so this one does too
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model = model if model is not None else self.model
+        if hasattr(model, "peft_config") or not hasattr(model, "from_pretrained"):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # Transformers 5.23 saves some models (ViT) under the parameter names of older versions, which from_pretrained
+        # understands and Trainer does not: it warns of missing keys and goes on with the weights that it has.
+        saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
 
     def _manifest(self) -> dict[str, Any]:
         names = (
@@ -190,10 +245,11 @@ class FINEMixin(RecordingMixin):
             self._target_sets,
             self.per_example_loss,
             window=window,
+            every=self.args.target_every,
             examples=self.args.target_batch_size,
         )
 
-        def record(step: int, examples: Tensor, weight: Tensor, gains: Tensor, variance: np.ndarray) -> None:
+        def record(step: int, examples: Tensor, weight: Tensor, gains: Tensor, variance: np.ndarray | None) -> None:
             counted = weight > 0
             self._recorder.add(step, examples[counted], weight[counted], gains[counted], variance)
 
@@ -204,28 +260,25 @@ class FINEMixin(RecordingMixin):
 
     def _calibrate(self) -> None:
         """σ of the targets' losses over whole trainings, and the factor by which the run's own σ must be multiplied."""
-        if self.model_init is None:
-            raise ValueError(
-                "n_calibration_runs: needs model_init= instead of model=, to begin again from other seeds"
-            )
         losses = []
         for run in range(self.args.n_calibration_runs):
             with tempfile.TemporaryDirectory() as folder:
                 args = copy(self.args)
                 args.output_dir, args.seed, args.n_calibration_runs = folder, self.args.seed + 1 + run, 0
                 args.data_seed, args.save_strategy, args.report_to, args.eval_strategy = None, "no", [], "no"
-                args.disable_tqdm = True
+                args.disable_tqdm, args.push_to_hub, args.load_best_model_at_end = True, False, False
                 trainer = Trainer(
                     model_init=self.model_init,
                     args=args,
                     train_dataset=self.train_dataset,
                     data_collator=self.data_collator,
                 )
+                trainer._signature_columns, trainer.label_names = self._signature_columns, self.label_names
                 trainer.train()
                 losses.append(self._target_sets.losses(trainer.model))
         measured = torch.stack(losses).double().var(0).cpu().numpy()
-        observations, _ = read_observations(self.records_dir)
-        own = observations.variance.sum(0)
+        observations, manifest = read_observations(self.records_dir)
+        own = observations.since(self._burnt_in(manifest)).variance.sum(0)
         self._scale = float(np.sqrt(measured.sum() / own.sum()))
 
     # The result
@@ -243,8 +296,11 @@ class FINEMixin(RecordingMixin):
             self._recorder.flush()
         observations, manifest = read_observations(self.records_dir)
         return InfluenceReport.from_observations(
-            observations, manifest, burn_in=round(self.args.burn_in * manifest["steps"]), scale=self._scale
+            observations, manifest, burn_in=self._burnt_in(manifest), scale=self._scale
         )
+
+    def _burnt_in(self, manifest: dict[str, Any]) -> int:
+        return round(self.args.burn_in * manifest["steps"])
 
     def _build_ghost(self) -> GhostRecorder:
         return GhostRecorder(self.model, layers=self.args.layers)
@@ -291,6 +347,10 @@ class FINETrainer(FINEMixin, SFTTrainer):
     _config_class = FINEConfig
 
     def _stock_arguments(self, model, data_collator, train_dataset, processing_class, peft_config, sample_ids):
+        if not isinstance(train_dataset, Dataset):
+            raise ValueError(f"train_dataset: {type(train_dataset).__name__} is not a datasets.Dataset; make it one")
+        if ROW in train_dataset.column_names:
+            raise ValueError(f"train_dataset: column {ROW!r} is the trainer's own; rename yours")
         # Preparing filters and shuffles rows: their ids go along under a name that no template uses.
         with_row = train_dataset.add_column(ROW, list(range(len(train_dataset))))
         return {"model": model, "data_collator": data_collator, "train_dataset": with_row, "peft_config": peft_config}
@@ -303,9 +363,6 @@ class FINETrainer(FINEMixin, SFTTrainer):
 
     def _prepared_ids(self, sample_ids: list) -> list:
         return [sample_ids[row] for row in self.train_dataset[ROW]]
-
-    def per_example_loss(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
-        return super().per_example_loss(model, inputs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self._needs_head and self.model.training and torch.is_grad_enabled():
@@ -356,7 +413,3 @@ class _Observer(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._close_step()
-
-    def on_save(self, args, state, control, **kwargs):
-        if self.trainer._recorder is not None:
-            self.trainer._recorder.flush()
