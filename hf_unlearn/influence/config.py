@@ -17,8 +17,8 @@ class FINEArguments:
         observation (`"in_run"` or `"propagated"`, *optional*): `in_run` sees how much each step moves the target's loss then:
             one product in each layer while training. `propagated` carries the target's gradient back through the finished run
             (one Hessian-vector product a step and target, for small models and adapters), and so sees what is left of it in
-            the end: closer to retraining, with a σ of its own. Default: `propagated`; `in_run` for language models and
-            for `target="self"`.
+            the end: closer to retraining, with a σ of its own. Default: `propagated`; `in_run` for language models,
+            for `target="self"` and with several processes.
         preconditioned (`bool`, defaults to `False`): with `in_run` under Adam, fold 1/(√v̂+ε) into the target's gradient. It is
             the change of the loss to first order, and ranked worse than the plain product when judged by retraining.
         target_every (`int`, defaults to 10): steps between two looks at the targets' gradients (`in_run`).

@@ -96,7 +96,8 @@ class FINEMixin(RecordingMixin):
     def _choose_observation(self) -> str:
         chosen = self.args.observation
         if chosen is None:
-            chosen = "in_run" if self.target == "self" or self.is_causal_lm else "propagated"
+            many = self.args.world_size > 1 or self.target == "self" or self.is_causal_lm
+            chosen = "in_run" if many else "propagated"
         if chosen == "propagated" and self.args.world_size > 1:
             raise ValueError("observation='propagated': runs in one process only; use 'in_run' with several")
         if chosen == "propagated" and self.args.load_best_model_at_end:

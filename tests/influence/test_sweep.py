@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_unlearn.influence.optimizers import FlatOptimizer, StepSettings, clip
 from hf_unlearn.influence.sweep import Sweep
-from hf_unlearn.influence.targets import Targets
+from hf_unlearn.influence.targets import OwnTargets, Targets
 from hf_unlearn.influence.trajectory import MicroBatch, Trajectory, random_states
 
 
@@ -114,7 +114,7 @@ def swept(model, flat, trajectory, window=1):
     return gains, variances
 
 
-def unrolled(kind, *, max_norm=0.0, window=1, **options):
+def unrolled(kind, *, max_norm=0.0, window=1, sets=None, **options):
     """−∂ℓ/∂q of every example by autograd through the run, times the batch size: by definition what the sweep observes."""
     model, optimizer = make(kind, **options)
     names = [name for name, _ in model.named_parameters()]
@@ -138,7 +138,7 @@ def unrolled(kind, *, max_norm=0.0, window=1, **options):
         thetas.append(state[0])
     gains = {step: [] for step in range(STEPS)}
     targets = target_sets(model)
-    for rows in targets.datasets.values():
+    for rows in (sets or targets.datasets).values():
         inputs = targets.collate(rows)
         loss = sum(losses(theta, inputs).mean() for theta in thetas[-window:]) / window
         for step, gradient in enumerate(torch.autograd.grad(loss, coefficients, retain_graph=True)):
@@ -195,6 +195,31 @@ class TestTrajectory:
         swept(model, flat, trajectory, window=2)
         assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before, strict=True))
         assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_examples_that_are_their_own_targets(tmp_path):
+    """Gains of every example of a batch on every other, from the unrolled run, reduced by loops."""
+    model, flat, trajectory = run(tmp_path, "momentum", parts=2)
+    rows = [{name: value[i] for name, value in batch.items()} for batch in batches() for i in range(BATCH)]
+
+    def collate(part):
+        return {name: torch.stack([row[name] for row in part]) for name in part[0]}
+
+    found = {}
+    own = OwnTargets(rows, collate, per_example, batch_size=5)
+    Sweep(model, flat, trajectory, own, per_example, window=1).run(
+        STEPS, lambda step, examples, weight, values, variance: found.update({step: (examples, values, variance)})
+    )
+    _, expected = unrolled("momentum", sets={str(i): [row] for i, row in enumerate(rows)})
+    for step, (examples, values, variance) in found.items():
+        assert variance is None
+        for i, example in enumerate(examples.tolist()):
+            gains = [expected[step][j, example].item() for j in range(BATCH)]
+            mean = sum(gains) / BATCH
+            spread = sum((gain - mean) ** 2 for gain in gains) / (BATCH - 1) / BATCH
+            torch.testing.assert_close(
+                values[i].tolist(), [gains[example % BATCH], mean, spread], rtol=1e-6, atol=1e-12
+            )
 
 
 def test_variance_is_that_of_the_last_steps_loss_whatever_the_window(tmp_path):
