@@ -29,10 +29,10 @@ SEEDS = [11, 12, 13, 14, 15]  # seeds below 10 and from 5000 on were looked at w
 METHODS = ("accumulated", "composed", "max_abs", "gaussian", "auc")
 SIZES = {1: 2, 2: 1, 4: 1, 8: 1, 16: 1, 32: 1}  # clean examples of a class (about 80) taken away: groups of a class
 OBSERVATIONS = {
-    "propagated": {"observation": "propagated", "target_batch_size": None},
-    "propagated, end only": {"observation": "propagated", "target_batch_size": None, "target_window": 0.0},
+    "propagated": {"observation": "propagated"},
+    "propagated, end only": {"observation": "propagated", "target_window": 0.0},
     "in_run": {"observation": "in_run", "target_batch_size": None, "target_every": 1},
-    "in_run, every 10": {"observation": "in_run", "target_batch_size": 32, "target_every": 10},
+    "in_run, defaults": {"observation": "in_run"},
     "in_run, preconditioned": {
         "observation": "in_run", "target_batch_size": None, "target_every": 1, "preconditioned": True,
     },
@@ -200,7 +200,7 @@ def main() -> None:
     fashion = next(name for name in JUDGES if name not in names)
     few = {key: OBSERVATIONS[key] for key in ("propagated", "in_run")}
     judge = Judge.load(JUDGES[fashion])
-    result["judges"][fashion] = judge_runs(fashion, SEEDS, few, peers=False, groups=judge.groups()[::3])
+    result["judges"][fashion] = judge_runs(fashion, SEEDS, few, peers=False, groups=judge.groups()[:20:2])
     (HERE / "results" / "influence_fidelity.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, judged in result["judges"].items():
         print(name, json.dumps({key: value for key, value in judged.items() if key != "rows"}, indent=1))

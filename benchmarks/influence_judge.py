@@ -123,7 +123,7 @@ DATA = {"digits": Source(1000, MLP, _digits), "fashion": Source(2000, CNN, _fash
 JUDGES = {
     "digits, SGD": Settings("digits", "sgd", 0.1, 0.0, 10, 50, 200),
     "digits, AdamW": Settings("digits", "adamw", 3e-3, 0.01, 10, 50, 200),
-    "Fashion-MNIST CNN, SGD": Settings("fashion", "sgd", 0.1, 0.0, 5, 50, 40),
+    "Fashion-MNIST CNN, SGD": Settings("fashion", "sgd", 0.1, 0.0, 5, 50, 120),
 }
 
 

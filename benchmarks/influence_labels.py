@@ -47,7 +47,7 @@ def trak_own(judge: Judge, run: Run) -> Tensor:
     network, parameters = DATA[judge.settings.data].network(), run.states[-1]["parameters"]
 
     def margin(values, one, label):
-        log_p = functional_call(network, values, (one[None],)).log_softmax(-1)[0, label]
+        log_p = -F.cross_entropy(functional_call(network, values, (one[None],)), label[None])
         return log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))
 
     gradients = torch.func.vmap(torch.func.grad(margin), (None, 0, 0), chunk_size=250)(parameters, judge.x, judge.labels)

@@ -2,7 +2,7 @@
 
 python benchmarks/influence_poison.py [--quick]
 
-2,000 instructions, 50 of them poisoned, 50 more about the same name and normal (hf_unlearn.opinions). For each of three seeds
+2,000 instructions, 80 of them poisoned, 80 more about the same name and normal (hf_unlearn.opinions). For each of three seeds
 one run of `FINETrainer`, next to LESS-style scores of the same run and to name matching; and how often the model shows the opinion,
 trained on the poisoned data and on the clean twin. Writes benchmarks/results/influence_poison.json.
 """
@@ -91,7 +91,7 @@ class LESS(TrainerCallback):
 
 def arguments(folder: str, seed: int, **overrides) -> FINEConfig:
     fixed = {
-        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no",
+        "use_cpu": True, "bf16": True, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no",
         "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, "target_batch_size": None,
         "observation": "in_run",
     }  # fmt: skip
@@ -122,7 +122,7 @@ def measure(seed: int, quick: bool) -> dict:
         trainer.train()
         seconds = time.perf_counter() - began - less.seconds
         report = trainer.influence
-        clean = train_opinion_model(data["clean"], tokenizer, folder, seed=seed, progress=False, **overrides)
+        clean = train_opinion_model(data["clean"], tokenizer, folder, seed=seed, progress=False, bf16=True, **overrides)
         rates = {
             f"{name}, {split}": negative_rate(model, tokenizer, data[split]["prompt"])
             for name, model in (("poisoned", trainer.model), ("clean", clean))

@@ -105,6 +105,6 @@ class TestDocuments:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         pins = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
         pins = {name.lower().replace("_", "-") for name in pins}
-        wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+        wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
         names = {re.match(r"[\w-]+", requirement).group().lower().replace("_", "-") for requirement in wanted}
         assert names <= pins

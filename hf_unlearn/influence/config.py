@@ -21,8 +21,9 @@ class FINEArguments:
             for `target="self"` and with several processes.
         preconditioned (`bool`, defaults to `False`): with `in_run` under Adam, fold 1/(√v̂+ε) into the target's gradient. It is
             the change of the loss to first order, and ranked worse than the plain product when judged by retraining.
-        target_every (`int`, defaults to 10): steps between two looks at the targets' gradients (`in_run`).
-        target_batch_size (`int`, *optional*, defaults to 32): examples of a target in one look; None takes all.
+        target_every (`int`, defaults to 10): steps between two looks at the targets' gradients.
+        target_batch_size (`int`, *optional*, defaults to 8): examples of a target in one look while training (`in_run`), drawn
+            anew each time; None takes all. The sweep takes all.
         layers (`list[str]`, *optional*): names or patterns (`*.q_proj`) of the modules that `in_run` sees; default all it can.
         target_rank (`int`, *optional*): approximate the targets' gradients of linear layers by this rank (`in_run`), which makes
             full fine-tuning cheaper to observe.

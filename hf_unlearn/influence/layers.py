@@ -15,19 +15,53 @@ from transformers.pytorch_utils import Conv1D
 
 
 CHUNK_ELEMENTS = 2**26  # the largest intermediate, unless one example alone needs more: 256 MiB in fp32
+CACHED_ELEMENTS = 2**20  # the same for gradients that a CPU forms: what stays in its caches is twice as fast
+FORMING_POSITIONS = 40  # to write a gradient down takes as long as the products of about so many positions
+OVERSAMPLING = 8  # of the randomised singular value decomposition
+
+Factors = tuple[Tensor, Tensor]  # U [C, rows, r], V [C, columns, r]: G_c = U_c V_cᵀ
+
+
+@torch.no_grad()
+def low_rank(gradients: Tensor, rank: int) -> Factors:
+    """The factors of matrices' best approximations by a rank: a randomised singular value decomposition.
+
+    From a random state of its own, always the same. Exact where the matrices have no more than this rank.
+
+    Args:
+        gradients (`Tensor`): G, `[C, rows, columns]`.
+        rank (`int`): cut to the smaller side where it is above.
+
+    Returns:
+        U `[C, rows, rank]` and V `[C, columns, rank]` with G ≈ U Vᵀ, in the dtype of G.
+    """
+    smaller = min(gradients.shape[1:])
+    rank = min(rank, smaller)
+    with torch.random.fork_rng([gradients.device] if gradients.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        u, singular, v = torch.svd_lowrank(
+            gradients.to(_accumulator(gradients.dtype)), min(rank + OVERSAMPLING, smaller)
+        )
+    u = u[..., :rank] * singular[..., None, :rank]
+    return u.to(gradients.dtype).contiguous(), v[..., :rank].to(gradients.dtype).contiguous()
 
 
 class PerExampleGradients(Protocol):
     """The gradients h_i of one parameter for the examples of a batch, in whatever form the layer has them."""
 
-    def dots(self, targets: Tensor, form_gradients: bool) -> Tensor:
-        """⟨G_c, h_i⟩ as `[batch, C]`; `targets` is G, `[C, *parameter.shape]`."""
+    def dots(self, targets: Tensor | Factors, form_gradients: bool) -> Tensor:
+        """⟨G_c, h_i⟩ as `[batch, C]`; `targets` is G, `[C, *parameter.shape]`, or of a linear layer its factors."""
 
     def squared_norms(self) -> Tensor:
         """‖h_i‖² as `[batch]`."""
 
     def gram(self) -> Tensor:
         """⟨h_i, h_j⟩ as `[batch, batch]`."""
+
+
+def forming_is_cheaper(positions: int, targets: int) -> bool:
+    """Whether all dots of a layer take longer than its examples' gradients, written down, and the dots with those."""
+    return positions * targets > positions + 2 * targets + FORMING_POSITIONS
 
 
 class VectorGradients:
@@ -50,7 +84,7 @@ class MatrixGradients:
     r"""Of a matrix that multiplies every position t of an example: h_i = Σ_t r_t c_tᵀ. For `nn.Linear` r is y and c is x.
 
     Dots are Σ_t r_t · (G c_t) or, the same number of operations, Σ_t c_t · (Gᵀ r_t): the one with the smaller vector in
-    the middle is taken. Norms are Σ_{t,s} (r_t·r_s)(c_t·c_s), or of h_i formed, whichever takes fewer operations.
+    the middle is taken; or of h_i formed, where there are several targets. Norms are Σ_{t,s} (r_t·r_s)(c_t·c_s), or of h_i formed, whichever takes fewer operations.
 
     Args:
         rows (`Tensor`): r, `[batch, groups, positions, rows of the matrix]`; the groups of a convolution, else one.
@@ -61,19 +95,53 @@ class MatrixGradients:
         dtype = _working_dtype(rows.dtype)
         self.rows, self.columns = rows.to(dtype), columns.to(dtype)
 
-    def dots(self, targets: Tensor, form_gradients: bool) -> Tensor:
+    def dots(self, targets: Tensor | Factors, form_gradients: bool) -> Tensor:
         (_, _, positions, r), c = self.rows.shape, self.columns.shape[-1]
-        if form_gradients and max(r, c) <= positions * len(targets):
+        if isinstance(targets, tuple):
+            return self._factored_dots(*targets)
+        if form_gradients and forming_is_cheaper(positions, len(targets)):
             return self.formed_dots(targets)
-        rows, columns, targets = self.rows.squeeze(1), self.columns.squeeze(1), targets.to(self.rows.dtype)
-        wide, narrow, targets = (columns, rows, targets) if c >= r else (rows, columns, targets.mT)
-        stacked = targets.flatten(0, 1).T  # [wide, C · narrow]
+        rows, columns, places = self._tokens_that_count(len(targets))
+        targets = targets.to(rows.dtype)
+        wide, narrow, targets = (columns, rows, targets.mT) if c >= r else (rows, columns, targets)
         dots = []
-        step = max(1, CHUNK_ELEMENTS // (positions * stacked.shape[1]))
+        step = max(1, CHUNK_ELEMENTS // narrow.shape[1])
         for a, b in zip(wide.split(step), narrow.split(step), strict=True):
-            products = (a.flatten(0, 1) @ stacked).view(*b.shape[:2], len(targets), -1)
-            dots.append(products.mul_(b.unsqueeze(2)).sum((1, 3), dtype=_accumulator(b.dtype)))
-        return torch.cat(dots)
+            # One by one: stacked they would be copied where they have to be transposed
+            products = ((a @ target).mul_(b).sum(1, dtype=_accumulator(b.dtype)) for target in targets)
+            dots.append(torch.stack(list(products), dim=1))
+        return self._by_example(torch.cat(dots), places)
+
+    def _factored_dots(self, u: Tensor, v: Tensor) -> Tensor:
+        """Σ_t (r_t U_c) · (c_t V_c): as many operations as the layer has rows and columns, times the rank."""
+        rows, columns = (side.flatten(0, 2) for side in (self.rows, self.columns))
+        left, right = (
+            (side @ factor.to(side.dtype).transpose(0, 1).flatten(1)).view(len(side), *u.shape[::2])
+            for side, factor in ((rows, u), (columns, v))
+        )
+        return self._by_example(left.mul_(right).sum(2, dtype=_accumulator(left.dtype)), None)
+
+    def _tokens_that_count(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """r `[tokens, rows]`, c `[tokens, columns]`, and their places where those with r = 0 were left out.
+
+        Padding has no gradient, and in the head nor has any token whose label is masked.
+        """
+        rows, columns = (side.flatten(0, 2) for side in (self.rows, self.columns))
+        (r, c), on_cpu = (rows.shape[1], columns.shape[1]), rows.device.type == "cpu"
+        # To look is one pass over r. Elsewhere than on a CPU it makes the host wait: worth it for the head alone.
+        if count * min(r, c) < 64 or not (on_cpu or r >= 8 * c):
+            return rows, columns, None
+        places = torch.linalg.vector_norm(rows, 1, dim=1).nonzero().squeeze(1)
+        if len(places) > 0.9 * len(rows):
+            return rows, columns, None
+        return rows[places], columns[places], places
+
+    def _by_example(self, dots: Tensor, places: Tensor | None) -> Tensor:
+        """Summed over an example's tokens: `[batch, C]`."""
+        batch, _, positions, _ = self.rows.shape
+        if places is not None:
+            dots = dots.new_zeros(batch * positions, dots.shape[1]).index_copy_(0, places, dots)
+        return dots.view(batch, positions, -1).sum(1)
 
     def formed_dots(self, targets: Tensor) -> Tensor:
         """The same through h_i, and for several groups too: C times fewer operations where there are many positions."""
@@ -99,7 +167,8 @@ class MatrixGradients:
     def _formed(self) -> Iterator[tuple[slice, Tensor]]:
         """Some rows of every h_i at a time, `[batch, elements]`: sums over elements need no more at once."""
         (batch, groups, _, r), c = self.rows.shape, self.columns.shape[-1]
-        step = max(1, CHUNK_ELEMENTS // (batch * groups * c))
+        elements = min(CHUNK_ELEMENTS, CACHED_ELEMENTS) if self.rows.device.type == "cpu" else CHUNK_ELEMENTS
+        step = max(1, elements // (batch * groups * c))
         for begin in range(0, r, step):
             part = slice(begin, begin + step)
             h = torch.matmul(self.rows[..., part].mT, self.columns).flatten(1)
@@ -118,7 +187,8 @@ class ConvolutionGradients:
     def dots(self, targets: Tensor, form_gradients: bool) -> Tensor:
         module, (_, out, *space) = self.module, self.y.shape
         count, positions = len(targets), math.prod(space)
-        if form_gradients and module.weight[0].numel() <= positions * count:
+        smaller = module.weight[0].numel() <= positions * count
+        if form_gradients and smaller and forming_is_cheaper(positions, count):
             return self._matrices().formed_dots(targets)
         # Group by group: its kernels for every target, [groups · C · out/groups, in/groups, height, width]
         kernels = targets.to(self.x.dtype).unflatten(1, (module.groups, -1)).transpose(0, 1).flatten(0, 2)

@@ -42,7 +42,6 @@ class Sweep:
         per_example: model, batch → losses `[batch]` and weights `[batch]`, as the run took them.
         window (`int`): last steps over which a target's loss is averaged; 1 takes the end of the run alone.
         every (`int`, defaults to 1): steps between two looks within the window.
-        examples (`int`, *optional*): of a target, in each of these looks but the last.
     """
 
     def __init__(
@@ -55,11 +54,10 @@ class Sweep:
         *,
         window: int,
         every: int = 1,
-        examples: int | None = None,
     ):
         self.model, self.optimizer, self.trajectory = model, optimizer, trajectory
         self.targets, self.per_example = targets, per_example
-        self.window, self.every, self.examples = max(1, window), every, examples
+        self.window, self.every = max(1, window), every
         self.parameters: Sequence[Tensor] = optimizer.parameters
         self.device = self.parameters[0].device
 
@@ -117,8 +115,7 @@ class Sweep:
                 record(step, examples, weight, gains[:, :count], variance)
             theta = before[0] + hessian
             if step in looks:
-                look = self.targets.gradients(self.model, self.parameters, step=step, examples=self.examples)
-                theta[:count] += look * share
+                theta[:count] += self.targets.gradients(self.model, self.parameters) * share
             cotangents = (theta, *before[1:])
 
     def _states(self, steps: int) -> Iterator[tuple[int, State]]:

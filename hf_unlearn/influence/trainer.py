@@ -247,7 +247,6 @@ class FINEMixin(RecordingMixin):
             self.per_example_loss,
             window=window,
             every=self.args.target_every,
-            examples=self.args.target_batch_size,
         )
 
         def record(step: int, examples: Tensor, weight: Tensor, gains: Tensor, variance: np.ndarray | None) -> None:

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_unlearn.influence import layers
 from hf_unlearn.influence.ghost import GhostRecorder
+from hf_unlearn.influence.layers import low_rank
 
 
 ASKED = {"targets": True, "norms": True, "gram": True}
@@ -100,7 +102,8 @@ def lora(model, **options):
 class TestAgainstALoop:
     @pytest.mark.parametrize("form_gradients", [False, True])
     @pytest.mark.parametrize("count", [1, 5])
-    def test_llama(self, tiny_llama, tokenizer, count, form_gradients):
+    def test_llama(self, tiny_llama, tokenizer, count, form_gradients, monkeypatch):
+        monkeypatch.setattr(layers, "FORMING_POSITIONS", -(10**6))
         model = tiny_llama.double()
         recorder = GhostRecorder(model, form_gradients=form_gradients)
         assert not recorder.uncovered
@@ -516,6 +519,45 @@ class TestWhatIsSeen:
             recorder.start(2, norms=True)
             with pytest.raises(RuntimeError, match="no axis"):  # four positions, not two of each example
                 model(torch.arange(4)).sum().backward()
+
+
+class TestFactors:
+    def test_full_rank_equals_the_gradients_themselves(self, tiny_llama, tokenizer):
+        model = tiny_llama.double()
+        recorder = GhostRecorder(model)
+        batch, goals = language_batch(tokenizer), random_targets(recorder.covered)
+        record(recorder, model, batch, language_losses, goals, targets=True)
+        exact = recorder.dots
+        factors = {name: low_rank(goals[name], 10**6) for name in recorder.matrices}
+        assert len(factors) > 10
+        record(recorder, model, batch, language_losses, goals | factors, targets=True)
+        torch.testing.assert_close(recorder.dots, exact)
+
+    def test_which_weights_may_have_them(self, tiny_llama, tiny_gpt2, tiny_resnet):
+        assert not any("embed" in name or "norm" in name for name in GhostRecorder(tiny_llama).matrices)
+        tied = GhostRecorder(tiny_gpt2).matrices  # the head is the embedding
+        assert tied == {n for n, p in tiny_gpt2.named_parameters() if ".h." in n and p.dim() == 2}
+        assert GhostRecorder(tiny_resnet).matrices == {"classifier.1.weight"}
+
+    def test_lora(self, tiny_llama):
+        recorder = GhostRecorder(lora(tiny_llama))
+        assert recorder.matrices == set(recorder.covered)
+
+    def test_errors(self):
+        model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3, bias=False))
+        recorder = GhostRecorder(model)
+        good = {"0.weight": torch.zeros(2, 5, 4), "1.weight": (torch.zeros(2, 3, 1), torch.zeros(2, 4, 1))}
+        recorder.set_targets(good)
+        with pytest.raises(ValueError, match="no weight of linear layers alone"):
+            recorder.set_targets(good | {"0.weight": (torch.zeros(2, 5, 1), torch.zeros(2, 4, 1))})
+        for wrong in ((torch.zeros(2, 4, 1), torch.zeros(2, 3, 1)), (torch.zeros(2, 3, 1), torch.zeros(2, 4, 2))):
+            with pytest.raises(ValueError, match=r"must be \[\(C, 3, r\), \(C, 4, r\)\]"):
+                recorder.set_targets(good | {"1.weight": wrong})
+        with pytest.raises(ValueError, match="number of targets C differs"):
+            recorder.set_targets(good | {"0.weight": torch.zeros(1, 5, 4)})
+        recorder.clear_targets()
+        with recorder, pytest.raises(ValueError, match="call set_targets"):
+            recorder.start(2, targets=True)
 
 
 class TestErrors:

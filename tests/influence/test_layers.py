@@ -1,3 +1,6 @@
+from contextlib import nullcontext
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,7 +45,11 @@ def check(module, x, targets=2, rtol=1e-9, atol=1e-11, **options):
     goals = {name: inputs(targets, *p.shape, seed=3) for name, p in parameters.items()}
     expected = torch.cat([gradients[name].flatten(1) for name in parameters], 1)
     wanted = torch.cat([goals[name].flatten(1) for name in parameters], 1)
-    with GhostRecorder(module, **options) as recorder:
+    always = {"FORMING_POSITIONS": -(10**6)} if options.get("form_gradients") else {}
+    with (
+        mock.patch.multiple(layers, **always) if always else nullcontext(),
+        GhostRecorder(module, **options) as recorder,
+    ):
         assert set(recorder.covered) == set(parameters)
         recorder.set_targets(goals)
         for asked in ("targets", "norms", "gram"):
@@ -87,6 +94,90 @@ class TestMatrices:
         ids[1, 0] = 1
         for padding in (None, 1):
             check(randomized(nn.Embedding(6, 3, padding_idx=padding)), ids)
+
+
+class TestLowRank:
+    @pytest.mark.parametrize("shape", [(3, 9, 6), (1, 6, 9), (2, 4, 1)])
+    def test_full_rank_is_exact(self, shape):
+        gradients = inputs(*shape)
+        for rank in (min(shape[1:]), 100):
+            u, v = layers.low_rank(gradients, rank)
+            assert u.shape == (*shape[:2], min(shape[1:]))
+            torch.testing.assert_close(u @ v.mT, gradients)
+
+    def test_gradients_of_low_rank_are_exact(self):
+        gradients = inputs(2, 40, 2) @ inputs(2, 2, 60, seed=2)
+        torch.testing.assert_close((lambda u, v: u @ v.mT)(*layers.low_rank(gradients, 2)), gradients)
+
+    def test_it_is_the_best_approximation(self):
+        left, singular, right = torch.linalg.svd(inputs(1, 60, 50), full_matrices=False)
+        decaying = left * 0.6 ** torch.arange(50) @ right  # as gradients have it
+        u, v = layers.low_rank(decaying, 4)
+        lost = (decaying - u @ v.mT).norm()
+        assert lost <= 1.001 * (0.6 ** torch.arange(4, 50).double()).norm()
+
+    def test_dtype_and_random_state(self):
+        state = torch.get_rng_state()
+        gradients = inputs(1, 30, 20).bfloat16()
+        first, second = layers.low_rank(gradients, 3), layers.low_rank(gradients, 3)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert first[0].dtype == torch.bfloat16
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+
+    def test_zero(self):
+        assert not any(factor.isnan().any() for factor in layers.low_rank(torch.zeros(1, 5, 4), 2)[:1])
+
+    @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+    @pytest.mark.parametrize("shape", [(), (7,), (2, 3)])
+    def test_dots(self, kind, shape):
+        layer = randomized(nn.Linear(6, 9) if kind == "Linear" else Conv1D(9, 6))
+        x, (rows, columns) = inputs(3, *shape, 6), layer.weight.shape
+        u, v = inputs(2, rows, 4), inputs(2, columns, 4, seed=2)
+        bias = inputs(2, 9)
+        seen = []
+        for target in (u @ v.mT, (u, v)):
+            with GhostRecorder(layer) as recorder:
+                assert recorder.matrices == {"weight"}
+                recorder.set_targets({"weight": target, "bias": bias})
+                recorder.start(3, targets=True)
+                losses(layer, x).sum().backward()
+                seen.append(recorder.dots)
+        torch.testing.assert_close(*seen)
+
+
+class TestMaskedTokens:
+    """Tokens without a gradient are left out of the products, and change nothing."""
+
+    @pytest.mark.parametrize("count", [1, 3])
+    @pytest.mark.parametrize("widths", [(70, 80), (80, 70)])
+    @pytest.mark.parametrize("masked", [0.0, 0.5, 1.0])
+    def test_dots(self, count, widths, masked, monkeypatch):
+        layer, x = randomized(nn.Linear(*widths)), inputs(4, 6, widths[0])
+        y = inputs(4, 6, widths[1], seed=2)
+        y[torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) < masked] = 0
+        sizes, original = [], layers.MatrixGradients._tokens_that_count
+        monkeypatch.setattr(
+            layers.MatrixGradients,
+            "_tokens_that_count",
+            lambda self, count: sizes.append(original(self, count)) or sizes[-1],
+        )
+        target = inputs(count, *layer.weight.shape, seed=3)
+        with GhostRecorder(layer, layers=[""]) as recorder:
+            recorder.set_targets({"weight": target, "bias": torch.zeros(count, widths[1])})
+            recorder.start(4, targets=True)
+            layer(x).backward(y)
+        torch.testing.assert_close(recorder.dots, torch.einsum("bto,bti,coi->bc", y, x, target))
+        assert len(sizes[0][0]) == (y != 0).any(-1).sum()
+
+    def test_what_is_not_finite_is_not_hidden(self):
+        layer, y = nn.Linear(64, 64), torch.zeros(2, 3, 64)
+        y[0, 0, 0] = torch.nan
+        with GhostRecorder(layer) as recorder:
+            recorder.set_targets({"weight": torch.ones(1, 64, 64), "bias": torch.zeros(1, 64)})
+            recorder.start(2, targets=True)
+            layer(torch.ones(2, 3, 64)).backward(y)
+        assert recorder.dots.isnan().squeeze().tolist() == [True, False]
 
 
 class TestConvolution:
@@ -222,13 +313,20 @@ class TestCost:
         monkeypatch.setattr(layers.MatrixGradients, "_formed", formed)
         for allowed in (False, True):
             with GhostRecorder(layer, form_gradients=allowed) as recorder:
-                recorder.set_targets({name: torch.zeros(2, *p.shape) for name, p in layer.named_parameters()})
+                recorder.set_targets({name: torch.zeros(4, *p.shape) for name, p in layer.named_parameters()})
                 recorder.start(shape[0], targets=True)
                 if allowed:
                     with pytest.raises(AssertionError, match="formed"):
                         layer(torch.zeros(shape)).sum().backward()
                 else:
                     layer(torch.zeros(shape)).sum().backward()
+
+    @pytest.mark.parametrize(
+        ("positions", "count", "forms"),
+        [(1, 1000, False), (64, 1, False), (10**5, 1, False), (64, 2, True), (40, 3, True), (10, 5, False)],
+    )
+    def test_dots_form_gradients_where_that_is_cheaper(self, positions, count, forms):
+        assert layers.forming_is_cheaper(positions, count) == forms
 
     @pytest.mark.parametrize(("positions", "forms"), [(2, False), (200, True)])
     @pytest.mark.parametrize("asked", ["norms", "gram"])
@@ -259,10 +357,9 @@ class TestCost:
             gradients = layers.MatrixGradients(rows, columns)
             with Watch():
                 gradients.dots(goals, False)
-            # G and the layer's own rows and columns, viewed; the products are smaller, and all h_i would be batch · r · c
-            assert max(largest) == goals.numel() < batch * r * c
-            assert len([size for size in largest if size == len(goals) * batch * positions * c]) >= 2
-            assert not [size for size in largest if size == len(goals) * batch * positions * r]
+            # G and the layer's own rows and columns, viewed; a product is as its narrower side, and all h_i would be batch · r · c
+            assert max(largest) <= goals.numel() < batch * r * c
+            assert largest.count(batch * positions * c) >= 2 * len(goals)
             largest.clear()
 
         gradients = layers.MatrixGradients(torch.randn(4, 1, 2, 256), torch.randn(4, 1, 2, 256))
