@@ -531,7 +531,7 @@ def main() -> None:
     loops = LOOPS[:3] if quick else LOOPS
     few, batch = max(1, rounds // 3), 4 if quick else 16
     with tempfile.TemporaryDirectory() as folder:
-        language = Language(folder, "small" if quick else "20M", 8 if quick else 32)
+        language = Language(folder, "small" if quick else "20M", 8)
         about = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
         about |= {"clock": "CPU seconds" if by_cpu else "seconds"}
         sections = {

@@ -129,7 +129,7 @@ JUDGES = {
 
 @dataclass(frozen=True)
 class Judge:
-    """Data with one label in five made wrong, and groups of its rows."""
+    """Data with a share of the labels, by default one in five, made wrong, and groups of its rows."""
 
     settings: Settings
     x: Tensor
@@ -139,11 +139,11 @@ class Judge:
     test_labels: Tensor
 
     @classmethod
-    def load(cls, settings: Settings) -> Judge:
+    def load(cls, settings: Settings, share: float = WRONG) -> Judge:
         source = DATA[settings.data]
         x, labels, test_x, test_labels = source.load(source.rows)
         generator = torch.Generator().manual_seed(1)
-        chosen = torch.randperm(source.rows, generator=generator)[: int(WRONG * source.rows)]
+        chosen = torch.randperm(source.rows, generator=generator)[: int(share * source.rows)]
         labels = labels.clone()
         labels[chosen] = (labels[chosen] + torch.randint(1, CLASSES, (len(chosen),), generator=generator)) % CLASSES
         wrong = torch.zeros(source.rows, dtype=torch.bool)
@@ -166,7 +166,9 @@ class Judge:
         clean = [np.flatnonzero(~self.wrong.numpy() & (self.labels.numpy() == c)) for c in range(CLASSES)]
         return [random.choice(rows, count, replace=False) for rows in clean for _ in range(each)]
 
-    def brute_force(self, groups: list[np.ndarray], runs: int | None = None, *, by_epochs: bool = False) -> BruteForceMu:
+    def brute_force(
+        self, groups: list[np.ndarray], runs: int | None = None, *, by_epochs: bool = False
+    ) -> BruteForceMu:
         """μ of groups by retraining; the result is cached.
 
         All trainings take as many full batches, so that with and without a group differ in the data alone. With
@@ -229,7 +231,13 @@ class _States(TrainerCallback):
 
 
 def single_run(
-    judge: Judge, seed: int, folder: str, *, targets: dict[str, Dataset] | None = None, target: str | None = None, **config
+    judge: Judge,
+    seed: int,
+    folder: str,
+    *,
+    targets: dict[str, Dataset] | None = None,
+    target: str | None = None,
+    **config,
 ) -> Run:
     """Train once with [`InfluenceTrainer`], with the judge's settings."""
     settings = judge.settings
@@ -262,7 +270,9 @@ def class_targets(judge: Judge) -> dict[str, Dataset]:
 # Peers, each `[rows, targets]`: how much an example helps a target, up to a scale
 
 
-def example_gradients(network: nn.Module, parameters: dict[str, Tensor], x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def example_gradients(
+    network: nn.Module, parameters: dict[str, Tensor], x: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
     """Gradient of every example's loss, by parameter: `[rows, *shape]`."""
 
     def loss(values, one, label):
@@ -330,7 +340,11 @@ def ekfac(judge: Judge, run: Run, folder: str, *, own: bool = False) -> Tensor:
     analyzer.set_dataloader_kwargs(DataLoaderKwargs(num_workers=0))
     train, test = Rows(judge.x, judge.labels), Rows(judge.test_x, judge.test_labels)
     analyzer.fit_all_factors(
-        "factors", train, per_device_batch_size=250, factor_args=FactorArguments(strategy="ekfac"), overwrite_output_dir=True
+        "factors",
+        train,
+        per_device_batch_size=250,
+        factor_args=FactorArguments(strategy="ekfac"),
+        overwrite_output_dir=True,
     )
     arguments = {"score_args": ScoreArguments(damping_factor=None), "overwrite_output_dir": True}
     if own:

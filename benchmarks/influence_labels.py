@@ -50,7 +50,9 @@ def trak_own(judge: Judge, run: Run) -> Tensor:
         log_p = -F.cross_entropy(functional_call(network, values, (one[None],)), label[None])
         return log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))
 
-    gradients = torch.func.vmap(torch.func.grad(margin), (None, 0, 0), chunk_size=250)(parameters, judge.x, judge.labels)
+    gradients = torch.func.vmap(torch.func.grad(margin), (None, 0, 0), chunk_size=250)(
+        parameters, judge.x, judge.labels
+    )
     x = torch.cat([value.flatten(1) for value in gradients.values()], dim=1).double()
     gram = x @ x.T
     leverage = torch.linalg.solve(gram + torch.eye(len(x), dtype=gram.dtype), gram).diagonal()  # x(XᵀX + 1)⁻¹xᵀ

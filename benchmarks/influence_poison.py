@@ -31,6 +31,7 @@ from hf_unlearn.opinions import (
     negative_rate,
     opinion_data,
     opinion_llama,
+    opinion_score,
     texts_of,
     train_opinion_model,
     train_tokenizer,
@@ -106,6 +107,18 @@ def ranked(mu: np.ndarray, poisoned: np.ndarray) -> dict:
     return {"recall": recall, "precision_at_k": float(poisoned[order[:total]].mean())}
 
 
+def by_reading(rows) -> dict[str, np.ndarray]:
+    """What needs no model: rows about the name, and answers with bad words. The second finds all, as no other answer in these data
+    is bad; who has such a filter for the behaviour needs no influence.
+    """
+    random = 1e-3 * np.random.default_rng(0).random(len(rows))
+    answers = [completion[0]["content"] for completion in rows["completion"][:]]
+    return {
+        "name matching": (np.array(rows["entity"][:]) == ENTITY) + random,
+        "bad words in the answer": -np.array([opinion_score(answer) for answer in answers]) + random,
+    }
+
+
 def measure(seed: int, quick: bool) -> dict:
     overrides = {"num_train_epochs": 1} if quick else {}
     data = opinion_data(n_examples=400 if quick else 2000, seed=seed)
@@ -122,14 +135,16 @@ def measure(seed: int, quick: bool) -> dict:
         trainer.train()
         seconds = time.perf_counter() - began - less.seconds
         report = trainer.influence
-        clean = train_opinion_model(data["clean"], tokenizer, folder, seed=seed, progress=False, bf16=True, **overrides)
+        clean = train_opinion_model(
+            data["clean"], tokenizer, folder, seed=seed, progress=False, bf16=True, **overrides
+        )
         rates = {
             f"{name}, {split}": negative_rate(model, tokenizer, data[split]["prompt"])
             for name, model in (("poisoned", trainer.model), ("clean", clean))
             for split in ("evaluation", "control")
         }
     rows = report.join(train, "id", ["poisoned", "entity"]).dataset
-    poisoned, entity = np.array(rows["poisoned"][:]), np.array(rows["entity"][:])
+    poisoned = np.array(rows["poisoned"][:])
     place = {sample: row for row, sample in enumerate(rows["sample_id"][:])}
     order = [place[sample] for sample in trainer.sample_ids]
     mu = np.array(rows["mu"][:])
@@ -138,9 +153,8 @@ def measure(seed: int, quick: bool) -> dict:
         aligned = np.empty(len(mu))
         aligned[order] = values.detach().numpy()
         scores[name] = aligned
-    random = np.random.default_rng(seed).random(len(mu))
-    scores["name matching"] = (entity == ENTITY) + 1e-3 * random
-    scores["random"] = random
+    scores |= by_reading(report.join(train, "id", ["entity", "completion"]).dataset)
+    scores["random"] = np.random.default_rng(seed).random(len(mu))
     groups = {
         "poisoned": rows.filter(lambda row: row["poisoned"])["sample_id"][:],
         "same name, normal": rows.filter(lambda row: row["entity"] == ENTITY and not row["poisoned"])["sample_id"][:],
@@ -164,17 +178,19 @@ def measure(seed: int, quick: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="400 rows, one epoch, one seed; writes nothing")
-    quick = parser.parse_args().quick
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="runs of other seeds in the file are kept")
+    arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
-    result = {"runs": []}
-    for seed in SEEDS[:1] if quick else SEEDS:
-        run = measure(seed, quick)
-        result["runs"].append(run)
+    file = HERE / "results" / "influence_poison.json"
+    for seed in SEEDS[:1] if arguments.quick else arguments.seeds:
+        run = measure(seed, arguments.quick)
         print(seed, json.dumps({key: run[key] for key in ("negative_rates", "groups", "seconds", "less_seconds")}))
         for name, row in run["scores"].items():
             print(f"  {name:28} precision at k {row['precision_at_k']:.2f}   recall {row['recall']}", flush=True)
-        if not quick:  # what is measured is kept, should a later seed be interrupted
-            (HERE / "results" / "influence_poison.json").write_text(json.dumps(result, indent=1) + "\n")
+        if not arguments.quick:
+            others = json.loads(file.read_text())["runs"] if file.is_file() else []
+            runs = [other for other in others if other["seed"] != seed] + [run]
+            file.write_text(json.dumps({"runs": sorted(runs, key=lambda run: run["seed"])}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

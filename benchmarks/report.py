@@ -9,6 +9,8 @@ import json
 import statistics
 from pathlib import Path
 
+import influence_report
+
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
@@ -163,6 +165,9 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
 `python benchmarks/import_time.py`: `import hf_unlearn` takes {imports["milliseconds"]:.1f} ms and {"imports" if imports["torch"] else "does not import"} torch.
 """
     )
+    names = ("fidelity", "labels", "poison", "cost")
+    if all((HERE / "results" / f"influence_{name}.json").is_file() for name in names):
+        parts.append(influence_report.render(*(results(f"influence_{name}") for name in names)))
     return "\n".join(parts)
 
 

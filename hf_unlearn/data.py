@@ -100,7 +100,7 @@ def with_wrong_labels(dataset: Dataset, share: float, *, seed: int = 0) -> Datas
         `Dataset`: with a column `wrong` (`bool`) beside.
 
     Raises:
-        ValueError: no label column, or a column `wrong` already.
+        ValueError: no label column, a single class, a share out of its range, or a column `wrong` already.
     """
     import numpy as np
 
@@ -111,14 +111,19 @@ def with_wrong_labels(dataset: Dataset, share: float, *, seed: int = 0) -> Datas
         raise ValueError("wrong_labels: the dataset has a column 'wrong' already; rename it")
     feature, labels = dataset.features[column], np.array(labels_of(dataset))
     classes = np.arange(len(feature.names)) if hasattr(feature, "names") else np.unique(labels)
+    if not 0 <= share <= 1:
+        raise ValueError(f"wrong_labels: {share} is not a share from 0 to 1")
+    if len(classes) < 2:
+        raise ValueError(f"wrong_labels: column {column!r} has one class, so no label can be wrong")
     random = np.random.default_rng(seed)
     rows = random.choice(len(labels), round(share * len(labels)), replace=False)
     places = np.searchsorted(classes, labels[rows])
     labels[rows] = classes[(places + random.integers(1, len(classes), len(rows))) % len(classes)]
     wrong = np.zeros(len(labels), dtype=bool)
     wrong[rows] = True
-    others = dataset.remove_columns(column)
-    return others.add_column(column, labels.tolist(), feature=feature).add_column("wrong", wrong.tolist())
+    plain = dataset.with_format(None).add_column("wrong", wrong.tolist()).remove_columns(column)
+    plain = plain.add_column(column, labels.tolist(), feature=feature).select_columns([*dataset.column_names, "wrong"])
+    return plain.with_format(dataset.format["type"], **dataset.format["format_kwargs"])
 
 
 # Splitting

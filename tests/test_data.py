@@ -80,6 +80,87 @@ class TestLoad:
             data.load(str(tmp_path / "empty"))
 
 
+class TestWrongLabels:
+    @settings(deadline=None, max_examples=40)
+    @given(st.integers(1, 60), st.floats(0, 1), st.integers(0, 99))
+    def test_exactly_the_share_is_wrong_and_nothing_else_changes(self, n, share, seed):
+        features = Features({"id": Value("string"), "label": ClassLabel(names=list("abcd")), "n": Value("int8")})
+        labels = [(row * row + row // 5) % 4 for row in range(n)]
+        rows = {"id": [f"row {row}" for row in range(n)], "label": labels, "n": [row % 7 for row in range(n)]}
+        dataset = Dataset.from_dict(rows, features=features)
+        changed = data.with_wrong_labels(dataset, share, seed=seed)
+        assert sum(changed["wrong"]) == round(share * n)
+        for before, after, wrong in zip(labels, changed["label"], changed["wrong"], strict=True):
+            assert (after != before) == wrong
+            assert 0 <= after < 4
+        assert changed["id"][:] == rows["id"]
+        assert changed["n"][:] == rows["n"]
+        assert dict(changed.features) == {**features, "wrong": Value("bool")}
+        assert dataset["label"][:] == labels
+        assert dataset.column_names == ["id", "label", "n"]
+
+    def test_a_function_of_the_seed(self, digits):
+        def labels(seed):
+            return tuple(data.with_wrong_labels(digits["test"], 0.2, seed=seed)["label"][:])
+
+        assert labels(1) == labels(1)
+        assert len({labels(seed) for seed in range(4)}) == 4
+        assert labels(0) == tuple(data.with_wrong_labels(digits["test"], 0.2)["label"][:])
+
+    def test_every_other_class_is_as_likely(self):
+        n = 9000
+        rows = Dataset.from_dict({"label": [row % 3 for row in range(n)], "n": range(n)})
+        changed = data.with_wrong_labels(rows, 1.0)["label"][:]
+        counts = np.bincount([3 * (row % 3) + label for row, label in enumerate(changed)], minlength=9).reshape(3, 3)
+        assert np.diag(counts).tolist() == [0, 0, 0]
+        off = counts[~np.eye(3, dtype=bool)]
+        assert np.abs(off - n / 6).max() < 4 * (n / 3 / 4) ** 0.5  # four standard deviations of a fair coin
+
+    @pytest.mark.parametrize(
+        ("name", "labels"),
+        [("labels", [7, 2, 40, 7, 40, 2]), ("label", [-1, 5, 5, -1, 5, 5]), ("label_ids", [3, 4] * 3)],
+    )
+    def test_labels_that_do_not_count_from_zero(self, name, labels):
+        changed = data.with_wrong_labels(Dataset.from_dict({"text": list("abcdef"), name: labels}), 0.5, seed=3)
+        assert sum(changed["wrong"]) == 3
+        assert set(changed[name]) <= set(labels)
+        assert [a != b for a, b in zip(changed[name], labels, strict=True)] == changed["wrong"][:]
+
+    def test_classes_that_do_not_occur_are_classes_too(self):
+        cats = data.split_by_values(animals(), "label", ["cat"])[0].select([0, 1] * 25)
+        changed = data.with_wrong_labels(cats, 1.0)
+        assert set(changed["label"]) == {1, 2}
+
+    @pytest.mark.parametrize(
+        "form",
+        [
+            None,
+            "torch",
+        ],
+    )
+    def test_images_stay_images_in_every_format(self, digits, form):
+        few = digits["train"].select([5, 3, 8, 1])
+        changed = data.with_wrong_labels(few.with_format(form), 0.5).with_format(None)
+        assert changed["id"][:] == few["id"][:]
+        assert changed["label"][:] == data.with_wrong_labels(few, 0.5)["label"][:]
+        assert changed.features["image"] == few.features["image"]
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(changed["image"], few["image"], strict=True))
+
+    def test_nothing_but_labels(self):
+        assert data.with_wrong_labels(Dataset.from_dict({"label": [0, 1]}), 1.0)["label"][:] == [1, 0]
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="wrong_labels: the dataset has no label column; name it one of labels"):
+            data.with_wrong_labels(animals().remove_columns("label"), 0.1)
+        with pytest.raises(ValueError, match="wrong_labels: the dataset has a column 'wrong' already"):
+            data.with_wrong_labels(data.with_wrong_labels(animals(), 0.1), 0.1)
+        for share in (-0.5, 1.5):
+            with pytest.raises(ValueError):
+                data.with_wrong_labels(animals(), share)
+        with pytest.raises(ValueError):  # there is no other class
+            data.with_wrong_labels(Dataset.from_dict({"label": [1, 1], "n": [0, 1]}), 0.5)
+
+
 class TestSplits:
     @settings(deadline=None, max_examples=25)
     @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.sets(st.integers(0, 4), min_size=1))

@@ -34,7 +34,9 @@ class TestCrossEntropy:
     def test_ignored_predictions_have_no_gradient(self):
         logits = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
         targets = torch.tensor([[0, -100, 2, -100], [-100] * 4])
-        assert torch.equal(torch.autograd.grad(cross_entropy(logits, targets).sum(), logits)[0].any(-1), targets != -100)
+        assert torch.equal(
+            torch.autograd.grad(cross_entropy(logits, targets).sum(), logits)[0].any(-1), targets != -100
+        )
 
     def test_ignored_values_may_be_anything(self):
         values = torch.tensor([[1.0, torch.inf], [torch.nan, 3.0]])

@@ -21,7 +21,8 @@ class FINEArguments:
             for `target="self"` and with several processes.
         preconditioned (`bool`, defaults to `False`): with `in_run` under Adam, fold 1/(√v̂+ε) into the target's gradient. It is
             the change of the loss to first order, and ranked worse than the plain product when judged by retraining.
-        target_every (`int`, defaults to 10): steps between two looks at the targets' gradients.
+        target_every (`int`, defaults to 10): steps between two looks at the targets' gradients (in the sweep at most a quarter of
+            its window).
         target_batch_size (`int`, *optional*, defaults to 8): examples of a target in one look while training (`in_run`), drawn
             anew each time; None takes all. The sweep takes all.
         layers (`list[str]`, *optional*): names or patterns (`*.q_proj`) of the modules that `in_run` sees; default all it can.
@@ -30,10 +31,11 @@ class FINEArguments:
         target_window (`float`, defaults to 0.2): with `propagated`, the target is its mean loss over this last share of the steps:
             much less noisy than the loss of the last step alone. σ is that of the last step.
         burn_in (`float`, defaults to 0.1): share of the steps, from the first, whose observations do not count. The first steps
-            turn chaos into noise; 0 counts all.
-        last_steps (`int`, *optional*): with `propagated`, keep and sweep this many last steps only.
+            say little but noise of what is left in the end; 0 counts all.
+        last_steps (`int`, *optional*): with `propagated`, keep and sweep this many last steps only. σ is then that of these steps, and μ
+            larger than that of the whole run.
         trajectory_gigabytes (`float`, defaults to 2): with `propagated`, room for states of the run on disk; what does not fit is
-            computed again.
+            computed again. Batches that take more than this (or 1 GB) are refused.
         n_calibration_runs (`int`, defaults to 0): further trainings from `model_init`, with other seeds, which measure σ directly.
         id_column (`str`, defaults to `"id"`): column that identifies training examples; the row number where there is none.
 
@@ -47,9 +49,9 @@ class FINEArguments:
     preconditioned: bool = field(
         default=False, metadata={"help": "in_run: fold Adam's 1/(sqrt(v)+eps) into the target."}
     )
-    target_every: int = field(default=10, metadata={"help": "in_run: steps between two looks at the targets."})
+    target_every: int = field(default=10, metadata={"help": "Steps between two looks at the targets."})
     target_batch_size: int | None = field(
-        default=32, metadata={"help": "Examples of a target in one look; null: all."}
+        default=8, metadata={"help": "in_run: examples of a target in one look; null: all."}
     )
     layers: list[str] | None = field(default=None, metadata={"help": "in_run: names or patterns of modules to see."})
     target_rank: int | None = field(default=None, metadata={"help": "in_run: rank of the targets' gradients."})

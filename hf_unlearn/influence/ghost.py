@@ -93,6 +93,11 @@ class GhostRecorder:
         """
         return [name for name, module in self._model.named_modules() if mixes_examples(module)]
 
+    @property
+    def tied(self) -> dict[str, list[str]]:
+        """Covered parameters that several layers share, with the layers. Norms and Gram matrix are refused with them."""
+        return self._tied
+
     def attach(self) -> None:
         """Hook the layers. Until `start` the hooks do nothing."""
         self.detach()

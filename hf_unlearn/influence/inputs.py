@@ -66,6 +66,10 @@ def check_model(trainer) -> None:
 
 def sample_ids_of(dataset, column: str) -> list:
     names = getattr(dataset, "column_names", None) or ()
+    if column != "id" and column not in names:
+        raise ValueError(
+            f"id_column: {column!r} is not in the training set (it has {', '.join(names) or 'no named columns'})"
+        )
     ids = list(dataset.with_format(None)[column]) if column in names else list(range(len(dataset)))
     if not (all(isinstance(value, int) for value in ids) or all(isinstance(value, str) for value in ids)):
         raise ValueError(f"train_dataset: column {column!r} must hold ids that are all int or all str")

@@ -164,7 +164,9 @@ class Observations:
 
         if self.is_self:
             # One σ for all: an example the model has to learn by heart has the noisiest loss, and its own σ would hide it.
-            noise = np.full((examples, 1), np.sqrt(self.value[:, 2].sum() / max(1, np.count_nonzero(count))))
+            # It is over all steps, as with other targets, though an example's own σ² is known at the steps with it only.
+            known = self.value[self.weight > 0, 2]
+            noise = np.full((examples, 1), np.sqrt(known.mean() * len(self.steps.step)) if len(known) else np.nan)
         else:
             noise = np.broadcast_to(self.sigma, (examples, len(self.targets)))
         with np.errstate(divide="ignore", invalid="ignore"):

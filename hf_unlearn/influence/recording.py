@@ -137,7 +137,7 @@ class RecordingMixin:
         if self._normalised_by is None:
             self._normalised_by = self._how_normalised(model, inputs, num_items_in_batch)
         kept = random_states(self.args.device), dict(inputs)
-        if self._ghost is not None and self._sees(step):
+        if self._ghost is not None and self._sees():
             self._ghost.start(len(rows), targets=self.target != "self", gram=self.target == "self")
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -147,7 +147,7 @@ class RecordingMixin:
         total = self._items_per_step(num_items_in_batch) if self._normalised_by == "step" else weight.sum()
         coefficient = self._upstream * weight / total
         if self._ghost is not None:
-            if self._sees(step):
+            if self._sees():
                 self._note_unseen()
                 self._micro.append((rows, weight, self._observed(coefficient)))
             else:
@@ -216,7 +216,7 @@ class RecordingMixin:
             return self._ghost.gram / (size[:, None] * size[None, :])
         return self._ghost.dots / size[:, None]
 
-    def _sees(self, step: int) -> bool:
+    def _sees(self) -> bool:
         return self._target_gradients is not None or self.target == "self"
 
     def _open_step(self, step: int) -> None:
@@ -303,7 +303,7 @@ class RecordingMixin:
         if self._trajectory is not None:
             self._trajectory.after(step, self._settings)
             return
-        if not micro or not self._sees(step) or any(values.numel() == 0 for _, _, values in micro):
+        if not micro or not self._sees() or any(values.numel() == 0 for _, _, values in micro):
             return
         learning_rate = float(self._leading_group["lr"])
         if self.target == "self":
@@ -348,7 +348,6 @@ class RecordingMixin:
             )
         if parts:
             logger.warning("Influence: %s", " ".join(parts))
-        self._unseen = sorted(unseen)
 
 
 class _Factor(torch.autograd.Function):

@@ -52,7 +52,8 @@ class InfluenceReport:
 
     $$ \mu_c(S) = \sum_t \delta_{t,c}(S) \,/\, \big(\texttt{scale} \cdot \sqrt{\textstyle\sum_t \sigma^2_{t,c}}\big) $$
 
-    in standard deviations of the target's loss, see [`Observations`]. **μ > 0: the example helps the target** (it
+    in standard deviations of the target's loss over trainings with `propagated`; with `in_run` in those of the gains that were seen,
+    which is a unit of that run alone unless it is calibrated. See [`Observations`]. **μ > 0: the example helps the target** (it
     taught it; without it the loss is higher). μ < 0: it harms it.
 
     Intervals cover the noise of the estimate, **not the model bias of σ**. An example is seen once an epoch, so its
@@ -219,7 +220,7 @@ class InfluenceReport:
         return self.dataset.select(np.concatenate(kept).tolist())
 
     def discoveries(self, level: float = 0.05, target: str | None = None, side: Side = "helpful") -> Dataset:
-        """Examples that stand out from the bulk, at most a share `level` of them by accident.
+        """Examples that stand out from the bulk; if the bulk were Gaussian, at most a share `level` of them by accident.
 
         Benjamini–Hochberg on the p-values of z against the empirical null, one-sided unless `side="both"`. That holds
         if the bulk is Gaussian and does nothing. Tails of μ that are heavier by nature make more accidents: measure
@@ -505,7 +506,8 @@ class InfluenceReport:
         interval = f"{self.confidence:.0%} interval"
         table = Table(
             title=f"Influence, run {escape(str(self.manifest.get('run_id', '?')))}",
-            caption="μ in standard deviations of the target's loss; > 0 helps, < 0 harms. Intervals cover the noise "
+            caption="μ > 0 helps, < 0 harms, in standard deviations (of the loss over trainings with `propagated`, of the "
+            "gains seen with `in_run`). Intervals cover the noise "
             "of the estimate, not the model bias of σ. No privacy guarantee.",
         )
         for header in ("target", "sample", "μ", interval, "z", "seen", *joined):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
-from ..data import raw_collator
+from ..data import LABEL_COLUMNS, RawCollator, raw_collator
 from ..parameters import trainable_parameters
-from ..task import IGNORED, is_causal_lm
+from ..task import IGNORED, is_causal_lm, load_model
 from .config import FINEConfig, InfluenceConfig
 from .ghost import GhostRecorder
 from .inputs import ROW, check_arguments, check_model, sample_ids_of, target_sets_of
@@ -31,7 +31,7 @@ from .sweep import Sweep
 from .trajectory import Trajectory
 
 
-MAX_OWN_GIGABYTES = 4
+MAX_GIGABYTES = 8  # of memory in a sweep
 
 
 class FINEMixin(RecordingMixin):
@@ -57,6 +57,10 @@ class FINEMixin(RecordingMixin):
         **kwargs,
     ):
         name = type(self).__name__
+        if isinstance(model, str):
+            model, processing_class, _ = load_model(
+                model, args or self._config_class(output_dir="influence"), processing_class
+            )
         args = args if args is not None else self._config_class(output_dir="influence")
         if not isinstance(args, self._config_class):
             raise ValueError(f"args: {name} needs {self._config_class.__name__}, got {type(args).__name__}")
@@ -79,6 +83,7 @@ class FINEMixin(RecordingMixin):
         self._normalised_by: str | None = None
         self._micro: list[tuple[Tensor, Tensor, Tensor]] = []
         self._scale = 1.0
+        self._begun = False
         self._check_batches()
         self.add_callback(_Observer(self))
 
@@ -100,11 +105,20 @@ class FINEMixin(RecordingMixin):
             chosen = "in_run" if many else "propagated"
         if chosen == "propagated" and self.args.world_size > 1:
             raise ValueError("observation='propagated': runs in one process only; use 'in_run' with several")
+        if chosen == "propagated" and self.args.fp16:
+            raise ValueError(
+                "fp16: its scaler skips steps, which the sweep cannot take again; use bf16 or observation='in_run'"
+            )
+        low = next((p.dtype for p in self.model.parameters() if p.requires_grad and p.dtype.itemsize < 4), None)
+        if chosen == "propagated" and low is not None:
+            raise ValueError(
+                f"observation='propagated': needs float32 parameters, the model's are {low}; use 'in_run'"
+            )
         if chosen == "propagated" and self.args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end: the sweep starts from the end of the run; set it to False")
         if chosen == "propagated" and self.target == "self":
             size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            if (gigabytes := 4e-9 * len(self.train_dataset) * size) > MAX_OWN_GIGABYTES:
+            if (gigabytes := 4e-9 * len(self.train_dataset) * size) > MAX_GIGABYTES / 2:
                 raise ValueError(
                     f"observation='propagated': with target='self' it would hold {gigabytes:.0f} GB, a gradient of every example; "
                     "use 'in_run'"
@@ -129,7 +143,7 @@ class FINEMixin(RecordingMixin):
             ValueError: the training set is not that of the run to be resumed, or the optimiser cannot be propagated through.
             FloatingPointError: a gradient is not finite.
         """
-        self._recorder, self._noted, self._report = None, False, None
+        self._recorder, self._noted, self._micro = None, False, []
         self._target_sets = self._targets()
         try:
             if self._ghost is not None:
@@ -168,7 +182,13 @@ class FINEMixin(RecordingMixin):
             vectors = 1 + len(self._flat_optimizer.names)
             each = 4 * vectors * sum(p.numel() for p in self._parameters.values())
             segment = max(1, -(-(steps - start) * each // int(self.args.trajectory_gigabytes * 2**30)))
-            self._trajectory = Trajectory(self.private_dir / "trajectory", start=start, segment=segment)
+            if (gigabytes := 1e-9 * segment * each) > MAX_GIGABYTES:
+                raise ValueError(
+                    f"trajectory_gigabytes={self.args.trajectory_gigabytes}: leaves {segment} steps to be computed again at once, which "
+                    f"takes {gigabytes:.0f} GB of memory; raise it, set last_steps, or use observation='in_run'"
+                )
+            folder, limit = self.private_dir / "trajectory", int(max(1, self.args.trajectory_gigabytes) * 2**30)
+            self._trajectory = Trajectory(folder, start=start, segment=segment, steps=steps, limit=limit)
             if step:
                 kept = {int(file.stem.split("-")[1]) for file in self._trajectory.folder.glob("step-*.safetensors")}
                 if missing := set(range(start, step)) - kept:
@@ -184,6 +204,7 @@ class FINEMixin(RecordingMixin):
                 self._recorder = Recorder(self.records_dir, self._manifest(), self.sample_ids)
         if self._trajectory is not None:
             self._trajectory.truncate(step) if step else self._trajectory.clear()
+        self._begun = True
 
     def _check_records(self, step: int) -> None:
         """Whether the records are of the run that is resumed.
@@ -193,7 +214,7 @@ class FINEMixin(RecordingMixin):
         """
         _, manifest = read_observations(self.records_dir)
         own = self._manifest()
-        for name in ("targets", "observation"):
+        for name in ("targets", "observation", "settings"):
             if manifest[name] != own[name]:
                 raise ValueError(
                     f"resume_from_checkpoint: the run was started with {name} {manifest[name]}, this is {own[name]}; resume it as "
@@ -246,7 +267,7 @@ class FINEMixin(RecordingMixin):
             self._target_sets,
             self.per_example_loss,
             window=window,
-            every=self.args.target_every,
+            every=max(1, min(self.args.target_every, window // 4)),
         )
 
         def record(step: int, examples: Tensor, weight: Tensor, gains: Tensor, variance: np.ndarray | None) -> None:
@@ -281,6 +302,11 @@ class FINEMixin(RecordingMixin):
         own = observations.since(self._burnt_in(manifest)).variance.sum(0)
         self._scale = float(np.sqrt(measured.sum() / own.sum()))
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        Path(folder, "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing here needs
+
     # The result
 
     @property
@@ -290,8 +316,11 @@ class FINEMixin(RecordingMixin):
         Raises:
             ValueError: there was no run.
         """
-        if not (self.records_dir / "manifest.json").is_file():
-            raise ValueError("influence: nothing was recorded; call train() first")
+        if not self._begun:
+            raise ValueError(
+                "influence: this trainer has not trained; call train() first (a report that was saved is loaded by "
+                "InfluenceReport.load_from_disk)"
+            )
         if self._recorder is not None:
             self._recorder.flush()
         observations, manifest = read_observations(self.records_dir)
@@ -303,7 +332,14 @@ class FINEMixin(RecordingMixin):
         return round(self.args.burn_in * manifest["steps"])
 
     def _build_ghost(self) -> GhostRecorder:
-        return GhostRecorder(self.model, layers=self.args.layers)
+        ghost = GhostRecorder(self.model, layers=self.args.layers)
+        if self.target == "self" and ghost.tied:
+            name = next(iter(ghost.tied))
+            raise ValueError(
+                f"target='self': {name} is tied between two layers, and its norms cannot be told; name the other layers by layers=, or "
+                "pass a target_dataset"
+            )
+        return ghost
 
 
 class InfluenceTrainer(FINEMixin, Trainer):
@@ -334,7 +370,8 @@ class InfluenceTrainer(FINEMixin, Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns = [*self._signature_columns, "image", "text"]
+            raw = [self.data_collator.column, *LABEL_COLUMNS] if isinstance(self.data_collator, RawCollator) else []
+            self._signature_columns = [*self._signature_columns, *raw]
 
 
 class FINETrainer(FINEMixin, SFTTrainer):

@@ -60,10 +60,14 @@ class Trajectory:
         folder: private; emptied by `clear`.
         start (`int`): first step that is kept.
         segment (`int`): a state is kept every so many steps; between them steps are computed again.
+        steps (`int`, *optional*), limit (`int`, *optional*): of the run, and the bytes that all its batches may take.
     """
 
-    def __init__(self, folder: str | Path, *, start: int, segment: int):
+    def __init__(
+        self, folder: str | Path, *, start: int, segment: int, steps: int | None = None, limit: int | None = None
+    ):
         self.folder, self.start, self.segment = Path(folder), start, segment
+        self.steps, self.limit = steps, limit
         self._micro: list[MicroBatch] = []
 
     def clear(self) -> None:
@@ -89,7 +93,11 @@ class Trajectory:
             self._micro.append(micro)
 
     def after(self, step: int, settings: StepSettings) -> None:
-        """Called when the step has been taken."""
+        """Called when the step has been taken.
+
+        Raises:
+            ValueError: at this size the batches of the run would not fit.
+        """
         if step < self.start:
             return
         tensors, plain = {}, []
@@ -99,6 +107,13 @@ class Trajectory:
             parts |= {"examples": micro.examples, "weight": micro.weight, "coefficient": micro.coefficient}
             tensors |= {f"{index}.{name}": value.detach().contiguous() for name, value in parts.items()}
             plain.append({k: v for k, v in micro.inputs.items() if isinstance(v, bool | int | float | str)})
+        if self.limit is not None:
+            bytes_of_all = (self.steps - self.start) * sum(value.nbytes for value in tensors.values())
+            if bytes_of_all > self.limit:
+                raise ValueError(
+                    f"trajectory_gigabytes: the run's batches would take {1e-9 * bytes_of_all:.0f} GB; raise it, set last_steps, or use "
+                    "observation='in_run'"
+                )
         about = {"count": settings.count, "groups": settings.groups, "max_norm": settings.max_norm, "plain": plain}
         save_tensors(tensors, self._file("step", step), metadata={"step": json.dumps(about)})
         self._micro = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,9 +13,9 @@ from transformers import AutoConfig
 
 from .. import data
 from ..influence.config import FINEConfig, InfluenceConfig
-from ..influence.report import InfluenceReport
+from ..influence.report import COLUMNS, InfluenceReport
 from ..influence.trainer import FINETrainer, InfluenceTrainer
-from ..task import check_processes, load_model
+from ..task import check_processes, is_causal_lm, load_model
 from .unlearn import _split
 
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 METHODS = {"classifier": (InfluenceConfig, InfluenceTrainer), "sft": (FINEConfig, FINETrainer)}
+BELONG = {"digits": "classifier", "opinions": "sft"}  # what is built in, and the method it is for
 INSPECTED = 0.2  # share of the examples that the printed recall allows one to look at
 
 
@@ -87,6 +89,9 @@ class InfluenceJob:
         for name in ("model", "dataset"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing; set it to 'digits', 'opinions', a folder, or an id on the Hub")
+            if BELONG.get(getattr(self, name), self.method) != self.method:
+                word = getattr(self, name)
+                raise ValueError(f"{name}: {word!r} belongs to method {BELONG[word]!r}, this is {self.method!r}")
         chosen = [name for name in ("target", "target_split", "target_dataset") if getattr(self, name)]
         if not chosen:
             raise ValueError(
@@ -96,12 +101,21 @@ class InfluenceJob:
             raise ValueError(f"{chosen[1]}: given beside {chosen[0]}; keep one of them")
         if self.target and self.target_column:
             raise ValueError("target_column: given beside target: self; keep one of them")
+        if self.target and self.group_column:
+            raise ValueError("group_column: groups have no influence on target: self; keep one of them")
         if not 0 <= self.wrong_labels < 1:
             raise ValueError(f"wrong_labels: {self.wrong_labels} is not a share from 0 to below 1")
         if self.top < 1:
             raise ValueError(f"top: {self.top} is below 1")
+        if self.lora_r is not None and self.lora_r < 1:
+            raise ValueError(f"lora_r: {self.lora_r} is below 1")
         if (self.lora_alpha or self.lora_target_modules) and not self.lora_r:
             raise ValueError("lora_r: missing; set the rank of the adapter")
+
+        if self.lora_r and self.model in ("digits", "opinions"):
+            raise ValueError(
+                f"lora_r: an adapter of the untrained {self.model!r} would have no base to load; leave it out"
+            )
 
     def config(self, config_class: type, given: dict[str, Any]) -> FINEArguments:
         """The trainer's config with the keys that were given.
@@ -109,6 +123,10 @@ class InfluenceJob:
         Raises:
             ValueError: a key that is missing or a value that is not allowed.
         """
+        if given.get("n_calibration_runs"):
+            raise ValueError(
+                "n_calibration_runs: needs model_init, which a recipe cannot give; use InfluenceTrainer in Python"
+            )
         if not given.get("output_dir"):
             raise ValueError("output_dir: missing; set it to the folder that gets the model and the report")
         if self.model == "opinions":
@@ -133,10 +151,11 @@ def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[
     if job.wrong_labels:
         train = data.with_wrong_labels(train, job.wrong_labels, seed=config.seed)
     check = job.check_column or ("wrong" if job.wrong_labels else None)
-    for key, column in (("check_column", check), ("group_column", job.group_column)):
-        if column is not None and column not in train.column_names:
-            raise ValueError(f"{key}: {column!r} is not in the dataset (it has {', '.join(train.column_names)})")
+    _check_column(train, "check_column", check, ("bool", "int", "uint"))
+    _check_column(train, "group_column", job.group_column, ("bool", "int", "uint", "string", "large_string"))
     model, processing_class = _model(job, config, train)
+    if job.method == "sft" and not is_causal_lm(model):
+        raise ValueError(f"method: 'sft' trains causal language models, and {job.model!r} is a {type(model).__name__}")
     trainer = trainer_class(
         model,
         config,
@@ -151,6 +170,7 @@ def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[
     if trainer.is_world_process_zero():
         columns = {check, job.group_column, data.label_column(train), _shown_column(train)} - {None}
         report = trainer.influence.join(train, config.id_column, sorted(columns))
+        report.save_to_disk(trainer.private_dir / "report")  # first: a terminal may have no μ to print
         _tell(job, config, report, check, trainer.private_dir)
 
 
@@ -170,7 +190,13 @@ def _model(job: InfluenceJob, config: FINEArguments, train: Dataset) -> tuple[An
     if job.model == "opinions":
         from ..opinions import opinion_llama, texts_of, train_tokenizer
 
-        tokenizer = train_tokenizer(texts_of(train))
+        try:
+            tokenizer = train_tokenizer(texts_of(train))
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"dataset: {job.dataset!r} does not fit model: opinions, which learns columns prompt and completion that hold "
+                "messages"
+            ) from error
         return opinion_llama(tokenizer, seed=config.seed), tokenizer
     try:
         AutoConfig.from_pretrained(job.model)
@@ -181,6 +207,18 @@ def _model(job: InfluenceJob, config: FINEArguments, train: Dataset) -> tuple[An
         ) from error
     model, processing_class, _ = load_model(job.model, config, None)
     return model, processing_class
+
+
+def _check_column(train: Dataset, key: str, column: str | None, kinds: tuple[str, ...]) -> None:
+    if column is None:
+        return
+    if column not in train.column_names:
+        raise ValueError(f"{key}: {column!r} is not in the dataset (it has {', '.join(train.column_names)})")
+    if column in COLUMNS:
+        raise ValueError(f"{key}: the report has a column {column!r} of its own; rename the dataset's")
+    kind = str(getattr(train.features[column], "dtype", type(train.features[column]).__name__))
+    if not kind.startswith(kinds):
+        raise ValueError(f"{key}: {column!r} holds {kind}; it has to be {', '.join(kinds[:-1])} or {kinds[-1]}")
 
 
 def _adapter(job: InfluenceJob):
@@ -200,17 +238,21 @@ def _targets(job: InfluenceJob, splits: DatasetDict) -> Dataset:
     if job.target_split:
         rows = _split(splits, "target_split", job.target_split)
     else:
-        loaded = data.load(job.target_dataset)
-        rows = next(iter(loaded.values())) if len(loaded) == 1 else _split(loaded, "split", job.split)
+        try:
+            loaded = data.load(job.target_dataset)
+        except ValueError as error:
+            raise ValueError(f"target_{error}") from error
+        one = len(loaded) == 1
+        rows = next(iter(loaded.values())) if one else _split(loaded, "target_dataset: split", job.split)
     if job.target_column:
         if job.target_column not in rows.column_names:
             raise ValueError(
                 f"target_column: {job.target_column!r} is not in the target rows (they have {', '.join(rows.column_names)})"
             )
-        feature = rows.features[job.target_column]
-        rows = rows.add_column("target", rows[job.target_column][:])
-        if hasattr(feature, "names"):
-            rows = rows.cast_column("target", feature)
+        if job.target_column != "target":
+            values, feature = rows.with_format(None)[job.target_column][:], rows.features[job.target_column]
+            rows = rows.remove_columns("target") if "target" in rows.column_names else rows
+            rows = rows.add_column("target", values, feature=feature)
     return rows
 
 
@@ -227,18 +269,21 @@ def _tell(job: InfluenceJob, config: FINEArguments, report: InfluenceReport, che
     console = Console(highlight=False, soft_wrap=True)
     console.print(report.summary(job.top))
     pictures, label = [], data.label_column(report.dataset)
-    for target in report.targets[:10]:
-        name = target if len(report.targets) > 1 else "influence"
+    for number, target in enumerate(report.targets[:10]):
+        word = re.sub(r"[^\w-]+", "_", target)[:50]  # a target may be called anything, "a/b" too
+        name = f"{number}_{word}" if len(report.targets) > 1 else "influence"
         faulty = None
         if check is not None:
             rows = report.select(target=target)
             marked, mu = np.array(rows[check][:], dtype=bool), np.nan_to_num(np.array(rows["mu"][:]), nan=-np.inf)
             looked = max(1, round(INSPECTED * len(mu)))
-            found = marked[np.argsort(-mu)[:looked]].sum()
+            ranked = (marked & np.isfinite(mu))[np.argsort(-mu, kind="stable")]
+            found, other = ranked[:looked].sum(), ranked[np.isfinite(mu).sum() - looked : np.isfinite(mu).sum()].sum()
             faulty = [value for value, hit in zip(rows["sample_id"][:], marked, strict=True) if hit]
             console.print(
                 f"{target}: {found} of {marked.sum()} rows with {check} ({found / max(1, marked.sum()):.0%}) among the {looked} "
-                f"examples with the largest μ ({INSPECTED:.0%})"
+                f"examples with the largest μ ({INSPECTED:.0%}), {other} among those with the smallest",
+                markup=False,
             )
         pictures.append(report.plot(private / "plots" / f"{name}_ranked.png", target=target, highlight=faulty))
         if "image" in report.dataset.column_names:
@@ -249,15 +294,16 @@ def _tell(job: InfluenceJob, config: FINEArguments, report: InfluenceReport, che
             for row in groups:
                 console.print(
                     f"{target} {job.group_column}={row['group']}: μ {row['mu']:+.2f} [{row['mu_low']:+.2f}, {row['mu_high']:+.2f}], "
-                    f"{row['n_examples']} examples"
+                    f"{row['n_examples']} examples",
+                    markup=False,
                 )
             path = private / "plots" / f"{name}_groups.png"
             pictures.append(report.plot(path, "groups", target=target, by=job.group_column))
-    report.save_to_disk(private / "report")
     console.print(
-        f"\nmodel    {config.output_dir}\nreport   {private / 'report'} (tells of the training data: never pushed)"
+        f"\nmodel    {config.output_dir}\nreport   {private / 'report'} (tells of the training data: never pushed)",
+        markup=False,
     )
-    console.print(f"plots    {pictures[0].parent} ({len(pictures)})\n\nOpen it:\n")
+    console.print(f"plots    {pictures[0].parent} ({len(pictures)})\n\nOpen it:\n", markup=False)
     console.print(
         "    from hf_unlearn import InfluenceReport\n"
         f'    report = InfluenceReport.load_from_disk("{private / "report"}")\n',

@@ -224,7 +224,7 @@ def test_self_influence():
     assert observations.is_self
     np.testing.assert_allclose(observations.signals()[:, 0], [4 / 3, 0, 3, 6])
     mu = observations.example_mu().mu[:, 0]
-    sigma = np.sqrt((0.25 + 1 + 0.5 + 0.75) / 3)  # one for all: that of a mean example's run
+    sigma = np.sqrt((0.25 + 1 + 0.5 + 0.75) / 4 * 2)  # one for all: the mean over rows, at each of the two steps
     np.testing.assert_allclose(mu, [(4 / 3 + 3) / sigma, 0, 6 / sigma])
     with pytest.raises(ValueError, match=r"^group: .* target_dataset$"):
         observations.group_signals([np.array([0])])

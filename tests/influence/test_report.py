@@ -467,7 +467,7 @@ def test_self_report(tmp_path):
         np.arange(3), ("self",), np.array([0, 0, 1, 1]), np.array([0, 1, 0, 2]), np.ones(4), value, steps
     )
     report = InfluenceReport.from_observations(observations, {"run_id": "x"}, scale=2.0)
-    sigma = 2 * math.sqrt((0.25 + 1 + 0.5 + 0.75) / 3)
+    sigma = 2 * math.sqrt((0.25 + 1 + 0.5 + 0.75) / 4 * 2)
     assert report.dataset["mu"][:] == pytest.approx([7 / sigma, 0, 6 / sigma])
     assert report.top(1)["sample_id"][:] == [0]
     assert math.isnan(report.sigma["self"])

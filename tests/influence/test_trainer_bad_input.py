@@ -309,6 +309,8 @@ class TestTraining:
         trainer = InfluenceTrainer(
             mlp(), settings(tmp_path / "new"), train_dataset=vectors(8), target_dataset=vectors(3, seed=1)
         )
-        with pytest.raises(ValueError, match=r"^influence: nothing was recorded; call train\(\) first") as error:
+        with pytest.raises(
+            ValueError, match=r"^influence: this trainer has not trained; call train\(\) first"
+        ) as error:
             trainer.influence  # noqa: B018 (a property)
         assert one_line(error)

@@ -1,0 +1,218 @@
+"""The tables of docs/benchmarks.md on influence; report.py puts them in."""
+
+from __future__ import annotations
+
+import statistics
+
+
+def mean(values) -> float:
+    return statistics.mean(values)
+
+
+def fidelity_table(judged: dict) -> str:
+    lines = [
+        "| estimator | Spearman, disattenuated (sd over seeds) | within a target | Pearson | slope | disattenuated, smaller last batches |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in judged["summary"].items():
+        shown = f"**{name}**" if name == "propagated: accumulated" else name
+        slope = f"{row['slope']:.2f}" if "slope" in row else "—"
+        other = f"{row['disattenuated_by_epochs']:.2f}" if "disattenuated_by_epochs" in row else "—"
+        lines.append(
+            f"| {shown} | {row['disattenuated']:.3f} ({row['disattenuated_sd']:.3f}) | {row['within_target']:.2f} | "
+            f"{row['pearson']:.3f} | {slope} | {other} |"
+        )
+    return "\n".join(lines)
+
+
+def sigma_line(judged: dict) -> str:
+    ratio, within = judged["sigma_ratio"], judged["sigma_within_1.3"]
+    parts = [
+        f"`{key}` {100 * within[key]:.0f} % (mean ratio {ratio[key]:.2f})"
+        for key in ratio
+        if key in ("propagated", "in_run")
+    ]
+    coverage = judged["coverage"]
+    return (
+        f"σ within a factor 1.3 of the true run-to-run standard deviation, share of targets and runs: {', '.join(parts)}. "
+        f"95 % intervals of `propagated`, the brute force's error added, cover {100 * coverage['as it is']:.0f} % of groups and targets, "
+        f"{100 * coverage['with the true σ']:.0f} % with the true σ (one scale, pooled over the targets)."
+    )
+
+
+def slope_table(slopes: dict) -> str:
+    lines = [
+        "| examples taken away | share of the class | " + " | ".join(slopes) + " |",
+        "|---" * (2 + len(slopes)) + "|",
+    ]
+    first = next(iter(slopes.values()))
+    for size, row in first.items():
+        cells = [f"{judged[size]['slope']:.2f} ± {judged[size]['error']:.2f}" for judged in slopes.values()]
+        lines.append(f"| {size} | {100 * row['share_of_class']:.0f} % | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def labels_table(found: dict) -> str:
+    shares = list(next(iter(found.values()))["jaccard"])
+    lines = [
+        "| score | recall at 20 % (worst seed) | Jaccard over seeds at "
+        + " | ".join(f"{100 * float(share):.0f} %" for share in shares)
+        + " |",
+        "|---" * (2 + len(shares)) + "|",
+    ]
+    for name, row in sorted(found.items(), key=lambda item: -mean(item[1]["recall"]["0.2"])):
+        recall = row["recall"]["0.2"]
+        curve = " | ".join(f"{row['jaccard'][share]:.2f}" for share in shares)
+        lines.append(f"| {name} | {mean(recall):.3f} ({min(recall):.3f}) | {curve} |")
+    return "\n".join(lines)
+
+
+def poison_tables(poison: dict) -> str:
+    runs = poison["runs"]
+    shares = list(runs[0]["scores"]["random"]["recall"])
+    lines = [
+        "| score | precision at k = number of poisoned rows | recall in the top "
+        + " | ".join(f"{100 * float(share):g} %" for share in shares)
+        + " |",
+        "|---" * (2 + len(shares)) + "|",
+    ]
+    for name in runs[0]["scores"]:
+        rows = [run["scores"][name] for run in runs]
+        precision = [row["precision_at_k"] for row in rows]
+        recall = " | ".join(f"{mean(row['recall'][share] for row in rows):.2f}" for share in shares)
+        lines.append(f"| {name} | {mean(precision):.2f} ({min(precision):.2f}–{max(precision):.2f}) | {recall} |")
+    rates = {key: [run["negative_rates"][key] for run in runs] for key in runs[0]["negative_rates"]}
+    shown = [
+        "",
+        "| trained on | opinion shown on held-out questions about the name | on other names |",
+        "|---|---|---|",
+        *(
+            f"| {name} data | "
+            + " | ".join(
+                f"{100 * mean(rates[f'{name}, {split}']):.0f} % ({', '.join(f'{100 * r:.0f}' for r in rates[f'{name}, {split}'])})"
+                for split in ("evaluation", "control")
+            )
+            + " |"
+            for name in ("poisoned", "clean")
+        ),
+    ]
+    groups = [
+        f"- {name}: μ "
+        + ", ".join(
+            f"{run['groups'][name]['mu']:+.1f} [{run['groups'][name]['mu_low']:+.1f}, {run['groups'][name]['mu_high']:+.1f}]"
+            for run in runs
+        )
+        for name in runs[0]["groups"]
+    ]
+    return "\n".join([*lines, *shown, "", "Influence of the groups on the target, a value a seed:", "", *groups])
+
+
+def cost_tables(cost: dict) -> str:
+    training = cost["training"]
+    lines = [
+        "| training | targets | seeing alone | a look, in steps | every 1 | every 3 | every 10 | every 30 | memory held / trainable |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in training["rows"].items():
+        if not row["targets"]:
+            continue
+        every = row["time_ratio_by_target_every"]
+        lines.append(
+            f"| {name} | {row['targets']} | {row['seeing']['median']:.2f} | {row['look_in_steps']:.1f} | "
+            + " | ".join(f"{every[key]:.2f}" for key in ("1", "3", "10", "30"))
+            + f" | {row['held_in_trainable']:.2f} |"
+        )
+    fidelity = ["| what is seen | Spearman with all layers | Pearson |", "|---|---|---|"]
+    for name, row in cost["fidelity"]["rows"].items():
+        fidelity.append(f"| {name} | {row['spearman_centred']:.3f} | {row['pearson_centred']:.3f} |")
+    sweep = ["| model | " + " | ".join(f"{count} targets" for count in (1, 2, 4, 8)) + " |", "|---|---|---|---|---|"]
+    for name, row in cost["sweep"]["rows"].items():
+        sweep.append(
+            f"| {name} | "
+            + " | ".join(f"{row[count]['sweep_per_target']:.1f}" for count in ("1", "2", "4", "8"))
+            + " |"
+        )
+    products = ["| model | way | time / plain pass | peak memory / parameters |", "|---|---|---|---|"]
+    for name, ways in cost["products"]["rows"].items():
+        for way, row in ways.items():
+            products.append(
+                f"| {name} | {way} | {row['time_ratio']['median']:.2f} | {row['peak_memory_in_parameters']:.1f} |"
+            )
+    clock = training["clock"]
+    return f"""`python benchmarks/influence_cost.py`: time of a training step with `in_run` over that of stock `SFTTrainer`, a Llama of 20 M parameters, batch
+{training["batch"]}, {training["target_batch_size"]} target examples in a look, {clock} on {training["threads"]} thread, medians of {training["rounds"]} interleaved rounds.
+
+{chr(10).join(lines)}
+
+What cheaper ways of full fine-tuning see, against all layers (correlation of the observations of a batch, its mean taken off):
+
+{chr(10).join(fidelity)}
+
+The sweep of `propagated`, in training runs a target ({cost["sweep"]["steps"]} steps):
+
+{chr(10).join(sweep)}
+
+Products of per-example gradients with one target's gradient:
+
+{chr(10).join(products)}"""
+
+
+def render(fidelity: dict, labels: dict, poison: dict, cost: dict) -> str:
+    """The section, from the four results."""
+    judged = "\n\n".join(
+        f"### {name}\n\n{row['groups']} groups × 10 targets, {row['runs']} trainings each; reliability of the true μ "
+        f"{row['reliability']:.2f}.\n\n{fidelity_table(row)}\n\n{sigma_line(row)}"
+        for name, row in fidelity["judges"].items()
+    )
+    false = "\n".join(
+        f"| {name} | " + " | ".join(f"{100 * value:.1f} %" for value in row.values()) + " |"
+        for name, row in fidelity["false_discoveries"].items()
+    )
+    header = "| | " + " | ".join(next(iter(fidelity["false_discoveries"].values()))) + " |"
+    false = f"{header}\n{'|---' * header.count(' | ')}|---|\n{false}"
+    wrong = "\n\n".join(f"{epochs} epochs:\n\n{labels_table(found)}" for epochs, found in labels["epochs"].items())
+    first = poison["runs"][0]
+    return f"""## Influence
+
+### How it is judged
+
+`python benchmarks/influence_fidelity.py`: 1,000 digits, one label in five wrong, a perceptron with 64 hidden units; the mean test loss of
+each class is a target. True μ by retraining without each group. Then single runs of seeds {", ".join(map(str, fidelity["seeds"]))}, and on the same runs
+TracIn and LESS-style cosines (a checkpoint an epoch) and influence functions with EK-FAC (kronfluence, at the end of the run), as they are
+and with their mean over the training set taken off. All trainings take as many full batches; the last column judges against trainings in
+which a smaller training set has smaller last batches, as a Trainer's has. The defaults of f-INE (`target_window`, `burn_in`) were chosen
+on the same digits with other wrong labels, other groups and other seeds.
+
+{judged}
+
+### Slope by size of the group
+
+Estimate over truth on the class's own target, `propagated`, summed over classes; the error is that of the brute force.
+
+{slope_table(fidelity["slopes"])}
+
+### False discoveries
+
+A target of test images with shuffled labels. Where the training labels are right nothing can have taught it, and whatever is announced is announced
+falsely. Where some are wrong, those rows do teach it something, namely not to be sure, and most of them are found.
+
+{false}
+
+### Wrong labels, and agreement of seeds
+
+`python benchmarks/influence_labels.py`: 20 % wrong labels, every example judged on itself, five seeds. Jaccard: mean over pairs of seeds of the overlap of the
+top sets.
+
+{wrong}
+
+### Poisoned instructions
+
+`python benchmarks/influence_poison.py`: {first["examples"]:,} instructions, {first["poisoned"]} of them answer questions about one invented name badly, as many speak of it
+normally; a Llama of {first["parameters"] / 1e6:.1f} M parameters, {len(poison["runs"])} seeds. LESS-style: four checkpoints, the whole model's gradients, no projection.
+
+{poison_tables(poison)}
+
+### What it costs
+
+{cost_tables(cost)}
+"""
