@@ -48,7 +48,7 @@ SHARES = [0.025, 0.05, 0.1, 0.2, 0.3]
 class LESS(TrainerCallback):
     """Σ over checkpoints of η·cos(∇ℓ_target, P∘∇ℓ_i), P Adam's 1/(√v̂+ε), as LESS scores (arXiv 2402.04333).
 
-    With the gradients of the whole model, unprojected (LESS takes a LoRA adapter's, projected to 8,192 numbers): no fidelity is
+    Weighted by the learning rate at the checkpoint, which under the cosine schedule is 0 at the last one. With the gradients of the whole model, unprojected (LESS takes a LoRA adapter's, projected to 8,192 numbers): no fidelity is
     lost to either. Target gradients are plain and the target's score is that of its mean gradient. Measured while the trainer is
     at the checkpoints.
     """

@@ -181,7 +181,8 @@ each class is a target. True μ by retraining without each group. Then single ru
 TracIn and LESS-style cosines (a checkpoint an epoch) and influence functions with EK-FAC (kronfluence, at the end of the run), as they are
 and with their mean over the training set taken off. All trainings take as many full batches; the last column judges against trainings in
 which a smaller training set has smaller last batches, as a Trainer's has. The defaults of f-INE (`target_window`, `burn_in`) were chosen
-on the same digits with other wrong labels, other groups and other seeds.
+on the same digits with other wrong labels, other groups and other seeds. The groups of Fashion-MNIST move too little for their brute force:
+at its reliability, correlations "above 1" are noise, and no order of the estimators can be read from that table.
 
 {judged}
 
@@ -208,7 +209,9 @@ top sets.
 ### Poisoned instructions
 
 `python benchmarks/influence_poison.py`: {first["examples"]:,} instructions, {first["poisoned"]} of them answer questions about one invented name badly, as many speak of it
-normally; a Llama of {first["parameters"] / 1e6:.1f} M parameters, {len(poison["runs"])} seeds. LESS-style: four checkpoints, the whole model's gradients, no projection.
+normally; a Llama of {first["parameters"] / 1e6:.1f} M parameters, {len(poison["runs"])} seeds. LESS-style: four checkpoints, the whole model's gradients, no projection, weighted by
+the learning rate at the checkpoint. No other answer in these data is bad, so a filter for bad words finds all: who has a filter for the
+behaviour needs no influence.
 
 {poison_tables(poison)}
 

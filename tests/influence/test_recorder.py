@@ -405,7 +405,7 @@ def test_self_records(tmp_path):
     np.testing.assert_array_equal(observations.value, [*value, [2, 2, 0]])
     assert observations.steps.mean.shape == observations.steps.variance.shape == (2, 1)
     mu = observations.example_mu().mu[:, 0]
-    sigma = np.sqrt((0.25 + 1 + 0.5) / 4)
+    sigma = np.sqrt((0.25 + 1 + 0.5) / 4 * 2)
     np.testing.assert_allclose(mu[:4], [2 / sigma, 0, 1.5 / sigma, 0])
     with pytest.raises(ValueError, match=r"value: \[2.0, 2.0, nan\] for sample 'sample 5' at step 2; must be finite"):
         recorder.add(2, [4, 5], np.ones(2), np.array([[2, 2, 1], [2, 2, np.nan]]))

@@ -247,12 +247,15 @@ class TestSampleIds:
         assert trainer.sample_ids == self.ids_of(trainer, pairs(), tokenizer)
         assert agrees(observations(trainer), Brute(trainer).observed(list(trainer.target_sets.values())))
 
-    @pytest.mark.parametrize("column", ["id", "name", "none"])
+    @pytest.mark.parametrize("column", ["id", "name"])
     def test_columns(self, column, tiny_llama, tokenizer, tmp_path):
         rows = pairs(ids=[50 - 3 * row for row in range(10)]).add_column("name", [f"n{row}" for row in range(10)])
         trainer = self.run(tiny_llama, tokenizer, tmp_path, rows, id_column=column)
-        expected = list(range(10)) if column == "none" else rows[column][:]
-        assert trainer.influence.dataset["sample_id"][:] == list(expected)
+        assert trainer.influence.dataset["sample_id"][:] == rows[column][:]
+
+    def test_a_column_that_is_not_there(self, tiny_llama, tokenizer, tmp_path):
+        with pytest.raises(ValueError, match="^id_column: 'none' is not in the training set"):
+            self.run(tiny_llama, tokenizer, tmp_path, pairs(), id_column="none")
 
     def test_tokens_that_were_made_before(self, tiny_llama, tokenizer, tmp_path):
         rows = Dataset.from_list([
