@@ -86,7 +86,9 @@ class TestDocuments:
     def test_the_readme_examples_compile_and_name_what_exists(self):
         examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
         imports = [node for text in examples for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
-        ours = [(node.module, name.name) for node in imports for name in node.names if node.module.startswith("hf_unlearn")]
+        ours = [
+            (node.module, name.name) for node in imports for name in node.names if node.module.startswith("hf_unlearn")
+        ]
         assert len(examples) == (ROOT / "README.md").read_text().count("```python")
         assert ours
         assert [(module, name) for module, name in ours if not hasattr(importlib.import_module(module), name)] == []
