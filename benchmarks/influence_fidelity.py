@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,10 @@ def judge_runs(name: str, seeds: list[int], observations: dict, *, peers: bool, 
                 sigmas.setdefault(observation, []).append(sigma / true_sd)
                 if observation == "propagated":
                     covered.append(run.report)
+                    independent = replace(run.report.observations, shuffling=None).since(run.report.burn_in)
+                    sigmas.setdefault("propagated, batches as independent draws", []).append(
+                        independent.sigma / true_sd
+                    )
             scores = {"TracIn": tracin(judge, run), "LESS-style cosine": less(judge, run)} if peers else {}
             if peers:
                 scores["EK-FAC influence"] = ekfac(judge, run, folder)

@@ -30,7 +30,7 @@ def sigma_line(judged: dict) -> str:
     parts = [
         f"`{key}` {100 * within[key]:.0f} % (mean ratio {ratio[key]:.2f})"
         for key in ratio
-        if key in ("propagated", "in_run")
+        if key.startswith("propagated, batches") or key in ("propagated", "in_run")
     ]
     coverage = judged["coverage"]
     return (
@@ -181,7 +181,7 @@ each class is a target. True μ by retraining without each group. Then single ru
 TracIn and LESS-style cosines (a checkpoint an epoch) and influence functions with EK-FAC (kronfluence, at the end of the run), as they are
 and with their mean over the training set taken off. All trainings take as many full batches; the last column judges against trainings in
 which a smaller training set has smaller last batches, as a Trainer's has. The defaults of f-INE (`target_window`, `burn_in`) were chosen
-on the same digits with other wrong labels, other groups and other seeds. The groups of Fashion-MNIST move too little for their brute force:
+on the same digits with other wrong labels, other groups and other seeds, and so was the σ of shuffled epochs. The groups of Fashion-MNIST move too little for their brute force:
 at its reliability, correlations "above 1" are noise, and no order of the estimators can be read from that table.
 
 {judged}

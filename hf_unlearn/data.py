@@ -53,6 +53,17 @@ def load(name: str, *, revision: str | None = None) -> DatasetDict:
     return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
 
 
+def one_split(splits: DatasetDict, key: str, name: str) -> Dataset:
+    """The split `name`; `key` is the setting that asked for it.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if name not in splits:
+        raise ValueError(f"{key}: {name!r} is not in the dataset (it has {', '.join(splits)})")
+    return splits[name]
+
+
 def digits() -> DatasetDict:
     """The 1,797 real handwritten digits inside scikit-learn: 8 × 8 grey images, ten classes.
 

@@ -101,6 +101,21 @@ def _load_processor(name: str, text_first: bool):
     return None
 
 
+class LoadsByName:
+    """Gives a Trainer a resume that loads a checkpoint's weights through `from_pretrained`.
+
+    Transformers 5.23 saves some models (ViT) under the parameter names of older versions, which `from_pretrained` understands and
+    Trainer does not: it warns of missing keys and goes on with the weights that it has.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model = model if model is not None else self.model
+        if hasattr(model, "peft_config") or not hasattr(model, "from_pretrained"):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
+
 def check_processes(args) -> None:
     """Refuse processes that were launched together and do not know of each other: each would write the same folder.
 

@@ -6,7 +6,8 @@ group S it would have gained m_{t,c}(B∖S). Their difference is the signal of S
 
     δ_{t,c}(S) = m_{t,c}(B) − m_{t,c}(B∖S) = w_S / (w_B − w_S) · (m_{t,c}(S) − m_{t,c}(B)),
 
-and the noise is σ²_{t,c} = Var_i(a_{t,i,c}) / b, the variance of m_{t,c} over the draw of the batch. Then
+and the noise is σ²_{t,c} = Var_i(a_{t,i,c}) / b, the variance of m_{t,c} over the draw of the batch (less, where it is known, what the
+batches of an epoch have in common, see `shuffling`). Then
 
     μ_c(S) = Σ_t δ_{t,c}(S) / sqrt(Σ_t σ²_{t,c}).
 
@@ -21,6 +22,8 @@ from functools import cached_property
 
 import numpy as np
 from scipy import stats
+
+from .shuffling import Shuffling
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,8 @@ class Observations:
         value (`[rows, targets]`): a_{t,i,c}, a gain. For `"self"`: `[rows, 3]`, the gain of the example on itself, the batch's mean
             gain on it, and the variance of that mean.
         steps (`Steps`): of the whole batches.
+        shuffling (`Shuffling`, *optional*): what the batches of an epoch have in common, which is no noise; None takes them for
+            independent draws, and σ is too large.
     """
 
     sample_ids: np.ndarray
@@ -64,6 +69,7 @@ class Observations:
     weight: np.ndarray
     value: np.ndarray
     steps: Steps
+    shuffling: Shuffling | None = None
 
     @property
     def is_self(self) -> bool:
@@ -76,17 +82,17 @@ class Observations:
 
     @cached_property
     def variance(self) -> np.ndarray:
-        """`[steps, targets]`: σ²_{t,c}. A batch of one example does not tell it: the variance of an example at the other steps
-        does, or, where all batches are of one, half the mean squared difference of neighbouring steps.
+        """`[steps, targets]`: each step's part of σ². A batch of one example does not tell it: the variance of an example at the other
+        steps does, or, where all batches are of one, half the mean squared difference of neighbouring steps.
         """
         given, size = self.steps.variance, self.steps.size[:, None]
         known = np.isfinite(given)
-        if known.all() or not len(given):
-            return given
-        with np.errstate(invalid="ignore"):
-            each = np.where(known, size * given, 0).sum(0) / known.sum(0)
-            between = 0.5 * np.square(np.diff(self.steps.mean, axis=0)).sum(0) / max(1, len(given) - 1)
-        return np.where(known, given, np.where(known.any(0), each / size, between))
+        if not (known.all() or not len(given)):
+            with np.errstate(invalid="ignore"):
+                each = np.where(known, size * given, 0).sum(0) / known.sum(0)
+                between = 0.5 * np.square(np.diff(self.steps.mean, axis=0)).sum(0) / max(1, len(given) - 1)
+            given = np.where(known, given, np.where(known.any(0), each / size, between))
+        return given if self.shuffling is None else given * self.shuffling.share(self.steps.step, given)
 
     @property
     def sigma(self) -> np.ndarray:

@@ -28,6 +28,7 @@ import torch
 from transformers.utils import logging
 
 from .observations import Observations, Steps, step_statistics
+from .shuffling import Shuffling
 
 
 logger = logging.get_logger(__name__)
@@ -214,6 +215,17 @@ class Recorder:
         self._next_shard += 1
         self._pending, self.pending_rows = [], 0
 
+    def describe(self, **facts: Any) -> None:
+        """Add to the manifest what is known only now.
+
+        Raises:
+            ValueError: JSON cannot hold it.
+        """
+        manifest = self.manifest | facts
+        _check_manifest(manifest)
+        self.manifest = manifest
+        _write_header(self.folder, manifest, self._ids)
+
     def truncate(self, step: int) -> None:
         """Drop all of step `step` and later ones. A shard that holds earlier ones too is rewritten, no other."""
         self._drain()
@@ -334,7 +346,14 @@ def read_observations(folder: str | Path) -> tuple[Observations, dict[str, Any]]
     shards = shards or [(_no_columns(ROW_COLUMNS, width), _no_columns(STEP_COLUMNS, len(targets)))]
     rows, steps = (_by_step(parts) for parts in zip(*shards, strict=True))
     ids = _read_table(folder / SAMPLES)["sample_id"]
-    return Observations(sample_ids=ids, targets=tuple(targets), **rows, steps=Steps(**steps)), manifest
+    found = Observations(
+        sample_ids=ids,
+        targets=tuple(targets),
+        **rows,
+        steps=Steps(**steps),
+        shuffling=Shuffling(**manifest["shuffling"]) if manifest.get("shuffling") else None,
+    )
+    return found, manifest
 
 
 def write_observations(folder: str | Path, observations: Observations, manifest: Mapping[str, Any]) -> None:

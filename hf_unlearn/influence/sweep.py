@@ -14,7 +14,7 @@ layer is seen that autograd can differentiate twice, and all targets go together
 
 Two cotangents are carried for each target. That of its mean loss over the last `window` steps gives the observations: it is
 the same influence with much less of the last steps' noise. That of the last step's loss gives σ², the variance over batches
-of the loss that is really left: Σ_t Var_i(a_{t,i}) / b.
+of the loss that is really left: Σ_t Var_i(a_{t,i}) / b, less what an epoch's batches have in common (see `shuffling`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .observations import step_statistics
 from .optimizers import FlatOptimizer, State
+from .shuffling import ShufflingMeter
 from .targets import OwnTargets, PerExampleLoss, Targets, batched_grad, own_gains
 from .trajectory import MicroBatch, Trajectory, set_random_states
 
@@ -42,6 +43,7 @@ class Sweep:
         per_example: model, batch → losses `[batch]` and weights `[batch]`, as the run took them.
         window (`int`): last steps over which a target's loss is averaged; 1 takes the end of the run alone.
         every (`int`, defaults to 1): steps between two looks within the window.
+        meter (`ShufflingMeter`, *optional*): is shown the gains that σ² is the variance of.
     """
 
     def __init__(
@@ -54,10 +56,11 @@ class Sweep:
         *,
         window: int,
         every: int = 1,
+        meter: ShufflingMeter | None = None,
     ):
         self.model, self.optimizer, self.trajectory = model, optimizer, trajectory
         self.targets, self.per_example = targets, per_example
-        self.window, self.every = max(1, window), every
+        self.window, self.every, self.meter = max(1, window), every, meter
         self.parameters: Sequence[Tensor] = optimizer.parameters
         self.device = self.parameters[0].device
 
@@ -111,7 +114,11 @@ class Sweep:
             if own:
                 record(step, examples, weight, own_gains(gains[:, examples].T, weight), None)
             else:
-                _, _, variance = step_statistics(*(x.double().cpu().numpy() for x in (weight, gains[:, count:])))
+                of_end = gains[:, count:]
+                _, _, variance = step_statistics(*(x.double().cpu().numpy() for x in (weight, of_end)))
+                if self.meter is not None:
+                    counted = weight > 0
+                    self.meter.add(step, *(x[counted] for x in (examples, weight, of_end)))
                 record(step, examples, weight, gains[:, :count], variance)
             theta = before[0] + hessian
             if step in looks:

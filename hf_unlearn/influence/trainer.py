@@ -6,6 +6,7 @@ import tempfile
 import uuid
 from collections.abc import Callable
 from copy import copy
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from trl import SFTTrainer
 
 from ..data import LABEL_COLUMNS, RawCollator, raw_collator
 from ..parameters import trainable_parameters
-from ..task import IGNORED, is_causal_lm, load_model
+from ..task import IGNORED, LoadsByName, is_causal_lm, load_model
 from .config import FINEConfig, InfluenceConfig
 from .ghost import GhostRecorder
 from .inputs import ROW, check_arguments, check_model, sample_ids_of, target_sets_of
@@ -27,6 +28,7 @@ from .optimizers import FlatOptimizer
 from .recorder import Recorder, read_observations
 from .recording import RecordingMixin
 from .report import InfluenceReport
+from .shuffling import ShufflingMeter
 from .sweep import Sweep
 from .trajectory import Trajectory
 
@@ -34,7 +36,7 @@ from .trajectory import Trajectory
 MAX_GIGABYTES = 8  # of memory in a sweep
 
 
-class FINEMixin(RecordingMixin):
+class FINEMixin(RecordingMixin, LoadsByName):
     """Gives a Trainer a record of what each example did to each target.
 
     Training is as it would be without: the same batches, the same updates. A subclass may override `per_example_loss`.
@@ -227,15 +229,6 @@ class FINEMixin(RecordingMixin):
         super()._save_checkpoint(model, trial)
         self._target_gradients = None  # a run that is resumed here has to look anew, and so this one does too
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        model = model if model is not None else self.model
-        if hasattr(model, "peft_config") or not hasattr(model, "from_pretrained"):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # Transformers 5.23 saves some models (ViT) under the parameter names of older versions, which from_pretrained
-        # understands and Trainer does not: it warns of missing keys and goes on with the weights that it has.
-        saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
-
     def _manifest(self) -> dict[str, Any]:
         names = (
             "preconditioned",
@@ -260,6 +253,11 @@ class FINEMixin(RecordingMixin):
 
     def _propagate(self) -> None:
         window = round(self.args.target_window * self.state.global_step)
+        meter = None
+        if self.target != "self":
+            meter = ShufflingMeter(
+                len(self.sample_ids), len(self.target_sets), self._steps_per_epoch, self.args.device
+            )
         sweep = Sweep(
             self.model,
             self._flat_optimizer,
@@ -268,6 +266,7 @@ class FINEMixin(RecordingMixin):
             self.per_example_loss,
             window=window,
             every=max(1, min(self.args.target_every, window // 4)),
+            meter=meter,
         )
 
         def record(step: int, examples: Tensor, weight: Tensor, gains: Tensor, variance: np.ndarray | None) -> None:
@@ -276,8 +275,14 @@ class FINEMixin(RecordingMixin):
 
         sweep.run(self.state.global_step, record)
         self._recorder.flush()
+        shuffling = meter.result() if meter is not None else None
+        self._recorder.describe(shuffling=asdict(shuffling) if shuffling else None)
         self._trajectory.clear()
         self._trajectory = None
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return -(-len(self.callback_handler.train_dataloader) // self.args.gradient_accumulation_steps)
 
     def _calibrate(self) -> None:
         """σ of the targets' losses over whole trainings, and the factor by which the run's own σ must be multiplied."""
@@ -299,7 +304,7 @@ class FINEMixin(RecordingMixin):
                 losses.append(self._target_sets.losses(trainer.model))
         measured = torch.stack(losses).double().var(0).cpu().numpy()
         observations, manifest = read_observations(self.records_dir)
-        own = observations.since(self._burnt_in(manifest)).variance.sum(0)
+        own = np.square(observations.since(self._burnt_in(manifest)).sigma)
         self._scale = float(np.sqrt(measured.sum() / own.sum()))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

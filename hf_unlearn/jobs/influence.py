@@ -16,7 +16,6 @@ from ..influence.config import FINEConfig, InfluenceConfig
 from ..influence.report import COLUMNS, InfluenceReport
 from ..influence.trainer import FINETrainer, InfluenceTrainer
 from ..task import check_processes, is_causal_lm, load_model
-from .unlearn import _split
 
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[
     """
     check_processes(config)
     splits = _load(job)
-    train = _split(splits, "split", job.split)
+    train = data.one_split(splits, "split", job.split)
     if config.id_column not in train.column_names:
         train = train.add_column(config.id_column, list(range(len(train))))
     if job.wrong_labels:
@@ -236,14 +235,14 @@ def _adapter(job: InfluenceJob):
 
 def _targets(job: InfluenceJob, splits: DatasetDict) -> Dataset:
     if job.target_split:
-        rows = _split(splits, "target_split", job.target_split)
+        rows = data.one_split(splits, "target_split", job.target_split)
     else:
         try:
             loaded = data.load(job.target_dataset)
         except ValueError as error:
             raise ValueError(f"target_{error}") from error
         one = len(loaded) == 1
-        rows = next(iter(loaded.values())) if one else _split(loaded, "target_dataset: split", job.split)
+        rows = next(iter(loaded.values())) if one else data.one_split(loaded, "target_dataset: split", job.split)
     if job.target_column:
         if job.target_column not in rows.column_names:
             raise ValueError(

@@ -155,7 +155,7 @@ def select(job: UnlearnJob, id_column: str) -> Parts:
         )
     evaluation = {}
     if job.eval_split:
-        rows = _split(splits, "eval_split", job.eval_split)
+        rows = data.one_split(splits, "eval_split", job.eval_split)
         if job.forget_column:
             evaluation["forget"], evaluation["retain"] = _by_values(rows, job, key=f"eval_split={job.eval_split!r}: ")
         else:
@@ -163,7 +163,7 @@ def select(job: UnlearnJob, id_column: str) -> Parts:
     return Parts(
         forget=forget,
         retain=rest if job.retain else None,
-        heldout=_split(splits, "heldout_split", job.heldout_split) if job.heldout_split else None,
+        heldout=data.one_split(splits, "heldout_split", job.heldout_split) if job.heldout_split else None,
         evaluation={name: rows for name, rows in evaluation.items() if rows is not None and len(rows)},
     )
 
@@ -174,21 +174,15 @@ def _forget_and_rest(job: UnlearnJob, splits: DatasetDict | None, id_column: str
         if not any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
             raise ValueError(f"forget_dataset: {job.forget_dataset!r} is no dataset saved with save_to_disk")
         saved = data.load(job.forget_dataset)
-        forget = next(iter(saved.values())) if len(saved) == 1 else _split(saved, "split", job.split)
-        return forget, _without(_split(splits, "split", job.split), forget, id_column) if job.retain else None
-    rows = _split(splits, "split", job.split)
+        forget = next(iter(saved.values())) if len(saved) == 1 else data.one_split(saved, "split", job.split)
+        return forget, _without(data.one_split(splits, "split", job.split), forget, id_column) if job.retain else None
+    rows = data.one_split(splits, "split", job.split)
     if job.forget_column:
         return _by_values(rows, job)
     if id_column not in rows.column_names:
         raise ValueError(f"id_column: {id_column!r} is not in the dataset (it has {', '.join(rows.column_names)})")
     ids = [_as_in_column(rows, id_column, value, "forget_ids") for value in job.forget_ids]
     return data.split_by_ids(rows, ids, column=id_column)
-
-
-def _split(splits: DatasetDict, key: str, name: str) -> Dataset:
-    if name not in splits:
-        raise ValueError(f"{key}: {name!r} is not in the dataset (it has {', '.join(splits)})")
-    return splits[name]
 
 
 def _by_values(rows: Dataset, job: UnlearnJob, key: str = "") -> tuple[Dataset, Dataset]:

@@ -19,7 +19,7 @@ from trl import SFTTrainer
 
 from ..data import LABEL_COLUMNS, ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
 from ..parameters import Anchor, ReferencePoint, trainable_parameters
-from ..task import is_causal_lm, load_model
+from ..task import LoadsByName, is_causal_lm, load_model
 from .checkpoint import last_complete, mark_complete, read_marker, unmark
 from .config import UnlearnConfig, UnlearnSFTConfig
 from .guard import Guard, GuardState
@@ -29,7 +29,7 @@ from .saving import SavingMixin
 from .utility import UtilityMixin
 
 
-class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
+class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
     """Makes a Trainer forget: batches of forget (and optional retain) data, frozen reference, anchor, replay, guard,
     saving and card. A method overrides `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` or `build_anchor`, and
     nothing else.
@@ -315,15 +315,6 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin):
             guard = self.guard.state.to_json() if self.guard else None
             mark_complete(checkpoint, self._method, {"guard": guard, "heldout_loss": self.heldout_loss})
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        model = model if model is not None else self.model
-        if hasattr(model, "peft_config") or not hasattr(model, "from_pretrained"):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # Transformers 5.23 saves some models (ViT) under the parameter names of older versions, which from_pretrained
-        # understands and Trainer does not: it warns of missing keys and goes on with the weights that it has.
-        saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
 
 
 class _NewPairs(TrainerCallback):
