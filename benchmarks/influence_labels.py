@@ -86,6 +86,7 @@ def scores_of(judge: Judge, seed: int) -> dict[str, Tensor]:
             "TRAK's formula, one model": trak_own(judge, run),
             "squared gradient norm at the end": flat_gradients(judge, run.states[-1]["parameters"]).square().sum(1),
             "mean loss": mean_loss(judge, run),
+            "loss at the end": mean_loss(judge, replace(run, states=run.states[-1:])),
             "random": torch.rand(len(judge.x), generator=torch.Generator().manual_seed(seed)),
         }
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 
@@ -31,7 +32,7 @@ class Shuffling:
 
     Attributes:
         steps_per_epoch (`int`): T.
-        correlation (`tuple[float]`): ρ at 1, …, T − 1 steps between, mean over equal bins, all targets together.
+        correlation (`tuple[float]`): ρ at 1, …, T − 1 steps between, in equal bins, all targets together; it does not rise.
     """
 
     steps_per_epoch: int
@@ -89,6 +90,8 @@ class ShufflingMeter:
         share = (weight / weight.sum())[:, None]
         residual = share * (gains - (share * gains).sum(0))
         residual = residual / residual.square().mean(0).sqrt().clamp_min(torch.finfo(gains.dtype).tiny)
+        # Both deviations are from the mean of a batch that the example is in: their product is smaller by 1 − 1/b.
+        residual = residual / (1 - 1 / len(examples)) ** 0.5
         between = (before - step).abs()
         seen = (before >= 0) & (between < self.length)
         products = (residual * self._residual[examples]).mean(1)[seen]
@@ -101,4 +104,6 @@ class ShufflingMeter:
         """None where it cannot be known: fewer than two epochs, an order that does not change, draws with replacement."""
         if not self._shuffled or self.length < BINS or (self._count < MIN_PAIRS).any():
             return None
-        return Shuffling(self.length, tuple((self._sum / self._count).clamp(-1, 1).tolist()))
+        found = (self._sum / self._count).clamp(-1, 1).cpu().numpy()
+        falling = isotonic_regression(found, weights=self._count.cpu().numpy(), increasing=False)
+        return Shuffling(self.length, tuple(falling.x.tolist()))

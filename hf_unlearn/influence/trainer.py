@@ -34,6 +34,7 @@ from .trajectory import Trajectory
 
 
 MAX_GIGABYTES = 8  # of memory in a sweep
+LATE = 0.8  # share of the run after which an example's gain on itself tells best what had to be learned by heart
 
 
 class FINEMixin(RecordingMixin, LoadsByName):
@@ -246,7 +247,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
             "observation": self.observation,
             "optimizer": optimizer,
             "steps": self.state.max_steps,
-            "burn_in": self.args.burn_in,
+            "burn_in": self._burn_in,
             "seed": self.args.seed,
             "settings": {name: getattr(self.args, name) for name in names},
         }
@@ -333,8 +334,17 @@ class FINEMixin(RecordingMixin, LoadsByName):
             observations, manifest, burn_in=self._burnt_in(manifest), scale=self._scale
         )
 
+    @property
+    def _burn_in(self) -> float:
+        """Share of the steps that does not count."""
+        if self.args.burn_in is not None:
+            return self.args.burn_in
+        if self.target == "self" and self.observation == "in_run":
+            return max(0.0, min(LATE, 1 - self._steps_per_epoch / self.state.max_steps))
+        return 0.1
+
     def _burnt_in(self, manifest: dict[str, Any]) -> int:
-        return round(self.args.burn_in * manifest["steps"])
+        return round(manifest["burn_in"] * manifest["steps"])
 
     def _build_ghost(self) -> GhostRecorder:
         ghost = GhostRecorder(self.model, layers=self.args.layers)

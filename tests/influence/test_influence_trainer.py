@@ -1,6 +1,7 @@
 """`InfluenceTrainer`: it trains as `Trainer` does, and what it records is what loops over single examples compute."""
 
 import copy
+import dataclasses
 import random
 
 import numpy as np
@@ -493,6 +494,86 @@ class TestPropagated:
         trainer = InfluenceTrainer(mlp(), args, train_dataset=vectors(10), target_dataset=vectors(3, seed=1))
         trainer.train()
         assert not list(tmp_path.rglob("*.safetensors"))
+
+
+class TestSigma:
+    """σ of one propagated run, against runs of plain gradient descent in other orders."""
+
+    ROWS, BATCH, EPOCHS, RATE = 320, 20, 8, 0.5
+
+    def run_once(self, folder, **changes):
+        args = settings(
+            folder,
+            observation="propagated",
+            per_device_train_batch_size=self.BATCH,
+            num_train_epochs=self.EPOCHS,
+            max_steps=-1,
+            learning_rate=self.RATE,
+            burn_in=0.1,
+            **changes,
+        )
+        targets = {"a": vectors(6, seed=1), "b": vectors(5, seed=2)}
+        trainer = InfluenceTrainer(mlp(), args, train_dataset=vectors(self.ROWS), target_dataset=targets)
+        trainer.train()
+        return trainer
+
+    def losses_in_other_orders(self, targets, runs=150):
+        rows, found = vectors(self.ROWS), []
+        x, labels = rows["x"][:], rows["labels"][:]
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(runs):
+            model = mlp()
+            theta = list(model.parameters())
+            for _ in range(self.EPOCHS):
+                for batch in torch.randperm(self.ROWS, generator=generator).split(self.BATCH):
+                    gradients = torch.autograd.grad(model(x[batch], labels[batch])["loss"], theta)
+                    with torch.no_grad():
+                        torch._foreach_sub_(theta, gradients, alpha=self.RATE)
+            with torch.no_grad():
+                found.append([model(data["x"][:], data["labels"][:])["loss"].item() for data in targets.values()])
+        return np.std(found, axis=0, ddof=1)
+
+    def test_is_the_spread_over_orders(self, tmp_path):
+        sigmas, independent = [], []
+        for seed in range(5):
+            trainer = self.run_once(tmp_path / str(seed), seed=seed)
+            sigmas.append(list(trainer.influence.sigma.values()))
+            report = trainer.influence
+            plain = dataclasses.replace(report.observations, shuffling=None).since(report.burn_in)
+            independent.append(plain.sigma)
+        assert trainer.influence.manifest["shuffling"]["steps_per_epoch"] == self.ROWS // self.BATCH
+        true = self.losses_in_other_orders(trainer.target_sets)
+        assert (np.abs(np.log(np.mean(sigmas, axis=0) / true)) < np.log(1.5)).all()
+        assert (np.mean(independent, axis=0) > 2 * true).all()
+
+    @pytest.mark.parametrize("changes", [{"num_train_epochs": 1}, {"train_sampling_strategy": "sequential"}])
+    def test_says_nothing_of_orders_it_cannot_know(self, changes, tmp_path, monkeypatch):
+        monkeypatch.setattr(self, "EPOCHS", changes.get("num_train_epochs", self.EPOCHS), raising=False)
+        trainer = self.run_once(tmp_path, **{k: v for k, v in changes.items() if k != "num_train_epochs"})
+        assert trainer.influence.manifest["shuffling"] is None
+        assert trainer.influence.observations.shuffling is None
+
+
+class TestBurnIn:
+    @pytest.mark.parametrize(
+        ("target", "epochs", "observation", "expected"),
+        [
+            ("set", 10, "in_run", 2),  # a tenth of 20 steps
+            ("self", 10, "in_run", 16),
+            ("self", 2, "in_run", 2),  # an epoch is left, two of four steps
+            ("self", 1, "in_run", 0),
+            ("self", 10, "propagated", 2),
+        ],
+    )
+    def test_default(self, target, epochs, observation, expected, tmp_path):
+        args = settings(
+            tmp_path, burn_in=None, observation=observation, num_train_epochs=epochs, max_steps=-1, per_device_train_batch_size=4
+        )  # fmt: skip
+        chosen = {"target": "self"} if target == "self" else {"target_dataset": vectors(3, seed=1)}
+        trainer = InfluenceTrainer(mlp(), args, train_dataset=vectors(8), **chosen)
+        trainer.train()
+        assert trainer.influence.burn_in == expected
+        assert np.isfinite(trainer.influence.dataset["mu"][:]).all()
 
 
 class TestWhatIsNotSeen:
