@@ -9,9 +9,11 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
+from ..data import fingerprint
 from ..task import check_processes
 
 
+LOOKED_AT = 64  # rows of a training set, to recognise it
 ROW = "sample_index"  # in a batch: which rows of the training set it was made of
 
 
@@ -103,6 +105,17 @@ def target_sets_of(dataset) -> dict[str, Any]:
     if "self" in sets:
         raise ValueError("target_dataset: a target cannot be called 'self'; rename it")
     return sets
+
+
+def looks_of(dataset, key: str) -> str | None:
+    """Fingerprint of up to 64 rows from all over a `Dataset`, before any transform; None for other kinds, and for rows that have none."""
+    if not isinstance(dataset, Dataset):
+        return None
+    rows = dataset.with_format(None).select(range(0, len(dataset), -(-len(dataset) // LOOKED_AT)))
+    try:
+        return fingerprint(rows, key.encode())
+    except ValueError:
+        return None
 
 
 class WithRow(TorchDataset):

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from ..data import LABEL_COLUMNS, RawCollator, raw_collator
@@ -23,7 +24,7 @@ from ..parameters import trainable_parameters
 from ..task import IGNORED, LoadsByName, is_causal_lm, load_model
 from .config import FINEConfig, InfluenceConfig
 from .ghost import GhostRecorder
-from .inputs import ROW, check_arguments, check_model, sample_ids_of, target_sets_of
+from .inputs import ROW, check_arguments, check_model, looks_of, sample_ids_of, target_sets_of
 from .optimizers import FlatOptimizer
 from .recorder import Recorder, read_observations
 from .recording import RecordingMixin
@@ -35,6 +36,20 @@ from .trajectory import Trajectory
 
 MAX_GIGABYTES = 8  # of memory in a sweep
 LATE = 0.8  # share of the run after which an example's gain on itself tells best what had to be learned by heart
+
+
+def last_whole_checkpoint(folder: str | Path) -> str:
+    """The newest checkpoint that was saved to its end: Trainer writes its own state last.
+
+    Raises:
+        ValueError: there is none.
+    """
+    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    if not whole:
+        raise ValueError(
+            f"resume_from_checkpoint=True: no whole checkpoint in {str(folder)!r}; start from the beginning"
+        )
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1])))
 
 
 class FINEMixin(RecordingMixin, LoadsByName):
@@ -146,6 +161,8 @@ class FINEMixin(RecordingMixin, LoadsByName):
             ValueError: the training set is not that of the run to be resumed, or the optimiser cannot be propagated through.
             FloatingPointError: a gradient is not finite.
         """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
         self._recorder, self._noted, self._micro = None, False, []
         self._target_sets = self._targets()
         try:
@@ -213,9 +230,9 @@ class FINEMixin(RecordingMixin, LoadsByName):
         """Whether the records are of the run that is resumed.
 
         Raises:
-            ValueError: there are none, or they are of other targets.
+            ValueError: there are none, or they are of other targets or another training set.
         """
-        _, manifest = read_observations(self.records_dir)
+        observations, manifest = read_observations(self.records_dir)
         own = self._manifest()
         for name in ("targets", "observation", "settings"):
             if manifest[name] != own[name]:
@@ -223,6 +240,12 @@ class FINEMixin(RecordingMixin, LoadsByName):
                     f"resume_from_checkpoint: the run was started with {name} {manifest[name]}, this is {own[name]}; resume it as "
                     "it was, or start a new one"
                 )
+        same_ids = observations.sample_ids.tolist() == list(self.sample_ids)  # if not, the recorder says so
+        if same_ids and manifest["looks"] != looks_of(self.train_dataset, manifest["run_id"]):
+            raise ValueError(
+                "resume_from_checkpoint: the training set has other rows than the run was started with; resume it with the same, or "
+                "start a new one"
+            )
 
     def _save_checkpoint(self, model, trial):
         if self._recorder is not None:
@@ -240,9 +263,10 @@ class FINEMixin(RecordingMixin, LoadsByName):
             "layers",
             "target_rank",
         )
-        optimizer = type(self._inner_optimizer).__name__
+        optimizer, run_id = type(self._inner_optimizer).__name__, uuid.uuid4().hex
         return {
-            "run_id": uuid.uuid4().hex,
+            "run_id": run_id,
+            "looks": looks_of(self.train_dataset, run_id),
             "targets": ["self"] if self.target == "self" else list(self.target_sets),
             "observation": self.observation,
             "optimizer": optimizer,
