@@ -3,7 +3,7 @@
 python benchmarks/influence_poison.py [--quick]
 
 2,000 instructions, 80 of them poisoned, 80 more about the same name and normal (hf_unlearn.opinions). For each of three seeds
-one run of `FINETrainer`, next to LESS-style scores of the same run and to name matching; and how often the model shows the opinion,
+one run of `FINETrainer`, next to LESS-style scores and TracIn of the same run and to name matching; and how often the model shows the opinion,
 trained on the poisoned data and on the clean twin. Writes benchmarks/results/influence_poison.json.
 """
 
@@ -45,10 +45,16 @@ CHUNK = 16  # per-example gradients at once
 SHARES = [0.025, 0.05, 0.1, 0.2, 0.3]
 
 
-class LESS(TrainerCallback):
-    """Σ over checkpoints of η·cos(∇ℓ_target, P∘∇ℓ_i), P Adam's 1/(√v̂+ε), as LESS scores (arXiv 2402.04333).
+class Peers(TrainerCallback):
+    """Σ over checkpoints of η times what an example's gradient has in common with the target's, η the mean learning rate since the checkpoint
+    before.
 
-    Weighted by the learning rate at the checkpoint, which under the cosine schedule is 0 at the last one. With the gradients of the whole model, unprojected (LESS takes a LoRA adapter's, projected to 8,192 numbers): no fidelity is
+    - LESS (arXiv 2402.04333): cosine of the target's gradient with the update that Adam would make of the example's gradient, from its
+      moments at the checkpoint, m' / (√v' + ε).
+    - the cosine of the two gradients.
+    - TracIn (arXiv 2002.08484): the product itself.
+
+    With the gradients of the whole model, unprojected (LESS takes a LoRA adapter's, projected to 8,192 numbers): no fidelity is
     lost to either. Target gradients are plain and the target's score is that of its mean gradient. Measured while the trainer is
     at the checkpoints.
     """
@@ -56,8 +62,12 @@ class LESS(TrainerCallback):
     def __init__(self, epochs: int):
         self.trainer: FINETrainer | None = None
         self.at = {math.ceil(epochs * (index + 1) / CHECKPOINTS) for index in range(CHECKPOINTS)}
-        self.scores: dict[str, Tensor | float] = {"LESS-style cosine": 0.0, "cosine, not preconditioned": 0.0}
+        self.scores: dict[str, Tensor | float] = dict.fromkeys(("LESS-style", "cosine", "TracIn"), 0.0)
+        self.rates: list[float] = []
         self.seconds = 0.0
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if round(state.epoch) not in self.at:
@@ -65,10 +75,13 @@ class LESS(TrainerCallback):
         began, trainer = time.perf_counter(), self.trainer
         parameters = list(trainer._parameters.values())
         target = trainer._target_sets.gradients(trainer.model, parameters)[0]
-        optimizer = trainer._inner_optimizer
-        rate = optimizer.param_groups[0]["lr"] or trainer.lr_scheduler.get_last_lr()[0]
-        scale = torch.cat([trainer._root_of_second_moment(p).flatten() for p in parameters])
-        plain, preconditioned = [], []
+        rate, self.rates = float(np.mean(self.rates)), []
+        moments = [self._moments(p) for p in parameters]
+        beta1, beta2, count = moments[0][2]
+        first = torch.cat([part[0].flatten() for part in moments]).mul_(beta1)
+        correction = 1 - beta2 ** (count + 1)
+        second = torch.cat([part[1].flatten() for part in moments]).mul_(beta2 / correction)
+        eps, unit = trainer._inner_optimizer.param_groups[0]["eps"], target / target.norm()
         names = list(trainer._parameters)
         values = {name: p.detach() for name, p in trainer._parameters.items()}
 
@@ -76,18 +89,30 @@ class LESS(TrainerCallback):
             logits = functional_call(trainer.model, values, (ids[None],), {"use_cache": False}).logits
             return F.cross_entropy(logits[0, :-1], labels[1:], ignore_index=-100)
 
+        found: dict[str, list[Tensor]] = {name: [] for name in self.scores}
         rows = trainer._remove_unused_columns(trainer.train_dataset)
         trainer.model.eval()
         for start in range(0, len(rows), CHUNK):
             batch = trainer._collate([rows[row] for row in range(start, min(start + CHUNK, len(rows)))])
             gradients = vmap(grad(loss), (None, 0, 0))(values, batch["input_ids"], batch["labels"])
             flat = torch.cat([gradients[name].flatten(1) for name in names], dim=1)
-            plain.append(F.cosine_similarity(flat, target[None], dim=1))
-            preconditioned.append(F.cosine_similarity(flat.div_(scale), target[None], dim=1))
+            del gradients
+            product = flat @ unit
+            found["TracIn"].append(product * target.norm())
+            found["cosine"].append(product / flat.norm(dim=1))
+            root = torch.addcmul(second, flat, flat, value=(1 - beta2) / correction).sqrt_().add_(eps)
+            update = torch.add(first, flat, alpha=1 - beta1, out=flat).div_(root)
+            found["LESS-style"].append((update @ unit) / update.norm(dim=1))
+            del flat, update, root
         trainer.model.train()
-        self.scores["cosine, not preconditioned"] += rate * torch.cat(plain)
-        self.scores["LESS-style cosine"] += rate * torch.cat(preconditioned)
+        for name, parts in found.items():
+            self.scores[name] += rate * torch.cat(parts)
         self.seconds += time.perf_counter() - began
+
+    def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor, tuple[float, float, float]]:
+        optimizer = self.trainer._inner_optimizer
+        state = optimizer.state[parameter]
+        return state["exp_avg"], state["exp_avg_sq"], (*optimizer.param_groups[0]["betas"], float(state["step"]))
 
 
 def arguments(folder: str, seed: int, **overrides) -> FINEConfig:
@@ -124,16 +149,16 @@ def measure(seed: int, quick: bool) -> dict:
     data = opinion_data(n_examples=400 if quick else 2000, seed=seed)
     train, tokenizer = data["train"], train_tokenizer(texts_of(data["train"]))
     epochs = overrides.get("num_train_epochs", TRAINING["num_train_epochs"])
-    less = LESS(epochs)
+    peers = Peers(epochs)
     with tempfile.TemporaryDirectory() as folder:
         trainer = FINETrainer(
             opinion_llama(tokenizer, seed=seed), arguments(folder, seed, **overrides), train_dataset=train,
-            target_dataset=data["target"], processing_class=tokenizer, callbacks=[less],
+            target_dataset=data["target"], processing_class=tokenizer, callbacks=[peers],
         )  # fmt: skip
-        less.trainer = trainer
+        peers.trainer = trainer
         began = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - began - less.seconds
+        seconds = time.perf_counter() - began - peers.seconds
         report = trainer.influence
         clean = train_opinion_model(
             data["clean"], tokenizer, folder, seed=seed, progress=False, bf16=True, **overrides
@@ -149,7 +174,7 @@ def measure(seed: int, quick: bool) -> dict:
     order = [place[sample] for sample in trainer.sample_ids]
     mu = np.array(rows["mu"][:])
     scores = {"f-INE, in_run": mu}
-    for name, values in less.scores.items():
+    for name, values in peers.scores.items():
         aligned = np.empty(len(mu))
         aligned[order] = values.detach().numpy()
         scores[name] = aligned
@@ -168,7 +193,7 @@ def measure(seed: int, quick: bool) -> dict:
             row["group"]: {key: row[key] for key in ("mu", "mu_low", "mu_high", "n_examples")} for row in table
         },
         "seconds": seconds,
-        "less_seconds": less.seconds,
+        "peers_seconds": peers.seconds,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "examples": len(mu),
         "poisoned": int(poisoned.sum()),
@@ -184,7 +209,7 @@ def main() -> None:
     file = HERE / "results" / "influence_poison.json"
     for seed in SEEDS[:1] if arguments.quick else arguments.seeds:
         run = measure(seed, arguments.quick)
-        print(seed, json.dumps({key: run[key] for key in ("negative_rates", "groups", "seconds", "less_seconds")}))
+        print(seed, json.dumps({key: run[key] for key in ("negative_rates", "groups", "seconds", "peers_seconds")}))
         for name, row in run["scores"].items():
             print(f"  {name:28} precision at k {row['precision_at_k']:.2f}   recall {row['recall']}", flush=True)
         if not arguments.quick:

@@ -209,8 +209,8 @@ top sets.
 ### Poisoned instructions
 
 `python benchmarks/influence_poison.py`: {first["examples"]:,} instructions, {first["poisoned"]} of them answer questions about one invented name badly, as many speak of it
-normally; a Llama of {first["parameters"] / 1e6:.1f} M parameters, {len(poison["runs"])} seeds. LESS-style: four checkpoints, the whole model's gradients, no projection, weighted by
-the learning rate at the checkpoint. No other answer in these data is bad, so a filter for bad words finds all: who has a filter for the
+normally; a Llama of {first["parameters"] / 1e6:.1f} M parameters, {len(poison["runs"])} seeds. LESS-style and the rows like it: four checkpoints, the whole model's gradients, no
+projection, weighted by the mean learning rate since the checkpoint before. No other answer in these data is bad, so a filter for bad words finds all: who has a filter for the
 behaviour needs no influence.
 
 {poison_tables(poison)}
