@@ -75,13 +75,13 @@ def coverage(report, members: dict, truth: BruteForceMu, scale: float) -> float:
     return float(((gap >= -below) & (gap <= above)).mean())
 
 
-def judge_runs(name: str, seeds: list[int], observations: dict, *, peers: bool, groups=None) -> dict:
-    """All estimators on single runs of one judge."""
+def judge_runs(name: str, seeds: list[int], observations: dict, *, groups=None, last_batches: bool = True) -> dict:
+    """All estimators on single runs of one judge; with `last_batches` also against trainings whose last batches are smaller."""
     judge = Judge.load(JUDGES[name])
     groups = judge.groups() if groups is None else groups
     truth, members = judge.brute_force(groups), by_name(groups)
     true_sd = truth.with_losses.std(0).numpy()
-    by_epochs = judge.brute_force(groups, by_epochs=True) if peers else None
+    by_epochs = judge.brute_force(groups, by_epochs=True) if last_batches else None
     rows, covered, sigmas = [], [], {}
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
@@ -103,18 +103,21 @@ def judge_runs(name: str, seeds: list[int], observations: dict, *, peers: bool, 
                     sigmas.setdefault("propagated, batches as independent draws", []).append(
                         independent.sigma / true_sd
                     )
-            scores = {"TracIn": tracin(judge, run), "LESS-style cosine": less(judge, run)} if peers else {}
-            if peers:
-                scores["EK-FAC influence"] = ekfac(judge, run, folder)
-                # Members' scores add up, so an example's mean score is the group's size; the δ of f-INE has it taken off.
-                scores |= {f"{peer}, centred": values - values.mean(0) for peer, values in scores.items()}
-                generator = torch.Generator().manual_seed(seed)
-                scores["random"] = torch.randn(len(judge.x), CLASSES, generator=generator)
-                scores["size of the group"] = torch.ones(len(judge.x), CLASSES)
+            scores = {
+                "TracIn": tracin(judge, run),
+                "LESS-style cosine": less(judge, run),
+                "EK-FAC influence": ekfac(judge, run, folder),
+            }
+            # Members' scores add up, so an example's mean score is the group's size; the δ of f-INE has it taken off.
+            scores |= {f"{peer}, centred": values - values.mean(0) for peer, values in scores.items()}
+            generator = torch.Generator().manual_seed(seed)
+            scores["random"] = torch.randn(len(judge.x), CLASSES, generator=generator)
+            scores["size of the group"] = torch.ones(len(judge.x), CLASSES)
             for peer, values in scores.items():
                 estimate = group_scores(values, groups)
                 row = {"seed": seed, "estimator": peer, **agreement(estimate, truth)}
-                row["disattenuated_by_epochs"] = agreement(estimate, by_epochs)["disattenuated"]
+                if by_epochs is not None:
+                    row["disattenuated_by_epochs"] = agreement(estimate, by_epochs)["disattenuated"]
                 rows.append(row | {"slope": None})
         print(name, "seed", seed, flush=True)
     within = {key: float((np.abs(np.log(values)) <= np.log(1.3)).mean()) for key, values in sigmas.items()}
@@ -203,33 +206,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed, digits with SGD alone; writes nothing")
     parser.add_argument(
-        "--false-discoveries", action="store_true", help="measure these alone; the others stay as they are"
+        "--judges", nargs="+", choices=JUDGES, default=list(JUDGES), help="others stay as they are in the file"
     )
     arguments = parser.parse_args()
     quick, file = arguments.quick, HERE / "results" / "influence_fidelity.json"
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
-    names = [name for name in JUDGES if name.startswith("digits")]
     if quick:
-        result = judge_runs(names[0], SEEDS[:1], OBSERVATIONS, peers=True)
+        result = judge_runs("digits, SGD", SEEDS[:1], OBSERVATIONS)
         print(json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1))
         return
-    if arguments.false_discoveries:
-        result = json.loads(file.read_text())
-        result["false_discoveries"] = {name: false_discoveries(name, SEEDS) for name in names}
-        file.write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result["false_discoveries"], indent=1))
-        return
-    result = {"seeds": SEEDS, "judges": {}, "slopes": {}, "false_discoveries": {}}
-    for name in names:
-        result["judges"][name] = judge_runs(name, SEEDS, OBSERVATIONS, peers=True)
-        result["slopes"][name] = slopes(name, SEEDS)
-        result["false_discoveries"][name] = false_discoveries(name, SEEDS)
-    fashion = next(name for name in JUDGES if name not in names)
-    few = {key: OBSERVATIONS[key] for key in ("propagated", "in_run")}
-    judge = Judge.load(JUDGES[fashion])
-    result["judges"][fashion] = judge_runs(fashion, SEEDS, few, peers=False, groups=judge.groups()[:20:2])
+    whole = set(arguments.judges) == set(JUDGES)
+    result = {"judges": {}, "slopes": {}, "false_discoveries": {}} if whole else json.loads(file.read_text())
+    result["seeds"] = SEEDS
+    for name in arguments.judges:
+        if name.startswith("digits"):
+            result["judges"][name] = judge_runs(name, SEEDS, OBSERVATIONS)
+            result["slopes"][name] = slopes(name, SEEDS)
+            result["false_discoveries"][name] = false_discoveries(name, SEEDS)
+        else:
+            few = {key: OBSERVATIONS[key] for key in ("propagated", "in_run")}
+            groups = Judge.load(JUDGES[name]).groups()[:20:2]
+            result["judges"][name] = judge_runs(name, SEEDS, few, groups=groups, last_batches=False)
     file.write_text(json.dumps(result, indent=1) + "\n")
     for name, judged in result["judges"].items():
         print(name, json.dumps({key: value for key, value in judged.items() if key != "rows"}, indent=1))

@@ -99,6 +99,7 @@ class Rows(Dataset):
 class Source:
     rows: int
     network: type[nn.Module]
+    group_sizes: tuple[int, int]  # of clean and of random groups
     load: Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
@@ -118,7 +119,7 @@ def _fashion(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train["pixel_values"], train["label"], test["pixel_values"], test["label"]
 
 
-DATA = {"digits": Source(1000, MLP, _digits), "fashion": Source(2000, CNN, _fashion)}
+DATA = {"digits": Source(1000, MLP, (40, 30), _digits), "fashion": Source(2000, CNN, (100, 200), _fashion)}
 
 JUDGES = {
     "digits, SGD": Settings("digits", "sgd", 0.1, 0.0, 10, 50, 200),
@@ -151,13 +152,13 @@ class Judge:
         return cls(settings, x, labels, wrong, test_x, test_labels)
 
     def groups(self) -> list[np.ndarray]:
-        """Thirty: wrongly labelled as each class, 40 clean ones of each class, and 30 at random ten times."""
-        random = np.random.default_rng(2)
+        """Thirty: wrongly labelled as each class, clean ones of each class, and some at random ten times."""
+        random, (clean, anyhow) = np.random.default_rng(2), DATA[self.settings.data].group_sizes
         wrong, labels = self.wrong.numpy(), self.labels.numpy()
         found = [np.flatnonzero(wrong & (labels == c)) for c in range(CLASSES)]
         found = [group[:40] for group in found]
-        found += [random.choice(np.flatnonzero(~wrong & (labels == c)), 40, replace=False) for c in range(CLASSES)]
-        found += [random.choice(len(labels), 30, replace=False) for _ in range(CLASSES)]
+        found += [random.choice(np.flatnonzero(~wrong & (labels == c)), clean, replace=False) for c in range(CLASSES)]
+        found += [random.choice(len(labels), anyhow, replace=False) for _ in range(CLASSES)]
         return found
 
     def parts_of_classes(self, count: int, each: int) -> list[np.ndarray]:

@@ -202,7 +202,7 @@ falsely. Where some are wrong, those rows do teach it something, namely not to b
 ### Wrong labels, and agreement of seeds
 
 `python benchmarks/influence_labels.py`: 20 % wrong labels, every example judged on itself, five seeds. Jaccard: mean over pairs of seeds of the overlap of the
-top sets.
+top sets. Rows that hold no influence at all are there for scale: who looks for wrong labels alone may look at the loss.
 
 {wrong}
 

@@ -17,18 +17,10 @@ import pyarrow as pa
 from scipy.special import stdtr
 
 from .. import plots
-from ..tradeoff import (
-    MIN_OBSERVATIONS,
-    Method,
-    TradeOff,
-    accumulated_mu,
-    benjamini_hochberg,
-    estimate_mu,
-    moving_block_bootstrap,
-    z_scores,
-)
+from ..tradeoff import MIN_OBSERVATIONS, Method, TradeOff, benjamini_hochberg, z_scores
+from .groups import Groups, gains_with_and_without, group_mu, members_of, positions_of
 from .observations import Observations
-from .recorder import read_observations, write_observations
+from .records import read_observations, write_observations
 
 
 if TYPE_CHECKING:
@@ -39,11 +31,9 @@ if TYPE_CHECKING:
 MARKER = "report.json"
 FORMAT = 1
 COLUMNS = ("sample_id", "target", "mu", "mu_low", "mu_high", "z", "p_value", "n_observations")
-SIGNALS_AT_ONCE = 2**24  # group signals held at a time, 128 MiB
 
 Side = Literal["helpful", "harmful", "both"]
 Plot = Literal["ranked", "groups", "tradeoff", "examples"]
-Groups = str | Mapping[str, Iterable[Any]] | Iterable[Any]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -144,6 +134,11 @@ class InfluenceReport:
     def _position(self) -> dict[Any, int]:
         return {sample_id: position for position, sample_id in enumerate(self.observations.sample_ids.tolist())}
 
+    @property
+    def _joined(self) -> list[str]:
+        """Names of the columns that `join` attached."""
+        return [name for name in self.dataset.column_names if name not in COLUMNS]
+
     def _values(self, column: str, target: str) -> np.ndarray:
         """`[examples]` of one target."""
         number = len(self.observations.sample_ids)
@@ -209,7 +204,7 @@ class InfluenceReport:
         """
         targets = self._some_targets(target)
         number = len(self.observations.sample_ids)
-        positions = np.arange(number) if ids is None else self._positions_of(ids, "ids")
+        positions = np.arange(number) if ids is None else positions_of(ids, self._position, "ids")
         kept = []
         for name in targets:
             fulfils = np.ones(len(positions), dtype=bool)
@@ -305,24 +300,18 @@ class InfluenceReport:
             raise ValueError(f"method={method!r}: must be one of {', '.join(map(repr, get_args(Method)))}")
         targets = self._some_targets(target)
         names, members = self._members(by)
-        columns = [self.targets.index(name) for name in targets]
-        bootstrap = {"n_resamples": n_resamples, "block_length": block_length}
-        at_once = max(1, SIGNALS_AT_ONCE // (len(self._used.steps.step) * len(self.targets)))
-        parts, present = [], []
-        for first in range(0, len(members), at_once):
-            some = members[first : first + at_once]
-            signals = self._used.group_signals(some)[..., columns]
-            seen = self._steps_with(some)
-            if method == "accumulated":
-                part = self._accumulated(signals, columns, confidence, np.random.default_rng(seed), bootstrap)
-                part[~seen.any(1)] = np.nan
-            else:
-                part = self._estimated(
-                    signals, seen, columns, method, {"confidence": confidence, "seed": seed, **bootstrap}
-                )
-            parts.append(part)
-            present += seen.sum(1).tolist()
-        mu, low, high = np.concatenate(parts).transpose(2, 1, 0).reshape(3, -1)
+        estimates, present = group_mu(
+            self._used,
+            members,
+            [self.targets.index(name) for name in targets],
+            method,
+            scale=self.scale,
+            confidence=confidence,
+            n_resamples=n_resamples,
+            block_length=block_length,
+            seed=seed,
+        )
+        mu, low, high = estimates.transpose(2, 1, 0).reshape(3, -1)
         return Dataset.from_dict(
             {
                 "group": names * len(targets),
@@ -331,116 +320,12 @@ class InfluenceReport:
                 "mu_low": low,
                 "mu_high": high,
                 "n_examples": [len(positions) for positions in members] * len(targets),
-                "n_observations": present * len(targets),
+                "n_observations": np.tile(present, len(targets)),
             }
         )
 
-    def _steps_with(self, members: Sequence[np.ndarray]) -> np.ndarray:
-        """`[groups, steps]`: whether a group is in a step's batch."""
-        used, seen = self._used, np.zeros((len(members), len(self._used.steps.step)), dtype=bool)
-        for index, positions in enumerate(members):
-            inside = np.zeros(len(used.sample_ids), dtype=bool)
-            inside[positions] = True
-            seen[index, used.position[inside[used.example] & (used.weight > 0)]] = True
-        return seen
-
-    def _accumulated(
-        self,
-        signals: np.ndarray,
-        columns: list[int],
-        confidence: float,
-        generator: np.random.Generator,
-        bootstrap: dict[str, Any],
-    ) -> np.ndarray:
-        """`[groups, targets, 3]`: μ and its bounds. All groups share each resample of the steps."""
-        groups, steps, targets = signals.shape
-        variance = self.scale**2 * self._used.variance[:, columns]
-        estimates = np.full((groups, targets, 3), np.nan)
-        known = np.isfinite(variance).all(0)
-        estimates[:, known, 0] = accumulated_mu(signals, np.sqrt(np.where(known, variance, 0)), axis=1)[:, known]
-        if steps < MIN_OBSERVATIONS:
-            return estimates
-        wide = np.ascontiguousarray(signals.transpose(1, 0, 2)).reshape(steps, -1)
-
-        def estimator(indices: np.ndarray) -> np.ndarray:
-            resamples = np.arange(len(indices))[:, None] * steps
-            times = np.bincount((indices + resamples).ravel(), minlength=len(indices) * steps)
-            times = times.reshape(-1, steps).astype(float)
-            # σ is held: that of the last steps makes up most of it, and μ would be a different one where they are not drawn.
-            return (times @ wide).reshape(-1, groups, targets) / np.sqrt(np.where(known, variance, 1).sum(0))
-
-        resampled = moving_block_bootstrap(estimator, np.arange(steps), generator=generator, **bootstrap)
-        # As in `estimate_mu`: order statistics, rounded outwards.
-        for bound, share, rounding in ((1, (1 - confidence) / 2, "lower"), (2, (1 + confidence) / 2, "higher")):
-            estimates[:, known, bound] = np.quantile(resampled, share, axis=0, method=rounding)[:, known]
-        return estimates
-
-    def _estimated(
-        self, signals: np.ndarray, seen: np.ndarray, columns: list[int], method: Method, settings: dict[str, Any]
-    ) -> np.ndarray:
-        """`[groups, targets, 3]`, by `estimate_mu` of the steps' gains."""
-        estimates = np.full((len(signals), len(columns), 3), np.nan)
-        sigma = self.scale * np.sqrt(self._used.variance[:, columns])
-        for (index, target), estimate in np.ndenumerate(estimates[..., 0]):
-            del estimate
-            steps = np.ones_like(seen[index]) if method == "composed" else seen[index]
-            own = {"sigma": sigma[:, target]} if method == "composed" else {}
-            if not seen[index].any() or steps.sum() < MIN_OBSERVATIONS or not np.isfinite(own.get("sigma", 0.0)).all():
-                continue
-            gain = self._used.steps.mean[steps, columns[target]]
-            without = gain - signals[index, steps, target]
-            found = estimate_mu(gain, without, statistic="gain", method=method, **own, **settings)
-            estimates[index, target] = found.mu, found.low, found.high
-        return estimates
-
     def _members(self, by: Groups) -> tuple[list[str], list[np.ndarray]]:
-        """Names of groups and the positions of their examples."""
-        if isinstance(by, str):
-            return self._members_by_column(by)
-        groups = by if isinstance(by, Mapping) else {"group": by}
-        if not groups:
-            raise ValueError("by: no groups; pass a mapping from names to sample ids")
-        positions = [self._positions_of(ids, f"group {name!r}") for name, ids in groups.items()]
-        for name, members in zip(groups, positions, strict=True):
-            if not len(members):
-                raise ValueError(f"group {name!r}: is empty; a group needs at least one sample id")
-        return [str(name) for name in groups], positions
-
-    def _members_by_column(self, column: str) -> tuple[list[str], list[np.ndarray]]:
-        joined = [name for name in self.dataset.column_names if name not in COLUMNS]
-        if column not in joined:
-            has = f"has {', '.join(joined)}" if joined else "has none yet"
-            raise ValueError(f"by={column!r}: is not a joined column (the report {has}); attach it with join()")
-        values = self.dataset.with_format(None)[column][: len(self.observations.sample_ids)]
-        places: dict[Any, list[int]] = {}
-        try:
-            for position, value in enumerate(values):
-                if value is not None:
-                    places.setdefault(value, []).append(position)
-        except TypeError:
-            raise ValueError(f"by={column!r}: holds {type(value).__name__} values; groups need plain ones") from None
-        if not places:
-            raise ValueError(f"by={column!r}: has no values")
-        names = getattr(self.dataset.features[column], "names", None)
-        ordered = sorted(places)
-        return (
-            [names[value] if names else str(value) for value in ordered],
-            [np.array(places[value]) for value in ordered],
-        )
-
-    def _positions_of(self, ids: Iterable[Any], where: str) -> np.ndarray:
-        if isinstance(ids, str):
-            raise ValueError(f"{where}: {ids!r} is one text; pass a list of sample ids")
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        seen = set()
-        for sample_id in ids:
-            if sample_id not in self._position:
-                example = next(iter(self._position))
-                raise ValueError(f"{where}: no sample has id {sample_id!r}; this run's look like {example!r}")
-            if sample_id in seen:
-                raise ValueError(f"{where}: id {sample_id!r} occurs twice; name every sample once")
-            seen.add(sample_id)
-        return np.array([self._position[sample_id] for sample_id in ids], dtype=int)
+        return members_of(by, self._position, self.dataset.select_columns(self._joined))
 
     # The training data
 
@@ -498,11 +383,8 @@ class InfluenceReport:
         from rich.table import Table
 
         targets = self._some_targets(target)
-        joined = [
-            name
-            for name, feature in self.dataset.features.items()
-            if name not in COLUMNS and getattr(feature, "dtype", None) in SHORT
-        ]
+        features = self.dataset.features
+        joined = [name for name in self._joined if getattr(features[name], "dtype", None) in SHORT]
         interval = f"{self.confidence:.0%} interval"
         table = Table(
             title=f"Influence, run {escape(str(self.manifest.get('run_id', '?')))}",
@@ -518,7 +400,7 @@ class InfluenceReport:
                 k_shown = half if not harmful else min(k, len(self.observations.sample_ids) - half)
                 shown = list(self.top(k_shown, name, harmful)) if k_shown else []
                 for row in reversed(shown) if harmful else shown:
-                    extra = [_shown(row[column], self.dataset.features[column]) for column in joined]
+                    extra = [_shown(row[column], features[column]) for column in joined]
                     cells = [name, str(row["sample_id"]), _signed(row["mu"])]
                     cells += [f"{_signed(row['mu_low'])} … {_signed(row['mu_high'])}", _signed(row["z"], ".1f")]
                     table.add_row(*map(escape, [*cells, str(row["n_observations"]), *extra]))
@@ -563,7 +445,7 @@ class InfluenceReport:
         target = self._one_target(target)
         if kind == "ranked":
             marked = np.zeros(len(self.observations.sample_ids), dtype=bool)
-            marked[self._positions_of([] if highlight is None else highlight, "highlight")] = True
+            marked[positions_of([] if highlight is None else highlight, self._position, "highlight")] = True
             columns = (self._values(name, target) for name in ("mu", "mu_low", "mu_high"))
             label = f"on {target!r}"
             return plots.ranked_mu(*columns, path, highlight=marked, label=label, confidence=self.confidence)
@@ -591,17 +473,15 @@ class InfluenceReport:
 
     def _plot_tradeoff(self, path: str | Path, target: str, by: Groups) -> Path:
         names, members = self._members(by)
-        column = self.targets.index(target)
-        signals, seen = self._used.group_signals(members)[..., column], self._steps_with(members)
-        fitted = self.group(by, target, "gaussian", n_resamples=1)["mu"][:]
+        ids = self.observations.sample_ids
+        groups = {name: ids[positions] for name, positions in zip(names, members, strict=True)}
+        fitted = self.group(groups, target, "gaussian", n_resamples=1)["mu"][:]
         curves = {}
-        for name, signal, steps in zip(names, signals, seen, strict=True):
-            if steps.sum() < MIN_OBSERVATIONS:
-                raise ValueError(
-                    f"group {name!r}: is in {steps.sum()} steps; a curve needs at least {MIN_OBSERVATIONS}"
-                )
-            gain = self._used.steps.mean[steps, column]
-            curve = TradeOff.from_samples(-gain, signal[steps] - gain)
+        gains = gains_with_and_without(self._used, members, self.targets.index(target))
+        for name, (gain, without) in zip(names, gains, strict=True):
+            if len(gain) < MIN_OBSERVATIONS:
+                raise ValueError(f"group {name!r}: is in {len(gain)} steps; a curve needs at least {MIN_OBSERVATIONS}")
+            curve = TradeOff.from_samples(-gain, -without)
             curves[name] = curve.alpha, curve.beta
         return plots.tradeoff_curve(curves, path, mu=dict(zip(names, fitted, strict=True)))
 

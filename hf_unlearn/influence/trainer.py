@@ -26,8 +26,9 @@ from .config import FINEConfig, InfluenceConfig
 from .ghost import GhostRecorder
 from .inputs import ROW, check_arguments, check_model, looks_of, sample_ids_of, target_sets_of
 from .optimizers import FlatOptimizer
-from .recorder import Recorder, read_observations
+from .recorder import Recorder
 from .recording import RecordingMixin
+from .records import read_observations
 from .report import InfluenceReport
 from .shuffling import ShufflingMeter
 from .sweep import Sweep

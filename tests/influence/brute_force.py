@@ -9,7 +9,7 @@ from torch import nn
 from hf_unlearn.influence.config import InfluenceConfig
 from hf_unlearn.influence.inputs import ROW
 from hf_unlearn.influence.observations import step_statistics
-from hf_unlearn.influence.recorder import read_observations
+from hf_unlearn.influence.records import read_observations
 from hf_unlearn.influence.trainer import InfluenceTrainer
 
 

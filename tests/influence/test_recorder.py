@@ -3,13 +3,15 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from transformers.utils import logging
 
 from hf_unlearn.influence import recorder as module
 from hf_unlearn.influence.observations import step_statistics
-from hf_unlearn.influence.recorder import Recorder, read_observations, write_observations
+from hf_unlearn.influence.recorder import Recorder
+from hf_unlearn.influence.records import read_observations, write_observations
 
 
 MANIFEST = {"run_id": "run", "targets": ["a", "b"], "observation": "in_run", "seed": 3, "settings": {"lr": 0.1}}
@@ -211,7 +213,7 @@ def killed_after(operations, action, *args, **kwargs):
 
             return call
 
-        os.replace, Path.unlink, module.pa.OSFile = map(counted, (os.replace, Path.unlink, module.pa.OSFile))
+        os.replace, Path.unlink, pa.OSFile = map(counted, (os.replace, Path.unlink, pa.OSFile))
         try:
             action(*args, **kwargs)
         finally:

@@ -17,6 +17,7 @@ from scipy.special import stdtr
 from hf_unlearn.influence import report as module
 from hf_unlearn.influence.observations import Observations, Steps, step_statistics
 from hf_unlearn.influence.report import InfluenceReport
+from hf_unlearn.influence.shuffling import Shuffling
 from hf_unlearn.tradeoff import benjamini_hochberg, estimate_mu, z_scores
 
 
@@ -324,7 +325,7 @@ def test_groups_are_estimated_by_estimate_mu(method, report):
 def test_many_groups_are_worked_off_in_parts(report, monkeypatch):
     members = {str(i): [i, 119] for i in range(100, 107)}
     expected = report.group(members, ["b", "a"])
-    monkeypatch.setattr(module, "SIGNALS_AT_ONCE", 150)
+    monkeypatch.setattr("hf_unlearn.influence.groups.SIGNALS_AT_ONCE", 150)
     for name, values in report.group(members, ["b", "a"]).to_dict().items():
         assert values == (pytest.approx(expected[name][:]) if name.startswith("mu") else expected[name][:])
     assert expected["target"][:] == ["b"] * 7 + ["a"] * 7
@@ -384,6 +385,7 @@ def test_groups_seen_in_few_steps_have_no_estimate_of_two_samples():
         ([], r"^group 'group': is empty; a group needs at least one sample id$"),
         ({"x": [100], "y": []}, r"^group 'y': is empty"),
         ({}, r"^by: no groups"),
+        ({1: [100], "1": [101]}, r"^by: two groups are called '1'; give each a name of its own$"),
         ({"x": "100"}, r"^group 'x': '100' is one text; pass a list of sample ids$"),
         ("topic", r"^by='topic': is not a joined column \(the report has none yet\); attach it with join\(\)$"),
         ("mu", r"^by='mu': is not a joined column"),
@@ -556,6 +558,16 @@ def test_saved_and_loaded_in_another_process(report, training_set, tmp_path):
     expected = [joined.dataset["mu"][:], group["mu_low"][:], group["group"][:], joined.sigma, MANIFEST, repr(joined)]
     assert json.loads(output[0]) == expected
     assert output[1] == "[]"
+
+
+def test_shuffling_is_saved(report, tmp_path):
+    observations = replace(report.observations, shuffling=Shuffling(4, (0.9, 0.6, 0.3, 0.1)))
+    late = InfluenceReport.from_observations(observations, MANIFEST)
+    late.save_to_disk(tmp_path / "report")
+    loaded = InfluenceReport.load_from_disk(tmp_path / "report")
+    assert loaded.observations.shuffling == observations.shuffling
+    assert loaded.sigma == late.sigma
+    assert loaded.sigma["a"] < 0.9 * report.sigma["a"]
 
 
 def test_a_report_replaces_a_report_and_nothing_else(report, known, tmp_path):
