@@ -170,7 +170,7 @@ def render(fidelity: dict, labels: dict, poison: dict, cost: dict) -> str:
     )
     header = "| | " + " | ".join(next(iter(fidelity["false_discoveries"].values()))) + " |"
     false = f"{header}\n{'|---' * header.count(' | ')}|---|\n{false}"
-    wrong = "\n\n".join(f"{epochs} epochs:\n\n{labels_table(found)}" for epochs, found in labels["epochs"].items())
+    wrong = "\n\n".join(f"{name}:\n\n{labels_table(found)}" for name, found in labels["runs"].items())
     first = poison["runs"][0]
     return f"""## Influence
 
@@ -181,8 +181,8 @@ each class is a target. True μ by retraining without each group. Then single ru
 TracIn and LESS-style cosines (a checkpoint an epoch) and influence functions with EK-FAC (kronfluence, at the end of the run), as they are
 and with their mean over the training set taken off. All trainings take as many full batches; the last column judges against trainings in
 which a smaller training set has smaller last batches, as a Trainer's has. The defaults of f-INE (`target_window`, `burn_in`) were chosen
-on the same digits with other wrong labels, other groups and other seeds, and so was the σ of shuffled epochs. The groups of Fashion-MNIST move too little for their brute force:
-at its reliability, correlations "above 1" are noise, and no order of the estimators can be read from that table.
+on the same digits with other wrong labels, other groups and other seeds, and so was the σ of shuffled epochs. Fashion-MNIST has ten
+groups, a brute force of lower reliability and so wider margins: differences there within the seeds' spread say nothing.
 
 {judged}
 
@@ -202,7 +202,8 @@ falsely. Where some are wrong, those rows do teach it something, namely not to b
 ### Wrong labels, and agreement of seeds
 
 `python benchmarks/influence_labels.py`: 20 % wrong labels, every example judged on itself, five seeds. Jaccard: mean over pairs of seeds of the overlap of the
-top sets. Rows that hold no influence at all are there for scale: who looks for wrong labels alone may look at the loss.
+top sets. The losses are there for scale: they hold no influence, and find wrong labels as well. What is looked at in the end alone (TRAK's
+formula, gradient norm, loss, EK-FAC) finds fewer the more of them are known by heart.
 
 {wrong}
 

@@ -30,9 +30,8 @@ class FINEArguments:
             full fine-tuning cheaper to observe.
         target_window (`float`, defaults to 0.2): with `propagated`, the target is its mean loss over this last share of the steps:
             much less noisy than the loss of the last step alone. σ is that of the last step.
-        burn_in (`float`, *optional*): share of the steps, from the first, whose observations do not count. The first steps say little
-            but noise of what is left in the end; 0 counts all. Default: 0.1; 0.8 for examples that `in_run` sees on themselves, but
-            always so that an epoch is left.
+        burn_in (`float`, defaults to 0.1): share of the steps, from the first, whose observations do not count. The first
+            steps say little but noise of what is left in the end; 0 counts all.
         last_steps (`int`, *optional*): with `propagated`, keep and sweep this many last steps only. σ is then that of these steps, and μ
             larger than that of the whole run.
         trajectory_gigabytes (`float`, defaults to 2): with `propagated`, room for states of the run on disk; what does not fit is
@@ -59,9 +58,7 @@ class FINEArguments:
     target_window: float = field(
         default=0.2, metadata={"help": "propagated: the target is its mean loss over this last share of steps."}
     )
-    burn_in: float | None = field(
-        default=None, metadata={"help": "Share of the steps, from the first, that does not count."}
-    )
+    burn_in: float = field(default=0.1, metadata={"help": "Share of the steps, from the first, that does not count."})
     last_steps: int | None = field(default=None, metadata={"help": "propagated: keep and sweep the last steps only."})
     trajectory_gigabytes: float = field(
         default=2.0, metadata={"help": "propagated: room on disk for states; the rest is computed again."}
@@ -78,8 +75,8 @@ class FINEArguments:
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value} is below 1")
         for name in ("target_window", "burn_in"):
-            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
-                raise ValueError(f"{name}: {value} is not a share from 0 to below 1")
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not a share from 0 to below 1")
         if self.trajectory_gigabytes <= 0:
             raise ValueError(f"trajectory_gigabytes: {self.trajectory_gigabytes} is not above 0")
         if self.n_calibration_runs < 0 or self.n_calibration_runs == 1:

@@ -36,7 +36,6 @@ from .trajectory import Trajectory
 
 
 MAX_GIGABYTES = 8  # of memory in a sweep
-LATE = 0.8  # share of the run after which an example's gain on itself tells best what had to be learned by heart
 
 
 def last_whole_checkpoint(folder: str | Path) -> str:
@@ -272,7 +271,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
             "observation": self.observation,
             "optimizer": optimizer,
             "steps": self.state.max_steps,
-            "burn_in": self._burn_in,
+            "burn_in": self.args.burn_in,
             "seed": self.args.seed,
             "settings": {name: getattr(self.args, name) for name in names},
         }
@@ -358,15 +357,6 @@ class FINEMixin(RecordingMixin, LoadsByName):
         return InfluenceReport.from_observations(
             observations, manifest, burn_in=self._burnt_in(manifest), scale=self._scale
         )
-
-    @property
-    def _burn_in(self) -> float:
-        """Share of the steps that does not count."""
-        if self.args.burn_in is not None:
-            return self.args.burn_in
-        if self.target == "self" and self.observation == "in_run":
-            return max(0.0, min(LATE, 1 - self._steps_per_epoch / self.state.max_steps))
-        return 0.1
 
     def _burnt_in(self, manifest: dict[str, Any]) -> int:
         return round(manifest["burn_in"] * manifest["steps"])

@@ -554,28 +554,6 @@ class TestSigma:
         assert trainer.influence.observations.shuffling is None
 
 
-class TestBurnIn:
-    @pytest.mark.parametrize(
-        ("target", "epochs", "observation", "expected"),
-        [
-            ("set", 10, "in_run", 2),  # a tenth of 20 steps
-            ("self", 10, "in_run", 16),
-            ("self", 2, "in_run", 2),  # an epoch is left, two of four steps
-            ("self", 1, "in_run", 0),
-            ("self", 10, "propagated", 2),
-        ],
-    )
-    def test_default(self, target, epochs, observation, expected, tmp_path):
-        args = settings(
-            tmp_path, burn_in=None, observation=observation, num_train_epochs=epochs, max_steps=-1, per_device_train_batch_size=4
-        )  # fmt: skip
-        chosen = {"target": "self"} if target == "self" else {"target_dataset": vectors(3, seed=1)}
-        trainer = InfluenceTrainer(mlp(), args, train_dataset=vectors(8), **chosen)
-        trainer.train()
-        assert trainer.influence.burn_in == expected
-        assert np.isfinite(trainer.influence.dataset["mu"][:]).all()
-
-
 class TestWhatIsNotSeen:
     def run(self, model, folder, caplog, rows=None, **changes):
         trainer = InfluenceTrainer(
