@@ -113,7 +113,9 @@ def group_mu(
     Raises:
         ValueError: the observations are of every example on itself, or a setting outside its range.
     """
-    mean, variance = observations.steps.mean[:, columns], scale**2 * observations.variance[:, columns]
+    # Composition takes every step for itself; only a sum over steps knows of their epochs.
+    known = observations.independent_variance if method == "composed" else observations.variance
+    mean, variance = observations.steps.mean[:, columns], scale**2 * known[:, columns]
     at_once = max(1, SIGNALS_AT_ONCE // (len(observations.steps.step) * len(observations.targets)))
     estimates, present = [], []
     for first in range(0, len(members), at_once):

@@ -111,10 +111,15 @@ def looks_of(dataset, key: str) -> str | None:
     """Fingerprint of up to 64 rows from all over a `Dataset`, before any transform; None for other kinds, and for rows that have none."""
     if not isinstance(dataset, Dataset):
         return None
-    rows = dataset.with_format(None).select(range(0, len(dataset), -(-len(dataset) // LOOKED_AT)))
+    places = range(0, len(dataset), -(-len(dataset) // LOOKED_AT))
     try:
-        return fingerprint(rows, key.encode())
-    except ValueError:
+        rows = dataset.with_format(None).select(places)
+        return fingerprint(
+            ({"row": place, "values": row} for place, row in zip(places, rows, strict=True)), key.encode()
+        )
+    except (
+        Exception
+    ):  # a value of a kind that has no fingerprint, or one that cannot be decoded and that training may not need
         return None
 
 

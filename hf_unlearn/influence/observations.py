@@ -81,18 +81,26 @@ class Observations:
         return np.searchsorted(self.steps.step, self.step)
 
     @cached_property
-    def variance(self) -> np.ndarray:
-        """`[steps, targets]`: each step's part of σ². A batch of one example does not tell it: the variance of an example at the other
-        steps does, or, where all batches are of one, half the mean squared difference of neighbouring steps.
+    def independent_variance(self) -> np.ndarray:
+        """`[steps, targets]`: σ²_{t,c} of a batch that is drawn for itself. A batch of one example does not tell it: the variance of an
+        example at the other steps does, or, where all batches are of one, half the mean squared difference of neighbouring steps.
         """
         given, size = self.steps.variance, self.steps.size[:, None]
         known = np.isfinite(given)
-        if not (known.all() or not len(given)):
-            with np.errstate(invalid="ignore"):
-                each = np.where(known, size * given, 0).sum(0) / known.sum(0)
-                between = 0.5 * np.square(np.diff(self.steps.mean, axis=0)).sum(0) / max(1, len(given) - 1)
-            given = np.where(known, given, np.where(known.any(0), each / size, between))
-        return given if self.shuffling is None else given * self.shuffling.share(self.steps.step, given)
+        if known.all() or not len(given):
+            return given
+        with np.errstate(invalid="ignore"):
+            each = np.where(known, size * given, 0).sum(0) / known.sum(0)
+            between = 0.5 * np.square(np.diff(self.steps.mean, axis=0)).sum(0) / max(1, len(given) - 1)
+        return np.where(known, given, np.where(known.any(0), each / size, between))
+
+    @cached_property
+    def variance(self) -> np.ndarray:
+        """`[steps, targets]`: the same, less what the batches of an epoch have in common. Right as a sum over steps only."""
+        if self.shuffling is None or not len(self.steps.step):
+            return self.independent_variance
+        given = self.independent_variance
+        return given * self.shuffling.share(self.steps.step, given, self.steps.size, len(self.sample_ids))
 
     @property
     def sigma(self) -> np.ndarray:

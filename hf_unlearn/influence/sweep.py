@@ -114,11 +114,11 @@ class Sweep:
             if own:
                 record(step, examples, weight, own_gains(gains[:, examples].T, weight), None)
             else:
-                of_end = gains[:, count:]
-                _, _, variance = step_statistics(*(x.double().cpu().numpy() for x in (weight, of_end)))
+                counted = weight > 0
+                of_end = examples[counted], weight[counted], gains[counted, count:]
                 if self.meter is not None:
-                    counted = weight > 0
-                    self.meter.add(step, *(x[counted] for x in (examples, weight, of_end)))
+                    self.meter.add(step, *of_end)
+                _, _, variance = step_statistics(*(x.double().cpu().numpy() for x in of_end[1:]))
                 record(step, examples, weight, gains[:, :count], variance)
             theta = before[0] + hessian
             if step in looks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..data import LABEL_COLUMNS, RawCollator, raw_collator
@@ -35,6 +37,8 @@ from .sweep import Sweep
 from .trajectory import Trajectory
 
 
+logger = logging.get_logger(__name__)
+
 MAX_GIGABYTES = 8  # of memory in a sweep
 
 
@@ -44,12 +48,13 @@ def last_whole_checkpoint(folder: str | Path) -> str:
     Raises:
         ValueError: there is none.
     """
-    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(folder).glob("checkpoint-*")]
+    whole = [int(match[1]) for match in found if match and Path(folder, match[0], TRAINER_STATE_NAME).is_file()]
     if not whole:
         raise ValueError(
             f"resume_from_checkpoint=True: no whole checkpoint in {str(folder)!r}; start from the beginning"
         )
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1])))
+    return str(Path(folder, f"checkpoint-{max(whole)}"))
 
 
 class FINEMixin(RecordingMixin, LoadsByName):
@@ -241,7 +246,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
                     "it was, or start a new one"
                 )
         same_ids = observations.sample_ids.tolist() == list(self.sample_ids)  # if not, the recorder says so
-        if same_ids and manifest["looks"] != looks_of(self.train_dataset, manifest["run_id"]):
+        if same_ids and manifest.get("looks") not in (None, looks_of(self.train_dataset, manifest["run_id"])):
             raise ValueError(
                 "resume_from_checkpoint: the training set has other rows than the run was started with; resume it with the same, or "
                 "start a new one"
@@ -279,7 +284,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
     def _propagate(self) -> None:
         window = round(self.args.target_window * self.state.global_step)
         meter = None
-        if self.target != "self":
+        if self.target != "self" and 2 <= self._steps_per_epoch < self.state.global_step:
             meter = ShufflingMeter(
                 len(self.sample_ids), len(self.target_sets), self._steps_per_epoch, self.args.device
             )
@@ -301,6 +306,11 @@ class FINEMixin(RecordingMixin, LoadsByName):
         sweep.run(self.state.global_step, record)
         self._recorder.flush()
         shuffling = meter.result() if meter is not None else None
+        if meter is not None and shuffling is None:
+            logger.warning(
+                "Influence: σ takes the batches of an epoch for independent draws, and is too large: their order did not change, or examples "
+                "were drawn twice, or too few came back within an epoch's steps."
+            )
         self._recorder.describe(shuffling=asdict(shuffling) if shuffling else None)
         self._trajectory.clear()
         self._trajectory = None
@@ -359,7 +369,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
         )
 
     def _burnt_in(self, manifest: dict[str, Any]) -> int:
-        return round(manifest["burn_in"] * manifest["steps"])
+        return round(self.args.burn_in * manifest["steps"])
 
     def _build_ghost(self) -> GhostRecorder:
         ghost = GhostRecorder(self.model, layers=self.args.layers)

@@ -489,6 +489,21 @@ class TestPropagated:
         assert values[1].steps.step.tolist() == [3, 4]
         np.testing.assert_array_equal(values[1].value, values[0].since(3).value)
 
+    def test_an_example_without_predictions_is_no_part_of_the_variance(self, tiny_llama, tokenizer, tmp_path):
+        rows = texts(tokenizer, 4)
+        silent = rows.map(lambda row, i: {"labels": [-100] * len(row["labels"])} if i == 1 else row, with_indices=True)
+        args = settings(tmp_path, observation="propagated", max_steps=2, target_window=0.0)
+        trainer = InfluenceTrainer(
+            tiny_llama, args, padding(tokenizer), silent, target_dataset=texts(tokenizer, 2, seed=1)
+        )
+        trainer.train()
+        seen = observations(trainer)
+        for step in range(2):  # with this window the gains on record are those that σ² is the variance of
+            mine = seen.step == step
+            assert mine.sum() == 3
+            variance = step_statistics(seen.weight[mine], seen.value[mine].astype(float))[2]
+            np.testing.assert_allclose(seen.steps.variance[step], variance, rtol=1e-3)
+
     def test_leaves_no_trajectory_behind(self, tmp_path):
         args = settings(tmp_path, observation="propagated")
         trainer = InfluenceTrainer(mlp(), args, train_dataset=vectors(10), target_dataset=vectors(3, seed=1))

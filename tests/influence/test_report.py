@@ -292,9 +292,10 @@ def test_group_by_hand():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_groups_are_estimated_by_estimate_mu(method, report):
+    observations = replace(report.observations, shuffling=Shuffling(4, (0.9, 0.6, 0.3)))
+    report = InfluenceReport.from_observations(observations, MANIFEST)
     members = {"x": [103, 107, 111], "y": [119]}
     found = report.group(members, "b", method, confidence=0.8, n_resamples=300, block_length=4, seed=5)
-    observations = report.observations
     for index, ids in enumerate(members.values()):
         signal = observations.group_signals([np.array(ids) - 100])[0, :, 1]
         gain = observations.steps.mean[:, 1]
@@ -302,7 +303,9 @@ def test_groups_are_estimated_by_estimate_mu(method, report):
         sigma = {}
         if method in ("accumulated", "composed"):
             steps[:] = True
-            sigma = {"sigma": np.sqrt(observations.variance[:, 1])}
+            known = observations.variance if method == "accumulated" else observations.independent_variance
+            assert (observations.variance < observations.independent_variance).all()
+            sigma = {"sigma": np.sqrt(known[:, 1])}
         expected = estimate_mu(
             gain[steps],
             (gain - signal)[steps],

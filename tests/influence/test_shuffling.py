@@ -21,13 +21,24 @@ def gains(generator, steps, half_life):
     return np.stack(values)
 
 
-def shuffled_sums(generator, values, draws):
-    """`[draws, targets]`: Σ_t m_t over an epoch, in random orders."""
-    sums = []
+def sizes(last=BATCH):
+    """`[STEPS]`: of the batches of an epoch."""
+    return np.array([BATCH] * (STEPS - 1) + [last])
+
+
+def shuffled_sums(generator, values, draws, size=None, kept=None):
+    """`[draws, targets]`: Σ_t m_t over the steps `kept` of an epoch, in random orders."""
+    ends = np.cumsum(sizes() if size is None else size)
+    examples, sums = values.shape[-1], []
     for _ in range(draws):
-        order = generator.permutation(EXAMPLES).reshape(STEPS, BATCH)
-        sums.append(sum(values[t][:, order[t]].mean(1) for t in range(STEPS)))
+        batches = np.split(generator.permutation(examples), ends[:-1])
+        sums.append(sum(values[t][:, batches[t]].mean(1) for t in (range(STEPS) if kept is None else kept)))
     return np.array(sums)
+
+
+def exact(half_life):
+    """[`Shuffling`] with ρ at every lag."""
+    return Shuffling(STEPS, tuple(0.5 ** (lag / half_life) for lag in range(1, STEPS)))
 
 
 class TestShare:
@@ -36,39 +47,69 @@ class TestShare:
         generator = np.random.default_rng(0)
         values = gains(generator, STEPS, half_life) * np.linspace(0.5, 2, STEPS)[:, None, None]
         drawn = shuffled_sums(generator, values, 3000).var(0)
-        rho = tuple(0.5 ** (lag / half_life) for lag in range(STEPS))
         variance = values.var(-1) / BATCH
-        found = (variance * Shuffling(STEPS, rho).share(np.arange(STEPS), variance)).sum(0)
+        found = (variance * exact(half_life).share(np.arange(STEPS), variance, sizes(), EXAMPLES)).sum(0)
         np.testing.assert_allclose(found, drawn, rtol=0.15)
         assert (drawn < 0.95 * variance.sum(0)).all()
+
+    @pytest.mark.parametrize("last", [1, 3, BATCH // 2])
+    def test_a_smaller_last_batch(self, last):
+        generator, size = np.random.default_rng(1), sizes(last)
+        values = gains(generator, STEPS, 4.0)[..., : size.sum()]
+        drawn = shuffled_sums(generator, values, 3000, size).var(0)
+        variance = values.var(-1) / size[:, None]
+        left = exact(4.0).share(np.arange(STEPS), variance, size, size.sum())
+        np.testing.assert_allclose((variance * left).sum(0), drawn, rtol=0.12)
+
+    def test_a_part_of_an_epoch(self):
+        generator, kept = np.random.default_rng(2), np.arange(3, STEPS)
+        values = gains(generator, STEPS, 10.0)
+        drawn = shuffled_sums(generator, values, 3000, kept=kept).var(0)
+        variance = values[kept].var(-1) / BATCH
+        left = exact(10.0).share(kept + 5 * STEPS, variance, sizes()[kept], EXAMPLES)
+        np.testing.assert_allclose((variance * left).sum(0), drawn, rtol=0.12)
 
     def test_is_of_each_epoch_alone(self):
         variance = np.ones((2 * STEPS, 1))
         variance[:STEPS] = np.linspace(0.1, 3, STEPS)[:, None]
-        shuffling = Shuffling(STEPS, (0.9, 0.7, 0.4, 0.1))
-        both = shuffling.share(np.arange(2 * STEPS), variance)
-        np.testing.assert_allclose(both[:STEPS], shuffling.share(np.arange(STEPS), variance[:STEPS]))
-        np.testing.assert_allclose(both[STEPS:], shuffling.share(np.arange(STEPS), variance[STEPS:]))
+        shuffling, size = Shuffling(STEPS, (0.9, 0.7, 0.4, 0.1)), np.tile(sizes(), 2)
+        both = shuffling.share(np.arange(2 * STEPS), variance, size, EXAMPLES)
+        for epoch in (slice(STEPS), slice(STEPS, None)):
+            alone = shuffling.share(np.arange(STEPS), variance[epoch], sizes(), EXAMPLES)
+            np.testing.assert_allclose(both[epoch], alone)
+
+    def test_long_epochs_take_little_memory(self):
+        length = 50_000  # a matrix of steps by steps would take 20 GB
+        variance = np.full((length, 1), 2.0)
+        left = Shuffling(length, (0.3,)).share(np.arange(length), variance, np.full(length, 4), 4 * length)
+        np.testing.assert_allclose(left, 1 - 0.3, atol=1e-4)
 
     def test_nothing_is_left_where_gains_never_change_but_it_stays_positive(self):
-        left = Shuffling(STEPS, (1.0,) * 4).share(np.arange(STEPS), np.ones((STEPS, 2)))
+        left = Shuffling(STEPS, (1.0,) * 4).share(np.arange(STEPS), np.ones((STEPS, 2)), sizes(), EXAMPLES)
         assert (left == FLOOR).all()
 
     def test_steps_without_noise_keep_it(self):
-        left = Shuffling(STEPS, (0.5,) * 4).share(np.arange(STEPS), np.zeros((STEPS, 2)))
+        left = Shuffling(STEPS, (0.5,) * 4).share(np.arange(STEPS), np.zeros((STEPS, 2)), sizes(), EXAMPLES)
         assert (left == 1).all()
 
 
-def measured(values, orders, *, backwards=True, weight=None):
+def measured(values, orders, *, backwards=True, weight=None, size=None):
     """[`ShufflingMeter`] over epochs with the given orders."""
-    meter = ShufflingMeter(EXAMPLES, TARGETS, STEPS)
+    ends = np.cumsum(sizes() if size is None else size)
+    meter = ShufflingMeter(values.shape[-1], values.shape[1], STEPS)
     steps = range(len(orders) * STEPS)
     for step in reversed(steps) if backwards else steps:
-        examples = torch.tensor(orders[step // STEPS].reshape(STEPS, -1)[step % STEPS])
+        examples = torch.tensor(np.split(orders[step // STEPS], ends[:-1])[step % STEPS])
         of_batch = torch.tensor(values[step][:, examples].T)
         of_weight = torch.ones(len(examples)) if weight is None else weight[examples]
         meter.add(step, examples, of_weight, of_batch)
     return meter.result()
+
+
+def of_bins(half_life):
+    """ρ in the four bins of seven lags, weighted as often as they are met: lag l comes l times in an epoch's boundary."""
+    bins = [[lag for lag in range(1, STEPS) if (lag - 1) * 4 // (STEPS - 1) == place] for place in range(4)]
+    return [np.average([0.5 ** (lag / half_life) for lag in lags], weights=lags) for lags in bins]
 
 
 class TestMeter:
@@ -80,34 +121,64 @@ class TestMeter:
 
     def test_finds_the_correlation(self, run):
         found = measured(*run)
-        # Bins of two steps; a pair of lag l is met as often as orders allow, l times in an epoch's boundary.
-        expected = [
-            np.average([0.5 ** (lag / 3) for lag in lags], weights=lags) for lags in ((1,), (2, 3), (4, 5), (6, 7))
-        ]
         assert found.steps_per_epoch == STEPS
-        np.testing.assert_allclose(found.correlation, expected, atol=0.06)
+        np.testing.assert_allclose(found.correlation, of_bins(3.0), atol=0.06)
 
-    def test_direction_and_scale_do_not_matter(self, run):
+    @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e12])
+    def test_direction_and_scale_do_not_matter(self, scale, run):
         values, orders = run
-        scaled = values * np.linspace(0.1, 5, len(values))[:, None, None] + 7
+        scaled = values * scale * np.linspace(0.1, 5, len(values))[:, None, None] + 7 * scale
         np.testing.assert_allclose(
             measured(scaled, orders, backwards=False).correlation, measured(*run).correlation, atol=1e-5
         )
+
+    def test_small_batches_are_not_biased_by_their_means(self):
+        generator = np.random.default_rng(6)
+        constant = np.repeat(generator.normal(size=(1, 1, 64)), 60 * STEPS, axis=0)  # ρ = 1, batches of eight
+        orders = [generator.permutation(64) for _ in range(60)]
+        found = measured(constant, orders, size=np.full(STEPS, 8))
+        assert np.mean(found.correlation) > 0.93  # 1 − 1/b is 0.875
 
     def test_predicts_the_spread_of_sums(self, run):
         values, _ = run
         drawn = shuffled_sums(np.random.default_rng(2), values[:STEPS], 3000).var(0)
         variance = values[:STEPS].var(-1) / BATCH
-        left = measured(*run).share(np.arange(STEPS), variance)
+        left = measured(*run).share(np.arange(STEPS), variance, sizes(), EXAMPLES)
         np.testing.assert_allclose((variance * left).sum(0), drawn, rtol=0.2)
 
-    def test_weights_count_as_in_the_batch_mean(self, run):
+    def test_weights_count_as_in_the_batch_mean(self):
+        generator = np.random.default_rng(5)
+        orders = [generator.permutation(EXAMPLES) for _ in range(12)]
+        kept, changing = gains(generator, 1, 1.0)[[0] * 12 * STEPS], gains(generator, 12 * STEPS, 0.1)
+        heavy = np.arange(EXAMPLES) % 2 == 0  # w = 3, and their gains never change; those of the others always do
+        values, weight = np.where(heavy, kept, changing), torch.where(torch.tensor(heavy), 3.0, 1.0)
+        # An example's part in the batch's mean is w·a: of the variance 9 parts in 10 are the heavy ones'.
+        np.testing.assert_allclose(measured(values, orders, weight=weight).correlation, 0.9, atol=0.05)
+        np.testing.assert_allclose(measured(values, orders).correlation, 0.5, atol=0.06)
+
+    def test_a_target_that_nothing_moves_is_not_counted(self, run):
         values, orders = run
-        twice = torch.where(torch.arange(EXAMPLES) % 2 == 0, 2.0, 1.0)
-        # An example of weight w with gain a is as one of weight 1 with w times the deviation.
-        plain, weighted = measured(values, orders), measured(values, orders, weight=twice)
-        assert plain.correlation != weighted.correlation
-        np.testing.assert_allclose(weighted.correlation, plain.correlation, atol=0.06)
+        dead = values.copy()
+        dead[:, 1] = 0.25
+        np.testing.assert_allclose(measured(dead, orders).correlation, of_bins(3.0), atol=0.08)
+        assert measured(np.full_like(values, 0.25), orders) is None
+
+    @pytest.mark.parametrize("length", [2, 3, 4, 5])
+    def test_short_epochs(self, length):
+        generator, meter = np.random.default_rng(7), ShufflingMeter(400, 1, length)
+        always = torch.tensor(generator.normal(size=(400, 1)))
+        for epoch in range(5):
+            for part, examples in enumerate(torch.tensor(generator.permutation(400)).chunk(length)):
+                meter.add(epoch * length + part, examples, torch.ones(len(examples)), always[examples])
+        found = meter.result()
+        assert len(found.correlation) == min(4, length - 1)
+        np.testing.assert_allclose(found.correlation, 1, atol=0.1)
+
+    def test_two_epochs_and_a_last_batch_of_one_will_do(self):
+        generator, size = np.random.default_rng(8), sizes(1)
+        values = gains(generator, 2 * STEPS, 3.0)[..., : size.sum()]
+        found = measured(values, [generator.permutation(size.sum()) for _ in range(2)], size=size)
+        np.testing.assert_allclose(found.correlation, of_bins(3.0), atol=0.25)
 
     @pytest.mark.parametrize(
         "orders",
@@ -119,12 +190,6 @@ class TestMeter:
     )
     def test_is_silent_where_it_cannot_know(self, run, orders):
         assert measured(run[0], orders) is None
-
-    def test_is_silent_on_epochs_of_few_steps(self):
-        meter = ShufflingMeter(4, 1, 2)
-        for step in range(100):
-            meter.add(step, torch.arange(2) + 2 * (step % 2), torch.ones(2), torch.randn(2, 1))
-        assert meter.result() is None
 
 
 class TestObservations:
@@ -149,8 +214,7 @@ class TestObservations:
             value=rows.transpose(0, 2, 1).reshape(EXAMPLES, TARGETS),
             steps=steps,
         )
-        rho = tuple(0.5 ** (lag / 4) for lag in range(STEPS))
-        shuffled = Observations(**{**vars(plain), "shuffling": Shuffling(STEPS, rho)})
+        shuffled = Observations(**{**vars(plain), "shuffling": exact(4.0)})
         drawn = shuffled_sums(generator, values, 3000).std(0)
         np.testing.assert_allclose(shuffled.sigma, drawn, rtol=0.3)
         assert (plain.sigma > 1.5 * drawn).all()

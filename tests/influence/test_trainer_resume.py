@@ -233,11 +233,19 @@ class TestInOneProcess:
         )
         assert len(observations(run(resume=4)).steps.step) == 6
 
+    def test_another_order_of_rows_without_ids(self, run):
+        rows = images(13).remove_columns("id")
+        run(rows=rows)
+        self.refused(run, "the training set has other rows", resume=4, rows=rows.select(range(12, -1, -1)))
+
     def test_nothing_to_resume(self, tiny_resnet, tmp_path):
         trainer = InfluenceTrainer(
             tiny_resnet, settings(tmp_path), train_dataset=images(4), target_dataset=images(2, seed=1)
         )
-        (tmp_path / "checkpoint-3").mkdir()
+        for name in ("checkpoint-3", "checkpoint-best", "checkpoint-4-old"):
+            (tmp_path / name).mkdir()
+            if name != "checkpoint-3":
+                (tmp_path / name / "trainer_state.json").write_text("{}")
         with pytest.raises(ValueError, match="^resume_from_checkpoint=True: no whole checkpoint"):
             trainer.train(resume_from_checkpoint=True)
 
