@@ -112,6 +112,11 @@ def of_bins(half_life):
     return [np.average([0.5 ** (lag / half_life) for lag in lags], weights=lags) for lags in bins]
 
 
+def drawn_batch_by_batch(seed):
+    generator = np.random.default_rng(seed)
+    return np.concatenate([generator.choice(EXAMPLES, BATCH, replace=False) for _ in range(STEPS)])
+
+
 class TestMeter:
     @pytest.fixture
     def run(self):
@@ -186,6 +191,9 @@ class TestMeter:
             pytest.param([np.arange(EXAMPLES)], id="one epoch"),
             pytest.param([np.arange(EXAMPLES)] * 6, id="always the same order"),
             pytest.param(list(np.random.default_rng(3).integers(0, EXAMPLES, (6, EXAMPLES))), id="with replacement"),
+            pytest.param(
+                [drawn_batch_by_batch(epoch) for epoch in range(6)], id="batches without, epochs with replacement"
+            ),
         ],
     )
     def test_is_silent_where_it_cannot_know(self, run, orders):
