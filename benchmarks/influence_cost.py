@@ -135,7 +135,7 @@ class Stepper:
         else:
             trainer.train()
         if settings is not None and not self.sees:
-            trainer._sees, trainer._open_step = lambda step: False, lambda step: None
+            trainer._sees, trainer._open_step = lambda: False, lambda step: None
         if self.sees:
             trainer._ghost.attach()
             trainer._look_at_targets(0)
