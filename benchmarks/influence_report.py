@@ -140,7 +140,7 @@ def cost_tables(cost: dict) -> str:
             )
     clock = training["clock"]
     return f"""`python benchmarks/influence_cost.py`: time of a training step with `in_run` over that of stock `SFTTrainer`, a Llama of 20 M parameters, batch
-{training["batch"]}, {training["target_batch_size"]} target examples in a look, {clock} on {training["threads"]} thread, medians of {training["rounds"]} interleaved rounds.
+{training["batch"]}, {training["target_batch_size"]} target examples in a look, {clock}, {training["threads"]} threads, medians of {training["rounds"]} interleaved rounds.
 
 {chr(10).join(lines)}
 
