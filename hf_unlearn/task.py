@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils.generic import find_labels
 
 
@@ -99,6 +102,13 @@ def _load_processor(name: str, text_first: bool):
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
+
+
+def last_checkpoint_with(folder: str | Path, file: str) -> str | None:
+    """The newest `checkpoint-<step>` in a folder that holds `file`, which is written last; None if there is none."""
+    found = [Path(path) for path in sort_checkpoints(str(folder))]
+    whole = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and (path / file).is_file()]
+    return str(whole[-1]) if whole else None
 
 
 class LoadsByName:

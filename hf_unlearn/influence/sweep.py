@@ -69,8 +69,9 @@ class Sweep:
 
         Args:
             steps (`int`): optimiser steps of the run.
-            record: is given step, examples `[batch]`, weights `[batch]`, observations `[batch, targets]` and σ² `[targets]` (of
-                examples that are their own targets `[batch, 3]`, see [`own_gains`], and None).
+            record: is given step, the examples `[batch]` that have predictions, their weights `[batch]`, observations
+                `[batch, targets]` and σ² `[targets]` (of examples that are their own targets `[batch, 3]`, see
+                [`own_gains`], and None).
 
         Raises:
             FloatingPointError: a cotangent is not finite.
@@ -111,14 +112,15 @@ class Sweep:
                     "smaller learning_rate, or observation='in_run'"
                 )
             examples, weight = (torch.cat([getattr(b, name) for b in batches]) for name in ("examples", "weight"))
+            counted = weight > 0
+            examples, weight, gains = examples[counted], weight[counted], gains[counted]
             if own:
                 record(step, examples, weight, own_gains(gains[:, examples].T, weight), None)
             else:
-                counted = weight > 0
-                of_end = examples[counted], weight[counted], gains[counted, count:]
+                of_end = gains[:, count:]
                 if self.meter is not None:
-                    self.meter.add(step, *of_end)
-                _, _, variance = step_statistics(*(x.double().cpu().numpy() for x in of_end[1:]))
+                    self.meter.add(step, examples, weight, of_end)
+                _, _, variance = step_statistics(*(x.double().cpu().numpy() for x in (weight, of_end)))
                 record(step, examples, weight, gains[:, :count], variance)
             theta = before[0] + hessian
             if step in looks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from trl import SFTTrainer
 
 from ..data import LABEL_COLUMNS, RawCollator, raw_collator
 from ..parameters import trainable_parameters
-from ..task import IGNORED, LoadsByName, is_causal_lm, load_model
+from ..task import IGNORED, LoadsByName, is_causal_lm, last_checkpoint_with, load_model
 from .config import FINEConfig, InfluenceConfig
 from .ghost import GhostRecorder
 from .inputs import ROW, check_arguments, check_model, looks_of, sample_ids_of, target_sets_of
@@ -40,21 +39,6 @@ from .trajectory import Trajectory
 logger = logging.get_logger(__name__)
 
 MAX_GIGABYTES = 8  # of memory in a sweep
-
-
-def last_whole_checkpoint(folder: str | Path) -> str:
-    """The newest checkpoint that was saved to its end: Trainer writes its own state last.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(folder).glob("checkpoint-*")]
-    whole = [int(match[1]) for match in found if match and Path(folder, match[0], TRAINER_STATE_NAME).is_file()]
-    if not whole:
-        raise ValueError(
-            f"resume_from_checkpoint=True: no whole checkpoint in {str(folder)!r}; start from the beginning"
-        )
-    return str(Path(folder, f"checkpoint-{max(whole)}"))
 
 
 class FINEMixin(RecordingMixin, LoadsByName):
@@ -167,7 +151,14 @@ class FINEMixin(RecordingMixin, LoadsByName):
             FloatingPointError: a gradient is not finite.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            folder = self.args.output_dir
+            resume_from_checkpoint = last_checkpoint_with(
+                folder, TRAINER_STATE_NAME
+            )  # Trainer writes its own state last
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True: no whole checkpoint in {folder!r}; start from the beginning"
+                )
         self._recorder, self._noted, self._micro = None, False, []
         self._target_sets = self._targets()
         try:
@@ -226,7 +217,9 @@ class FINEMixin(RecordingMixin, LoadsByName):
                 kept_steps = step if self.observation == "in_run" else 0
                 self._recorder = Recorder.resume(self.records_dir, self.sample_ids, kept_steps)
             else:
-                self._recorder = Recorder(self.records_dir, self._manifest(), self.sample_ids)
+                run_id = uuid.uuid4().hex
+                about = {"run_id": run_id, "looks": looks_of(self.train_dataset, run_id), **self._manifest()}
+                self._recorder = Recorder(self.records_dir, about, self.sample_ids)
         if self._trajectory is not None:
             self._trajectory.truncate(step) if step else self._trajectory.clear()
         self._begun = True
@@ -268,10 +261,8 @@ class FINEMixin(RecordingMixin, LoadsByName):
             "layers",
             "target_rank",
         )
-        optimizer, run_id = type(self._inner_optimizer).__name__, uuid.uuid4().hex
+        optimizer = type(self._inner_optimizer).__name__
         return {
-            "run_id": run_id,
-            "looks": looks_of(self.train_dataset, run_id),
             "targets": ["self"] if self.target == "self" else list(self.target_sets),
             "observation": self.observation,
             "optimizer": optimizer,
@@ -299,11 +290,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
             meter=meter,
         )
 
-        def record(step: int, examples: Tensor, weight: Tensor, gains: Tensor, variance: np.ndarray | None) -> None:
-            counted = weight > 0
-            self._recorder.add(step, examples[counted], weight[counted], gains[counted], variance)
-
-        sweep.run(self.state.global_step, record)
+        sweep.run(self.state.global_step, self._recorder.add)
         self._recorder.flush()
         shuffling = meter.result() if meter is not None else None
         if meter is not None and shuffling is None:

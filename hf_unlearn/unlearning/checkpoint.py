@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from transformers.trainer_utils import sort_checkpoints
+from ..task import last_checkpoint_with
 
 
 MARKER = "unlearning.json"  # written last: a checkpoint without it is half of one
@@ -55,7 +55,7 @@ def last_complete(output_dir: str | Path) -> str:
     Raises:
         ValueError: there is none.
     """
-    found = [path for path in sort_checkpoints(str(output_dir)) if Path(path, MARKER).is_file()]
-    if not found:
+    found = last_checkpoint_with(output_dir, MARKER)
+    if found is None:
         raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {str(output_dir)!r}; start without it")
-    return found[-1]
+    return found
