@@ -202,8 +202,8 @@ falsely. Where some are wrong, those rows do teach it something, namely not to b
 ### Wrong labels, and agreement of seeds
 
 `python benchmarks/influence_labels.py`: 20 % wrong labels, every example judged on itself, five seeds. Jaccard: mean over pairs of seeds of the overlap of the
-top sets. The losses are there for scale: they hold no influence, and find wrong labels as well. What is looked at in the end alone (TRAK's
-formula, gradient norm, loss, EK-FAC) finds fewer the more of them are known by heart.
+top sets. The losses are there for scale: they hold no influence, and find wrong labels as well. TRAK's formula, the
+gradient norm and the loss, looked at in the end alone, find fewest where most are known by heart.
 
 {wrong}
 

@@ -117,9 +117,8 @@ def looks_of(dataset, key: str) -> str | None:
         return fingerprint(
             ({"row": place, "values": row} for place, row in zip(places, rows, strict=True)), key.encode()
         )
-    except (
-        Exception
-    ):  # a value of a kind that has no fingerprint, or one that cannot be decoded and that training may not need
+    except Exception:
+        # A value of a kind that has no fingerprint, or one that cannot be decoded and that training may not need.
         return None
 
 

@@ -473,17 +473,18 @@ class InfluenceReport:
 
     def _plot_tradeoff(self, path: str | Path, target: str, by: Groups) -> Path:
         names, members = self._members(by)
-        ids = self.observations.sample_ids
-        groups = {name: ids[positions] for name, positions in zip(names, members, strict=True)}
-        fitted = self.group(groups, target, "gaussian", n_resamples=1)["mu"][:]
-        curves = {}
-        gains = gains_with_and_without(self._used, members, self.targets.index(target))
+        column = self.targets.index(target)
+        fitted, _ = group_mu(
+            self._used, members, [column], "gaussian", scale=self.scale, confidence=self.confidence, n_resamples=1,
+            block_length=None, seed=0,
+        )  # fmt: skip
+        curves, gains = {}, gains_with_and_without(self._used, members, column)
         for name, (gain, without) in zip(names, gains, strict=True):
             if len(gain) < MIN_OBSERVATIONS:
                 raise ValueError(f"group {name!r}: is in {len(gain)} steps; a curve needs at least {MIN_OBSERVATIONS}")
             curve = TradeOff.from_samples(-gain, -without)
             curves[name] = curve.alpha, curve.beta
-        return plots.tradeoff_curve(curves, path, mu=dict(zip(names, fitted, strict=True)))
+        return plots.tradeoff_curve(curves, path, mu=dict(zip(names, fitted[:, 0, 0].tolist(), strict=True)))
 
     # To keep
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 BINS = 4  # of the steps between two looks at an example
 MIN_PAIRS = 30  # of looks; a bin with fewer shares its neighbour's
-ROUNDING = 1e-12
+ROUNDING = 1e-12  # of gains, relative: below it they do not differ
 FLOOR = 0.01  # least share of Σ σ²_t that is left; rounding of ρ must not make a variance negative
 
 
@@ -99,9 +99,8 @@ class ShufflingMeter:
         residual = part - share * part.sum(0)
         # Both factors of a product are from the mean of a batch that the example is in, which makes it smaller by 1 − 1/b.
         scale = (residual.square().mean(0) * (1 - 1 / len(examples))).sqrt()
-        residual = residual / scale.where(
-            scale > ROUNDING * part.abs().mean(0), torch.nan
-        )  # NaN: nothing moved this target
+        moved = scale > ROUNDING * part.abs().mean(0)  # targets that nothing moved become NaN, and are not counted
+        residual = residual / scale.where(moved, torch.nan)
         between = (before - step).abs()
         seen = (before >= 0) & (between < self.length)
         products = (residual * self._residual[examples])[seen]
