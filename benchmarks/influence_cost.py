@@ -38,7 +38,8 @@ from hf_unlearn.demo import digits_model
 from hf_unlearn.influence.config import FINEConfig, InfluenceConfig
 from hf_unlearn.influence.ghost import GhostRecorder
 from hf_unlearn.influence.layers import low_rank
-from hf_unlearn.influence.trainer import FINETrainer, InfluenceTrainer
+from hf_unlearn.influence.sft import FINETrainer
+from hf_unlearn.influence.trainer import InfluenceTrainer
 from hf_unlearn.opinions import opinion_data, opinion_llama, texts_of, train_tokenizer
 
 

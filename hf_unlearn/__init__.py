@@ -8,7 +8,7 @@ __version__ = "0.1.0.dev0"
 _EXPORTS = {
     "FINEConfig": "influence.config",
     "FINEMixin": "influence.trainer",
-    "FINETrainer": "influence.trainer",
+    "FINETrainer": "influence.sft",
     "InfluenceConfig": "influence.config",
     "InfluenceReport": "influence.report",
     "InfluenceTrainer": "influence.trainer",

@@ -1,4 +1,4 @@
-"""`InfluenceTrainer` for `Trainer`, `FINETrainer` for `SFTTrainer`: one ordinary training run that tells what its examples did."""
+"""`FINEMixin` and `InfluenceTrainer`: one ordinary training run that tells what its examples did."""
 
 from __future__ import annotations
 
@@ -8,24 +8,21 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
-from trl import SFTTrainer
 
 from ..data import LABEL_COLUMNS, RawCollator, raw_collator
 from ..parameters import trainable_parameters
-from ..task import IGNORED, LoadsByName, is_causal_lm, last_checkpoint_with, load_model
-from .config import FINEConfig, InfluenceConfig
+from ..task import LoadsByName, is_causal_lm, last_checkpoint_with, load_model
+from .config import InfluenceConfig
 from .ghost import GhostRecorder
-from .inputs import ROW, check_arguments, check_model, looks_of, sample_ids_of, target_sets_of
+from .inputs import check_arguments, check_model, looks_of, sample_ids_of, target_sets_of
 from .optimizers import FlatOptimizer
 from .recorder import Recorder
 from .recording import RecordingMixin
@@ -399,71 +396,6 @@ class InfluenceTrainer(FINEMixin, Trainer):
             super()._set_signature_columns_if_needed()
             raw = [self.data_collator.column, *LABEL_COLUMNS] if isinstance(self.data_collator, RawCollator) else []
             self._signature_columns = [*self._signature_columns, *raw]
-
-
-class FINETrainer(FINEMixin, SFTTrainer):
-    """[`~trl.SFTTrainer`] that tells which training examples taught the model a behaviour.
-
-    Takes the formats that `SFTTrainer` takes, for `train_dataset` and `target_dataset`; the same arguments as
-    [`InfluenceTrainer`] besides. Packing is refused: it takes away the boundaries between examples.
-    """
-
-    _config_class = FINEConfig
-
-    def _stock_arguments(self, model, data_collator, train_dataset, processing_class, peft_config, sample_ids):
-        if not isinstance(train_dataset, Dataset):
-            raise ValueError(f"train_dataset: {type(train_dataset).__name__} is not a datasets.Dataset; make it one")
-        if ROW in train_dataset.column_names:
-            raise ValueError(f"train_dataset: column {ROW!r} is the trainer's own; rename yours")
-        # Preparing filters and shuffles rows: their ids go along under a name that no template uses.
-        with_row = train_dataset.add_column(ROW, list(range(len(train_dataset))))
-        return {"model": model, "data_collator": data_collator, "train_dataset": with_row, "peft_config": peft_config}
-
-    def _prepared(self, dataset, name: str):
-        prepared = self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)
-        if len(prepared) == 0:
-            raise ValueError(f"max_length={self.args.max_length}: leaves no example of target {name!r}; raise it")
-        return prepared
-
-    def _prepared_ids(self, sample_ids: list) -> list:
-        return [sample_ids[row] for row in self.train_dataset[ROW]]
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self._needs_head and self.model.training and torch.is_grad_enabled():
-            model = _Unfused(model)
-        return super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
-
-    @property
-    def _needs_head(self) -> bool:
-        """Whether the head's own gradient is to be seen: TRL's fused loss goes around the layer."""
-        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-        return self._ghost is not None and head is not None and head.weight.requires_grad
-
-
-class _Unfused:
-    """A causal language model whose head runs as a layer, and what TRL's loss wants to know of its logits."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __call__(self, *, labels: Tensor, fused_lm_head: bool = True, **inputs: Tensor) -> SimpleNamespace:
-        outputs = self.model(**inputs)
-        targets = labels[:, 1:]
-        mask = targets != IGNORED
-        log_p = outputs.logits[:, :-1].float().log_softmax(-1)
-        own = log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(~mask, 0)
-        with torch.no_grad():
-            entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(~mask, 0)
-            is_top1 = (log_p.argmax(-1) == targets) & mask
-        return SimpleNamespace(
-            log_probs=own,
-            label_mask=mask,
-            entropy=entropy,
-            is_top1=is_top1,
-            aux_loss=getattr(outputs, "aux_loss", None),
-        )
 
 
 class _Observer(TrainerCallback):

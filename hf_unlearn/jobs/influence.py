@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from .. import data
 from ..influence.config import FINEConfig, InfluenceConfig
 from ..influence.report import COLUMNS, InfluenceReport
-from ..influence.trainer import FINETrainer, InfluenceTrainer
+from ..influence.sft import FINETrainer
+from ..influence.trainer import InfluenceTrainer
 from ..task import check_processes, is_causal_lm, load_model
 
 

@@ -15,7 +15,8 @@ from trl import SFTConfig
 
 from hf_unlearn.influence.config import FINEConfig, InfluenceConfig
 from hf_unlearn.influence.inputs import check_model
-from hf_unlearn.influence.trainer import FINETrainer, InfluenceTrainer
+from hf_unlearn.influence.sft import FINETrainer
+from hf_unlearn.influence.trainer import InfluenceTrainer
 
 
 def one_line(error):

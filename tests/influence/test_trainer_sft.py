@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn.influence.config import FINEConfig
 from hf_unlearn.influence.inputs import ROW
-from hf_unlearn.influence.trainer import FINETrainer
+from hf_unlearn.influence.sft import FINETrainer
 
 
 WORDS = [
