@@ -114,19 +114,21 @@ class Anchor(Protocol):
 class QuadraticAnchor:
     r"""Quadratic penalty around a reference point, with one precision per parameter:
 
-    $$ \sum_i P_i\,(\theta_i - \theta^*_i)^2, \qquad P_i = \beta F_i + \gamma $$
+    $$ \sum_i P_i\,(\theta_i - \theta^*_i)^2, \qquad P_i = \beta D_i + \gamma $$
 
-    (PBU, arXiv 2403.16246; elastic weight consolidation is the case γ = 0.) It is a sum over parameters with no ½, as
-    in the authors' code, so its size depends on the number of parameters.
+    With the Fisher information as D it is PBU's (arXiv 2403.16246; elastic weight consolidation is the case γ = 0), with
+    1/2v, v the variance over checkpoints, VDU's (arXiv 2510.04058). It is a sum over parameters with no ½, as in the
+    authors' code, so its size depends on the number of parameters.
 
     Args:
         reference (`Mapping[str, Tensor]`): θ*, shared, not copied.
         isotropic (`float`): γ ≥ 0.
-        fisher (`Mapping[str, Tensor]`, *optional*): F, same names and shapes as `reference`.
-        fisher_weight (`float`): β ≥ 0.
+        diagonal (`Mapping[str, Tensor]`, *optional*): D ≥ 0, same names and shapes as `reference`.
+        diagonal_weight (`float`): β ≥ 0.
+        diagonal_name (`str`, defaults to `"fisher"`): what D is, for the logs.
 
     Raises:
-        ValueError: a weight is negative, or `fisher` does not fit `reference`.
+        ValueError: a weight is negative, or `diagonal` does not fit `reference`.
     """
 
     def __init__(
@@ -134,36 +136,44 @@ class QuadraticAnchor:
         reference: Parameters,
         *,
         isotropic: float = 0.0,
-        fisher: Parameters | None = None,
-        fisher_weight: float = 0.0,
+        diagonal: Parameters | None = None,
+        diagonal_weight: float = 0.0,
+        diagonal_name: str = "fisher",
     ):
-        if isotropic < 0 or fisher_weight < 0:
-            raise ValueError(f"an anchor attracts: isotropic={isotropic}, fisher_weight={fisher_weight} must be ≥ 0")
-        if fisher is not None and {k: v.shape for k, v in fisher.items()} != {
+        if isotropic < 0 or diagonal_weight < 0:
+            raise ValueError(
+                f"an anchor attracts: isotropic={isotropic}, diagonal_weight={diagonal_weight} must be ≥ 0"
+            )
+        if diagonal is not None and {k: v.shape for k, v in diagonal.items()} != {
             k: v.shape for k, v in reference.items()
         }:
-            raise ValueError("fisher: names or shapes differ from the reference parameters; compute it on this model")
+            raise ValueError(
+                "diagonal: names or shapes differ from the reference parameters; compute it on this model"
+            )
         self.reference = dict(reference)
         self.isotropic = isotropic
-        self.fisher_weight = fisher_weight
-        # Beside γ, not added to it: F can be far smaller, and P = βF + γ would round it away.
-        self.fisher = (
-            {k: fisher[k].to(v.dtype) for k, v in self.reference.items()} if fisher and fisher_weight else None
+        self.diagonal_weight = diagonal_weight
+        self.diagonal_name = diagonal_name
+        # Beside γ, not added to it: D can be far smaller, and P = βD + γ would round it away.
+        self.diagonal = (
+            {k: diagonal[k].to(v.dtype) for k, v in self.reference.items()} if diagonal and diagonal_weight else None
         )
         self._runs = _runs(self.reference)
 
     @torch.no_grad()
     def value(self, parameters: Parameters) -> dict[str, Tensor]:
-        isotropic, fisher = [], []
+        isotropic, diagonal = [], []
         for run in self._runs:
             change = torch._foreach_sub(_cut(parameters, run), _cut(self.reference, run))
             isotropic += [norm.square() for norm in torch._foreach_norm(change, 2, torch.float32)]
-            if self.fisher is not None:
+            if self.diagonal is not None:
                 torch._foreach_mul_(change, change)
-                torch._foreach_mul_(change, _cut(self.fisher, run))
-                fisher += [term.sum(dtype=torch.float32) for term in change]
+                torch._foreach_mul_(change, _cut(self.diagonal, run))
+                diagonal += [term.sum(dtype=torch.float32) for term in change]
         terms = {"isotropic": torch.stack(isotropic).sum() * self.isotropic}
-        return terms | {"fisher": torch.stack(fisher).sum() * self.fisher_weight} if fisher else terms
+        if diagonal:
+            terms[self.diagonal_name] = torch.stack(diagonal).sum() * self.diagonal_weight
+        return terms
 
     @torch.no_grad()
     def add_grad_(self, parameters: Parameters, scale: float = 1.0) -> None:
@@ -175,8 +185,10 @@ class QuadraticAnchor:
             change = torch._foreach_sub(_cut(parameters, run), _cut(self.reference, run))
             pulled = _cut(gradients, run)
             torch._foreach_add_(pulled, change, alpha=2 * self.isotropic * scale)
-            if self.fisher is not None:
-                torch._foreach_addcmul_(pulled, change, _cut(self.fisher, run), value=2 * self.fisher_weight * scale)
+            if self.diagonal is not None:
+                torch._foreach_addcmul_(
+                    pulled, change, _cut(self.diagonal, run), value=2 * self.diagonal_weight * scale
+                )
 
 
 def _runs(tensors: Parameters) -> list[list[tuple[str, int, int]]]:

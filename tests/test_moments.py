@@ -288,7 +288,7 @@ class TestPrecision:
     def test_anchor_is_the_stability_term(self, tmp_path):
         checkpoints = [random_checkpoint(seed) for seed in range(3)]
         moments = ParameterMoments.from_checkpoints(write_random(tmp_path), LIKE)
-        anchor = QuadraticAnchor(moments.mean, fisher=moments.precision(1e-12), fisher_weight=1.0)
+        anchor = QuadraticAnchor(moments.mean, diagonal=moments.precision(1e-12), diagonal_weight=1.0)
         point, expected = random_checkpoint(7), 0.0
         for name, value in point.items():
             values = torch.stack([checkpoint[name] for checkpoint in checkpoints])

@@ -50,7 +50,7 @@ class TestQuadraticAnchor:
     def test_value_and_gradient_are_those_of_the_equation(self, seed, isotropic, fisher_weight, with_fisher):
         reference, point = random_point(seed), random_point(seed + 1)
         fisher = {k: v.square() for k, v in random_point(seed + 2).items()} if with_fisher else None
-        anchor = QuadraticAnchor(reference, isotropic=isotropic, fisher=fisher, fisher_weight=fisher_weight)
+        anchor = QuadraticAnchor(reference, isotropic=isotropic, diagonal=fisher, diagonal_weight=fisher_weight)
         parameters = live(point)
         terms = written_out(parameters, reference, fisher, isotropic, fisher_weight)
         expected = torch.autograd.grad(sum(terms), list(parameters.values()))
@@ -72,7 +72,7 @@ class TestQuadraticAnchor:
         parameters = live(point)
         terms = written_out(parameters, reference, fisher, 0.3, 0.7)
         expected = torch.autograd.grad(sum(terms), list(parameters.values()))
-        QuadraticAnchor(reference, isotropic=0.3, fisher=fisher, fisher_weight=0.7).add_grad_(parameters)
+        QuadraticAnchor(reference, isotropic=0.3, diagonal=fisher, diagonal_weight=0.7).add_grad_(parameters)
         for parameter, gradient in zip(parameters.values(), expected, strict=True):
             assert parameter.grad.dtype == torch.bfloat16
             torch.testing.assert_close(parameter.grad.float(), gradient.float(), rtol=4e-2, atol=1e-2)
@@ -83,7 +83,7 @@ class TestQuadraticAnchor:
         gamma = 0.1
         reference, point = random_point(0, dtype), random_point(1, dtype)
         fisher = {k: torch.full_like(v, ratio * gamma, dtype=torch.float32) for k, v in reference.items()}
-        anchor = QuadraticAnchor(reference, isotropic=gamma, fisher=fisher, fisher_weight=1.0)
+        anchor = QuadraticAnchor(reference, isotropic=gamma, diagonal=fisher, diagonal_weight=1.0)
         isotropic, from_fisher = written_out(point, reference, fisher, gamma, 1.0)
         tolerance = {"rtol": 1e-3 if dtype == torch.float32 else 2e-2, "atol": 0.0}
         terms = anchor.value(point)
@@ -95,7 +95,7 @@ class TestQuadraticAnchor:
     def test_gradient_is_linear_in_scale_and_added_to_what_is_there(self, scale, split):
         reference, point = random_point(0), random_point(1)
         fisher = {k: v.square() for k, v in random_point(2).items()}
-        anchor = QuadraticAnchor(reference, isotropic=0.5, fisher=fisher, fisher_weight=2.0)
+        anchor = QuadraticAnchor(reference, isotropic=0.5, diagonal=fisher, diagonal_weight=2.0)
         once, twice, unit = live(point), live(point), live(point)
         for parameter in once.values():
             parameter.grad.fill_(3.0)
@@ -113,7 +113,7 @@ class TestQuadraticAnchor:
         monkeypatch.setitem(parameters_module.RUN_ELEMENTS, "cpu", elements)
         reference, point = random_point(0), random_point(1)
         fisher = {k: v.square() for k, v in random_point(2).items()}
-        anchor = QuadraticAnchor(reference, isotropic=0.5, fisher=fisher, fisher_weight=fisher_weight)
+        anchor = QuadraticAnchor(reference, isotropic=0.5, diagonal=fisher, diagonal_weight=fisher_weight)
         parameters = live(point)
         terms = written_out(parameters, reference, fisher, 0.5, fisher_weight)
         anchor.add_grad_(parameters)
@@ -124,7 +124,7 @@ class TestQuadraticAnchor:
     def test_zero_at_the_reference_and_value_changes_nothing(self):
         reference = random_point(0)
         fisher = {k: v.square() for k, v in random_point(2).items()}
-        anchor = QuadraticAnchor(reference, isotropic=0.5, fisher=fisher, fisher_weight=2.0)
+        anchor = QuadraticAnchor(reference, isotropic=0.5, diagonal=fisher, diagonal_weight=2.0)
         at_reference, elsewhere = live(reference), live(random_point(1))
         assert all(term == 0 for term in anchor.value(at_reference).values())
         anchor.add_grad_(at_reference)
@@ -155,7 +155,7 @@ class TestQuadraticAnchor:
         anchor.add_grad_(parameters)
         assert parameters["bias"].grad is None
 
-    @pytest.mark.parametrize("weights", [{"isotropic": -1.0}, {"fisher_weight": -1e-9}])
+    @pytest.mark.parametrize("weights", [{"isotropic": -1.0}, {"diagonal_weight": -1e-9}])
     def test_refuses_negative_weights(self, weights):
         with pytest.raises(ValueError, match=next(iter(weights))):
             QuadraticAnchor(random_point(0), **weights)
@@ -163,14 +163,14 @@ class TestQuadraticAnchor:
     def test_refuses_a_fisher_of_another_model(self):
         fisher = random_point(2)
         for wrong in ({**fisher, "bias": torch.ones(4)}, {k: fisher[k] for k in ("weight", "bias")}):
-            with pytest.raises(ValueError, match="fisher"):
-                QuadraticAnchor(random_point(0), fisher=wrong, fisher_weight=1.0)
+            with pytest.raises(ValueError, match="diagonal: "):
+                QuadraticAnchor(random_point(0), diagonal=wrong, diagonal_weight=1.0)
 
     def test_sum_of_anchors(self):
         reference = random_point(0)
         fisher = {k: v.square() for k, v in random_point(2).items()}
         one = QuadraticAnchor(reference, isotropic=0.5)
-        other = QuadraticAnchor(random_point(3), isotropic=0.2, fisher=fisher, fisher_weight=2.0)
+        other = QuadraticAnchor(random_point(3), isotropic=0.2, diagonal=fisher, diagonal_weight=2.0)
         parameters, apart = live(random_point(1)), live(random_point(1))
         both = SumOfAnchors(one, other)
         values = both.value(parameters)

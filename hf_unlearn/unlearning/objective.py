@@ -189,8 +189,8 @@ class ObjectiveMixin:
         return QuadraticAnchor(
             reference,
             isotropic=args.isotropic_weight,
-            fisher=self._fisher() if self.fisher_weight else None,
-            fisher_weight=self.fisher_weight,
+            diagonal=self._fisher() if self.fisher_weight else None,
+            diagonal_weight=self.fisher_weight,
         )
 
     def _fisher(self) -> dict[str, Tensor]:
