@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .allowed import LORA
 from .provenance import Provenance
 
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 
 TAGS = ("machine-unlearning", "hf_unlearn")
+# of pipelines that need more than a prompt, or make something other than images
+OTHER_INPUTS = {"image", "control_image", "mask_image", "video", "num_frames", "video_length", "audio_length_in_s"}
 TEMPLATE = Path(__file__).with_name("unlearning_card.md.jinja")
 
 
@@ -54,15 +58,36 @@ class Figure:
                 raise ValueError(f"{name}={value} of {self.name!r}: must be a finite number; leave the figure out")
 
 
-def loading_code(model_class: type, model_name: str, *, processor: str | None = None) -> str:
-    """Lines of Python that load a saved model with stock libraries.
+def loading_code(
+    model_class: type,
+    model_name: str,
+    *,
+    processor: str | None = None,
+    lora_base: str | None = None,
+    num_inference_steps: int | None = None,
+) -> str:
+    """Lines of Python that load a saved model, or a pipeline and draw one image from it, with stock libraries.
 
     Args:
-        model_class (`type`): class of the saved model. Its Auto class is used if it has one.
+        model_class (`type`): class of the saved model, whose Auto class is used if it has one, or of the pipeline.
         model_name (`str`): repository id or folder.
-        processor (`str`, *optional*): class in transformers that loads what was saved beside it, as in
-            `"AutoTokenizer"` or `"AutoImageProcessor"`.
+        processor (`str`, *optional*): class in transformers that loads what was saved beside the model, as in
+            `"AutoTokenizer"` or `"AutoImageProcessor"`. A pipeline loads its own.
+        lora_base (`str`, *optional*): repository id or folder of the pipeline that `model_name`, a LoRA file, was made for.
+        num_inference_steps (`int`, *optional*): denoising steps of the image, > 0. Default: the pipeline's, which is
+            1,000 for `DDPMPipeline` and fails there if the model was trained with fewer.
+
+    Raises:
+        ValueError: a `processor` for a pipeline, or `lora_base` or `num_inference_steps` for another model.
     """
+    if _is_pipeline(model_class):
+        if processor is not None:
+            raise ValueError(f"processor={processor!r}: {model_class.__name__} loads its own; leave it out")
+        return _pipeline_code(model_class, model_name, lora_base, num_inference_steps)
+    for name, value in (("lora_base", lora_base), ("num_inference_steps", num_inference_steps)):
+        if value is not None:
+            raise ValueError(f"{name}={value!r}: {model_class.__name__} is no DiffusionPipeline; leave it out")
+
     import transformers
 
     name = _auto_class(model_class) or model_class.__name__
@@ -74,6 +99,28 @@ def loading_code(model_class: type, model_name: str, *, processor: str | None = 
         lines.append(f"processor = {processor}.from_pretrained({json.dumps(model_name)})")
     header = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())]
     return "\n".join([*header, "", *lines])
+
+
+def diffusion_task(pipeline_class: type) -> str | None:
+    """`pipeline_tag` of a diffusion pipeline on the Hub, by what its `__call__` takes; None where neither fits.
+
+    Args:
+        pipeline_class (`type`): a `DiffusionPipeline` class.
+
+    Returns:
+        `str`: `"text-to-image"` if a prompt is all that it needs, `"unconditional-image-generation"` if it needs nothing.
+    """
+    parameters = dict(inspect.signature(pipeline_class.__call__).parameters)
+    parameters.pop("self", None)
+    required = {p.name for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    # Most inputs default to None in the signature and are asked for later.
+    if "generator" not in parameters or not OTHER_INPUTS.isdisjoint(parameters):
+        return None
+    if {"prompt", "height"} <= parameters.keys() and required <= {"prompt"}:
+        return "text-to-image"
+    if "batch_size" in parameters and "prompt" not in parameters and not required:
+        return "unconditional-image-generation"
+    return None
 
 
 def unlearning_card(
@@ -99,8 +146,9 @@ def unlearning_card(
         provenance ([`Provenance`]): how it was made.
         model_name (`str`): title, and name in `model-index`.
         task (`str`, *optional*): task in `model-index`. Default: `pipeline_tag`.
-        pipeline_tag (`str`, *optional*): task of the model on the Hub, as in `"image-classification"`.
-        library_name (`str`, defaults to `"transformers"`): what loads the model.
+        pipeline_tag (`str`, *optional*): task of the model on the Hub, as in `"image-classification"`. Of a pipeline:
+            see [`diffusion_task`].
+        library_name (`str`, defaults to `"transformers"`): what loads the model: `"diffusers"` for a pipeline.
         license (`str`, *optional*): id of the license, as in `"apache-2.0"`.
         tags (`Sequence[str]`, defaults to `()`): besides [`TAGS`].
         results (`Sequence[Figure]`, defaults to `()`): what was measured. Without any, the card says so.
@@ -175,6 +223,43 @@ def unlearning_card(
         load_snippet=load_snippet,
         picture=picture,
     )
+
+
+def _is_pipeline(model_class: type) -> bool:
+    """Without importing diffusers, which takes seconds."""
+    return any(
+        base.__name__ == "DiffusionPipeline" and base.__module__.startswith("diffusers.")
+        for base in model_class.__mro__
+    )
+
+
+def _pipeline_code(
+    pipeline_class: type, model_name: str, lora_base: str | None, num_inference_steps: int | None
+) -> str:
+    import diffusers
+
+    name = pipeline_class.__name__
+    module = "diffusers" if getattr(diffusers, name, None) is pipeline_class else pipeline_class.__module__
+    lines = [f"from {module} import {name}", ""]
+    if lora_base is None:
+        lines.append(f"pipeline = {name}.from_pretrained({json.dumps(model_name)})")
+    else:
+        weights = (
+            f'weight_name={json.dumps(LORA)}, adapter_name="unlearned"'  # without a name, it is not found offline
+        )
+        lines += [
+            f"pipeline = {name}.from_pretrained({json.dumps(lora_base)})",
+            f"pipeline.load_lora_weights({json.dumps(model_name)}, {weights})",
+            'pipeline.set_adapters("unlearned", 1.0)',
+        ]
+    task = diffusion_task(pipeline_class)
+    if task is None:
+        return "\n".join(lines)
+    inputs = '"a photo"' if task == "text-to-image" else "batch_size=1"
+    if num_inference_steps is not None:
+        inputs += f", num_inference_steps={num_inference_steps}"
+    lines.append(f"image = pipeline({inputs}, generator=torch.Generator().manual_seed(0)).images[0]")
+    return "\n".join(["import torch", *lines])
 
 
 def _auto_class(model_class: Any) -> str | None:

@@ -1,117 +1,58 @@
-"""What of a folder may be published: an allow-list, since what is private cannot be listed in advance."""
+"""Publishes one whole model or pipeline: refuses what is not whole or could be taken apart, and uploads an allow-list."""
 
 from __future__ import annotations
 
-import json
 import re
 from concurrent.futures import Future
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .allowed import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CONFIG,
+    LORA,
+    PIPELINE,
+    TRANSFORMERS,
+    Weights,
+    components_of,
+    indexed_shards,
+    publishable_files,
+    unreadable,
+    weights_of,
+)
+
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
-_SHARD = "model-" + "[0-9]" * 5 + "-of-" + "[0-9]" * 5 + ".safetensors"
-
-# Exact names wherever they are known: model*.safetensors would also let model_original.safetensors pass.
-ALLOWED = (
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    SINGLE,
-    INDEX,
-    _SHARD,
-    ADAPTER_CONFIG,
-    ADAPTER,
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "pictures/*.png",
-)
-
-
-def publishable_files(folder: str | Path) -> list[str]:
-    """Files of `folder` that may be published: those at its root, or in `pictures/`, that [`ALLOWED`] names.
-
-    Links are left out, whatever they point to, and so are shards that the index does not name (of an earlier save).
-
-    Args:
-        folder (`str` or `Path`): what `save_pretrained` wrote, with whatever else is there.
-
-    Returns:
-        `list[str]`: paths relative to `folder`, with `/`, sorted.
-
-    Raises:
-        ValueError: `folder` is not a folder, or its index of shards cannot be read.
-    """
-    folder = _folder(folder)
-    passed = [path.name for path in _regular_files(folder) if _allowed(path.name)]
-    pictures = folder / "pictures"
-    if pictures.is_dir() and not pictures.is_symlink():
-        passed += [f"pictures/{path.name}" for path in _regular_files(pictures) if _allowed(f"pictures/{path.name}")]
-    stale = {name for name in passed if fnmatchcase(name, _SHARD)}
-    if INDEX in passed:
-        stale -= _indexed_shards(folder)
-    return sorted(set(passed) - stale)
-
-
-def left_behind(folder: str | Path) -> list[str]:
-    """Files and links below `folder` that [`publishable_files`] leaves out, sorted: what a push does not show anyone."""
-    folder = _folder(folder)
-    everything = {
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()
-    }
-    return sorted(everything.difference(publishable_files(folder)))
-
-
 def check_publishable(folder: str | Path, *, allow_adapter: bool = False) -> list[str]:
-    """[`publishable_files`] of a folder that holds one whole model.
+    """[`publishable_files`] of a folder that holds one whole model, or one whole pipeline.
 
     Args:
         folder (`str` or `Path`): what would be published.
-        allow_adapter (`bool`, defaults to `False`): accept an adapter without its base model. Whoever takes it off has
-            the model from before the unlearning.
+        allow_adapter (`bool`, defaults to `False`): accept an adapter (of PEFT, or a LoRA file of diffusers) without its
+            base model. Whoever takes it off has the model from before the unlearning.
 
     Raises:
-        ValueError: no weights, shards missing, two sets of weights side by side, or an adapter without `allow_adapter`.
+        ValueError: no weights, shards missing, two sets of weights side by side, a component of a pipeline missing, a
+            pipeline beside another model or an adapter, or an adapter without `allow_adapter`.
     """
     files = publishable_files(folder)
-    missing = sorted(_indexed_shards(Path(folder)).difference(files)) if INDEX in files else []
-    sharded = INDEX in files and not missing
-    if SINGLE in files:
-        # Stock from_pretrained takes model.safetensors then, which is the older of the two if the last save was sharded.
-        if sharded:
-            raise ValueError(
-                f"folder={str(folder)!r}: has both {SINGLE} and {INDEX}; delete the one of an earlier save"
-            )
-        files = [name for name in files if name != INDEX and not fnmatchcase(name, _SHARD)]
-    elif missing:
-        raise ValueError(
-            f"folder={str(folder)!r}: {INDEX} names {missing[0]}, which is not there; save the model again"
-        )
-    whole = SINGLE in files or sharded
-    if ADAPTER_CONFIG in files:
-        if whole:
+    folder = Path(folder)
+    components = components_of(folder)
+    if components is not None:
+        return _check_pipeline(folder, files, components)
+    files, whole = _one_set_of_weights(folder, files, TRANSFORMERS)
+    adapters = [name for name in (ADAPTER_CONFIG, LORA) if name in files]
+    if adapters:
+        both = ["weights"] * whole + adapters
+        if len(both) > 1:
             # from_pretrained would put the adapter onto these weights; if they are the original, they undo everything.
             raise ValueError(
-                f"folder={str(folder)!r}: has both weights and {ADAPTER_CONFIG}; "
+                f"folder={str(folder)!r}: has both {both[0]} and {both[1]}; "
                 "save the merged model into an empty folder and publish that"
             )
         if not allow_adapter:
@@ -119,8 +60,8 @@ def check_publishable(folder: str | Path, *, allow_adapter: bool = False) -> lis
                 "allow_adapter=False: an adapter can be taken off, which undoes the unlearning; "
                 "publish merged weights (merge_adapter=True), or pass allow_adapter=True"
             )
-    if not whole and not {ADAPTER_CONFIG, ADAPTER} <= set(files):
-        raise ValueError(f"folder={str(folder)!r}: no {SINGLE} to publish; save the model there first (not as a link)")
+    if not whole and LORA not in files and not {ADAPTER_CONFIG, ADAPTER} <= set(files):
+        raise _no_weights(folder, TRANSFORMERS)
     return files
 
 
@@ -176,23 +117,75 @@ def as_patterns(files: list[str]) -> list[str]:
     return [re.sub(r"([*?[])", r"[\1]", name) for name in files]
 
 
-def _folder(folder: str | Path) -> Path:
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"folder={str(folder)!r}: no such folder; pass the one the model was saved to")
-    return folder
+def _check_pipeline(folder: Path, files: list[str], components: list[str]) -> list[str]:
+    for name in (CONFIG, TRANSFORMERS.single, TRANSFORMERS.index, ADAPTER_CONFIG, LORA):
+        if (folder / name).exists():
+            # Only one of the two is unlearned. Beside a LoRA it may be that, on top of the original pipeline.
+            raise ValueError(
+                f"folder={str(folder)!r}: has both {PIPELINE} and {name}; "
+                "save the pipeline, with adapters merged, into an empty folder and publish that"
+            )
+    checked = [name for name in files if name.count("/") == 0 or name.startswith("pictures/")]
+    models = 0
+    for component in components:
+        inside = folder / component
+        own = [name.removeprefix(f"{component}/") for name in files if name.startswith(f"{component}/")]
+        if not own:
+            raise ValueError(
+                f"folder={str(folder)!r}: {PIPELINE} names {component}, which is no folder with a config; "
+                "save the pipeline again (not as a link)"
+            )
+        if CONFIG in own:
+            models += 1
+            weights = weights_of(inside)
+            own, whole = _one_set_of_weights(inside, own, weights)
+            _refuse_adapter(inside, own)
+            if not whole:
+                raise _no_weights(inside, weights)
+        checked += [f"{component}/{name}" for name in own]
+    if not models:
+        raise ValueError(f"folder={str(folder)!r}: {PIPELINE} names no model; save the pipeline again")
+    return sorted(checked)
 
 
-def _regular_files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
+def _one_set_of_weights(folder: Path, files: list[str], weights: Weights) -> tuple[list[str], bool]:
+    """`files` without what is left of an earlier save in shards, and whether they hold all weights."""
+    missing = sorted(indexed_shards(folder, weights).difference(files)) if weights.index in files else []
+    sharded = weights.index in files and not missing
+    if weights.single in files:
+        # Stock from_pretrained takes the single file then, which is the older of the two if the last save was sharded.
+        if sharded:
+            raise ValueError(
+                f"folder={str(folder)!r}: has both {weights.single} and {weights.index}; "
+                "delete the one of an earlier save"
+            )
+        files = [name for name in files if name != weights.index and not fnmatchcase(name, weights.shard)]
+    elif missing:
+        raise ValueError(
+            f"folder={str(folder)!r}: {weights.index} names {missing[0]}, which is not there; save the model again"
+        )
+    return files, weights.single in files or sharded
 
 
-def _allowed(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in ALLOWED)
+def _refuse_adapter(folder: Path, files: list[str]) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    found = (folder / ADAPTER_CONFIG).exists()
+    for name in (name for name in files if name.endswith(".safetensors")):
+        try:
+            with safe_open(folder / name, "numpy") as weights:
+                # diffusers 0.42 writes the layers of an active adapter into the file, beside the original weights.
+                found = found or any("base_layer" in key.split(".") for key in weights.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise unreadable(folder, name) from error
+    if found:
+        raise ValueError(
+            f"folder={str(folder)!r}: holds an adapter, which can be taken off; "
+            "fuse it (fuse_lora, then unload_lora_weights), save the pipeline into an empty folder and publish that"
+        )
 
 
-def _indexed_shards(folder: Path) -> set[str]:
-    try:
-        return set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"folder={str(folder)!r}: {INDEX} cannot be read; save the model again") from error
+def _no_weights(folder: Path, weights: Weights) -> ValueError:
+    return ValueError(
+        f"folder={str(folder)!r}: no {weights.single} to publish; save the model there first (not as a link)"
+    )

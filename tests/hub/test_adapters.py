@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from hf_unlearn.hub.adapters import merged_state_dict, save_merged
-from hf_unlearn.hub.publish import check_publishable, left_behind
+from hf_unlearn.hub.allowed import left_behind
+from hf_unlearn.hub.publish import check_publishable
 
 
 TOKENS = {"input_ids": torch.arange(12).view(2, 6)}

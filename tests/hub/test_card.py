@@ -1,10 +1,16 @@
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 import yaml
+from diffusers import DDPMPipeline, StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import ModelCard
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from transformers import (
     GPT2LMHeadModel,
     ResNetConfig,
@@ -13,7 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_unlearn.hub.card import Figure, loading_code, unlearning_card
+from hf_unlearn.hub.card import Figure, diffusion_task, loading_code, unlearning_card
 from hf_unlearn.hub.provenance import Provenance
 
 
@@ -204,3 +210,98 @@ class TestLoadingCode:
             'model = Mine.from_pretrained("me/m")',
             'processor = AutoTokenizer.from_pretrained("me/m")',
         ]
+
+
+class TestPipelines:
+    def ran(self, code, **names):
+        """The image that the snippet draws, through a card as readers get it."""
+        text = unlearning_card(PROVENANCE, model_name="m", library_name="diffusers", load_snippet=code).text
+        exec(text.split("```python\n")[1].split("```")[0], names)
+        return np.asarray(names["image"])
+
+    def drawn(self, pipeline, *args, **kwargs):
+        return np.asarray(pipeline(*args, **kwargs, generator=torch.Generator().manual_seed(0)).images[0])
+
+    def test_unconditional(self, tiny_ddpm, tmp_path):
+        folder = str(tmp_path / "a pipeline")
+        tiny_ddpm.save_pretrained(folder)
+        code = loading_code(DDPMPipeline, folder, num_inference_steps=20)
+        assert f'pipeline = DDPMPipeline.from_pretrained("{folder}")' in code.splitlines()
+        np.testing.assert_array_equal(self.ran(code), self.drawn(tiny_ddpm, num_inference_steps=20))
+
+    def test_text_to_image(self, tiny_stable_diffusion, tmp_path):
+        tiny_stable_diffusion.save_pretrained(tmp_path)
+        code = loading_code(StableDiffusionPipeline, str(tmp_path))
+        assert 'image = pipeline("a photo", generator=torch.Generator().manual_seed(0)).images[0]' in code
+        np.testing.assert_array_equal(self.ran(code), self.drawn(tiny_stable_diffusion, "a photo"))
+
+    def test_lora(self, tiny_stable_diffusion, tmp_path):
+        pipeline = tiny_stable_diffusion
+        pipeline.save_pretrained(tmp_path / "base")
+        before = self.drawn(pipeline, "a photo", num_inference_steps=2)
+        pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_v"], init_lora_weights=False))
+        with torch.no_grad():
+            for name, weight in pipeline.unet.named_parameters():
+                weight.mul_(20 if "lora_B" in name else 1)
+        after = self.drawn(pipeline, "a photo", num_inference_steps=2)
+        pipeline.save_lora_weights(
+            tmp_path / "lora",
+            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet)),
+        )
+        code = loading_code(
+            type(pipeline), str(tmp_path / "lora"), lora_base=str(tmp_path / "base"), num_inference_steps=2
+        )
+        drawn = self.ran(code)
+        np.testing.assert_array_equal(drawn, after)
+        assert np.abs(drawn.astype(int) - before).max() > 1
+
+    def test_a_pipeline_from_elsewhere_is_imported_from_there(self):
+        class Mine(DDPMPipeline):
+            def __call__(self, image, batch_size=1, generator=None): ...
+
+        assert loading_code(Mine, "me/m").splitlines() == [
+            f"from {__name__} import Mine",
+            "",
+            'pipeline = Mine.from_pretrained("me/m")',
+        ]
+
+    @pytest.mark.parametrize(
+        ("pipeline_class", "task"),
+        [
+            (diffusers.DDPMPipeline, "unconditional-image-generation"),
+            (diffusers.DDIMPipeline, "unconditional-image-generation"),
+            (diffusers.StableDiffusionPipeline, "text-to-image"),
+            (diffusers.StableDiffusionXLPipeline, "text-to-image"),
+            (diffusers.FluxPipeline, "text-to-image"),
+            (diffusers.StableDiffusionImg2ImgPipeline, None),
+            (diffusers.StableDiffusionInpaintPipeline, None),
+            (diffusers.DiTPipeline, None),
+            (diffusers.TextToVideoSDPipeline, None),
+            (diffusers.StableAudioPipeline, None),
+        ],
+    )
+    def test_task(self, pipeline_class, task):
+        assert diffusion_task(pipeline_class) == task
+
+    def test_arguments_of_the_other_kind(self):
+        with pytest.raises(ValueError, match="processor='AutoTokenizer'"):
+            loading_code(DDPMPipeline, "me/m", processor="AutoTokenizer")
+        for name, value in (("lora_base", "me/base"), ("num_inference_steps", 5)):
+            with pytest.raises(ValueError, match=f"{name}={value!r}"):
+                loading_code(ViTModel, "me/m", **{name: value})
+
+    def test_card(self, tmp_path):
+        card = unlearning_card(
+            PROVENANCE,
+            model_name="m",
+            library_name="diffusers",
+            pipeline_tag=diffusion_task(DDPMPipeline),
+            picture="pictures/samples.png",
+        )
+        card = saved(card, tmp_path)
+        assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "unconditional-image-generation")
+        assert "Stock `diffusers` loads it" in card.text
+        assert "\n\n![Samples](<pictures/samples.png>)\n" in card.text
+        limitations = card.text[card.text.index("## Limitations") :]
+        assert limitations.startswith("## Limitations\n\n- Samples that do not show")
+        assert "accuracy" not in limitations

@@ -4,7 +4,8 @@ import os
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from hf_unlearn.hub.publish import as_patterns, check_publishable, left_behind, publish_folder, publishable_files
+from hf_unlearn.hub.allowed import left_behind, publishable_files
+from hf_unlearn.hub.publish import as_patterns, check_publishable, publish_folder
 
 
 GOOD = {
