@@ -1,0 +1,214 @@
+"""Images in, features out: what distances between sets of images are measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """One feature vector an image, and the name of what computed them: figures of different extractors say nothing
+    about each other.
+
+    Args:
+        values (`Tensor` or array): `[n, d]`; kept as float64, without gradient, where it is.
+        extractor (`str`): name of the extractor; it becomes part of every result.
+
+    Raises:
+        ValueError: `values` is not a matrix, is empty or has numbers that are not finite.
+    """
+
+    values: Tensor
+    extractor: str
+
+    def __post_init__(self):
+        values = torch.as_tensor(self.values).detach().to(torch.float64)
+        if values.ndim != 2 or not values.numel():
+            raise ValueError(f"features of {self.extractor!r}: must be [n, d], got {list(values.shape)}")
+        if not values.isfinite().all():
+            raise ValueError(f"features of {self.extractor!r}: must be finite, got NaN or infinity")
+        object.__setattr__(self, "values", values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def check_comparable(real: Features, fake: Features, *, at_least: int, hint: str = "") -> None:
+    """Raise `ValueError` unless the two come from one extractor and have `at_least` images each."""
+    if real.extractor != fake.extractor or real.values.shape[1] != fake.values.shape[1]:
+        sides = " and ".join(f"{side.extractor!r} with {side.values.shape[1]}" for side in (real, fake))
+        raise ValueError(f"real, fake: must be features of one extractor, got {sides}")
+    if min(len(real), len(fake)) < at_least:
+        raise ValueError(f"real, fake: need at least {at_least} images each, got {len(real)} and {len(fake)}{hint}")
+
+
+@torch.no_grad()
+def features_of(
+    images: Tensor, extractor: Callable[[Tensor], Tensor], *, batch_size: int = 64, name: str | None = None
+) -> Features:
+    """Run an extractor over images.
+
+    Args:
+        images (`Tensor`): `[n, c, h, w]`, float in [-1, 1].
+        extractor (callable, e.g. [`ClassifierFeatures`] or any `nn.Module`): takes such images, returns `[n, d]`. A
+            module runs in eval mode, on the device of its parameters, and gets its modes back.
+        batch_size (`int`, defaults to 64): images at a time.
+        name (`str`, defaults to `extractor.name`): goes into the result.
+
+    Returns:
+        [`Features`]: in the CPU's memory.
+
+    Raises:
+        ValueError: the images are not as above, the features are not finite, or there is no name.
+    """
+    name = name or getattr(extractor, "name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"name: {type(extractor).__name__} has no `name`, pass one")
+    with _in_eval_mode(extractor):
+        return Features(torch.cat([extractor(batch).cpu() for batch in _batches(images, extractor, batch_size)]), name)
+
+
+class ClassifierFeatures(nn.Module):
+    """The features that an image classifier of transformers decides on: the input of its head, one vector an image.
+
+    Called with images `[n, c, h, w]`, float in [-1, 1], it returns `[n, d]`. Images are resized to the size that the
+    classifier wants (bilinear, antialiased, no cropping), and one channel is repeated where it wants more.
+
+    Args:
+        model (`PreTrainedModel`): e.g. `ResNetForImageClassification`, `ViTForImageClassification`.
+        processor (image processor, *optional*): its `size`, `image_mean` and `image_std` are followed; by default the
+            size is `model.config.image_size`, or else the images' own, and pixels stay in [-1, 1].
+        name (`str`, defaults to the model's id, path or class): goes into every result; give one where a path on this
+            machine should not.
+        head (`str`, defaults to `"classifier"`): name of the submodule that turns features into logits.
+
+    Raises:
+        ValueError: the model has no such head.
+
+    Example:
+
+    ```python
+    extractor = ClassifierFeatures(AutoModelForImageClassification.from_pretrained("me/digits"))
+    reference = features_of(real_images, extractor)
+    frechet_distance(reference, features_of(generated_images, extractor)).distance
+    ```
+    """
+
+    def __init__(self, model: nn.Module, processor: Any = None, *, name: str | None = None, head: str = "classifier"):
+        super().__init__()
+        self.model = model
+        self.name = name or model.config.name_or_path or type(model).__name__
+        try:
+            model.get_submodule(head)
+        except AttributeError:
+            raise ValueError(f"head: {type(model).__name__} has no submodule {head!r}, name its last layer") from None
+        self.head = head
+        self.channels = getattr(model.config, "num_channels", None)
+        self.size, self.mean, self.std = getattr(model.config, "image_size", None), 0.5, 0.5
+        if processor is not None:
+            size = processor.size
+            edge = size.get("shortest_edge")
+            self.size = (edge, edge) if edge else (size["height"], size["width"])
+            if processor.do_normalize:
+                self.mean, self.std = processor.image_mean, processor.image_std
+            else:
+                self.mean, self.std = 0.0, 1.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._features_and_logits(images)[0]
+
+    @torch.no_grad()
+    def classify(self, images: Tensor, *, batch_size: int = 64) -> Tensor:
+        """The most likely class of every image.
+
+        Args:
+            images (`Tensor`): `[n, c, h, w]`, float in [-1, 1].
+            batch_size (`int`, defaults to 64): images at a time.
+
+        Returns:
+            `Tensor`: `[n]`, int64, in the CPU's memory.
+        """
+        with _in_eval_mode(self):
+            logits = (self._features_and_logits(batch)[1] for batch in _batches(images, self, batch_size))
+            return torch.cat([batch.argmax(-1).cpu() for batch in logits])
+
+    def _features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        seen = []
+        hook = self.model.get_submodule(self.head).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            logits = self.model(pixel_values=self._prepared(images)).logits
+        finally:
+            hook.remove()
+        return seen[0].flatten(1), logits
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        images, channels = images.float(), images.shape[1]
+        if self.channels not in (None, channels):
+            if channels != 1:
+                raise ValueError(f"images: must have {self.channels} channels or one, got {channels}")
+            images = images.expand(-1, self.channels, -1, -1)
+        if self.size is not None:
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
+        mean, std = (images.new_tensor(value).reshape(-1, 1, 1) for value in (self.mean, self.std))
+        return (((images + 1) / 2 - mean) / std).to(self.model.dtype)
+
+
+def inception_features() -> nn.Module:
+    """Inception v3 with the weights that published FID and KID figures were computed with: `[n, 2048]`.
+
+    Raises:
+        ValueError: torch-fidelity is not installed or its weights cannot be had.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    try:
+        return _Inception(FrechetInceptionDistance(feature=2048).inception)
+    except (ImportError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"Inception cannot be had ({reason}): `pip install torch-fidelity`, or pass a ClassifierFeatures"
+        ) from error
+
+
+class _Inception(nn.Module):
+    """torchmetrics' Inception takes RGB bytes and resizes them itself."""
+
+    name = "inception-v3-compat"
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(((images + 1) * 127.5).round().byte().expand(-1, 3, -1, -1))
+
+
+def _batches(images: Tensor, extractor: Callable, batch_size: int) -> Iterator[Tensor]:
+    """Parts of the images, checked, on the extractor's device."""
+    if images.ndim != 4 or not len(images) or not images.is_floating_point():
+        raise ValueError(f"images: must be float [n, c, h, w], got {images.dtype} {list(images.shape)}")
+    if not (images.abs() <= 1).all():  # NaN too
+        raise ValueError("images: must be finite and in [-1, 1]")
+    parameter = next(extractor.parameters(), None) if isinstance(extractor, nn.Module) else None
+    for batch in images.split(batch_size):
+        yield batch if parameter is None else batch.to(parameter.device)
+
+
+@contextmanager
+def _in_eval_mode(extractor: Callable) -> Iterator[None]:
+    modules = extractor.modules() if isinstance(extractor, nn.Module) else ()
+    in_training = [module for module in modules if module.training]
+    for module in in_training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
