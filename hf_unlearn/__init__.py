@@ -19,6 +19,8 @@ _EXPORTS = {
     "UnlearnSFTConfig": "unlearning.config",
     "UnlearnSFTTrainer": "unlearning.trainer",
     "UnlearnTrainer": "unlearning.trainer",
+    "VDUConfig": "unlearning.vdu",
+    "VDUTrainer": "unlearning.vdu",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -112,3 +112,39 @@ def _add_squared_gradients_(totals, model, parameters, inputs, cotangents, predi
             (gradients,) = vmap(pull_back)(piece)
             for name, gradient in gradients.items():
                 totals[name] += gradient.float().square().sum(0)
+
+
+def gaussian_fisher(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    answer: Callable[[Mapping[str, Tensor]], Tensor],
+    *,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    r"""Diagonal of the Fisher information of a model whose answer is the mean of a Gaussian of unit variance, as a denoiser's:
+    $F_i = E\big[\sum_k (\partial \epsilon_k / \partial \theta_i)^2\big]$, estimated without bias.
+
+    The answer is multiplied by random signs ξ. Since $E[\xi_k \xi_l] = 0$ for different pixels and for different examples,
+    the squared gradient of Σ ξₖ εₖ over a batch is the sum that is wanted, so that one backward pass does for a whole batch.
+
+    Args:
+        model (`nn.Module`): its trainable parameters count.
+        batches: what `answer` takes.
+        answer (callable): the model's answers to a batch, `[batch, …]`.
+        generator (`torch.Generator`): draws ξ; on the device of the answers.
+
+    Returns:
+        `dict[str, Tensor]`: by parameter, fp32: a mean over examples, a sum over pixels.
+    """
+    parameters = trainable_parameters(model)
+    totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    count = 0
+    for batch in batches:
+        out = answer(batch)
+        signs = torch.randint(0, 2, out.shape, generator=generator, device=out.device, dtype=out.dtype) * 2 - 1
+        gradients = torch.autograd.grad((out * signs).sum(), list(parameters.values()), allow_unused=True)
+        for total, gradient in zip(totals.values(), gradients, strict=True):
+            if gradient is not None:
+                total.add_(gradient.float().square())
+        count += len(out)
+    return {name: total / count for name, total in totals.items()}

@@ -32,8 +32,8 @@ DEFAULT_REPLAY_WEIGHT = {"match": 0.1, "npo": 1.0}
 
 
 class ObjectiveMixin:
-    """The terms of the loss. `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` and `build_anchor` are for methods
-    to override.
+    """The terms of the loss. `prepared`, `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` and `build_anchor` are
+    for methods to override.
     """
 
     reference: ReferencePoint | None
@@ -82,9 +82,13 @@ class ObjectiveMixin:
         inputs.setdefault("attention_mask", batch.get("attention_mask"))  # SFTTrainer's signature leaves it out
         return forward(**inputs, use_cache=False).logits[:, :-1], batch[label][:, 1:]
 
-    def reference_forward(self, **inputs: Tensor) -> Any:
+    def prepared(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """The batch with whatever is drawn at random in it, so that student and original see the same. Default: nothing is."""
+        return batch
+
+    def reference_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model as it was before unlearning (its adapter as it was, if it has one)."""
-        return self.reference(self.model, **inputs)
+        return self.reference(self.model, *args, **kwargs)
 
     def task_loss(self, model: Callable, batch: Batch) -> Tensor:
         """Loss of each example under the model's own task: `[batch]`, mean over its predictions."""
@@ -200,7 +204,13 @@ class ObjectiveMixin:
             if not file.is_file():
                 raise ValueError(f"resume_from_checkpoint: {file} is missing; start again, or set fisher_weight=0")
             return {name: value.to(self.args.device) for name, value in load_file(file).items()}
-        fisher = diagonal_fisher(
+        fisher = self._compute_fisher()
+        if self.args.should_save:
+            save_tensors(fisher, file)
+        return fisher
+
+    def _compute_fisher(self) -> dict[str, Tensor]:
+        return diagonal_fisher(
             self.model,
             self._batches(self.forget_dataset, self.args.fisher_examples),
             self.predictions,
@@ -208,6 +218,3 @@ class ObjectiveMixin:
             samples=self.args.fisher_samples,
             generator=torch.Generator(self.args.device).manual_seed(self.args.seed),
         )
-        if self.args.should_save:
-            save_tensors(fisher, file)
-        return fisher

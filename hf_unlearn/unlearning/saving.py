@@ -91,15 +91,19 @@ class SavingMixin:
             return ("class " if len(labels) == 1 else "classes ") + ", ".join(labels)
         return f"{len(self.source_dataset):,} examples"
 
-    def provenance(self) -> Provenance:
-        """How this model was made: method, settings, versions and a keyed fingerprint of the forget set, never its data."""
+    def _chosen(self) -> dict[str, Any]:
+        """The settings that a card tells."""
         chosen = {f.name: getattr(self.args, f.name) for f in fields(UnlearnArguments)}
         for name in ("replay_weight", "fisher_weight"):
             chosen[name] = getattr(self, name)
         chosen["forget_loss"] = self.forget_loss_name
         for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter"):
             chosen.pop(name)
-        chosen |= {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
+        return chosen | {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
+
+    def provenance(self) -> Provenance:
+        """How this model was made: method, settings, versions and a keyed fingerprint of the forget set, never its data."""
+        chosen = self._chosen()
         return Provenance(
             method=self._method,
             method_title=self._title,
@@ -123,20 +127,21 @@ class SavingMixin:
             kwargs: as for [`~hf_unlearn.hub.card.unlearning_card`]; `trainer.results` and `trainer.card_values` are the
                 defaults.
         """
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         name = str(source) if source == self.hub_model_id else Path(source).resolve().name
         values = {
             "model_name": Path(name).name,
             "results": self.results,
             "failed_checks": self.failed_checks,
             "tags": (self._method,),
-            "pipeline_tag": "text-generation"
-            if self.is_causal_lm
-            else PIPELINE_TAGS.get(getattr(base, "loss_type", None)),
-            "load_snippet": loading_code(type(base), name, processor=self.processor_loader),
         }
-        return unlearning_card(self.provenance(), **(values | self.card_values | kwargs))
+        return unlearning_card(self.provenance(), **(values | self._card_defaults(name) | self.card_values | kwargs))
+
+    def _card_defaults(self, name: str) -> dict[str, Any]:
+        """What the card says of this kind of model."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        tag = "text-generation" if self.is_causal_lm else PIPELINE_TAGS.get(getattr(base, "loss_type", None))
+        return {"pipeline_tag": tag, "load_snippet": loading_code(type(base), name, processor=self.processor_loader)}
 
     @property
     def processor_loader(self) -> str | None:

@@ -31,8 +31,8 @@ from .utility import UtilityMixin
 
 class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
     """Makes a Trainer forget: batches of forget (and optional retain) data, frozen reference, anchor, replay, guard,
-    saving and card. A method overrides `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` or `build_anchor`, and
-    nothing else.
+    saving and card. A method overrides `prepared`, `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` or
+    `build_anchor`, and nothing else.
     """
 
     _method = "unlearn"
@@ -74,7 +74,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
         if kwargs.get("compute_loss_func") is not None or args.label_smoothing_factor:
             ignored = "label_smoothing_factor" if args.label_smoothing_factor else "compute_loss_func"
             raise ValueError(f"{ignored}: would be ignored while unlearning; override task_loss in a subclass")
-        model, processing_class, self.base_model = load_model(model, args, processing_class)
+        model, processing_class, self.base_model = self._load(model, args, processing_class)
         self.is_causal_lm = is_causal_lm(model)
         self.is_classifier = not self.is_causal_lm and hasattr(getattr(model, "config", None), "num_labels")
         self.forgotten_classes: list[int] = []
@@ -129,6 +129,9 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
 
     # What the stock trainer gets
 
+    def _load(self, model, args, processing_class) -> tuple[Any, Any, str | None]:
+        return load_model(model, args, processing_class)
+
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
         raise NotImplementedError
 
@@ -181,12 +184,14 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
         if self.args.bn == "frozen":
             for module in self._batchnorms:  # Trainer calls model.train() before every step
                 module.eval()
-        forget = inputs["forget"]
+        generator = self._generator(self.state.global_step, self._micro_step)
+        forget = self.prepared(inputs["forget"], generator)
         terms = {"forget": (self.args.forget_weight, self.forget_loss(model, forget).mean())}
         if "retain" in inputs and self.args.retain_weight:
-            terms["retain"] = (self.args.retain_weight, self.retain_loss(model, inputs["retain"]).mean())
+            retain = self.prepared(inputs["retain"], generator)
+            terms["retain"] = (self.args.retain_weight, self.retain_loss(model, retain).mean())
         if self.replay_weight:
-            replayed = self.replay_inputs(forget, self._generator(self.state.global_step, self._micro_step))
+            replayed = self.replay_inputs(forget, generator)
             terms["replay"] = (self.replay_weight, self.replay_loss(model, replayed).mean())
         for name, (_, value) in terms.items():
             name = f"{name}_loss"

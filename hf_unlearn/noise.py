@@ -1,0 +1,110 @@
+"""The forward process of a diffusion model: what a denoiser is shown, and what it should answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    r"""The variance-preserving forward process $x_t = \alpha_t x_0 + \sigma_t \epsilon$ with $\alpha_t^2 = \bar\alpha_t$,
+    $\sigma_t^2 = 1 - \bar\alpha_t$ (DDPM, arXiv 2006.11239, eq. 4), and a denoiser's answer in one of three forms:
+    `"epsilon"` ε, `"sample"` x₀, `"v_prediction"` α ε − σ x₀ (arXiv 2202.00512).
+
+    Attributes:
+        alphas_cumprod (`Tensor`): ᾱ, `[timesteps]`, fp32.
+        prediction_type (`str`): what the denoiser predicts.
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+
+    @classmethod
+    def of(cls, scheduler: Any) -> NoiseSchedule:
+        """The schedule that a diffusers scheduler samples from, whichever its sampler.
+
+        Raises:
+            ValueError: the scheduler adds no noise in this way (flow matching, EDM), or predicts something else.
+        """
+        name = type(scheduler).__name__
+        if not hasattr(scheduler, "add_noise"):
+            raise ValueError(
+                f"noise_scheduler: {name} has no add_noise, so nothing can be noised with it; use DDPMScheduler"
+            )
+        if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
+            raise ValueError(
+                f"noise_scheduler: {name} has no alphas_cumprod; variance-preserving schedulers are supported"
+            )
+        prediction = scheduler.config.get("prediction_type", "epsilon")
+        if prediction not in PREDICTION_TYPES:
+            raise ValueError(
+                f"noise_scheduler: prediction_type={prediction!r} is not one of {', '.join(PREDICTION_TYPES)}"
+            )
+        return cls(scheduler.alphas_cumprod.detach().float().clone(), prediction)
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def to(self, device: torch.device | str) -> NoiseSchedule:
+        return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)
+
+    def scales(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`(α, σ)` of each example, fp32, shaped to multiply `like`: `[batch, 1, …]`."""
+        squared = self.alphas_cumprod[timesteps].view(-1, *(1,) * (like.dim() - 1))
+        return squared.sqrt(), (1 - squared).sqrt()
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t, in the dtype of `clean`."""
+        alpha, sigma = self.scales(timesteps, clean)
+        return (alpha * clean + sigma * noise).to(clean.dtype)
+
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a perfect guess of this noise would be, in the denoiser's own form."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return clean
+        alpha, sigma = self.scales(timesteps, clean)
+        return (alpha * noise - sigma * clean).to(clean.dtype)
+
+    def shift(self, change: Tensor, timesteps: Tensor) -> Tensor:
+        """By how much the denoiser's answer at a fixed x_t changes where the clean image it stands for changes by `change`:
+        −(α/σ) Δ for ε, Δ for x₀, −Δ/σ for v.
+        """
+        if self.prediction_type == "sample":
+            return change
+        alpha, sigma = self.scales(timesteps, change)
+        return -(alpha / sigma if self.prediction_type == "epsilon" else 1 / sigma) * change
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Signal-to-noise ratio ᾱ/(1 − ᾱ): `[batch]`."""
+        squared = self.alphas_cumprod[timesteps]
+        return squared / (1 - squared)
+
+    def weights(self, timesteps: Tensor, kind: Literal["simple", "elbo", "min_snr"], gamma: float = 1.0) -> Tensor:
+        r"""Weight of each example's squared error, `[batch]`, so that the error of any prediction type counts as one of ε would.
+
+        `"simple"`: 1 on the prediction as it is (DDPM, eq. 14). `"min_snr"`: min(SNR, γ) on x₀ (arXiv 2303.09556).
+        `"elbo"`: the variational bound's own $\beta_t^2 / (2\sigma_t^2\alpha_t(1-\bar\alpha_t))$ on ε (DDPM, eq. 12, with the
+        posterior variance σ² = β); the step that ends at x₀ counts as its neighbour.
+        """
+        if kind == "simple":
+            return torch.ones_like(timesteps, dtype=torch.float32)
+        snr = self.snr(timesteps)
+        # Squared errors: ε = x₀ · SNR, v = x₀ · (SNR + 1). The last SNR of a cosine schedule is 2e-9, of a rescaled one 0.
+        of_x0 = {"epsilon": 1 / snr.clamp(min=1e-12), "sample": torch.ones_like(snr), "v_prediction": 1 / (snr + 1)}
+        if kind == "min_snr":
+            return snr.clamp(max=gamma) * of_x0[self.prediction_type]
+        step = timesteps.clamp(min=1)
+        now, previous = self.alphas_cumprod[step], self.alphas_cumprod[step - 1]
+        # On x₀, ᾱ_{t−1} β / 2(1 − ᾱ_t)²: finite where ᾱ_t = 0, which the form on ε is not.
+        bound = (previous - now) / (2 * (1 - now).square())
+        bound = torch.where(timesteps > 0, bound, bound * snr / self.snr(step))
+        return bound * of_x0[self.prediction_type]

@@ -1,0 +1,157 @@
+"""What an unlearning trainer of a diffusion pipeline writes: a plain pipeline, or a LoRA file, with its card."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..hub.card import diffusion_task, hub_id, loading_code
+from ..parameters import ReferencePoint, trainable_parameters
+from .saving import SavingMixin
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+ADAPTER_STATE = "adapter.safetensors"
+EMA_STATE = "ema.safetensors"
+
+
+class PipelineSavingMixin(SavingMixin):
+    """Saving of a pipeline whose `unet` is trained. Stock diffusers loads the result."""
+
+    pipeline: DiffusionPipeline
+    ema: AverageWeights | None
+
+    @property
+    def is_adapter(self) -> bool:
+        return bool(getattr(self.model, "peft_config", None))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if not self.args.should_save:
+            return
+        unet = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            if self.is_adapter:
+                ReferencePoint.capture(unet).save(folder / ADAPTER_STATE)
+            else:
+                unet.save_pretrained(folder / "unet")
+            if self.ema is not None:
+                self.ema.point.save(folder / EMA_STATE)
+            return
+        if self.is_adapter and not self.args.merge_adapter:
+            self._save_lora(unet, folder)
+        else:
+            self._save_pipeline(unet, folder)
+        self.model_card(self.hub_model_id or str(folder)).save(folder / "README.md")
+
+    def _save_pipeline(self, unet: torch.nn.Module, folder: Path) -> None:
+        plain = unet
+        if self.is_adapter:
+            plain = copy.deepcopy(unet)
+            plain.fuse_lora(safe_fusing=True)
+            plain.unload_lora()
+        trained = self.pipeline.unet
+        self.pipeline.register_modules(unet=plain)
+        try:
+            self.pipeline.save_pretrained(folder)
+        finally:
+            self.pipeline.register_modules(unet=trained)
+        for file in (
+            folder / "model_index.json",
+            *folder.glob("*/config.json"),
+        ):  # diffusers writes where a model came from
+            content = json.loads(file.read_text())
+            if "_name_or_path" in content:
+                if (name := hub_id(content.pop("_name_or_path"))) is not None:
+                    content["_name_or_path"] = name
+                file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+    def _save_lora(self, unet: torch.nn.Module, folder: Path) -> None:
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft.utils import get_peft_model_state_dict
+
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        self.pipeline.save_lora_weights(folder, unet_lora_layers={k: v.cpu().contiguous() for k, v in layers.items()})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        unet = model if model is not None else self.model
+        if self.is_adapter:
+            ReferencePoint.load(Path(resume_from_checkpoint, ADAPTER_STATE), self.args.device).restore(unet)
+        else:
+            saved = type(unet).from_pretrained(resume_from_checkpoint, subfolder="unet", torch_dtype=unet.dtype)
+            unet.load_state_dict(saved.state_dict())
+        if self.ema is not None:
+            file = Path(resume_from_checkpoint, EMA_STATE)
+            if not file.is_file():
+                raise ValueError(f"resume_from_checkpoint: {file} is missing; resume with ema_decay=0, or start again")
+            self.ema.point = ReferencePoint.load(file, self.args.device)
+
+    # The card
+
+    def _forgotten(self) -> str:
+        if self.args.forget_prompts:
+            return f"what {len(self.args.forget_prompts):,} prompts ask for"
+        return f"the kind of images in {len(self.source_dataset):,} examples"
+
+    def _chosen(self) -> dict[str, Any]:
+        chosen = super()._chosen()
+        for name in (
+            "bn",
+            "fisher",
+            "fisher_samples",
+            "forget_accuracy",
+            "forget",
+            "forget_prompts",
+            "replay_prompts",
+        ):
+            chosen.pop(name, None)  # of classifiers, or telling what was forgotten
+        return chosen | {"anchor_precision": self.precision_name}
+
+    def _card_defaults(self, name: str) -> dict[str, Any]:
+        adapter = self.is_adapter and not self.args.merge_adapter
+        steps = {} if self.args.num_inference_steps is None else {"num_inference_steps": self.args.num_inference_steps}
+        lora = {"lora_base": hub_id(self.base_model) or "the original"} if adapter else {}
+        return {
+            "library_name": "diffusers",
+            "pipeline_tag": diffusion_task(type(self.pipeline)),
+            "load_snippet": loading_code(type(self.pipeline), name, **steps, **lora),
+        }
+
+
+class AverageWeights(TrainerCallback):
+    """Exponential moving average of the trained parameters, which replaces them when training ends.
+
+    The decay begins low, min(decay, (1 + step)/(10 + step)), so that the average forgets where it began.
+
+    Args:
+        model (`nn.Module`): its trainable parameters are averaged.
+        decay (`float`): in (0, 1).
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.model, self.decay = model, decay
+        self.point: ReferencePoint | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.point is None or state.global_step == 0:
+            self.point = ReferencePoint.capture(self.model)
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        weight = 1 - min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        now = trainable_parameters(self.model)
+        torch._foreach_lerp_(
+            list(self.point.parameters.values()), [now[name] for name in self.point.parameters], weight
+        )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.point.restore(self.model)

@@ -1,0 +1,119 @@
+"""The images that a run draws from the original before its first step: those to keep, and those to forget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..diffusion import EncodedImages, decode, encode_prompts, generate, is_prompted
+from ..own_samples import OwnSamples, part
+from ..parameters import save_tensors
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+logger = logging.getLogger(__name__)
+
+# Seeds of what is drawn, apart from each other: the grids' noise must not be that of the replay.
+FORGET_SEED, REPLAY_SEED = 1, 2
+
+
+class ReplayPoolMixin:
+    """Draws the original's own samples once and keeps them in `_private/`."""
+
+    pipeline: DiffusionPipeline
+    replay_filter: Callable[[Tensor], Tensor] | None
+
+    def drawn(self, what: int | list[str], seed: int, name: str) -> EncodedImages:
+        """Samples of the original: read from `_private/` where the same model has drawn the same before."""
+        args = self.args
+        settings = {
+            "what": what,
+            "seed": [args.seed, seed],
+            "steps": args.num_inference_steps,
+            "guidance": args.guidance_scale,
+            "scheduler": {k: v for k, v in self.pipeline.scheduler.config.items() if k[0] != "_"},
+            "model": _fingerprint(self.pipeline.unet),
+        }
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+        file = Path(args.output_dir, "_private", f"{name}.safetensors")
+        with args.main_process_first(desc=f"drawing {name} samples"):
+            found = _read(file, key)
+            if found is None:
+                logger.info("drawing %s samples from the original", what if isinstance(what, int) else len(what))
+                latents = generate(
+                    self.pipeline.to(args.device),
+                    what,
+                    seed=int(
+                        torch.randint(2**31, (), generator=torch.Generator().manual_seed(1000 * args.seed + seed))
+                    ),
+                    num_inference_steps=args.num_inference_steps,
+                    guidance_scale=args.guidance_scale,
+                    batch_size=args.sample_batch_size,
+                    latents=is_prompted(self.pipeline),
+                )
+                if args.should_save:
+                    save_tensors({"latents": latents}, file, {"key": key})
+            else:
+                latents = found
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                "pipeline: the original's own samples are not finite; its weights or its scheduler are broken"
+            )
+        if not is_prompted(self.pipeline):
+            return EncodedImages(latents)
+        conditioning, rows = encode_prompts(what, self.pipeline, device=args.device)
+        return EncodedImages(latents, None, conditioning, rows)
+
+    def own_samples(self, forget: EncodedImages, given: EncodedImages | None) -> OwnSamples | None:
+        """What the original draws apart from the forgotten kind; None where nothing is to be drawn."""
+        args, prompted = self.args, is_prompted(self.pipeline)
+        if given is None and not args.replay_samples:
+            return None
+        if given is None and prompted and not args.replay_prompts:
+            raise ValueError(
+                "replay_prompts: missing; name what a prompted model is to keep (without the forgotten concept), or set "
+                "replay_samples=0"
+            )
+        samples = given
+        if samples is None:
+            prompts = args.replay_prompts or []
+            what = [prompts[i % len(prompts)] for i in range(args.replay_samples)] if prompted else args.replay_samples
+            samples = self.drawn(what, REPLAY_SEED, "replay")
+        if prompted and self.replay_filter is None:  # the prompts say what is kept
+            return OwnSamples(samples, 0.0)
+        images = decode(samples.latents, self.pipeline, batch_size=args.sample_batch_size) if prompted else None
+        parted = part(samples, forget, self.replay_filter, images)
+        logger.info("%d of %d own samples are kept", len(parted.kept), len(samples))
+        if parted.share > 0.8:
+            logger.warning(
+                "forget_dataset: %.0f %% of what the original draws is of its kind; it looks like the whole data, and little "
+                "is left to keep",
+                100 * parted.share,
+            )
+        return parted
+
+
+def _fingerprint(model: torch.nn.Module) -> list[float]:
+    """A few sums that change when any weight does."""
+    with torch.no_grad():
+        norms = torch._foreach_norm([parameter.detach() for parameter in model.parameters()], 2, torch.float32)
+        sums = torch.stack([parameter.detach().float().sum() for parameter in model.parameters()])
+    return [torch.stack(norms).double().sum().item(), sums.double().sum().item()]
+
+
+def _read(file: Path, key: str) -> Tensor | None:
+    if not file.is_file():
+        return None
+    with safe_open(file, "pt") as stored:
+        return stored.get_tensor("latents") if (stored.metadata() or {}).get("key") == key else None
