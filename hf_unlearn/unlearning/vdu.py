@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import Trainer, set_seed
 
-from ..diffusion import EncodedImages, encode, encode_prompts, is_prompted
-from ..fisher import gaussian_fisher
-from ..moments import ParameterMoments
+from ..diffusion import EncodedImages, encode, is_prompted
 from ..noise import NoiseSchedule
 from ..own_samples import OwnSamples
-from ..parameters import Anchor, QuadraticAnchor, SumOfAnchors
-from ..posterior import ForgottenPosterior
-from . import losses
 from .config import UnlearnConfig
 from .denoiser import as_pipeline, choose_trainable
 from .inputs import check_arguments
-from .objective import Batch
 from .pipeline_saving import AverageWeights, PipelineSavingMixin
 from .replay_pool import FORGET_SEED, ReplayPoolMixin
 from .samples import SampleGrids
 from .trainer import UnlearnMixin
-from .utility import LOOKING
 
 
 if TYPE_CHECKING:
@@ -352,246 +343,8 @@ class VDUTrainer(ReplayPoolMixin, PipelineSavingMixin, UnlearnMixin, Trainer):
             self.own = self.own_samples(self.forget_dataset, self.replay_dataset)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    @cached_property
-    def posterior(self) -> ForgottenPosterior | None:
-        """What is forgotten and what is kept, as two banks of images; None for a prompted model, whose prompts say it."""
-        kept = self.retain_dataset if self.own is None else self.own.kept
-        if is_prompted(self.pipeline) or kept is None:
-            return None
-        size = len(self.forget_dataset)
-        share = size / (size + len(kept)) if self.own is None else self.own.share
-        # Where no own sample was of the forgotten kind, it may still be as frequent as the resolution of the count.
-        share = min(max(share, 1 / (len(kept) + 1)), 0.99)
-        device = self.args.device
-        return ForgottenPosterior(self.forget_dataset.latents.to(device), kept.latents.to(device), share)
-
     @property
     def sample_prompts(self) -> list[str]:
         """With prompts: what grids and figures show, the forgotten concept beside what is kept."""
         forgotten = self.args.forget_prompts or []
         return [*forgotten[:4], *(self.args.replay_prompts or [])[:4]] or [self.args.redirect_prompt]
-
-    def _batches(self, dataset, limit: int | None) -> Iterator[Batch]:
-        generator = self._generator(LOOKING)  # the same noise at every look
-        for batch in super()._batches(dataset, limit):
-            yield self.prepared(batch, generator)
-
-    # The losses
-
-    def _choose_forget_loss(self) -> str:
-        name, has_target = (
-            self.args.forget_loss,
-            self.args.heldout_loss is not None or self.heldout_dataset is not None,
-        )
-        if name == "bounded":
-            name = "match" if has_target else "redirect"
-        if name == "match" and not has_target:
-            raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
-        nothing_to_keep = not self.args.replay_samples and self.replay_dataset is None and self.retain_dataset is None
-        if name == "redirect" and nothing_to_keep and not is_prompted(self.pipeline):
-            raise ValueError(
-                "forget_loss='redirect' needs what is to be kept: set replay_samples, or pass retain_dataset="
-            )
-        return name
-
-    @property
-    def replay_weight(self) -> float:
-        if self.own is None:
-            return 0.0
-        if self.args.replay_weight is not None:
-            return self.args.replay_weight
-        return DEFAULT_REPLAY_WEIGHT.get(self.forget_loss_name, 10.0)
-
-    def prepared(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Clean images with the noise and the timesteps that student and original both see."""
-        clean = batch["latents"]
-        if "latents_std" in batch:
-            clean = clean + batch["latents_std"] * _normal(clean, generator)
-        low, high = (round(share * len(self.schedule)) for share in self.args.t_range)
-        timesteps = torch.randint(low, max(high, low + 1), (len(clean),), generator=generator, device=clean.device)
-        noise = _normal(clean, generator)
-        return {
-            "clean": clean,
-            "noise": noise,
-            "timesteps": timesteps,
-            "noisy": self.schedule.add_noise(clean, noise, timesteps),
-            "conditioning": batch.get("conditioning", {}),
-        }
-
-    def predictions(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the denoiser answers, and what the true noise would have it answer, `[batch, channels, height, width]`, fp32."""
-        dtype = self.pipeline.unet.dtype
-        conditioning = {name: value.to(dtype) for name, value in batch["conditioning"].items()}
-        answer = forward(batch["noisy"].to(dtype), batch["timesteps"], **conditioning).sample
-        answer = answer[:, : batch["noisy"].shape[1]].float()  # a learned variance stands behind the answer
-        return answer, self.schedule.target(batch["clean"], batch["noise"], batch["timesteps"])
-
-    def _error(self, answer: Tensor, target: Tensor, batch: Batch) -> Tensor:
-        """w_t times the mean squared error over pixels, `[batch]`."""
-        weights = self.schedule.weights(batch["timesteps"], self.args.loss_weighting, self.args.snr_gamma)
-        return weights * (answer - target).square().flatten(1).mean(1)
-
-    def task_loss(self, model: Callable, batch: Batch) -> Tensor:
-        """The weighted denoising error of each example, `[batch]`."""
-        return self._error(*self.predictions(model, batch), batch)
-
-    def forget_loss(self, model: Callable, batch: Batch) -> Tensor:
-        """What is minimised on noisy forget images, `[batch]`, or a scalar."""
-        name = self.forget_loss_name
-        if name == "redirect":
-            return self._error(self.predictions(model, batch)[0], self.answer_without(batch), batch)
-        if name == "uniform":
-            return self._error(self.predictions(model, batch)[0], self._answer_of_noise(batch), batch)
-        error = self.task_loss(model, batch)
-        if name == "ascent":
-            return losses.ascent(error)
-        if name == "match":
-            return losses.match(error, self.heldout_loss)
-        # −log p of an image, up to a constant: half the squared error of all its pixels.
-        pixels = batch["clean"][0].numel() / 2
-        reference_error = self.task_loss(self.reference_forward, batch)
-        return losses.npo(pixels * error, pixels * reference_error, self.args.npo_beta) / pixels
-
-    @torch.no_grad()
-    def answer_without(self, batch: Batch) -> Tensor:
-        """What the original would answer had it never seen the forgotten kind: by Bayes' rule over two banks of images
-        ([`hf_unlearn.posterior`]), or for a prompted model its answer to the neutral prompt, ε(∅) − η(ε(c) − ε(∅)).
-        """
-        answer, _ = self.predictions(self.reference_forward, batch)
-        if is_prompted(self.pipeline):
-            neutral = {name: table.expand_as(batch["conditioning"][name]) for name, table in self._neutral.items()}
-            unprompted, _ = self.predictions(self.reference_forward, {**batch, "conditioning": neutral})
-            return unprompted - self.args.negative_guidance * (answer - unprompted)
-        _, change = self.posterior(batch["noisy"], batch["timesteps"], self.schedule)
-        return answer + self.schedule.shift(change, batch["timesteps"])
-
-    @cached_property
-    def _neutral(self) -> dict[str, Tensor]:
-        tables, _ = encode_prompts([self.args.redirect_prompt], self.pipeline, device=self.args.device)
-        return {name: table.to(self.args.device) for name, table in tables.items()}
-
-    def _answer_of_noise(self, batch: Batch) -> Tensor:
-        """As Selective Amnesia's surrogate (arXiv 2305.10120): what would be right if the clean image were uniform noise."""
-        surrogate = (torch.erf(batch["noise"] / 2**0.5)).roll(1, 0)  # uniform in [−1, 1], of another example
-        true = self.schedule.target(batch["clean"], batch["noise"], batch["timesteps"])
-        return true + self.schedule.shift(surrogate - batch["clean"], batch["timesteps"])
-
-    def replay_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """As many noisy samples of the original's own as there are forget images."""
-        kept = self.own.kept
-        rows = torch.randint(len(kept), (len(batch["clean"]),), generator=generator, device=batch["clean"].device)
-        drawn = self._prepare_inputs(default_collate([kept[int(row)] for row in rows]))
-        return self.prepared(drawn, generator)
-
-    def replay_loss(self, model: Callable, batch: Batch) -> Tensor:
-        """Squared distance to what the original answers on its own samples, `[batch]`; under `redirect`, without the
-        forgotten part.
-        """
-        if self.forget_loss_name == "redirect" and self.posterior is not None:
-            target = self.answer_without(batch)
-        else:
-            target, _ = self.predictions(self.reference_forward, batch)
-        return self._error(self.predictions(model, batch)[0], target, batch)
-
-    # The term B
-
-    def build_anchor(self) -> Anchor | None:
-        anchors = [super().build_anchor(), self._stability()]
-        anchors = [anchor for anchor in anchors if anchor is not None]
-        return SumOfAnchors(*anchors) if anchors else None
-
-    def _stability(self) -> Anchor | None:
-        args, reference = self.args, self.reference.parameters
-        if not args.stability_weight:
-            return None
-        moments = self._moments()
-        precision = self._precision(moments)
-        center = reference
-        if args.anchor == "checkpoint_mean" and moments is not None:
-            center = {name: moments.mean[name].to(value) for name, value in reference.items()}
-        logger.info("stability: precision %s around %s", self.precision_name, args.anchor)
-        return QuadraticAnchor(
-            center, diagonal=precision, diagonal_weight=args.stability_weight, diagonal_name="stability"
-        )
-
-    @property
-    def precision_name(self) -> str | None:
-        """What stands in for 1/v in the term B, as log and card say it; None without the term."""
-        if not self.args.stability_weight:
-            return None
-        return self._precision_name
-
-    def _moments(self) -> ParameterMoments | None:
-        """Mean and variance over the checkpoints; a resumed run reads what the first one computed."""
-        if self.args.checkpoints is None:
-            return None
-        file = self.private_dir / "moments.safetensors"
-        if self._resuming:
-            if not file.is_file():
-                raise ValueError(f"resume_from_checkpoint: {file} is missing; start again, or set stability_weight=0")
-            return ParameterMoments.load(file, self.args.device)
-        moments = ParameterMoments.from_checkpoints(self.args.checkpoints, self.reference.parameters)
-        if self.args.should_save:
-            moments.save(file)
-        return moments
-
-    def _precision(self, moments: ParameterMoments | None) -> dict[str, Tensor]:
-        """P of B = Σ Pᵢ(θᵢ − μᵢ)²: 1/2v, or half a Fisher information or an identity where there is no variance."""
-        kind, count = self.args.stability, 0 if moments is None else moments.count
-        if kind == "auto":
-            kind = "inverse_variance" if count >= 2 else "fisher"
-        if kind == "inverse_variance" and count < 2:
-            raise ValueError(f"checkpoints: K = {count} has no variance; name two or more, or set stability='fisher'")
-        if kind == "inverse_variance":
-            self._precision_name = f"inverse variance over {count} checkpoints"
-            precision = moments.precision(self.args.variance_floor)
-            return {name: value.to(self.args.device) for name, value in precision.items()}
-        self._precision_name = f"{kind}, scaled to a mean of one"
-        if kind == "isotropic":
-            return {name: torch.full_like(value, 0.5) for name, value in self.reference.parameters.items()}
-        if self.args.stability == "auto" and count == 1:
-            logger.warning("checkpoints: a single one has no variance; the stability term uses the Fisher information")
-        fisher = self._fisher()
-        mean = sum(value.sum() for value in fisher.values()) / sum(value.numel() for value in fisher.values())
-        return {name: value / (2 * mean) for name, value in fisher.items()}
-
-    def _compute_fisher(self) -> dict[str, Tensor]:
-        return gaussian_fisher(
-            self.model,
-            self._batches(self.forget_dataset, self.args.fisher_examples),
-            lambda batch: self.predictions(self.model, batch)[0],
-            generator=torch.Generator(self.args.device).manual_seed(self.args.seed),
-        )
-
-    # What the guard looks at
-
-    utility_kind = "divergence"
-
-    @property
-    def utility_tolerance(self) -> float:
-        return DEFAULT_TOLERANCE if self.args.utility_tolerance is None else self.args.utility_tolerance
-
-    def utility(self) -> float:
-        """How far the answers on kept images are from what they should be, as a share of the original's own error there."""
-        generator = self._generator(LOOKING)
-        if self.own is None:
-            return self._mean(lambda batch: self.task_loss(self.model, batch), self.retain_dataset) / self._own_error
-        drift = self._mean(
-            lambda batch: self.replay_loss(self.model, self.replay_inputs(batch, generator)), self.forget_dataset
-        )
-        return drift / self._own_error
-
-    @cached_property
-    def _own_error(self) -> float:
-        kept = self.retain_dataset if self.own is None else self.own.kept
-        return self._mean(lambda batch: self.task_loss(self.reference_forward, batch), kept)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The denoising error of a batch; noise and timesteps are the same at every evaluation."""
-        batch = self.prepared(self._prepare_inputs(inputs), self._generator(LOOKING))
-        with torch.no_grad():
-            return self.task_loss(model, batch).mean(), None, None
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
