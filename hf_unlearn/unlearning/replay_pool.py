@@ -21,6 +21,8 @@ from ..parameters import save_tensors
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from .vdu import VDUConfig
+
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +36,8 @@ class ReplayPoolMixin:
     pipeline: DiffusionPipeline
     replay_filter: Callable[[Tensor], Tensor] | None
 
-    def drawn(self, what: int | list[str], seed: int, name: str) -> EncodedImages:
+    def drawn(self, args: VDUConfig, what: int | list[str], seed: int, name: str) -> EncodedImages:
         """Samples of the original: read from `_private/` where the same model has drawn the same before."""
-        args = self.args
         settings = {
             "what": what,
             "seed": [args.seed, seed],
@@ -89,7 +90,7 @@ class ReplayPoolMixin:
         if samples is None:
             prompts = args.replay_prompts or []
             what = [prompts[i % len(prompts)] for i in range(args.replay_samples)] if prompted else args.replay_samples
-            samples = self.drawn(what, REPLAY_SEED, "replay")
+            samples = self.drawn(args, what, REPLAY_SEED, "replay")
         if prompted and self.replay_filter is None:  # the prompts say what is kept
             return OwnSamples(samples, 0.0)
         images = decode(samples.latents, self.pipeline, batch_size=args.sample_batch_size) if prompted else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,12 @@ from ..noise import NoiseSchedule
 from ..own_samples import OwnSamples
 from .config import UnlearnConfig
 from .denoiser import as_pipeline, choose_trainable
+from .denoising import DenoisingMixin
 from .inputs import check_arguments
 from .pipeline_saving import AverageWeights, PipelineSavingMixin
 from .replay_pool import FORGET_SEED, ReplayPoolMixin
 from .samples import SampleGrids
+from .stability import StabilityMixin
 from .trainer import UnlearnMixin
 
 
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-logger = logging.getLogger(__name__)
-
-DEFAULT_REPLAY_WEIGHT = {"redirect": 1.0}
-DEFAULT_TOLERANCE = 0.5
 STABILITIES = ("auto", "inverse_variance", "fisher", "isotropic")
 WEIGHTINGS = ("simple", "elbo", "min_snr")
 
@@ -204,7 +201,7 @@ class VDUConfig(UnlearnConfig):
         return cls(output_dir=output_dir, **(preset | overrides))
 
 
-class VDUTrainer(ReplayPoolMixin, PipelineSavingMixin, UnlearnMixin, Trainer):
+class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSavingMixin, UnlearnMixin, Trainer):
     """Makes a diffusion model forget the kind of images that its forget examples show, from these alone.
 
     The pipeline (`trainer.pipeline`) is changed in place, and what is saved is a pipeline that stock diffusers loads.
@@ -272,11 +269,8 @@ class VDUTrainer(ReplayPoolMixin, PipelineSavingMixin, UnlearnMixin, Trainer):
             if not is_prompted(self.pipeline):
                 raise ValueError("forget_prompts: this model takes no prompts; pass forget_dataset=")
             prompts = [args.forget_prompts[i % len(args.forget_prompts)] for i in range(args.forget_samples)]
-            self.args = args
-            source, forget_dataset = (
-                [{"prompt": prompt} for prompt in prompts],
-                self.drawn(prompts, FORGET_SEED, "forget"),
-            )
+            source = [{"prompt": prompt} for prompt in prompts]
+            forget_dataset = self.drawn(args, prompts, FORGET_SEED, "forget")
         given = {
             "forget_dataset": forget_dataset,
             "retain_dataset": retain_dataset,
@@ -339,7 +333,7 @@ class VDUTrainer(ReplayPoolMixin, PipelineSavingMixin, UnlearnMixin, Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Unlearn. As [`~transformers.Trainer.train`]; the original draws its own samples first, if it has not before."""
-        if self.own is None:
+        if self.own is None and (self.retain_dataset is None or self.args.replay_weight):
             self.own = self.own_samples(self.forget_dataset, self.replay_dataset)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
