@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import tempfile
 from pathlib import Path
@@ -12,31 +11,24 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments, set_seed
 
+from hf_unlearn.data import FASHION_MNIST, read_idx
 
-FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf_unlearn", "benchmarks")
 NAMES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
 TRAINING = {"num_train_epochs": 6, "learning_rate": 1e-3, "per_device_train_batch_size": 128, "weight_decay": 0.01}
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """An array in the IDX format of the MNIST family: magic number, shape (big-endian), bytes."""
-    with gzip.open(path) as file:
-        dimensions = file.read(4)[3]
-        shape = np.frombuffer(file.read(4 * dimensions), ">u4")
-        return np.frombuffer(file.read(), np.uint8).reshape(shape)
 
 
 def load() -> DatasetDict:
     """`train` (54,000), `validation` (6,000, the last of the training file) and `test` (10,000), as model inputs:
     `pixel_values` `[1, 28, 28]` in [−1, 1] and `label`.
     """
-    if not FOLDER.is_dir():
-        raise SystemExit(f"{FOLDER} is not there; install it with: apt-get install dataset-fashion-mnist")
+    if not FASHION_MNIST.is_dir():
+        raise SystemExit(f"{FASHION_MNIST} is not there; install it with: apt-get install dataset-fashion-mnist")
     parts = {}
     for name, prefix in (("train", "train"), ("test", "t10k")):
-        images = read_idx(FOLDER / f"{prefix}-images-idx3-ubyte.gz").astype(np.float32)[:, None] / 127.5 - 1
-        labels = read_idx(FOLDER / f"{prefix}-labels-idx1-ubyte.gz").astype(np.int64)
+        images = read_idx(f"{prefix}-images-idx3-ubyte.gz").astype(np.float32)[:, None] / 127.5 - 1
+        labels = read_idx(f"{prefix}-labels-idx1-ubyte.gz").astype(np.int64)
         parts[name] = Dataset.from_dict({"pixel_values": images, "label": labels}).with_format("torch")
     train = parts["train"]
     return DatasetDict(

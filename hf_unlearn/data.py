@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -13,10 +14,12 @@ from torch.utils.data import Dataset as TorchDataset
 
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset, DatasetDict
 
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 
 
 # Loading
@@ -26,8 +29,8 @@ def load(name: str, *, revision: str | None = None) -> DatasetDict:
     """A dataset with its splits.
 
     Args:
-        name (`str`): `"digits"` (embedded, no network), a folder written by `save_to_disk`, a folder of images, or an id
-            on the Hub.
+        name (`str`): `"digits"` (embedded, no network), `"fashion_mnist"` (of the Debian package where it is installed), a
+            folder written by `save_to_disk`, a folder of images, or an id on the Hub.
         revision (`str`, *optional*): of a dataset on the Hub.
 
     Raises:
@@ -37,6 +40,10 @@ def load(name: str, *, revision: str | None = None) -> DatasetDict:
 
     if name == "digits":
         return digits()
+    if name == "fashion_mnist":
+        if FASHION_MNIST.is_dir():
+            return fashion_mnist()
+        name = "zalando-datasets/fashion_mnist"
     path = Path(name)
     try:
         if path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
@@ -97,6 +104,52 @@ def digits() -> DatasetDict:
             for name, rows in (("train", train), ("validation", validation), ("test", test))
         }
     )
+
+
+def fashion_mnist() -> DatasetDict:
+    """Fashion-MNIST from Debian's package `dataset-fashion-mnist`: 28 × 28 grey images of ten kinds of clothes.
+
+    Returns:
+        `DatasetDict`: `train` (60,000) and `test` (10,000) with columns `image` and `label`, as the Hub's.
+    """
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+    from PIL import Image as PILImage
+
+    names = [
+        "T - shirt / top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ]
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    return DatasetDict(
+        {
+            split: Dataset.from_dict(
+                {
+                    "image": [PILImage.fromarray(image) for image in read_idx(f"{prefix}-images-idx3-ubyte.gz")],
+                    "label": read_idx(f"{prefix}-labels-idx1-ubyte.gz"),
+                },
+                features=features,
+            )
+            for split, prefix in (("train", "train"), ("test", "t10k"))
+        }
+    )
+
+
+def read_idx(name: str) -> np.ndarray:
+    """An array of Fashion-MNIST in the IDX format of the MNIST family: magic number, shape (big-endian), bytes."""
+    import numpy as np
+
+    with gzip.open(FASHION_MNIST / name) as file:
+        dimensions = file.read(4)[3]
+        shape = np.frombuffer(file.read(4 * dimensions), ">u4")
+        return np.frombuffer(file.read(), np.uint8).reshape(shape)
 
 
 def with_wrong_labels(dataset: Dataset, share: float, *, seed: int = 0) -> Dataset:

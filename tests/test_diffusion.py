@@ -1,0 +1,389 @@
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from PIL import Image
+from torch import nn
+from torch.utils.data import default_collate
+
+from hf_unlearn.diffusion import (
+    EncodedImages,
+    check_denoiser,
+    encode,
+    encode_prompts,
+    generate,
+    is_prompted,
+    pixels,
+    resolution,
+)
+
+
+GREY, COLOUR = (1, 8, 8), (3, 8, 8)
+SMALL = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 8),
+    "norm_num_groups": 2,
+}
+PROMPTS = ["a photo", "hot", "a photo", "", "a hot photo"]
+
+
+def noise_image(mode="RGB", size=(8, 8), seed=0):
+    bands = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *bands), dtype=np.uint8)
+    return Image.fromarray(values, mode)
+
+
+def as_tensor(image):
+    values = torch.from_numpy(np.array(image)).double() / 127.5 - 1
+    return values.unsqueeze(0) if values.dim() == 2 else values.permute(2, 0, 1)
+
+
+def refused(match, function, *args, **options):
+    with pytest.raises(ValueError, match=match) as caught:
+        function(*args, **options)
+    assert "\n" not in str(caught.value)
+
+
+class TestPixels:
+    @pytest.mark.parametrize(("mode", "shape"), [("L", GREY), ("RGB", COLOUR)])
+    @pytest.mark.parametrize("resize", [False, True])
+    def test_pil_images_of_the_models_size(self, mode, shape, resize):
+        images = [noise_image(mode, seed=seed) for seed in range(3)]
+        tensors = pixels(images, shape, resize=resize)
+        assert tensors.dtype == torch.float32
+        torch.testing.assert_close(tensors.double(), torch.stack([as_tensor(image) for image in images]))
+
+    def test_grey_and_transparent_images_become_colour(self):
+        grey, transparent = noise_image("L"), noise_image("RGBA")
+        tensors = pixels([grey, transparent], COLOUR, resize=False)
+        torch.testing.assert_close(tensors[0].double(), as_tensor(grey).expand(3, 8, 8))
+        torch.testing.assert_close(tensors[1].double(), as_tensor(transparent)[:3])
+
+    @pytest.mark.parametrize("upright", [False, True])
+    @pytest.mark.parametrize("mode", ["L", "RGB"])
+    def test_resizing_keeps_proportions_and_the_centre(self, mode, upright):
+        """A ramp along the long side of 32 × 16 pixels keeps its slope per pixel, and loses both ends."""
+        ramp = np.broadcast_to(np.arange(32, dtype=np.uint8) * 8, (16, 32))
+        middle = 8 * (8 + 2 * torch.arange(8.0) + 0.5)  # columns 8 to 23, two at a time
+        expected = (middle / 127.5 - 1).expand(8, 8)
+        if upright:
+            ramp, expected = ramp.T, expected.T
+        shape = COLOUR if mode == "RGB" else GREY
+        tensors = pixels([Image.fromarray(ramp.copy()).convert(mode)], shape, resize=True)
+        torch.testing.assert_close(tensors[0], expected.expand(shape), rtol=0, atol=1.1 / 127.5)
+
+    def test_models_that_are_not_square(self):
+        image = noise_image(size=(12, 8))
+        torch.testing.assert_close(pixels([image], (3, 8, 12), resize=False)[0].double(), as_tensor(image))
+        assert pixels([image], (3, 4, 16), resize=True).shape == (1, 3, 4, 16)
+        refused("an image is 12 × 8, the model draws 8 × 12", pixels, [image], (3, 12, 8), resize=False)
+
+    def test_resizes_palettes_as_colours(self):
+        """Single columns of black and white mix to grey; picked pixels would stay black or white."""
+        stripes = Image.fromarray(np.tile(np.array([0, 255], dtype=np.uint8), (32, 16))).convert("RGB")
+        tensors = pixels([stripes.quantize(2)], COLOUR, resize=True)
+        assert tensors[..., 1:-1].abs().max() < 0.1
+
+    @pytest.mark.parametrize("kind", [np.array, torch.tensor, list, lambda x: torch.tensor(x, dtype=torch.bfloat16)])
+    def test_arrays_are_taken_as_they_are(self, kind):
+        values = np.random.default_rng(0).integers(-4, 5, (5, *COLOUR)) / 4
+        tensors = pixels([kind(image.tolist()) for image in values], COLOUR, resize=True)
+        assert tensors.dtype == torch.float32
+        torch.testing.assert_close(tensors, torch.from_numpy(values).float(), rtol=0, atol=0)
+
+    @pytest.mark.parametrize(
+        ("images", "shape", "match"),
+        [
+            ([noise_image(), noise_image(size=(9, 8))], COLOUR, "an image is 9 × 8, the model draws 8 × 8"),
+            ([noise_image("L"), noise_image()], GREY, "images have 3 channels, the model has 1"),
+            ([noise_image("RGBA")], (4, 8, 8), "model's 4 channels"),
+            ([torch.zeros(3, 8, 9)], COLOUR, r"shape \(3, 8, 9\), the model's is \(3, 8, 8\)"),
+            ([torch.zeros(COLOUR), torch.zeros(3, 4, 4)], COLOUR, r"shape \(3, 4, 4\)"),
+            ([torch.zeros(1, 8, 8)], COLOUR, r"shape \(1, 8, 8\)"),
+            ([torch.zeros(8, 8)], GREY, r"shape \(8, 8\)"),
+            ([np.zeros((8, 8, 3))], COLOUR, r"shape \(8, 8, 3\)"),
+            ([torch.zeros(COLOUR), torch.full(COLOUR, torch.nan)], COLOUR, "NaN"),
+            ([torch.full(COLOUR, -torch.inf)], COLOUR, "infinite"),
+            ([np.array(noise_image()).transpose(2, 0, 1)], COLOUR, r"pixel values reach 2\d\d.*\[−1, 1\]"),
+            ([torch.zeros(COLOUR), torch.full(COLOUR, -1.5)], COLOUR, "reach 1.5"),
+        ],
+    )
+    def test_says_what_does_not_fit(self, images, shape, match):
+        refused("^retain_dataset: .*" + match, pixels, images, shape, resize=False, argument="retain_dataset")
+
+
+class TestEncodedImages:
+    @pytest.fixture(params=["images", "latents"])
+    def encoded(self, request):
+        latents = torch.arange(10.0).view(5, 1, 1, 2)
+        if request.param == "images":
+            return EncodedImages(latents)
+        table = {"encoder_hidden_states": torch.arange(6.0).view(2, 3), "other": torch.tensor([[5], [6]])}
+        return EncodedImages(latents, latents + 100, table, torch.tensor([1, 0, 0, 1, 0]))
+
+    def test_rows_are_looked_up_in_the_tables(self):
+        table = torch.arange(6.0).view(2, 3)
+        encoded = EncodedImages(torch.zeros(3, 1), None, {"told": table}, torch.tensor([1, 0, 1]))
+        torch.testing.assert_close(encoded[0]["conditioning"]["told"], table[1])
+        torch.testing.assert_close(encoded[1]["conditioning"]["told"], table[0])
+        assert set(encoded[1]) == {"latents", "conditioning"}
+        assert set(EncodedImages(torch.zeros(3, 1))[0]) == {"latents"}
+
+    def test_collated_items_are_the_batch(self, encoded):
+        picked = [4, 0, 3, 3]
+        together, collated = encoded[torch.tensor(picked)], default_collate([encoded[row] for row in picked])
+        assert len(encoded) == 5
+        torch.testing.assert_close(collated, together, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("keep", [torch.tensor([True, False, False, True, True]), torch.tensor([0, 3, 4])])
+    def test_select(self, encoded, keep):
+        selected = encoded.select(keep)
+        assert len(selected) == 3
+        for place, row in enumerate([0, 3, 4]):
+            torch.testing.assert_close(selected[place], encoded[row], rtol=0, atol=0)
+        torch.testing.assert_close(selected.select(torch.tensor([2]))[0], encoded[4], rtol=0, atol=0)
+        assert len(encoded) == 5
+
+
+def tiny(kind, **changes):
+    options = SMALL | changes
+    if kind is UNet2DModel:
+        blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    else:
+        blocks = {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 8,
+            "attention_head_dim": 2,
+        }
+    return kind(**blocks, **options)
+
+
+class TestCheckDenoiser:
+    def test_accepts_what_is_told_an_image_and_a_prompt(self, tiny_ddpm, tiny_stable_diffusion):
+        check_denoiser(tiny_ddpm.unet)
+        check_denoiser(tiny_stable_diffusion.unet)
+        check_denoiser(tiny(UNet2DModel, in_channels=3, out_channels=3))
+
+    @pytest.mark.parametrize(
+        ("make", "match"),
+        [
+            (lambda: tiny(UNet2DModel, num_class_embeds=10), "num_class_embeds=10"),
+            (lambda: tiny(UNet2DModel, class_embed_type="timestep"), "class_embed_type='timestep'"),
+            (
+                lambda: tiny(
+                    UNet2DConditionModel,
+                    addition_embed_type="text_time",
+                    addition_time_embed_dim=4,
+                    projection_class_embeddings_input_dim=32,
+                ),
+                "addition_embed_type='text_time'",
+            ),
+            (lambda: tiny(UNet2DConditionModel, in_channels=9), "sees 9 channels and answers 4"),
+            (lambda: tiny(UNet2DModel, in_channels=3, out_channels=6), "sees 3 channels and answers 6"),
+            (lambda: AutoencoderKL(block_out_channels=(4,), norm_num_groups=2), "AutoencoderKL is not supported"),
+            (lambda: nn.Linear(2, 2), "Linear is not supported"),
+        ],
+    )
+    def test_refuses_others(self, make, match):
+        refused(f"^model: .*{match}", check_denoiser, make())
+
+
+class TestResolution:
+    def test_of_either_kind(self, tiny_ddpm, tiny_stable_diffusion):
+        assert not is_prompted(tiny_ddpm)
+        assert is_prompted(tiny_stable_diffusion)
+        assert resolution(tiny_ddpm) == GREY
+        assert resolution(tiny_stable_diffusion) == COLOUR
+        tiny_stable_diffusion.unet.register_to_config(sample_size=(4, 6))
+        assert resolution(tiny_stable_diffusion) == (3, 8, 12)
+
+
+class TestEncode:
+    def test_unprompted_models_see_the_images(self, tiny_ddpm):
+        images = [noise_image("L", seed=seed) for seed in range(5)]
+        for column in ("image", "pixel_values", "images"):
+            encoded = encode([{column: image} for image in images], tiny_ddpm, device="cpu", batch_size=2)
+            torch.testing.assert_close(encoded.latents, pixels(images, GREY, resize=False))
+            assert encoded.latents_std is None
+            assert set(encoded[0]) == {"latents"}
+
+    def test_a_dataset_of_the_hub(self, tiny_stable_diffusion):
+        images = [noise_image(size=(10, 8), seed=seed) for seed in range(3)]
+        dataset = Dataset.from_dict({"image": images, "caption": PROMPTS[:3]})
+        encoded = encode(dataset, tiny_stable_diffusion, device="cpu", resize=True)
+        same = encode(
+            [
+                {"pixel_values": image, "prompt": prompt}
+                for image, prompt in zip(pixels(images, COLOUR, resize=True), PROMPTS, strict=False)
+            ],
+            tiny_stable_diffusion,
+            device="cpu",
+        )
+        for row in range(3):
+            torch.testing.assert_close(encoded[row], same[row])
+
+    @pytest.mark.parametrize("shift", [None, 0.25])
+    def test_prompted_models_see_scaled_latents(self, tiny_stable_diffusion, shift):
+        vae = tiny_stable_diffusion.vae
+        vae.register_to_config(scaling_factor=0.5, shift_factor=shift)
+        images = [noise_image(seed=seed) for seed in range(5)]
+        rows = [{"image": image, "text": prompt} for image, prompt in zip(images, PROMPTS, strict=True)]
+        encoded = encode(rows, tiny_stable_diffusion, device="cpu", batch_size=2)
+        assert encoded.latents.shape == encoded.latents_std.shape == (5, 4, 4, 4)
+        assert not encoded.latents.requires_grad
+        with torch.no_grad():
+            for row, image in enumerate(images):
+                posterior = vae.encode(as_tensor(image).float().unsqueeze(0)).latent_dist
+                mean = (posterior.mean[0] - (shift or 0)) * 0.5
+                torch.testing.assert_close(encoded.latents[row], mean, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(encoded.latents_std[row], posterior.std[0] * 0.5, rtol=1e-4, atol=1e-5)
+                prompt = tiny_stable_diffusion.encode_prompt(PROMPTS[row], "cpu", 1, False)[0][0]
+                told = encoded[row]["conditioning"]["encoder_hidden_states"]
+                torch.testing.assert_close(told, prompt, rtol=1e-4, atol=1e-5)
+        assert len(encoded.conditioning["encoder_hidden_states"]) == 4  # of five prompts, two are the same
+
+    def test_more_prompts_than_one_batch(self, tiny_stable_diffusion):
+        """Every prompt of one to 70 times the word `a`, backwards; the text encoder reads sixteen tokens."""
+        prompts = [" ".join("apho"[int(digit)] for digit in np.base_repr(64 + n, 4)) for n in range(70)][::-1]
+        conditioning, rows = encode_prompts(prompts + prompts[:5], tiny_stable_diffusion, device="cpu")
+        table = conditioning["encoder_hidden_states"]
+        assert table.shape == (70, 16, 8)
+        torch.testing.assert_close(rows[70:], rows[:5])
+        for row in (0, 7, 63, 64, 69):
+            with torch.no_grad():
+                alone = tiny_stable_diffusion.encode_prompt(prompts[row], "cpu", 1, False)[0][0]
+            torch.testing.assert_close(table[rows[row]], alone, rtol=1e-4, atol=1e-5)
+
+    def test_says_what_is_missing(self, tiny_ddpm, tiny_stable_diffusion):
+        grey, colour = noise_image("L"), noise_image()
+        options = {"device": "cpu", "argument": "retain_dataset"}
+        for pipeline, rows, match in (
+            (tiny_ddpm, [{"picture": grey}], "has no images"),
+            (tiny_ddpm, [{"image": grey}, {"image": None}], "row 1 has no image"),
+            (tiny_ddpm, [{"image": colour}], "3 channels"),
+            (tiny_stable_diffusion, [{"image": colour}], "prompts are missing"),
+            (tiny_stable_diffusion, [{"image": colour, "label": 3}], "prompts are missing"),
+            (
+                tiny_stable_diffusion,
+                [{"image": colour, "text": "a photo"}] * 9 + [{"image": colour, "text": None}],
+                "row 9 has no text",
+            ),
+            (tiny_stable_diffusion, [{"image": noise_image(size=(7, 8)), "text": "a photo"}], "set resize=True"),
+        ):
+            refused(f"^retain_dataset: .*{match}", encode, rows, pipeline, **options)
+
+
+class Cases:
+    """What `generate` is called with for either kind of pipeline."""
+
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+        self.prompted = is_prompted(pipeline)
+
+    def what(self, count):
+        return (PROMPTS * 2)[:count] if self.prompted else count
+
+    def __call__(self, count=4, **options):
+        return generate(self.pipeline, self.what(count), num_inference_steps=3, **options)
+
+    def stock(self, count, seed):
+        seeds = np.random.SeedSequence(seed).generate_state(count, np.uint64)
+        generators = [torch.Generator().manual_seed(int(value) % 2**63) for value in seeds]
+        what = {"prompt": self.what(count)} if self.prompted else {"batch_size": count}
+        images = self.pipeline(**what, generator=generators, num_inference_steps=3, output_type="np").images
+        return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+
+
+@pytest.fixture(params=["tiny_ddpm", "tiny_ddim", "tiny_stable_diffusion"])
+def draw(request, tiny_ddpm):
+    if request.param == "tiny_ddim":
+        tiny_ddpm.scheduler = DDIMScheduler.from_config(tiny_ddpm.scheduler.config)
+        return Cases(tiny_ddpm)
+    return Cases(request.getfixturevalue(request.param))
+
+
+class TestGenerate:
+    def test_draws_what_the_stock_pipeline_does(self, draw):
+        for seed in (0, 3):
+            images = draw(4, seed=seed)
+            assert images.shape == (4, *resolution(draw.pipeline))
+            assert images.dtype == torch.float32
+            assert not images.requires_grad
+            assert images.min() >= -1
+            assert images.max() <= 1
+            assert images.std(0).max() > 0.01
+            torch.testing.assert_close(images, draw.stock(4, seed))
+
+    def test_images_are_theirs_whatever_is_drawn_beside_them(self, draw):
+        images = draw(5)
+        for other in (draw(5, batch_size=2), draw(5, batch_size=1)):
+            torch.testing.assert_close(other, images, rtol=0, atol=1e-5)
+        torch.testing.assert_close(draw(2), images[:2], rtol=0, atol=1e-5)
+        assert all((images[i] - images[j]).abs().max() > 1e-3 for i in range(5) for j in range(i))
+
+    def test_is_a_function_of_the_seed(self, draw):
+        torch.manual_seed(1)
+        first = draw(2, seed=5)
+        torch.manual_seed(2)
+        torch.testing.assert_close(draw(2, seed=5), first, rtol=0, atol=0)
+        assert (draw(2, seed=6) - first).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("fails", [False, True])
+    @pytest.mark.parametrize("shown", [None, {"desc": "mine"}])
+    def test_leaves_everything_as_it_was(self, draw, shown, fails, capfd):
+        unet = draw.pipeline.unet
+        unet.train()
+        unet.mid_block.eval()
+        if shown is not None:
+            draw.pipeline.set_progress_bar_config(**shown)
+        modes = {name: module.training for name, module in unet.named_modules()}
+        weights = {name: value.clone() for name, value in unet.state_dict().items()}
+        random = torch.get_rng_state(), np.random.get_state()[1].copy()
+        if fails:
+            with pytest.raises((ValueError, TypeError)):
+                generate(draw.pipeline, draw.what(1), num_inference_steps="many")
+        else:
+            draw(2)
+        assert "it/s" not in capfd.readouterr().err
+        assert {name: module.training for name, module in unet.named_modules()} == modes
+        assert getattr(draw.pipeline, "_progress_bar_config", None) == shown
+        torch.testing.assert_close(dict(unet.state_dict()), weights, rtol=0, atol=0)
+        assert torch.equal(torch.get_rng_state(), random[0])
+        assert (np.random.get_state()[1] == random[1]).all()
+
+    def test_drops_nothing_out(self, draw):
+        images = draw(2)
+        for module in draw.pipeline.unet.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        draw.pipeline.unet.train()
+        torch.testing.assert_close(draw(2), images, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("batch_size", [2, 64])
+    def test_latents_are_those_that_the_images_are_decoded_from(self, tiny_stable_diffusion, batch_size):
+        draw = Cases(tiny_stable_diffusion)
+        latents = draw(3, latents=True, batch_size=batch_size)
+        assert latents.shape == (3, 4, 4, 4)
+        vae = tiny_stable_diffusion.vae
+        with torch.no_grad():
+            decoded = vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
+        torch.testing.assert_close(draw(3), decoded, rtol=1e-4, atol=1e-5)
+
+    def test_prompts_and_guidance_matter(self, tiny_stable_diffusion):
+        def latents(prompt, **options):
+            return generate(tiny_stable_diffusion, [prompt], num_inference_steps=3, latents=True, **options)
+
+        default = latents("a photo")
+        torch.testing.assert_close(latents("a photo", guidance_scale=7.5), default, rtol=0, atol=0)
+        assert (latents("a photo", guidance_scale=1.0) - default).abs().max() > 1e-3
+        assert (latents("hot") - default).abs().max() > 1e-3
+
+    def test_number_of_steps(self, tiny_stable_diffusion):
+        default = generate(tiny_stable_diffusion, ["a photo"], latents=True)
+        fifty = generate(tiny_stable_diffusion, ["a photo"], num_inference_steps=50, latents=True)
+        torch.testing.assert_close(fifty, default, rtol=0, atol=0)
+        few = generate(tiny_stable_diffusion, ["a photo"], num_inference_steps=3, latents=True)
+        assert (few - default).abs().max() > 1e-3
