@@ -31,17 +31,15 @@ class UsageError(Exception):
 
 def unlearn(arguments: Sequence[str]) -> None:
     """make a model forget a class or single examples, and save it with its card"""
-    method = _method(arguments, ("pbu", "unlearn", "sft"))  # before the imports, which take seconds
-    from .jobs.unlearn import METHODS, UnlearnJob, run_unlearn
+    method = _method(arguments, ("pbu", "unlearn", "sft", "vdu"))  # before the imports, which take seconds
+    if method == "vdu":
+        from .jobs.vdu import METHODS, VDUJob, run_vdu
 
-    config_class, trainer_class = METHODS[method]
-    given = read("unlearn", arguments, UnlearnJob, config_class)
-    try:
-        job = UnlearnJob(**_of(UnlearnJob, given))
-        config = job.config(config_class, _of(config_class, given))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    run_unlearn(job, config, trainer_class)
+        _run("unlearn", arguments, VDUJob, METHODS[method], run_vdu)
+    else:
+        from .jobs.unlearn import METHODS, UnlearnJob, run_unlearn
+
+        _run("unlearn", arguments, UnlearnJob, METHODS[method], run_unlearn)
 
 
 def influence(arguments: Sequence[str]) -> None:
@@ -49,14 +47,18 @@ def influence(arguments: Sequence[str]) -> None:
     method = _method(arguments, ("classifier", "sft"))
     from .jobs.influence import METHODS, InfluenceJob, run_influence
 
-    config_class, trainer_class = METHODS[method]
-    given = read("influence", arguments, InfluenceJob, config_class)
+    _run("influence", arguments, InfluenceJob, METHODS[method], run_influence)
+
+
+def _run(verb: str, arguments: Sequence[str], job_class: type, method: tuple[type, type], run: Callable) -> None:
+    config_class, trainer_class = method
+    given = read(verb, arguments, job_class, config_class)
     try:
-        job = InfluenceJob(**_of(InfluenceJob, given))
+        job = job_class(**_of(job_class, given))
         config = job.config(config_class, _of(config_class, given))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    run_influence(job, config, trainer_class)
+    run(job, config, trainer_class)
 
 
 @dataclass

@@ -246,12 +246,12 @@ class TestEncode:
         assert len(encoded.conditioning["encoder_hidden_states"]) == 4  # of five prompts, two are the same
 
     def test_more_prompts_than_one_batch(self, tiny_stable_diffusion):
-        """Every prompt of one to 70 times the word `a`, backwards; the text encoder reads sixteen tokens."""
         prompts = [" ".join("apho"[int(digit)] for digit in np.base_repr(64 + n, 4)) for n in range(70)][::-1]
         conditioning, rows = encode_prompts(prompts + prompts[:5], tiny_stable_diffusion, device="cpu")
         table = conditioning["encoder_hidden_states"]
         assert table.shape == (70, 16, 8)
         torch.testing.assert_close(rows[70:], rows[:5])
+        assert len(table.flatten(1).unique(dim=0)) == 70
         for row in (0, 7, 63, 64, 69):
             with torch.no_grad():
                 alone = tiny_stable_diffusion.encode_prompt(prompts[row], "cpu", 1, False)[0][0]

@@ -43,7 +43,7 @@ class UnlearnJob:
 
     Args:
         method (`"pbu"` | `"unlearn"` | `"sft"`): trainer, and so the config that has the other keys.
-        preset (`"paper"`, *optional*): with `method: pbu`: the paper's settings; keys that are given win.
+        preset (`"paper"`, *optional*): with `method: pbu` or `vdu`: the paper's settings; keys that are given win.
         model (`str`): `"digits"` (a small classifier of scikit-learn's digits, trained on first use), a folder, or an id.
         dataset (`str`, *optional*): `"digits"`, a folder, or an id: see [`hf_unlearn.data.load`].
         dataset_revision (`str`, *optional*): of a dataset on the Hub.
@@ -62,12 +62,13 @@ class UnlearnJob:
     """
 
     _argument_group_name = "model and data"
+    _methods = METHODS
 
     method: Literal["pbu", "unlearn", "sft"] | None = field(
         default=None, metadata={"help": "Trainer. Its own keys are below; `--method sft --help` lists another one's."}
     )
     preset: Literal["paper"] | None = field(
-        default=None, metadata={"help": "With method pbu: the paper's settings; keys that are given win."}
+        default=None, metadata={"help": "With method pbu or vdu: the paper's settings; keys that are given win."}
     )
     model: str | None = field(default=None, metadata={"help": "'digits', a folder, or an id on the Hub."})
     dataset: str | None = field(default=None, metadata={"help": "'digits', a folder, or an id on the Hub."})
@@ -90,10 +91,10 @@ class UnlearnJob:
     )
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method: {self.method!r} is not one of {', '.join(METHODS)}")
-        if self.preset is not None and self.method != "pbu":
-            raise ValueError(f"preset: {self.preset!r} belongs to method 'pbu', this is {self.method!r}; leave it out")
+        if self.method not in self._methods:
+            raise ValueError(f"method: {self.method!r} is not one of {', '.join(self._methods)}")
+        if self.preset is not None and not hasattr(self._methods[self.method][0], "paper"):
+            raise ValueError(f"preset: method {self.method!r} has none, only pbu and vdu do; leave it out")
         if not self.model:
             raise ValueError("model: missing; set it to 'digits', a folder, or an id on the Hub")
         if self.forget_values and not self.forget_column:
@@ -102,6 +103,8 @@ class UnlearnJob:
             raise ValueError("forget_values: missing; list the values of forget_column to forget, as in [3]")
         chosen = [name for name in ("forget_column", "forget_ids", "forget_dataset") if getattr(self, name)]
         if not chosen:
+            if not self._needs_forget_rows():
+                return
             raise ValueError(
                 "forget_column: missing; say what to forget by forget_column, forget_ids or forget_dataset"
             )
@@ -112,6 +115,9 @@ class UnlearnJob:
             if chosen != ["forget_dataset"] or needs:
                 why = f", which {needs[0]} needs" if needs else ""
                 raise ValueError(f"dataset: missing{why}; set it to 'digits', a folder, or an id on the Hub")
+
+    def _needs_forget_rows(self) -> bool:
+        return True
 
     def config(self, config_class: type, given: dict[str, Any]) -> UnlearnArguments:
         """The method's config with the keys that were given.
@@ -258,14 +264,17 @@ def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[U
     if job.dataset and not Path(job.dataset).exists():
         trainer.card_values = {"dataset_name": job.dataset, "dataset_type": job.dataset}
     before = _measure(trainer)
-    resume = {None: None, "false": None, "true": True}.get(
-        config.resume_from_checkpoint and config.resume_from_checkpoint.lower(), config.resume_from_checkpoint
-    )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume_argument(config))
     trainer.results = _figures(job, config, trainer, before, _measure(trainer))
     trainer.save_model()
     if trainer.is_world_process_zero():
         _report(trainer, parts)
+
+
+def resume_argument(config: UnlearnArguments) -> str | bool | None:
+    """`resume_from_checkpoint` of a recipe, where every value is a word."""
+    word = config.resume_from_checkpoint
+    return {None: None, "false": None, "true": True}.get(word and word.lower(), word)
 
 
 def _model(job: UnlearnJob, config: UnlearnArguments) -> str:

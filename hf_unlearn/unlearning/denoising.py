@@ -171,7 +171,8 @@ class DenoisingMixin:
         # Where no own sample was of the forgotten kind, it may still be as frequent as the resolution of the count.
         share = min(max(share, 1 / (len(kept) + 1)), 0.99)
         device = self.args.device
-        return ForgottenPosterior(self.forget_dataset.latents.to(device), kept.latents.to(device), share)
+        odds = self.args.caution * share / (1 - share)
+        return ForgottenPosterior(self.forget_dataset.latents.to(device), kept.latents.to(device), odds / (1 + odds))
 
     # What the guard looks at
 

@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 
 ADAPTER_STATE = "adapter.safetensors"
 EMA_STATE = "ema.safetensors"
+# Settings that a card tells. Prompts are not among them: they say what was forgotten.
+TOLD = (
+    "caution",
+    "ema_decay",
+    "loss_weighting",
+    "negative_guidance",
+    "replay_samples",
+    "snr_gamma",
+    "stability_weight",
+    "t_range",
+    "trainable",
+)
 
 
 class PipelineSavingMixin(SavingMixin):

@@ -58,6 +58,8 @@ class VDUConfig(UnlearnConfig):
             ratio is above, those of the noise where it is below.
         t_range (`list[float]`, defaults to `[0, 1]`): the share of the timesteps that noise is drawn from, 0 without noise.
         negative_guidance (`float`, defaults to 0.0): with prompts: how far beyond the neutral prompt `redirect` goes.
+        caution (`float`, defaults to 10.0): without prompts: how many times the odds of the forgotten kind are raised in
+            `redirect`: 1 is Bayes' rule itself; above, what is in doubt is forgotten.
         redirect_prompt (`str`, defaults to `""`): with prompts: the neutral prompt.
         ema_decay (`float`, defaults to 0.0): decay of an average of the weights, which replaces them at the end; 0 for none.
 
@@ -83,7 +85,7 @@ class VDUConfig(UnlearnConfig):
         publish_before (`bool`, defaults to `False`): put the grid of the original beside the one that is published.
     """
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of AdamW."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Forget examples per step and device."})
     max_steps: int = field(default=200, metadata={"help": "Optimiser steps."})
@@ -116,6 +118,9 @@ class VDUConfig(UnlearnConfig):
         default_factory=lambda: [0.0, 1.0], metadata={"help": "Share of the timesteps that noise is drawn from."}
     )
     negative_guidance: float = field(default=0.0, metadata={"help": "With prompts: how far beyond the neutral one."})
+    caution: float = field(
+        default=10.0, metadata={"help": "Without prompts: factor of the odds of what is forgotten."}
+    )
     redirect_prompt: str = field(default="", metadata={"help": "With prompts: the neutral prompt."})
     ema_decay: float = field(default=0.0, metadata={"help": "Decay of an average of the weights; 0 for none."})
     trainable: list[str] = field(
@@ -158,7 +163,7 @@ class VDUConfig(UnlearnConfig):
             raise ValueError(
                 "checkpoints: K = 0, so there is no mean and no variance; name at least one, or leave it out"
             )
-        for name in ("variance_floor", "snr_gamma"):
+        for name in ("variance_floor", "snr_gamma", "caution"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
         if len(self.t_range) != 2 or not 0 <= self.t_range[0] < self.t_range[1] <= 1:
