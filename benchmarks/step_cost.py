@@ -69,26 +69,13 @@ def model(layers: str):
     return ResNetForImageClassification(ResNetConfig(num_channels=1, layer_type="basic", num_labels=10, **sizes))
 
 
-class Stepper:
+class Steps:
     """A trainer after one real step, so that its optimiser, reference and anchor exist, taking more steps by hand."""
 
-    def __init__(self, settings: dict | None, workload: tuple[str, int, int], folder: str):
-        layers, side, batch = workload
-        images = torch.randn(batch, 1, side, side, generator=torch.Generator().manual_seed(0))
-        rows = Dataset.from_dict({"pixel_values": images.numpy(), "label": [3] * batch}).with_format("torch")
-        plain = {"pixel_values": images, "labels": torch.full((batch,), 3)}
-        common = COMMON | {"per_device_train_batch_size": batch}
-        if settings is None:
-            self.trainer = Trainer(model(layers), TrainingArguments(folder, **common), train_dataset=rows)
-            self.batch = plain
-        else:
-            off = {"isotropic_weight": 0.0, "replay_weight": 0.0, "guard": False, "fisher_examples": 2, "bn": "train"}
-            self.trainer = UnlearnTrainer(
-                model(layers), UnlearnConfig(folder, **(common | off | settings)), forget_dataset=rows
-            )
-            self.batch = {"forget": plain}
-        self.trainer.train()
-        self.trainer.accelerator.gradient_state._set_sync_gradients(True)
+    def __init__(self, trainer: Trainer, batch: dict):
+        self.trainer, self.batch = trainer, batch
+        trainer.train()
+        trainer.accelerator.gradient_state._set_sync_gradients(True)
 
     def step(self) -> None:
         trainer = self.trainer
@@ -100,13 +87,11 @@ class Stepper:
     def held(self) -> int:
         """Bytes of tensors the trainer keeps beside model, gradients and optimiser."""
         trainer = self.trainer
-        seen = {}
-        for tensor in getattr(getattr(trainer, "reference", None), "parameters", {}).values():
-            seen[tensor.data_ptr()] = tensor.nbytes
-        for tensor in getattr(getattr(trainer, "reference", None), "buffers", {}).values():
-            seen[tensor.data_ptr()] = tensor.nbytes
-        for tensor in (getattr(getattr(trainer, "anchor", None), "fisher", None) or {}).values():
-            seen[tensor.data_ptr()] = tensor.nbytes
+        reference, anchor = getattr(trainer, "reference", None), getattr(trainer, "anchor", None)
+        parts = [reference.parameters, reference.buffers] if reference is not None else []
+        for part in getattr(anchor, "anchors", [anchor] if anchor is not None else []):
+            parts += [part.reference, part.diagonal or {}]
+        seen = {tensor.data_ptr(): tensor.nbytes for part in parts for tensor in part.values()}
         return sum(seen.values())
 
     def peak(self) -> int:
@@ -124,10 +109,22 @@ class Stepper:
         return top
 
 
-def measure(workload: tuple[str, int, int], variants: dict, rounds: int, folder: str) -> dict:
-    steppers = {
-        name: Stepper(settings, workload, f"{folder}/{i}") for i, (name, settings) in enumerate(variants.items())
-    }
+def stepper(settings: dict | None, workload: tuple[str, int, int], folder: str) -> Steps:
+    layers, side, batch = workload
+    images = torch.randn(batch, 1, side, side, generator=torch.Generator().manual_seed(0))
+    rows = Dataset.from_dict({"pixel_values": images.numpy(), "label": [3] * batch}).with_format("torch")
+    plain = {"pixel_values": images, "labels": torch.full((batch,), 3)}
+    common = COMMON | {"per_device_train_batch_size": batch}
+    if settings is None:
+        return Steps(Trainer(model(layers), TrainingArguments(folder, **common), train_dataset=rows), plain)
+    off = {"isotropic_weight": 0.0, "replay_weight": 0.0, "guard": False, "fisher_examples": 2, "bn": "train"}
+    trainer = UnlearnTrainer(model(layers), UnlearnConfig(folder, **(common | off | settings)), forget_dataset=rows)
+    return Steps(trainer, {"forget": plain})
+
+
+def measure(steppers: dict[str, Steps], rounds: int) -> dict:
+    """Ratios to the first of `steppers`, interleaved."""
+    stock = next(iter(steppers))
     for stepper in steppers.values():
         stepper.step()
     times = {name: [] for name in steppers}
@@ -136,11 +133,11 @@ def measure(workload: tuple[str, int, int], variants: dict, rounds: int, folder:
             started = time.perf_counter()
             steppers[name].step()
             times[name].append(time.perf_counter() - started)
-    size = sum(p.nbytes for p in steppers[BAR].trainer.model.parameters())
-    plain = steppers["stock Trainer"].peak()
+    size = sum(p.nbytes for p in steppers[stock].trainer.model.parameters())
+    plain = steppers[stock].peak()
     rows = {}
     for name, stepper in steppers.items():
-        ratios = [t / s for t, s in zip(times[name], times["stock Trainer"], strict=True)]
+        ratios = [t / s for t, s in zip(times[name], times[stock], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4)
         rows[name] = {
             "time_ratio": statistics.median(ratios),
@@ -162,7 +159,11 @@ def main() -> None:
             VARIANTS if index == 0 else {key: VARIANTS[key] for key in ("stock Trainer", BAR, list(VARIANTS)[-1])}
         )
         with tempfile.TemporaryDirectory() as folder:
-            result["workloads"][name] = measure(workload, variants, rounds, folder)
+            steppers = {
+                variant: stepper(settings, workload, f"{folder}/{place}")
+                for place, (variant, settings) in enumerate(variants.items())
+            }
+            result["workloads"][name] = measure(steppers, rounds)
     print(report.cost_table(result))
     if rounds == 40:
         file = HERE / "results" / "step_cost.json"

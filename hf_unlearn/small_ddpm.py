@@ -42,7 +42,7 @@ class Recipe:
 
 
 DIGITS = Recipe("digits", size=8, channels=(24, 48), steps=4_000)
-FASHION_MNIST = Recipe("fashion_mnist", size=16, channels=(24, 48), steps=4_000)
+FASHION_MNIST = Recipe("fashion_mnist", size=16, channels=(24, 48), steps=3_000)
 NAMES = {"digits-ddpm": DIGITS, "fashion-mnist-ddpm": FASHION_MNIST}
 
 

@@ -246,7 +246,8 @@ class TestEncode:
         assert len(encoded.conditioning["encoder_hidden_states"]) == 4  # of five prompts, two are the same
 
     def test_more_prompts_than_one_batch(self, tiny_stable_diffusion):
-        prompts = [" ".join("apho"[int(digit)] for digit in np.base_repr(64 + n, 4)) for n in range(70)][::-1]
+        # The tokenizer knows four letters, where another one follows.
+        prompts = ["".join("phot"[int(digit)] for digit in np.base_repr(64 + n, 4)) + "t" for n in range(70)][::-1]
         conditioning, rows = encode_prompts(prompts + prompts[:5], tiny_stable_diffusion, device="cpu")
         table = conditioning["encoder_hidden_states"]
         assert table.shape == (70, 16, 8)

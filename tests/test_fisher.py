@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from hf_unlearn import fisher as fisher_module
-from hf_unlearn.fisher import diagonal_fisher
+from hf_unlearn.fisher import diagonal_fisher, gaussian_fisher
 from hf_unlearn.parameters import trainable_parameters
 
 
@@ -241,3 +241,86 @@ class TestMonteCarlo:
         apart = diagonal_fisher(model, alone, next_token, generator=seeded(1), **options)
         for name in together:
             torch.testing.assert_close(together[name].sum(), apart[name].sum(), rtol=0.1, atol=0, msg=name)
+
+
+def written_out_gaussian(model, batch, answer):
+    """The definition: one example, one pixel at a time."""
+    parameters = trainable_parameters(model)
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for row in range(len(batch)):
+        for pixel in answer(batch[row : row + 1]).flatten():
+            gradients = torch.autograd.grad(pixel, list(parameters.values()), retain_graph=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                total[name] += gradient.square()
+    return {name: value / len(batch) for name, value in total.items()}
+
+
+class TestGaussian:
+    @pytest.fixture
+    def model(self):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    batch = torch.randn(4, 3, generator=seeded(0))
+
+    def test_mean_over_all_signs_is_the_definition(self, model, monkeypatch):
+        """Two examples of two pixels: with each of the 16 patterns once, nothing is left to chance."""
+        batch = self.batch[:2]
+        patterns = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4).view(16, 2, 2)
+        draws = iter(patterns)
+        monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: next(draws))
+        actual = gaussian_fisher(model, [batch] * 16, model, generator=seeded(0))
+        assert_close(actual, written_out_gaussian(model, batch, model), rtol=1e-5)
+
+    @pytest.mark.parametrize("size", [1, 2, 4])
+    def test_is_unbiased_at_every_batch_size(self, size, model):
+        batches = [part for _ in range(2000 * size // 4) for part in self.batch.split(size)]
+        actual = gaussian_fisher(model, batches, model, generator=seeded(1))
+        expected = written_out_gaussian(model, self.batch, model)
+        for name, value in expected.items():
+            # A draw of q = (Σ ξₖ gₖ)² has at most twice its mean as standard deviation.
+            torch.testing.assert_close(actual[name], value, rtol=0.25, atol=0.02 * float(value.max()), msg=name)
+            assert actual[name].sum() == pytest.approx(value.sum().item(), rel=0.08)
+
+    def test_a_single_answer_needs_no_luck(self):
+        model, batch = nn.Linear(3, 1), self.batch
+        expected = written_out_gaussian(model, batch, model)
+        assert_close(expected, {"weight": batch.square().mean(0, keepdim=True), "bias": torch.ones(1)})
+        for seed in range(3):
+            assert_close(gaussian_fisher(model, batch.split(1), model, generator=seeded(seed)), expected)
+
+    def test_of_a_denoiser(self, tiny_ddpm):
+        unet, timesteps = tiny_ddpm.unet, torch.tensor([3])
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(name.startswith(("conv_out", "conv_norm_out")))
+        noisy = torch.randn(1, 1, 8, 8, generator=seeded(2))
+
+        def answer(images):
+            return unet(images, timesteps).sample
+
+        actual = gaussian_fisher(unet, [noisy] * 150, answer, generator=seeded(3))
+        expected = written_out_gaussian(unet, noisy, answer)
+        assert actual.keys() == {"conv_norm_out.weight", "conv_norm_out.bias", "conv_out.weight", "conv_out.bias"}
+        assert actual["conv_out.bias"].item() == pytest.approx(64, rel=0.4)
+        for name, value in expected.items():
+            assert actual[name].sum() == pytest.approx(value.sum().item(), rel=0.4)
+
+    def test_is_drawn_by_the_generator_alone_and_leaves_the_model_as_it_was(self, model):
+        before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+        first = gaussian_fisher(model, [self.batch], model, generator=seeded(1))
+        second = gaussian_fisher(model, [self.batch], model, generator=seeded(1))
+        other = gaussian_fisher(model, [self.batch], model, generator=seeded(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert not all(torch.equal(first[name], other[name]) for name in first)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_parameters_that_are_frozen_or_not_used(self, model):
+        model[0].bias.requires_grad_(False)
+        model.register_parameter("spare", nn.Parameter(torch.ones(2)))
+        fisher = gaussian_fisher(model, [self.batch], lambda batch: model[2](model[1](model[0](batch))), generator=seeded(1))
+        assert fisher.keys() == {"0.weight", "2.weight", "2.bias", "spare"}
+        assert torch.equal(fisher["spare"], torch.zeros(2))
+        assert fisher["0.weight"].sum() > 0

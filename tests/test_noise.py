@@ -168,7 +168,7 @@ class TestWeights:
         snr = compute_snr(scheduler, steps)
         script = torch.stack([snr, torch.full_like(snr, 5.0)], dim=1).min(dim=1)[0]
         script = script / (snr if asked == "epsilon" else snr + 1)
-        weights = NoiseSchedule(scheduler.alphas_cumprod, asked).weights(steps, "min_snr")
+        weights = NoiseSchedule(scheduler.alphas_cumprod, asked).weights(steps, "min_snr", 5.0)
         torch.testing.assert_close(weights, script, rtol=1e-4, atol=0)
 
     def test_elbo_is_the_divergence_of_the_two_steps(self, scheduler, prediction_type):

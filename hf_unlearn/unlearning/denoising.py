@@ -75,6 +75,7 @@ class DenoisingMixin:
         if "latents_std" in batch:
             clean = clean + batch["latents_std"] * _normal(clean, generator)
         low, high = (round(share * len(self.schedule)) for share in self.args.t_range)
+        low = min(low, len(self.schedule) - 1)  # a share above the last timestep, [0.99, 1] of 20
         timesteps = torch.randint(low, max(high, low + 1), (len(clean),), generator=generator, device=clean.device)
         noise = _normal(clean, generator)
         return {

@@ -73,7 +73,7 @@ def check_trainable(model: nn.Module, args) -> None:
         raise ValueError(f"model: none of its parameters is trainable; {fix}")
     if has_adapter and args.bn == "train" and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ValueError("bn='train': an adapter's checkpoints hold no BatchNorm statistics; set bn='frozen'")
-    if has_adapter and args.merge_adapter:
+    if has_adapter and args.merge_adapter and hasattr(model, "get_base_model"):  # diffusers' own fuse themselves
         check_mergeable(model)  # now, not when it is to be saved
     if has_adapter and args.fisher_weight:
         raise ValueError("fisher_weight: a Fisher anchor on LoRA factors means nothing; set fisher_weight=0")

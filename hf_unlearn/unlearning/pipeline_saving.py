@@ -126,6 +126,7 @@ class PipelineSavingMixin(SavingMixin):
             "replay_prompts",
         ):
             chosen.pop(name, None)  # of classifiers, or telling what was forgotten
+        chosen |= {name: getattr(self.args, name) for name in TOLD}
         return chosen | {"anchor_precision": self.precision_name}
 
     def _card_defaults(self, name: str) -> dict[str, Any]:

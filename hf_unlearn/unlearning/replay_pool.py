@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..diffusion import EncodedImages, decode, encode_prompts, generate, is_prompted
@@ -105,16 +105,18 @@ class ReplayPoolMixin:
         return parted
 
 
-def _fingerprint(model: torch.nn.Module) -> list[float]:
-    """A few sums that change when any weight does."""
-    with torch.no_grad():
-        norms = torch._foreach_norm([parameter.detach() for parameter in model.parameters()], 2, torch.float32)
-        sums = torch.stack([parameter.detach().float().sum() for parameter in model.parameters()])
-    return [torch.stack(norms).double().sum().item(), sums.double().sum().item()]
+def _fingerprint(model: torch.nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _read(file: Path, key: str) -> Tensor | None:
     if not file.is_file():
         return None
-    with safe_open(file, "pt") as stored:
-        return stored.get_tensor("latents") if (stored.metadata() or {}).get("key") == key else None
+    try:
+        with safe_open(file, "pt") as stored:
+            return stored.get_tensor("latents") if (stored.metadata() or {}).get("key") == key else None
+    except SafetensorError:  # not what was written
+        return None

@@ -26,7 +26,7 @@ from .guard import Guard, GuardState
 from .inputs import check_arguments, check_labels, check_trainable
 from .objective import Batch, ObjectiveMixin
 from .saving import SavingMixin
-from .utility import UtilityMixin
+from .utility import LOOKING, UtilityMixin
 
 
 class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
@@ -173,7 +173,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
 
     def _generator(self, *key: int) -> torch.Generator:
         """Randomness as a function of the seed and `key` alone, so that a resumed run draws the same."""
-        seed = np.random.SeedSequence([self.args.seed, self.args.process_index, *key]).generate_state(1)[0]
+        process = 0 if LOOKING in key else self.args.process_index  # all look at the same, and compute the same Fisher
+        seed = np.random.SeedSequence([self.args.seed, process, *key]).generate_state(1)[0]
         return torch.Generator(self.args.device).manual_seed(int(seed))
 
     # The step

@@ -14,6 +14,8 @@ from transformers import Trainer, set_seed
 from ..diffusion import EncodedImages, encode, is_prompted
 from ..noise import NoiseSchedule
 from ..own_samples import OwnSamples
+from ..parameters import ReferencePoint
+from .checkpoint import last_complete
 from .config import UnlearnConfig
 from .denoiser import as_pipeline, choose_trainable
 from .denoising import DenoisingMixin
@@ -338,6 +340,11 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Unlearn. As [`~transformers.Trainer.train`]; the original draws its own samples first, if it has not before."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete(self.args.output_dir)
+        original = self.private_dir / "reference.safetensors"
+        if resume_from_checkpoint and original.is_file():  # the pipeline may be half unlearned already
+            ReferencePoint.load(original, self.args.device).restore(self.model)
         if self.own is None and (self.retain_dataset is None or self.args.replay_weight):
             self.own = self.own_samples(self.forget_dataset, self.replay_dataset)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

@@ -1,0 +1,500 @@
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from image_data import QUIET
+
+from hf_unlearn import VDUConfig, VDUTrainer
+from hf_unlearn.diffusion import EncodedImages
+from hf_unlearn.own_samples import OwnSamples
+from hf_unlearn.parameters import ReferencePoint
+
+
+BARE = {
+    "guard": False,
+    "grid_images": 0,
+    "replay_samples": 0,
+    "per_device_train_batch_size": 4,
+    "max_steps": 1,
+    "num_inference_steps": 2,
+}
+PREDICTIONS = ["epsilon", "v_prediction", "sample"]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(n, seed, spread=0.3):
+    """Images that differ little, so that noise makes it doubtful which one it was."""
+    common = torch.rand(1, 1, 8, 8, generator=seeded(99)) - 0.5
+    return (common + spread * torch.randn(n, 1, 8, 8, generator=seeded(seed))).clamp(-1, 1)
+
+
+def rows(images, prompt=None):
+    columns = {"pixel_values": images.numpy()}
+    if prompt is not None:
+        columns["prompt"] = [prompt] * len(images)
+    return Dataset.from_dict(columns).with_format("torch")
+
+
+def scheduler(prediction="epsilon", **values):
+    return DDPMScheduler(num_train_timesteps=20, beta_end=0.4, prediction_type=prediction, **values)
+
+
+def trainer_of(pipeline, folder, *, forget=None, **values):
+    args = VDUConfig(output_dir=str(folder), **(QUIET | BARE | values.pop("args", {})))
+    return VDUTrainer(pipeline=pipeline, args=args, forget_dataset=rows(pictures(6, 1)) if forget is None else forget, **values)
+
+
+def moved(trainer, kept=None, share=0.3):
+    """The student away from its original, and own samples without drawing any."""
+    trainer.reference = ReferencePoint.capture(trainer.model)
+    if kept is not None:
+        trainer.own = OwnSamples(EncodedImages(kept), share)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape, generator=seeded(parameter.numel()))
+    return trainer
+
+
+def original(trainer):
+    model = copy.deepcopy(trainer.model)
+    trainer.reference.restore(model)
+    return model.eval()
+
+
+class Written:
+    """The forward process in float64, one example at a time."""
+
+    def __init__(self, pipeline):
+        betas = pipeline.scheduler.betas.double()
+        self.betas, self.bars = betas.tolist(), torch.cumprod(1 - betas, 0).tolist()
+        self.kind = pipeline.scheduler.config.prediction_type
+
+    def noisy(self, clean, noise, t):
+        return math.sqrt(self.bars[t]) * clean.double() + math.sqrt(1 - self.bars[t]) * noise.double()
+
+    def from_clean(self, noisy, clean, t):
+        """The answer that stands for a clean image behind this noisy one."""
+        alpha, sigma = math.sqrt(self.bars[t]), math.sqrt(1 - self.bars[t])
+        noise = (noisy.double() - alpha * clean.double()) / sigma
+        return {"epsilon": noise, "sample": clean.double(), "v_prediction": alpha * noise - sigma * clean.double()}[
+            self.kind
+        ]
+
+    def to_clean(self, noisy, answer, t):
+        alpha, sigma, noisy, answer = (
+            math.sqrt(self.bars[t]), math.sqrt(1 - self.bars[t]), noisy.double(), answer.double(),
+        )  # fmt: skip
+        return {
+            "epsilon": (noisy - sigma * answer) / alpha,
+            "sample": answer,
+            "v_prediction": alpha * noisy - sigma * answer,
+        }[self.kind]
+
+    def weight(self, t, weighting, gamma=1.0):
+        """On the error of ε: 1, the bound of DDPM's eq. 12, or min(SNR, γ)/SNR; then for the error of the answer's own form."""
+        if weighting == "simple":
+            return 1.0
+        signal = self.bars[t] / (1 - self.bars[t])
+        step = max(t, 1)
+        beta = self.betas[step]
+        of_noise = {
+            "elbo": beta**2 / (2 * beta * (1 - beta) * (1 - self.bars[step])),
+            "min_snr": min(signal, gamma) / signal,
+        }[weighting]
+        return of_noise * {"epsilon": 1.0, "sample": signal, "v_prediction": signal / (signal + 1)}[self.kind]
+
+    def errors(self, answers, targets, timesteps, weighting="simple", gamma=1.0):
+        values = [
+            self.weight(t, weighting, gamma) * (answer.double() - target).square().sum() / answer.numel()
+            for answer, target, t in zip(answers, targets, timesteps.tolist(), strict=True)
+        ]
+        return torch.stack(values).float()
+
+    def true(self, batch):
+        return [
+            self.from_clean(self.noisy(c, e, t), c, t)
+            for c, e, t in zip(batch["clean"], batch["noise"], batch["timesteps"].tolist(), strict=True)
+        ]
+
+    def without(self, noisy, answer, t, forget, keep, share):
+        """Bayes' rule image by image: the guess of the clean image moved by π(x̂ᵏ − x̂ᶠ), as an answer. And π."""
+        exponents = [
+            -(noisy.double() - math.sqrt(self.bars[t]) * image.double()).square().sum().item() / (2 * (1 - self.bars[t]))
+            for image in [*forget, *keep]
+        ]
+        banks, priors = (range(len(forget)), range(len(forget), len(exponents))), (share, 1 - share)
+        images, guesses, masses = [*forget, *keep], [], []
+        for bank, prior in zip(banks, priors, strict=True):
+            best = max(exponents[i] for i in bank)
+            each = {i: math.exp(exponents[i] - best) for i in bank}
+            guesses.append(sum(mass * images[i].double() for i, mass in each.items()) / sum(each.values()))
+            masses.append(math.log(prior * sum(each.values()) / len(bank)) + best)
+        probability = 1 / (1 + math.exp(min(masses[1] - masses[0], 700.0)))
+        clean = self.to_clean(noisy, answer, t) + probability * (guesses[1] - guesses[0])
+        return self.from_clean(noisy, clean, t), probability
+
+
+@pytest.fixture(params=PREDICTIONS)
+def pipeline(request, tiny_ddpm):
+    return DDPMPipeline(tiny_ddpm.unet, scheduler(request.param))
+
+
+class TestTheNoiseOfABatch:
+    @pytest.fixture
+    def trainer(self, tiny_ddpm, tmp_path):
+        return lambda **values: trainer_of(tiny_ddpm, tmp_path, args={"forget_loss": "ascent", **values})
+
+    def test_noisy_is_the_clean_image_with_the_batchs_own_noise(self, pipeline, tmp_path):
+        trainer, clean = trainer_of(pipeline, tmp_path, args={"forget_loss": "ascent"}), pictures(32, 2)
+        batch = trainer.prepared({"latents": clean}, seeded(0))
+        assert torch.equal(batch["clean"], clean)
+        written = Written(pipeline)
+        for row, t in enumerate(batch["timesteps"].tolist()):
+            expected = written.noisy(clean[row], batch["noise"][row], t).float()
+            torch.testing.assert_close(batch["noisy"][row], expected, rtol=1e-5, atol=1e-5)
+        noise = batch["noise"].flatten()
+        assert noise.mean().abs() < 0.1
+        assert 0.9 < noise.std() < 1.1
+
+    def test_is_a_function_of_the_generator_alone(self, trainer):
+        trainer, clean = trainer(), {"latents": pictures(8, 2)}
+        torch.manual_seed(1)
+        first, state = trainer.prepared(clean, seeded(5)), torch.get_rng_state()
+        torch.manual_seed(2)
+        second, third = trainer.prepared(clean, seeded(5)), trainer.prepared(clean, seeded(6))
+        for name in ("noise", "timesteps", "noisy"):
+            assert torch.equal(first[name], second[name])
+            assert not torch.equal(first[name], third[name])
+        torch.manual_seed(1)
+        assert torch.equal(state, torch.get_rng_state())
+
+    def test_latents_with_a_spread_are_drawn_anew_at_each_use(self, trainer):
+        trainer, mean = trainer(), pictures(2000, 2)
+        first = trainer.prepared({"latents": mean, "latents_std": torch.full_like(mean, 0.4)}, seeded(5))
+        again = trainer.prepared({"latents": mean, "latents_std": torch.full_like(mean, 0.4)}, seeded(5))
+        assert torch.equal(first["clean"], again["clean"])
+        change = first["clean"] - mean
+        assert change.std() == pytest.approx(0.4, rel=0.02)
+        correlation = (change * first["noise"]).mean() / 0.4
+        assert correlation.abs() < 0.02  # not the noise that is taken away again
+
+    @pytest.mark.parametrize(("share", "expected"), [([0, 1], range(20)), ([0.25, 0.5], range(5, 10)), ([0.99, 1], [19])])
+    def test_timesteps_stay_in_the_share_of_t_range(self, share, expected, trainer):
+        batch = trainer(t_range=share).prepared({"latents": pictures(400, 2)}, seeded(0))
+        assert sorted(set(batch["timesteps"].tolist())) == list(expected)
+
+
+class TestTaskLoss:
+    @pytest.mark.parametrize("weighting", ["simple", "elbo", "min_snr"])
+    def test_is_the_weighted_error(self, weighting, pipeline, tmp_path):
+        args = {"loss_weighting": weighting, "snr_gamma": 3.0, "forget_loss": "ascent"}
+        trainer, written = moved(trainer_of(pipeline, tmp_path, args=args)), Written(pipeline)
+        batch = trainer.prepared({"latents": pictures(40, 2)}, seeded(0))
+        assert 0 in batch["timesteps"]
+        answers = trainer.model(batch["noisy"], batch["timesteps"]).sample
+        expected = written.errors(answers, written.true(batch), batch["timesteps"], weighting, 3.0)
+        torch.testing.assert_close(trainer.task_loss(trainer.model, batch), expected, rtol=1e-4, atol=1e-6)
+
+    def test_weights_make_the_same_guess_cost_the_same_in_every_form(self, tiny_ddpm, tmp_path):
+        costs = {}
+        for kind in PREDICTIONS:
+            pipeline = DDPMPipeline(tiny_ddpm.unet, scheduler(kind))
+            trainer, written = trainer_of(pipeline, tmp_path, args={"forget_loss": "ascent"}), Written(pipeline)
+            batch = trainer.prepared({"latents": pictures(10, 2)}, seeded(0))
+
+            def guess(noisy, timesteps, written=written):  # the same clean image for all three
+                answers = [
+                    written.from_clean(x, torch.zeros(1, 8, 8), t) for x, t in zip(noisy, timesteps.tolist(), strict=True)
+                ]
+                return torch.nn.Identity(), torch.stack(answers).float()
+
+            class Answer:
+                def __init__(self, sample):
+                    self.sample = sample
+
+            costs[kind] = trainer.task_loss(lambda *inputs, guess=guess: Answer(guess(*inputs)[1]), batch)
+        torch.testing.assert_close(costs["epsilon"], costs["sample"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(costs["epsilon"], costs["v_prediction"], rtol=1e-4, atol=1e-5)
+
+    def test_a_learned_variance_stands_behind_the_answer(self, tiny_ddpm, tmp_path):
+        trainer = trainer_of(tiny_ddpm, tmp_path, args={"forget_loss": "ascent"})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            wide = UNet2DModel(**{**tiny_ddpm.unet.config, "out_channels": 2}).eval()
+        batch = trainer.prepared({"latents": pictures(5, 2)}, seeded(0))
+        with torch.no_grad():
+            answer = wide(batch["noisy"], batch["timesteps"]).sample
+            assert answer.shape[1] == 2
+            expected = Written(tiny_ddpm).errors(answer[:, :1], batch["noise"].double(), batch["timesteps"], "min_snr")
+            torch.testing.assert_close(trainer.task_loss(wide, batch), expected, rtol=1e-4, atol=1e-6)
+
+
+class TestForgetLosses:
+    def prepared(self, pipeline, folder, name, **args):
+        trainer = trainer_of(pipeline, folder, args={"forget_loss": name, "heldout_loss": 0.7, **args})
+        moved(trainer, kept=pictures(9, 3))
+        return trainer, trainer.prepared({"latents": pictures(6, 1)}, seeded(3))
+
+    def error(self, pipeline, model, batch, weighting="min_snr"):
+        written = Written(pipeline)
+        answers = model(batch["noisy"], batch["timesteps"]).sample
+        return written.errors(answers, written.true(batch), batch["timesteps"], weighting)
+
+    def test_ascent_is_minus_the_error(self, pipeline, tmp_path):
+        trainer, batch = self.prepared(pipeline, tmp_path, "ascent")
+        expected = -self.error(pipeline, trainer.model, batch)
+        torch.testing.assert_close(trainer.forget_loss(trainer.model, batch), expected, rtol=1e-4, atol=1e-6)
+
+    def test_match_is_the_distance_of_the_mean_from_unseen_data(self, pipeline, tmp_path):
+        trainer, batch = self.prepared(pipeline, tmp_path, "match")
+        expected = abs(self.error(pipeline, trainer.model, batch).mean().item() - 0.7)
+        assert trainer.forget_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-4)
+
+    @pytest.mark.parametrize("beta", [0.05, 1.0])
+    def test_npo_is_the_papers_with_half_the_squared_error_as_log_likelihood(self, beta, pipeline, tmp_path):
+        trainer, batch = self.prepared(pipeline, tmp_path, "npo", npo_beta=beta)
+        now, before = self.error(pipeline, trainer.model, batch), self.error(pipeline, original(trainer), batch)
+        assert (now - before).abs().max() > 0.01
+        log_ratio = -(64 / 2) * (now - before).double()  # log p_θ/p_θ* of an image of 64 pixels
+        expected = -2 / beta * torch.log(1 / (1 + torch.exp(beta * log_ratio))) / 32
+        torch.testing.assert_close(
+            trainer.forget_loss(trainer.model, batch), expected.float(), rtol=1e-4, atol=1e-6
+        )
+
+    def test_npo_at_the_original(self, pipeline, tmp_path):
+        trainer, batch = self.prepared(pipeline, tmp_path, "npo", npo_beta=0.2)
+        trainer.reference.restore(trainer.model)
+        value = trainer.forget_loss(trainer.model, batch)
+        torch.testing.assert_close(value, torch.full((6,), 2 / 0.2 * math.log(2) / 32), rtol=1e-6, atol=0)
+        # There it is ascent: its gradient is that of −error.
+        gradients = torch.autograd.grad(value.sum(), list(trainer.model.parameters()))
+        ascent = torch.autograd.grad(
+            -trainer.task_loss(trainer.model, batch).sum(), list(trainer.model.parameters())
+        )
+        for first, second in zip(gradients, ascent, strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
+
+    def test_uniform_asks_for_the_answer_to_an_image_of_noise(self, pipeline, tmp_path):
+        trainer, batch = self.prepared(pipeline, tmp_path, "uniform")
+        written, targets = Written(pipeline), []
+        for row, t in enumerate(batch["timesteps"].tolist()):
+            surrogate = 2 * torch.special.ndtr(batch["noise"][row - 1].double()) - 1
+            targets.append(written.from_clean(batch["noisy"][row], surrogate, t))
+        answers = trainer.model(batch["noisy"], batch["timesteps"]).sample
+        expected = written.errors(answers, targets, batch["timesteps"], "min_snr")
+        torch.testing.assert_close(trainer.forget_loss(trainer.model, batch), expected, rtol=1e-3, atol=1e-5)
+
+    @pytest.mark.parametrize(("share", "caution"), [(0.3, 1.0), (0.3, 10.0), (0.0, 10.0)])
+    def test_redirect_asks_for_the_originals_answer_without_the_forgotten_part(
+        self, share, caution, pipeline, tmp_path
+    ):
+        trainer, _ = self.prepared(pipeline, tmp_path, "redirect", replay_samples=1, caution=caution)
+        trainer.own = OwnSamples(EncodedImages(pictures(9, 3)), share)
+        mixed = torch.cat([pictures(6, 1), pictures(9, 3)])
+        batch = trainer.prepared({"latents": mixed}, seeded(3))
+        odds = caution * (share / (1 - share) if share else (1 / 10) / (9 / 10))
+        written, model = Written(pipeline), original(trainer)
+        with torch.no_grad():
+            answers = model(batch["noisy"], batch["timesteps"]).sample
+        pairs = [
+            written.without(x, answer, t, pictures(6, 1), pictures(9, 3), odds / (1 + odds))
+            for x, answer, t in zip(batch["noisy"], answers, batch["timesteps"].tolist(), strict=True)
+        ]
+        doubt = [min(p, 1 - p) for _, p in pairs]
+        assert max(doubt) > 0.02  # not all of them are certain
+        targets = [target for target, _ in pairs]
+        student = trainer.model(batch["noisy"], batch["timesteps"]).sample
+        expected = written.errors(student, targets, batch["timesteps"], "min_snr")
+        torch.testing.assert_close(trainer.forget_loss(trainer.model, batch), expected, rtol=2e-3, atol=1e-4)
+        # Under redirect, what is kept is held to the same.
+        torch.testing.assert_close(trainer.replay_loss(trainer.model, batch), expected, rtol=2e-3, atol=1e-4)
+
+    def test_redirect_with_retained_data_counts_the_kinds_there(self, tiny_ddpm, tmp_path):
+        pipeline = DDPMPipeline(tiny_ddpm.unet, scheduler())
+        trainer = moved(trainer_of(pipeline, tmp_path, retain_dataset=rows(pictures(9, 3)), args={"caution": 4.0}))
+        assert trainer.forget_loss_name == "redirect"
+        assert trainer.replay_weight == 0
+        odds = 4 * 6 / 9
+        assert trainer.posterior.share == pytest.approx(odds / (1 + odds))
+        batch = trainer.prepared({"latents": pictures(6, 1)}, seeded(3))
+        written = Written(pipeline)
+        with torch.no_grad():
+            answers = original(trainer)(batch["noisy"], batch["timesteps"]).sample
+        expected = [
+            written.without(x, a, t, pictures(6, 1), pictures(9, 3), odds / (1 + odds))[0]
+            for x, a, t in zip(batch["noisy"], answers, batch["timesteps"].tolist(), strict=True)
+        ]
+        torch.testing.assert_close(
+            trainer.answer_without(batch), torch.stack(expected).float(), rtol=2e-3, atol=1e-3
+        )
+
+    def test_redirect_with_nothing_to_keep_is_refused(self, tiny_ddpm, tmp_path):
+        with pytest.raises(ValueError, match="redirect.*retain_dataset=$") as error:
+            trainer_of(tiny_ddpm, tmp_path)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+    @pytest.mark.parametrize("guidance", [0.0, 0.7])
+    def test_redirect_of_a_prompt_goes_to_the_neutral_one_and_beyond(
+        self, prediction, guidance, tiny_stable_diffusion, tmp_path
+    ):
+        pipeline = tiny_stable_diffusion
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction)
+        with torch.no_grad():  # a random text encoder hardly tells prompts apart
+            for parameter in pipeline.text_encoder.parameters():
+                parameter += 0.5 * torch.randn(parameter.shape, generator=seeded(parameter.numel()))
+        images = torch.rand(4, 3, 8, 8, generator=seeded(0)) * 2 - 1
+        forget = rows(images, prompt="a photo")
+        args = {"negative_guidance": guidance, "redirect_prompt": "a a"}
+        trainer = moved(trainer_of(pipeline, tmp_path, forget=forget, args=args))
+        assert trainer.forget_loss_name == "redirect"
+        stored = trainer.data_collator([trainer.forget_dataset[row] for row in range(4)])
+        batch = trainer.prepared(stored, seeded(3))
+        model, answers = original(trainer), {}
+        with torch.no_grad():
+            for prompt in ("a photo", "a a"):
+                states = pipeline.encode_prompt(prompt, "cpu", 1, False)[0].expand(4, -1, -1)
+                answers[prompt] = model(batch["noisy"], batch["timesteps"], encoder_hidden_states=states).sample
+            photo = pipeline.encode_prompt("a photo", "cpu", 1, False)[0].expand(4, -1, -1)
+            student = trainer.model(batch["noisy"], batch["timesteps"], encoder_hidden_states=photo).sample
+        assert (answers["a photo"] - answers["a a"]).abs().max() > 1e-3
+        target = answers["a a"] - guidance * (answers["a photo"] - answers["a a"])
+        torch.testing.assert_close(trainer.answer_without(batch), target, rtol=1e-4, atol=1e-5)
+        expected = Written(pipeline).errors(student, target.double(), batch["timesteps"], "min_snr")
+        torch.testing.assert_close(
+            trainer.forget_loss(trainer.model, batch).detach(), expected, rtol=1e-3, atol=1e-6
+        )
+
+    def test_bounded_means_redirect_or_match(self, tiny_ddpm, tmp_path):
+        assert trainer_of(tiny_ddpm, tmp_path, args={"replay_samples": 5}).forget_loss_name == "redirect"
+        assert trainer_of(tiny_ddpm, tmp_path, args={"heldout_loss": 0.2}).forget_loss_name == "match"
+
+
+class TestReplay:
+    def test_student_and_original_see_the_same_noise(self, tiny_ddpm, tmp_path):
+        """At θ* nothing is to be replayed, and NPO has the value that it has at the reference."""
+        args = {"forget_loss": "npo", "replay_samples": 8, "logging_strategy": "steps", "logging_steps": 1}
+        trainer = trainer_of(tiny_ddpm, tmp_path, args=args, replay_filter=lambda images: torch.arange(len(images)) < 3)
+        trainer.train()
+        first = trainer.state.log_history[0]
+        assert first["replay_loss"] == 0.0
+        assert first["forget_loss"] == pytest.approx(2 / 0.1 * math.log(2) / 32, rel=1e-5)
+
+    def test_is_the_distance_to_the_originals_answers_on_its_own_samples(self, pipeline, tmp_path):
+        kept = pictures(9, 3)
+        trainer = moved(trainer_of(pipeline, tmp_path, args={"forget_loss": "npo", "replay_samples": 9}), kept=kept)
+        forget = trainer.prepared({"latents": pictures(6, 1)}, seeded(3))
+        batch = trainer.replay_inputs(forget, seeded(4))
+        assert len(batch["clean"]) == 6
+        for image in batch["clean"]:
+            assert any(torch.equal(image, own) for own in kept)
+        with torch.no_grad():
+            target = original(trainer)(batch["noisy"], batch["timesteps"]).sample.double()
+        answers = trainer.model(batch["noisy"], batch["timesteps"]).sample
+        expected = Written(pipeline).errors(answers, target, batch["timesteps"], "min_snr")
+        torch.testing.assert_close(trainer.replay_loss(trainer.model, batch), expected, rtol=1e-4, atol=1e-7)
+
+    def test_every_own_sample_has_its_turn(self, tiny_ddpm, tmp_path):
+        trainer = moved(trainer_of(tiny_ddpm, tmp_path, args={"forget_loss": "npo"}), kept=pictures(9, 3))
+        forget = trainer.prepared({"latents": pictures(200, 1)}, seeded(3))
+        drawn = trainer.replay_inputs(forget, seeded(4))["clean"]
+        counts = torch.tensor([sum(torch.equal(image, own) for image in drawn) for own in pictures(9, 3)])
+        assert counts.sum() == 200
+        assert counts.min() > 8
+
+
+class Recorder(VDUTrainer):
+    """Keeps the batches as they were prepared, and the gradients as the optimiser finds them."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.batches, self.gradients = [], []
+
+    def prepared(self, batch, generator):
+        prepared = super().prepared(batch, generator)
+        self.batches.append(prepared)
+        return prepared
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.gradients.append({name: p.grad.clone() for name, p in self.model.named_parameters()})
+        return loss
+
+
+class TestThePaper:
+    @pytest.fixture
+    def checkpoints(self, tiny_ddpm, tmp_path):
+        folders = []
+        for number in range(3):
+            model = copy.deepcopy(tiny_ddpm.unet)
+            with torch.no_grad():
+                for index, parameter in enumerate(model.parameters()):
+                    scale = 0.01 * 10 ** -(index % 3)  # some hardly move, and meet the floor
+                    parameter += scale * torch.randn(parameter.shape, generator=seeded(1000 * number + index))
+            folders.append(str(tmp_path / f"checkpoint-{number}" / "unet"))
+            model.save_pretrained(folders[-1])
+        return [folder.removesuffix("/unet") for folder in folders]
+
+    def test_switches_everything_else_off(self, tiny_ddpm, checkpoints, tmp_path):
+        args = VDUConfig.paper(str(tmp_path), checkpoints=checkpoints, **QUIET, grid_images=0, max_steps=1)
+        trainer = VDUTrainer(pipeline=tiny_ddpm, args=args, forget_dataset=rows(pictures(6, 1)))
+        trainer.train()
+        assert trainer.forget_loss_name == "ascent"
+        assert trainer.guard is None
+        assert trainer.own is None
+        assert trainer.replay_weight == 0
+        assert (args.forget_weight, args.stability_weight, args.isotropic_weight) == (0.5, 0.5, 0)
+        assert args.max_grad_norm == 0
+        assert trainer.ema is None
+        assert trainer.precision_name == "inverse variance over 3 checkpoints"
+
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    @pytest.mark.parametrize("anchor", ["checkpoint_mean", "original"])
+    def test_gradient_is_that_of_the_objective(self, anchor, accumulation, tiny_ddpm, checkpoints, tmp_path):
+        gamma, floor = 0.3, 0.05
+        unet = copy.deepcopy(tiny_ddpm.unet)
+        settings = QUIET | {
+            "gamma": gamma, "anchor": anchor, "variance_floor": floor, "checkpoints": checkpoints, "grid_images": 0,
+            "per_device_train_batch_size": 3, "gradient_accumulation_steps": accumulation, "max_steps": 2,
+            "learning_rate": 1e-4, "optim": "sgd",
+        }  # fmt: skip
+        args = VDUConfig.paper(str(tmp_path / "out"), **settings)
+        trainer = Recorder(pipeline=tiny_ddpm, args=args, forget_dataset=rows(pictures(12, 1)))
+        trainer.train()
+        assert len(trainer.gradients) == 2 * accumulation
+
+        states = [UNet2DModel.from_pretrained(folder, subfolder="unet").state_dict() for folder in checkpoints]
+        stacked = {name: torch.stack([state[name] for state in states]).double() for name in states[0]}
+        variance = {name: value.var(0, correction=1) for name, value in stacked.items()}
+        lowest = floor * torch.cat([value.flatten() for value in variance.values()]).mean()
+        assert any((value < lowest).any() for value in variance.values())
+        start = {name: value.clone().double() for name, value in unet.state_dict().items()}
+        for step in range(2):
+            batches = trainer.batches[step * accumulation : (step + 1) * accumulation]
+            error = torch.stack(
+                [
+                    (unet(batch["noisy"], batch["timesteps"]).sample - batch["noise"]).square().mean()
+                    for batch in batches
+                ]
+            ).mean()
+            stability = 0
+            for name, parameter in unet.named_parameters():
+                center = stacked[name].mean(0) if anchor == "checkpoint_mean" else start[name]
+                change = (parameter.double() - center).square()
+                stability = stability + (change / (2 * variance[name].clamp(min=lowest))).sum()
+            loss = (1 - gamma) * -error + gamma * stability
+            expected = torch.autograd.grad(loss, list(unet.parameters()))
+            actual = trainer.gradients[(step + 1) * accumulation - 1]
+            for (name, parameter), gradient in zip(unet.named_parameters(), expected, strict=True):
+                scale = float(gradient.abs().max())
+                torch.testing.assert_close(actual[name], gradient, rtol=2e-3, atol=2e-4 * scale + 1e-7, msg=name)
+                with torch.no_grad():
+                    parameter -= 1e-4 * gradient  # as it is: nothing was clipped
+        for (name, now), expected in zip(trainer.model.named_parameters(), unet.parameters(), strict=True):
+            torch.testing.assert_close(now, expected, rtol=1e-4, atol=1e-5, msg=name)

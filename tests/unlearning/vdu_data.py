@@ -1,0 +1,53 @@
+"""What the tests of VDU's files share: random images as datasets, and arguments for a few steps of tiny pipelines."""
+
+import torch
+from datasets import Dataset
+from image_data import QUIET
+
+from hf_unlearn import VDUConfig, VDUTrainer
+
+
+PROMPTS = ["a photo", "a hot pot"]
+
+
+def images(n=8, *, seed=0, size=8, channels=1):
+    """`n` bright images in [−1, 1], of a kind that an untrained model does not draw."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = 1 - 0.5 * torch.rand(n, channels, size, size, generator=generator)
+    return Dataset.from_dict({"pixel_values": pixels.numpy()}).with_format("torch")
+
+
+def prompted_images(n=4, *, seed=0):
+    """`n` random images with a prompt each."""
+    rows = images(n, seed=seed, channels=3)
+    return rows.add_column("prompt", [PROMPTS[row % 2] for row in range(n)])
+
+
+def arguments(output_dir, **values):
+    """A few steps with the guard off; `values` go on top."""
+    plain = {
+        "learning_rate": 0.01,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "guard": False,
+        "replay_samples": 16,
+        "num_inference_steps": 2,
+        "sample_batch_size": 16,
+        "grid_images": 0,
+    }
+    return VDUConfig(output_dir=str(output_dir), **(QUIET | plain | values))
+
+
+def prompted_arguments(output_dir, **values):
+    """The same for a prompted pipeline."""
+    plain = {"replay_prompts": ["pot", "a hat"], "replay_samples": 4, "learning_rate": 0.05}
+    return arguments(output_dir, **(plain | values))
+
+
+def trained(pipeline, args, **data):
+    """A trainer that has trained `pipeline` in place."""
+    if "forget_dataset" not in data and not args.forget_prompts:
+        data["forget_dataset"] = prompted_images() if hasattr(pipeline, "vae") else images()
+    trainer = VDUTrainer(pipeline=pipeline, args=args, **data)
+    trainer.train()
+    return trainer
