@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ def check_denoiser(unet: Any) -> None:
             f"model: its {needs}={unet.config[needs]!r} needs more than an image and a prompt, which is not supported yet"
         )
     channels, answered = unet.config.in_channels, unet.config.out_channels
-    if channels != answered:  # inpainting, upscaling, depth; a learned variance
+    if answered not in (channels, 2 * channels):  # inpainting, upscaling, depth; twice as many: a learned variance
         raise ValueError(
             f"model: it sees {channels} channels and answers {answered}; only denoisers of an image alone are supported"
         )
@@ -269,7 +270,10 @@ def generate(
         `Tensor`: `[n, channels, height, width]` on the CPU, fp32: images in [−1, 1], or latents.
     """
     count = what if isinstance(what, int) else len(what)
-    steps = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+    if num_inference_steps is None:  # the pipeline's own may be more than the scheduler has
+        default = inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default
+        num_inference_steps = min(default, pipeline.scheduler.config.num_train_timesteps)
+    steps = {"num_inference_steps": num_inference_steps}
     seeds = np.random.SeedSequence(seed).generate_state(count, np.uint64)
     out = []
     with _quiet(pipeline):

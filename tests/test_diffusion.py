@@ -182,7 +182,7 @@ class TestCheckDenoiser:
                 "addition_embed_type='text_time'",
             ),
             (lambda: tiny(UNet2DConditionModel, in_channels=9), "sees 9 channels and answers 4"),
-            (lambda: tiny(UNet2DModel, in_channels=3, out_channels=6), "sees 3 channels and answers 6"),
+            (lambda: tiny(UNet2DModel, in_channels=3, out_channels=4), "sees 3 channels and answers 4"),
             (lambda: AutoencoderKL(block_out_channels=(4,), norm_num_groups=2), "AutoencoderKL is not supported"),
             (lambda: nn.Linear(2, 2), "Linear is not supported"),
         ],

@@ -320,7 +320,9 @@ class TestGaussian:
     def test_parameters_that_are_frozen_or_not_used(self, model):
         model[0].bias.requires_grad_(False)
         model.register_parameter("spare", nn.Parameter(torch.ones(2)))
-        fisher = gaussian_fisher(model, [self.batch], lambda batch: model[2](model[1](model[0](batch))), generator=seeded(1))
+        fisher = gaussian_fisher(
+            model, [self.batch], lambda batch: model[2](model[1](model[0](batch))), generator=seeded(1)
+        )
         assert fisher.keys() == {"0.weight", "2.weight", "2.bias", "spare"}
         assert torch.equal(fisher["spare"], torch.zeros(2))
         assert fisher["0.weight"].sum() > 0

@@ -63,7 +63,10 @@ class TestResembles:
 
     @pytest.mark.parametrize("count", [1, 2, 3])
     def test_few_forget_images_do(self, count):
-        forget, far = torch.zeros(count, 1, 2, 2) + torch.arange(count).view(-1, 1, 1, 1) / 100, torch.ones(30, 1, 2, 2)
+        forget, far = (
+            torch.zeros(count, 1, 2, 2) + torch.arange(count).view(-1, 1, 1, 1) / 100,
+            torch.ones(30, 1, 2, 2),
+        )
         far = far + torch.randn(far.shape, generator=seeded(0)) / 10
         marked = resembles(torch.cat([far, torch.zeros(1, 1, 2, 2)]), forget)
         assert not marked[:30].any()

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from ..diffusion import generate, is_prompted
 from ..metrics.features import Features, features_of
 from ..metrics.generation import frechet_distance, percentage_unlearned
+from ..parameters import ReferencePoint
 
 
 if TYPE_CHECKING:
@@ -121,13 +122,23 @@ class PULCallback(_DrawsAtTimes):
         self.classify, self.forgotten, self.samples = classify, forgotten, samples
         self.before: Tensor | None = None
 
-    def look(self, step: int, stage: str) -> None:
-        classes = torch.as_tensor(self.classify(self.draw(self.samples, METRIC_SEED))).cpu()
+    def on_train_begin(self, args, state, control, **kwargs):
         if self.before is None:
-            self.before = classes
-        if stage != "before":
-            result = percentage_unlearned(self.before, classes, self.forgotten)
-            self.trainer.log({"pul": result.pul, "pul_low": result.low, "pul_high": result.high})
+            model = self.trainer.model
+            now = ReferencePoint.capture(model)
+            self.trainer.reference.restore(model)  # a resumed run does not begin as the original
+            self.before = self._classes()
+            now.restore(model)
+            percentage_unlearned(
+                self.before, self.before, self.forgotten
+            )  # refuses now where nothing is there to forget
+
+    def look(self, step: int, stage: str) -> None:
+        result = percentage_unlearned(self.before, self._classes(), self.forgotten)
+        self.trainer.log({"pul": result.pul, "pul_low": result.low, "pul_high": result.high})
+
+    def _classes(self) -> Tensor:
+        return torch.as_tensor(self.classify(self.draw(self.samples, METRIC_SEED))).cpu()
 
 
 class FIDCallback(_DrawsAtTimes):

@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,7 +48,9 @@ def scheduler(prediction="epsilon", **values):
 
 def trainer_of(pipeline, folder, *, forget=None, **values):
     args = VDUConfig(output_dir=str(folder), **(QUIET | BARE | values.pop("args", {})))
-    return VDUTrainer(pipeline=pipeline, args=args, forget_dataset=rows(pictures(6, 1)) if forget is None else forget, **values)
+    return VDUTrainer(
+        pipeline=pipeline, args=args, forget_dataset=rows(pictures(6, 1)) if forget is None else forget, **values
+    )
 
 
 def moved(trainer, kept=None, share=0.3):
@@ -125,7 +128,8 @@ class Written:
     def without(self, noisy, answer, t, forget, keep, share):
         """Bayes' rule image by image: the guess of the clean image moved by π(x̂ᵏ − x̂ᶠ), as an answer. And π."""
         exponents = [
-            -(noisy.double() - math.sqrt(self.bars[t]) * image.double()).square().sum().item() / (2 * (1 - self.bars[t]))
+            -(noisy.double() - math.sqrt(self.bars[t]) * image.double()).square().sum().item()
+            / (2 * (1 - self.bars[t]))
             for image in [*forget, *keep]
         ]
         banks, priors = (range(len(forget)), range(len(forget), len(exponents))), (share, 1 - share)
@@ -184,7 +188,9 @@ class TestTheNoiseOfABatch:
         correlation = (change * first["noise"]).mean() / 0.4
         assert correlation.abs() < 0.02  # not the noise that is taken away again
 
-    @pytest.mark.parametrize(("share", "expected"), [([0, 1], range(20)), ([0.25, 0.5], range(5, 10)), ([0.99, 1], [19])])
+    @pytest.mark.parametrize(
+        ("share", "expected"), [([0, 1], range(20)), ([0.25, 0.5], range(5, 10)), ([0.99, 1], [19])]
+    )
     def test_timesteps_stay_in_the_share_of_t_range(self, share, expected, trainer):
         batch = trainer(t_range=share).prepared({"latents": pictures(400, 2)}, seeded(0))
         assert sorted(set(batch["timesteps"].tolist())) == list(expected)
@@ -199,7 +205,8 @@ class TestTaskLoss:
         assert 0 in batch["timesteps"]
         answers = trainer.model(batch["noisy"], batch["timesteps"]).sample
         expected = written.errors(answers, written.true(batch), batch["timesteps"], weighting, 3.0)
-        torch.testing.assert_close(trainer.task_loss(trainer.model, batch), expected, rtol=1e-4, atol=1e-6)
+        # 1 − ᾱ of the first step is a difference that fp32 has to four digits.
+        torch.testing.assert_close(trainer.task_loss(trainer.model, batch), expected, rtol=1e-3, atol=1e-6)
 
     def test_weights_make_the_same_guess_cost_the_same_in_every_form(self, tiny_ddpm, tmp_path):
         costs = {}
@@ -208,19 +215,14 @@ class TestTaskLoss:
             trainer, written = trainer_of(pipeline, tmp_path, args={"forget_loss": "ascent"}), Written(pipeline)
             batch = trainer.prepared({"latents": pictures(10, 2)}, seeded(0))
 
-            def guess(noisy, timesteps, written=written):  # the same clean image for all three
-                answers = [
-                    written.from_clean(x, torch.zeros(1, 8, 8), t) for x, t in zip(noisy, timesteps.tolist(), strict=True)
-                ]
-                return torch.nn.Identity(), torch.stack(answers).float()
+            def black(noisy, timesteps, written=written):  # every form of the guess that all images are black
+                pairs = zip(noisy, timesteps.tolist(), strict=True)
+                answers = [written.from_clean(x, torch.zeros(1, 8, 8), t).float() for x, t in pairs]
+                return SimpleNamespace(sample=torch.stack(answers))
 
-            class Answer:
-                def __init__(self, sample):
-                    self.sample = sample
-
-            costs[kind] = trainer.task_loss(lambda *inputs, guess=guess: Answer(guess(*inputs)[1]), batch)
-        torch.testing.assert_close(costs["epsilon"], costs["sample"], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(costs["epsilon"], costs["v_prediction"], rtol=1e-4, atol=1e-5)
+            costs[kind] = trainer.task_loss(black, batch)
+        torch.testing.assert_close(costs["epsilon"], costs["sample"], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(costs["epsilon"], costs["v_prediction"], rtol=1e-3, atol=1e-5)
 
     def test_a_learned_variance_stands_behind_the_answer(self, tiny_ddpm, tmp_path):
         trainer = trainer_of(tiny_ddpm, tmp_path, args={"forget_loss": "ascent"})
@@ -263,9 +265,7 @@ class TestForgetLosses:
         assert (now - before).abs().max() > 0.01
         log_ratio = -(64 / 2) * (now - before).double()  # log p_θ/p_θ* of an image of 64 pixels
         expected = -2 / beta * torch.log(1 / (1 + torch.exp(beta * log_ratio))) / 32
-        torch.testing.assert_close(
-            trainer.forget_loss(trainer.model, batch), expected.float(), rtol=1e-4, atol=1e-6
-        )
+        torch.testing.assert_close(trainer.forget_loss(trainer.model, batch), expected.float(), rtol=1e-4, atol=1e-6)
 
     def test_npo_at_the_original(self, pipeline, tmp_path):
         trainer, batch = self.prepared(pipeline, tmp_path, "npo", npo_beta=0.2)
@@ -274,9 +274,7 @@ class TestForgetLosses:
         torch.testing.assert_close(value, torch.full((6,), 2 / 0.2 * math.log(2) / 32), rtol=1e-6, atol=0)
         # There it is ascent: its gradient is that of −error.
         gradients = torch.autograd.grad(value.sum(), list(trainer.model.parameters()))
-        ascent = torch.autograd.grad(
-            -trainer.task_loss(trainer.model, batch).sum(), list(trainer.model.parameters())
-        )
+        ascent = torch.autograd.grad(-trainer.task_loss(trainer.model, batch).sum(), list(trainer.model.parameters()))
         for first, second in zip(gradients, ascent, strict=True):
             torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
 
@@ -330,9 +328,7 @@ class TestForgetLosses:
             written.without(x, a, t, pictures(6, 1), pictures(9, 3), odds / (1 + odds))[0]
             for x, a, t in zip(batch["noisy"], answers, batch["timesteps"].tolist(), strict=True)
         ]
-        torch.testing.assert_close(
-            trainer.answer_without(batch), torch.stack(expected).float(), rtol=2e-3, atol=1e-3
-        )
+        torch.testing.assert_close(trainer.answer_without(batch), torch.stack(expected).float(), rtol=2e-3, atol=1e-3)
 
     def test_redirect_with_nothing_to_keep_is_refused(self, tiny_ddpm, tmp_path):
         with pytest.raises(ValueError, match="redirect.*retain_dataset=$") as error:
@@ -367,9 +363,7 @@ class TestForgetLosses:
         target = answers["a a"] - guidance * (answers["a photo"] - answers["a a"])
         torch.testing.assert_close(trainer.answer_without(batch), target, rtol=1e-4, atol=1e-5)
         expected = Written(pipeline).errors(student, target.double(), batch["timesteps"], "min_snr")
-        torch.testing.assert_close(
-            trainer.forget_loss(trainer.model, batch).detach(), expected, rtol=1e-3, atol=1e-6
-        )
+        torch.testing.assert_close(trainer.forget_loss(trainer.model, batch).detach(), expected, rtol=1e-3, atol=1e-6)
 
     def test_bounded_means_redirect_or_match(self, tiny_ddpm, tmp_path):
         assert trainer_of(tiny_ddpm, tmp_path, args={"replay_samples": 5}).forget_loss_name == "redirect"
@@ -380,7 +374,9 @@ class TestReplay:
     def test_student_and_original_see_the_same_noise(self, tiny_ddpm, tmp_path):
         """At θ* nothing is to be replayed, and NPO has the value that it has at the reference."""
         args = {"forget_loss": "npo", "replay_samples": 8, "logging_strategy": "steps", "logging_steps": 1}
-        trainer = trainer_of(tiny_ddpm, tmp_path, args=args, replay_filter=lambda images: torch.arange(len(images)) < 3)
+        trainer = trainer_of(
+            tiny_ddpm, tmp_path, args=args, replay_filter=lambda images: torch.arange(len(images)) < 3
+        )
         trainer.train()
         first = trainer.state.log_history[0]
         assert first["replay_loss"] == 0.0
@@ -435,7 +431,7 @@ class TestThePaper:
             model = copy.deepcopy(tiny_ddpm.unet)
             with torch.no_grad():
                 for index, parameter in enumerate(model.parameters()):
-                    scale = 0.01 * 10 ** -(index % 3)  # some hardly move, and meet the floor
+                    scale = 0.01 * 10 ** (-(index % 3) / 2)  # some hardly move, and meet the floor
                     parameter += scale * torch.randn(parameter.shape, generator=seeded(1000 * number + index))
             folders.append(str(tmp_path / f"checkpoint-{number}" / "unet"))
             model.save_pretrained(folders[-1])

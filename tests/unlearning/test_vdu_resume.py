@@ -82,7 +82,9 @@ class TestGoesOn:
         whole = trained(copy.deepcopy(tiny_ddpm), arguments(tmp_path / "whole", **EVERY_THREE))
         trained(tiny_ddpm, arguments(tmp_path / "halves", **(EVERY_THREE | {"max_steps": 3})))
         assert not same(original, weights(tiny_ddpm.unet))
-        rest = VDUTrainer(pipeline=tiny_ddpm, args=arguments(tmp_path / "halves", **EVERY_THREE), forget_dataset=images())
+        rest = VDUTrainer(
+            pipeline=tiny_ddpm, args=arguments(tmp_path / "halves", **EVERY_THREE), forget_dataset=images()
+        )
         rest.train(resume_from_checkpoint=True)
         assert same(weights(whole.model), weights(rest.model))
 
@@ -91,7 +93,11 @@ class TestRefused:
     @pytest.fixture
     def run(self, tiny_ddpm, tmp_path):
         """A run of three steps, and what goes on from it."""
-        values = {"ema_decay": 0.9, "stability_weight": 1e-4, "checkpoints": checkpoints_of(tiny_ddpm, tmp_path / "run")}
+        values = {
+            "ema_decay": 0.9,
+            "stability_weight": 1e-4,
+            "checkpoints": checkpoints_of(tiny_ddpm, tmp_path / "run"),
+        }
         pipeline = copy.deepcopy(tiny_ddpm)
         trained(tiny_ddpm, arguments(tmp_path / "out", **(EVERY_THREE | values | {"max_steps": 3})))
 
@@ -153,7 +159,9 @@ class TestPool:
         assert len(counted) == 1
 
     @pytest.mark.parametrize(
-        "values", [{"seed": 1}, {"num_inference_steps": 3}, {"replay_samples": 17}], ids=lambda values: next(iter(values))
+        "values",
+        [{"seed": 1}, {"num_inference_steps": 3}, {"replay_samples": 17}],
+        ids=lambda values: next(iter(values)),
     )
     def test_drawn_again_for_other_settings(self, tiny_ddpm, tmp_path, counted, values):
         first = self.start(tiny_ddpm, tmp_path)

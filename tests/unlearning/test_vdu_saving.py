@@ -220,7 +220,9 @@ class TestUnprompted:
         assert "2510.04058" in card.text
         assert "the kind of images in 8 examples" in card.text
         settings = dict(
-            line.strip("| ").split(" | ") for line in card.text.splitlines() if line.startswith("| `") and " | " in line
+            line.strip("| ").split(" | ")
+            for line in card.text.splitlines()
+            if line.startswith("| `") and " | " in line
         )
         assert settings["`forget_loss`"] == '"redirect"'
         assert settings["`anchor_precision`"] == '"fisher, scaled to a mean of one"'
@@ -293,4 +295,3 @@ class TestWhatIsTaken:
         asked_for = {name for name in before["unet"] if any(part in name for part in parts)}
         assert changed <= asked_for
         assert len(changed) > 0.5 * len(asked_for)  # a softmax over few tokens leaves some without gradient
-

@@ -34,6 +34,7 @@ def arguments(output_dir, **values):
         "num_inference_steps": 2,
         "sample_batch_size": 16,
         "grid_images": 0,
+        "seed": 0,
     }
     return VDUConfig(output_dir=str(output_dir), **(QUIET | plain | values))
 

@@ -1,0 +1,183 @@
+"""Grids and figures of what a generator draws while it forgets: all from the same noise, and without a trace in the run."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from image_data import same, weights
+from PIL import Image
+from vdu_data import arguments, images, prompted_arguments, prompted_images, trained
+
+from hf_unlearn import VDUTrainer
+from hf_unlearn.diffusion import generate
+from hf_unlearn.hub.publish import publishable_files
+from hf_unlearn.metrics.features import features_of
+from hf_unlearn.metrics.generation import frechet_distance, percentage_unlearned
+from hf_unlearn.unlearning.samples import METRIC_SEED, FIDCallback, PULCallback, grid
+
+
+class TestGrid:
+    def test_images_stand_row_by_row_each_pixel_a_square(self):
+        values = torch.linspace(-1, 1, 6 * 8 * 8).view(6, 1, 8, 8)
+        picture = np.asarray(grid(values, columns=3))
+        assert picture.shape == (2 * 64, 3 * 64, 3)
+        for index, image in enumerate(values):
+            row, column = divmod(index, 3)
+            part = picture[64 * row : 64 * row + 64, 64 * column : 64 * column + 64]
+            expected = ((image[0] + 1) * 127.5).round().byte().numpy().repeat(8, 0).repeat(8, 1)
+            for channel in range(3):
+                np.testing.assert_array_equal(part[..., channel], expected)
+
+    def test_colours(self):
+        values = torch.stack([torch.full((64, 64), value) for value in (-1.0, 0.2, 7.0)])[None]
+        picture = grid(values)
+        assert picture.size == (64, 64)  # large enough as it is
+        assert picture.getpixel((5, 5)) == (0, 153, 255)
+
+    @pytest.mark.parametrize(("count", "size"), [(1, (1, 1)), (4, (2, 2)), (7, (2, 3)), (9, (3, 3)), (3, (1, 2))])
+    def test_a_square_of_what_fills_whole_rows(self, count, size):
+        assert grid(torch.zeros(count, 1, 64, 64)).size == (64 * size[1], 64 * size[0])
+
+
+def pictures(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
+
+
+class TestGrids:
+    def test_before_during_and_after(self, tiny_ddpm, tmp_path):
+        original = copy.deepcopy(tiny_ddpm)
+        trainer = trained(tiny_ddpm, arguments(tmp_path, grid_images=4, grid_steps=2, max_steps=4))
+        private = "_private/samples"
+        names = {"before", "step-2", "step-4", "after"}
+        assert pictures(tmp_path) == {f"{private}/{name}.png" for name in names} | {"pictures/after.png"}
+        assert (tmp_path / "pictures/after.png").read_bytes() == (tmp_path / private / "after.png").read_bytes()
+        shown = {name: np.asarray(Image.open(tmp_path / private / f"{name}.png")) for name in names}
+        assert shown["before"].shape == (128, 128, 3)
+        np.testing.assert_array_equal(shown["step-4"], shown["after"])
+        assert len({picture.tobytes() for picture in shown.values()}) == 3
+        # The first and the last one are what these two models draw.
+        for name, pipeline in (("before", original), ("after", trainer.pipeline)):
+            expected = grid(generate(pipeline, 4, seed=3, num_inference_steps=2))
+            np.testing.assert_array_equal(shown[name], np.asarray(expected))
+
+    def test_what_does_not_learn_draws_the_same(self, tiny_ddpm, tmp_path):
+        trained(tiny_ddpm, arguments(tmp_path, grid_images=4, learning_rate=0.0))
+        before, after = ((tmp_path / "_private/samples" / f"{name}.png").read_bytes() for name in ("before", "after"))
+        assert before == after
+
+    def test_after_shows_what_is_saved(self, tiny_ddpm, tmp_path):
+        """The average of the weights, which stands in for them at the end."""
+        trainer = trained(tiny_ddpm, arguments(tmp_path, grid_images=4, ema_decay=0.9))
+        expected = grid(generate(trainer.pipeline, 4, seed=3, num_inference_steps=2))
+        shown = np.asarray(Image.open(tmp_path / "pictures/after.png"))
+        np.testing.assert_array_equal(shown, np.asarray(expected))
+
+    def test_with_prompts(self, tiny_stable_diffusion, tmp_path):
+        args = prompted_arguments(
+            tmp_path, forget_prompts=["a photo"], forget_samples=2, replay_prompts=["pot"], grid_images=4, max_steps=1
+        )
+        trainer = trained(tiny_stable_diffusion, args)
+        assert trainer.sample_prompts == ["a photo", "pot"]
+        expected = grid(generate(trainer.pipeline, ["a photo", "pot"] * 2, seed=3, num_inference_steps=2))
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "pictures/after.png")), np.asarray(expected))
+
+    def test_no_grids(self, tiny_ddpm, tmp_path):
+        trained(tiny_ddpm, arguments(tmp_path))
+        assert pictures(tmp_path) == set()
+
+    def test_only_the_last_one_is_published(self, tiny_ddpm, tmp_path):
+        trainer = trained(tiny_ddpm, arguments(tmp_path, grid_images=1, grid_steps=1))
+        trainer.save_model()
+        assert [name for name in publishable_files(tmp_path) if name.endswith(".png")] == ["pictures/after.png"]
+
+
+def darkness(pictures):
+    """A classifier of two classes."""
+    return (pictures.flatten(1).mean(1) < 0).long()
+
+
+def corners(pictures):
+    """Features: three pixels."""
+    return pictures.flatten(1)[:, :3]
+
+
+class TestFigures:
+    def logged(self, trainer, name):
+        return [(log["step"], log[name]) for log in trainer.state.log_history if name in log]
+
+    def run(self, pipeline, folder, resume=None, callbacks=("pul", "fid"), **values):
+        trainer = VDUTrainer(pipeline=pipeline, args=arguments(folder, **values), forget_dataset=images())
+        self.reference = features_of(
+            torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), corners, name="c"
+        )
+        made = {
+            "pul": PULCallback(trainer, darkness, [1], samples=12, steps=2),
+            "fid": FIDCallback(trainer, self.reference, corners, samples=12),
+        }
+        for name in callbacks:
+            trainer.add_callback(made[name])
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    def test_what_is_logged(self, tiny_ddpm, tmp_path):
+        original = copy.deepcopy(tiny_ddpm)
+        trainer = self.run(tiny_ddpm, tmp_path, seed=2)
+        before, after = (
+            generate(pipeline, 12, seed=2000 + METRIC_SEED, num_inference_steps=2)
+            for pipeline in (original, trainer.pipeline)
+        )
+        expected = percentage_unlearned(darkness(before), darkness(after), [1])
+        assert 0 < expected.n_before < 12
+        assert [step for step, _ in self.logged(trainer, "pul")] == [2, 3]
+        assert self.logged(trainer, "pul")[-1] == (3, expected.pul)
+        assert self.logged(trainer, "pul_low")[-1] == (3, expected.low)
+        assert self.logged(trainer, "pul_high")[-1] == (3, expected.high)
+        distances = [
+            frechet_distance(self.reference, features_of(i, corners, name="c")).distance for i in (before, after)
+        ]
+        assert self.logged(trainer, "fid") == [(0, distances[0]), (3, distances[1])]
+
+    def test_a_resumed_run_is_compared_with_the_original(self, tiny_ddpm, tmp_path):
+        values = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}
+        whole = self.run(copy.deepcopy(tiny_ddpm), tmp_path / "whole", callbacks=["pul"], **values)
+        half = copy.deepcopy(tiny_ddpm)
+        self.run(half, tmp_path / "halves", callbacks=["pul"], **(values | {"max_steps": 3}))
+        rest = self.run(half, tmp_path / "halves", resume=True, callbacks=["pul"], **values)
+        assert self.logged(rest, "pul")[-1] == self.logged(whole, "pul")[-1]
+        assert self.logged(whole, "pul")[-1][1] != 0
+        assert same(weights(whole.model), weights(rest.model))
+
+    def test_nothing_to_forget_is_said_before_the_first_step(self, tiny_ddpm, tmp_path):
+        trainer = VDUTrainer(pipeline=tiny_ddpm, args=arguments(tmp_path), forget_dataset=images())
+        trainer.add_callback(PULCallback(trainer, darkness, [7], samples=2))
+        with pytest.raises(ValueError, match="^before: nothing to unlearn"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+    @pytest.mark.parametrize("what", ["grids", "figures"])
+    def test_looking_changes_nothing(self, tiny_ddpm, tmp_path, what):
+        plain, watched = copy.deepcopy(tiny_ddpm), tiny_ddpm
+        torch.manual_seed(0)
+        trained(plain, arguments(tmp_path / "plain"))
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        if what == "grids":
+            trained(watched, arguments(tmp_path / "watched", grid_images=2, grid_steps=1))
+        else:
+            self.run(watched, tmp_path / "watched")
+        assert torch.get_rng_state().equal(state)
+        assert same(weights(plain.unet), weights(watched.unet))
+        assert watched.unet.training == plain.unet.training
+
+    def test_prompts(self, tiny_stable_diffusion, tmp_path):
+        args = prompted_arguments(tmp_path, max_steps=1, replay_prompts=["pot", "hat"])
+        trainer = VDUTrainer(pipeline=tiny_stable_diffusion, args=args, forget_dataset=prompted_images())
+        seen = []
+        trainer.add_callback(
+            PULCallback(trainer, lambda x: (seen.append(x), torch.ones(len(x)).int())[1], [1], samples=3)
+        )
+        trainer.train()
+        expected = generate(trainer.pipeline, ["pot", "hat", "pot"], seed=METRIC_SEED, num_inference_steps=2)
+        assert seen[-1].equal(expected)
+        assert self.logged(trainer, "pul") == [(1, 0.0)]
