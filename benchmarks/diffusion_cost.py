@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,6 +83,8 @@ def steppers(side: int, channels: tuple[int, ...], folder: str) -> dict[str, Ste
         data_collator=default_collate,
     )
     stock.schedule = NoiseSchedule.of(pipeline(side, channels).scheduler)
+    # Trained at once: the arguments of the next trainer reset what accelerate knows of this one.
+    out = {"plain DDPM training": Steps(stock, {"latents": rows.latents})}
     checkpoints = []
     for number in range(2):
         model = pipeline(side, channels).unet
@@ -90,12 +93,13 @@ def steppers(side: int, channels: tuple[int, ...], folder: str) -> dict[str, Ste
                 parameter.add_(torch.randn_like(parameter), alpha=1e-3)
         checkpoints.append(f"{folder}/checkpoint-{number}/unet")
         model.save_pretrained(checkpoints[-1])
-    paper = VDUConfig.paper(
-        f"{folder}/paper", per_device_train_batch_size=BATCH, checkpoints=checkpoints, grid_images=0, **COMMON
+    common = COMMON | {"grid_images": 0}
+    paper = partial(
+        VDUConfig.paper, f"{folder}/paper", per_device_train_batch_size=BATCH, checkpoints=checkpoints, **common
     )
-    default = VDUConfig(f"{folder}/default", per_device_train_batch_size=BATCH // 2, grid_images=0, **COMMON)
-    out = {"plain DDPM training": Steps(stock, {"latents": rows.latents})}
-    for name, args in (("VDU, paper preset", paper), ("VDU, our defaults", default)):
+    default = partial(VDUConfig, f"{folder}/default", per_device_train_batch_size=BATCH // 2, **common)
+    for name, make in (("VDU, paper preset", paper), ("VDU, our defaults", default)):
+        args = make()
         trainer = VDUTrainer(
             pipeline=pipeline(side, channels),
             args=args,

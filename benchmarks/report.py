@@ -9,6 +9,7 @@ import json
 import statistics
 from pathlib import Path
 
+import diffusion_report
 import influence_report
 
 
@@ -95,7 +96,7 @@ def fashion_table(fashion: dict) -> str:
 
 def cost_table(cost: dict) -> str:
     lines = [
-        "| model and batch | step | time / stock Trainer | quartiles | extra peak memory / parameters |",
+        "| model and batch | step | time / plain step | quartiles | extra peak memory / parameters |",
         "|---|---|---|---|---|",
     ]
     for workload, measured in cost["workloads"].items():
@@ -165,6 +166,9 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
 `python benchmarks/import_time.py`: `import hf_unlearn` takes {imports["milliseconds"]:.1f} ms and {"imports" if imports["torch"] else "does not import"} torch.
 """
     )
+    if all((HERE / "results" / f"diffusion_{name}.json").is_file() for name in ("unlearning", "cost")):
+        diffusion, steps = results("diffusion_unlearning"), results("diffusion_cost")
+        parts.append(diffusion_report.render(diffusion, steps, cost_table(steps)))
     names = ("fidelity", "labels", "poison", "cost")
     if all((HERE / "results" / f"influence_{name}.json").is_file() for name in names):
         parts.append(influence_report.render(*(results(f"influence_{name}") for name in names)))

@@ -48,6 +48,7 @@ class EncodedImages(TorchDataset):
         return len(self.latents)
 
     def __getitem__(self, index: int | Tensor) -> dict[str, Any]:
+        """One image, or a batch of those that a tensor of indices names."""
         item = {"latents": self.latents[index]}
         if self.latents_std is not None:
             item["latents_std"] = self.latents_std[index]
@@ -175,6 +176,8 @@ def encode(
     Raises:
         ValueError: a column is missing, or an image does not fit the model.
     """
+    if len(dataset) == 0:
+        raise ValueError(f"{argument}: is empty; pass rows, or leave it out")
     first = dataset[0]
     column = next((name for name in IMAGE_COLUMNS if name in first), None)
     if column is None:

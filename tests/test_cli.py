@@ -85,13 +85,14 @@ def fails(capsys, work):
 
 def job_and_config(*arguments, verb="unlearn"):
     """What a verb builds of its arguments before it runs."""
-    from hf_unlearn.jobs import influence, unlearn
+    from hf_unlearn.jobs import influence, unlearn, vdu
 
-    jobs, job_class = {
-        "unlearn": (unlearn, unlearn.UnlearnJob),
-        "influence": (influence, influence.InfluenceJob),
+    job_classes = {
+        "unlearn": {unlearn.UnlearnJob: unlearn.METHODS, vdu.VDUJob: vdu.METHODS},
+        "influence": {influence.InfluenceJob: influence.METHODS},
     }[verb]
-    config_class, _ = jobs.METHODS[cli._method(arguments, list(jobs.METHODS))]
+    methods = {name: (job, *classes) for job, all_of in job_classes.items() for name, classes in all_of.items()}
+    job_class, config_class, _ = methods[cli._method(arguments, list(methods))]
     given = cli.read(verb, arguments, job_class, config_class)
     job = job_class(**cli._of(job_class, given))
     return job, job.config(config_class, cli._of(config_class, given))
@@ -114,13 +115,15 @@ class TestCommand:
         assert cli.main(["--version"]) == 0
         assert capsys.readouterr().out == f"hf-unlearn {__version__}\n"
 
-    @pytest.mark.parametrize("method", ["pbu", "unlearn", "sft"])
+    @pytest.mark.parametrize("method", ["pbu", "unlearn", "sft", "vdu"])
     def test_help_of_unlearn_lists_every_key(self, capsys, method):
-        from hf_unlearn.jobs.unlearn import METHODS, UnlearnJob
+        from hf_unlearn.jobs.unlearn import UnlearnJob
+        from hf_unlearn.jobs.vdu import VDUJob
 
+        job_class = VDUJob if method == "vdu" else UnlearnJob
         assert cli.main(["unlearn", "--method", method, "--help"]) == 0
         out = capsys.readouterr().out
-        for key in (*fields(UnlearnJob), *fields(METHODS[method][0])):
+        for key in (*fields(job_class), *fields(job_class._methods[method][0])):
             assert not key.init or f"--{key.name} " in out or f"--{key.name}," in out
 
     def test_unknown_verb(self, fails):
@@ -226,7 +229,12 @@ class TestReading:
         job, config = job_and_config("--config", str(path), *extra, verb=verb)
         assert config.output_dir == f"outputs/{path.stem}"
         expected = {
-            "unlearn": {"pbu": "PBUConfig", "unlearn": "UnlearnConfig", "sft": "UnlearnSFTConfig"},
+            "unlearn": {
+                "pbu": "PBUConfig",
+                "unlearn": "UnlearnConfig",
+                "sft": "UnlearnSFTConfig",
+                "vdu": "VDUConfig",
+            },  # fmt: skip
             "influence": {"classifier": "InfluenceConfig", "sft": "FINEConfig"},
         }
         assert type(config).__name__ == expected[verb][job.method]
@@ -303,8 +311,8 @@ class TestBadRecipes:
     @pytest.mark.parametrize(
         ("keys", "message"),
         [
-            ({"method": None}, "method: missing; set it to one of pbu, unlearn, sft"),
-            ({"method": "pbo"}, "method: 'pbo' is not one of pbu, unlearn, sft; did you mean 'pbu'?"),
+            ({"method": None}, "method: missing; set it to one of pbu, unlearn, sft, vdu"),
+            ({"method": "pbo"}, "method: 'pbo' is not one of pbu, unlearn, sft, vdu; did you mean 'pbu'?"),
             ({"model": None}, "model: missing; set it to 'digits', a folder, or an id on the Hub"),
             ({"dataset": None}, "dataset: missing; set it to 'digits', a folder, or an id on the Hub"),
             ({"output_dir": None}, "output_dir: missing; set it to the folder that gets the unlearned model"),
@@ -314,7 +322,7 @@ class TestBadRecipes:
             ({"forget_ids": [1]}, "forget_ids: given beside forget_column; keep one of them"),
             ({"forget_column": None, "forget_values": None, "forget_ids": [1]}, "forget: missing; say 'examples'"),
             ({"forget_dataset": "x"}, "forget_dataset: given beside forget_column; keep one of them"),
-            ({"method": "unlearn", "preset": "paper"}, "preset: 'paper' belongs to method 'pbu', this is 'unlearn'"),
+            ({"method": "unlearn", "preset": "paper"}, "preset: method 'unlearn' has none, only pbu and vdu do"),
             ({"forget_accuracy": 2}, "forget_accuracy=2.0: must be in [0, 1)"),
             ({"push_to_hub": True, "hub_strategy": "every_save"}, "hub_strategy='every_save': uploads half-forgotten"),
             (

@@ -50,6 +50,38 @@ class TestDigits:
             assert np.abs(shares - 0.1).max() < 0.01
 
 
+@pytest.mark.skipif(not data.FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+class TestFashionMNIST:
+    @pytest.fixture(scope="class")
+    def clothes(self):
+        return data.load("fashion_mnist")
+
+    def test_all_of_it(self, clothes):
+        assert {name: len(part) for name, part in clothes.items()} == {"train": 60_000, "test": 10_000}
+        assert clothes["train"].features["label"].names[1] == "Trouser"
+        for part in clothes.values():
+            assert (np.bincount(part["label"]) == len(part) // 10).all()
+        image = clothes["train"][0]["image"]
+        assert (image.size, image.mode) == ((28, 28), "L")
+
+    def test_images_and_labels_belong_together(self, clothes):
+        """Trousers are narrow, bags are wide."""
+        part = clothes["test"].select(range(300))
+        widths = {1: [], 8: []}
+        for row in part:
+            if row["label"] in widths:
+                widths[row["label"]].append((np.asarray(row["image"]) > 30).any(0).sum())
+        assert np.mean(widths[1]) + 8 < np.mean(widths[8])
+
+
+def test_fashion_mnist_of_the_hub_where_the_package_is_not_installed(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(data, "FASHION_MNIST", tmp_path / "nothing")
+    monkeypatch.setattr("datasets.load_dataset", lambda name, revision: asked.append(name) or DatasetDict())
+    data.load("fashion_mnist")
+    assert asked == ["zalando-datasets/fashion_mnist"]
+
+
 class TestLoad:
     def test_folders(self, tmp_path, digits):
         few = DatasetDict({"train": digits["train"].select(range(3)), "test": digits["test"].select(range(2))})

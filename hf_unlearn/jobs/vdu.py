@@ -101,11 +101,13 @@ def run_vdu(job: VDUJob, config: VDUConfig, trainer_class: type[VDUTrainer]) -> 
     )
     if job.dataset and not Path(job.dataset).exists():
         trainer.card_values = {"dataset_name": job.dataset, "dataset_type": job.dataset}
+    # What cannot be measured is said now, and not after the training.
+    reference = _reference(job, parts, trainer, classifier) if classifier else None
     before = _draw(job, trainer) if classifier else None
     trainer.train(resume_from_checkpoint=resume_argument(config))
     table = None
     if classifier:
-        trainer.results, table = _figures(job, parts, trainer, classifier, before, _draw(job, trainer))
+        trainer.results, table = _figures(job, parts, classifier, reference, before, _draw(job, trainer))
     trainer.card_values = trainer.card_values | _picture(config)
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -123,15 +125,18 @@ def _pipeline(model: str) -> str:
 
 
 def _classifier(name: str) -> ClassifierFeatures:
-    from transformers import AutoModelForImageClassification
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     folder = str(cached_digits_classifier()) if name == "digits" else name
     try:
         model = AutoModelForImageClassification.from_pretrained(folder)
+        processor = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "").rstrip(".")
-        raise ValueError(f"classifier={name!r}: neither a folder with a classifier nor an id ({reason})") from error
-    return ClassifierFeatures(model.eval(), name=Path(name).name)
+        raise ValueError(
+            f"classifier={name!r}: neither a folder with a classifier and its image processor nor an id ({reason})"
+        ) from error
+    return ClassifierFeatures(model.eval(), processor, name=Path(name).name)
 
 
 def _draw(job: VDUJob, trainer: VDUTrainer) -> Tensor:
@@ -148,7 +153,12 @@ def _draw(job: VDUJob, trainer: VDUTrainer) -> Tensor:
 
 
 def _figures(
-    job: VDUJob, parts: Parts, trainer: VDUTrainer, classifier: ClassifierFeatures, before: Tensor, after: Tensor
+    job: VDUJob,
+    parts: Parts,
+    classifier: ClassifierFeatures,
+    reference: Features | None,
+    before: Tensor,
+    after: Tensor,
 ) -> tuple[list[Figure], Table]:
     classes = [classifier.classify(images) for images in (before, after)]
     forgotten = _forgotten_classes(parts)
@@ -165,7 +175,7 @@ def _figures(
         figures.append(
             Figure(metric="pul", name="Percentage unlearned", before=0.0, after=unlearned.pul, split="samples")
         )
-    if forgotten:
+    if forgotten and all(any(int(value) not in forgotten for value in drawn) for drawn in classes):
         shift = class_shift(*classes, forgotten, len(names))
         figures.append(
             Figure(
@@ -176,7 +186,6 @@ def _figures(
                 split="samples",
             )
         )
-    reference = _reference(job, parts, trainer, classifier)
     if reference is not None:
         distances = [
             frechet_distance(reference, features_of(images, classifier)).distance for images in (before, after)
@@ -210,8 +219,18 @@ def _forgotten_classes(parts: Parts) -> list[int]:
 
 
 def _reference(job: VDUJob, parts: Parts, trainer: VDUTrainer, classifier: ClassifierFeatures) -> Features | None:
+    """Of the real images that are not forgotten, at least two of them.
+
+    Raises:
+        ValueError: they do not fit the model, or the classifier has not the dataset's classes.
+    """
+    count, forgotten = classifier.model.config.num_labels, _forgotten_classes(parts)
+    if forgotten and forgotten[-1] >= count:
+        raise ValueError(
+            f"classifier={job.classifier!r}: has {count} classes, so none is the dataset's {forgotten[-1]}"
+        )
     rows: Dataset | None = next((rows for name, rows in parts.evaluation.items() if name == "retain"), None)
-    if rows is None:
+    if rows is None or len(rows) < 2:
         return None
     column = next(name for name in ("image", "pixel_values") if name in rows.column_names)
     images = [rows[index][column] for index in range(len(rows))]

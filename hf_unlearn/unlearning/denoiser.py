@@ -39,6 +39,7 @@ def as_pipeline(model: Any, pipeline: Any, noise_scheduler: Any) -> tuple[Diffus
     if isinstance(given, str):
         given = _loaded(given)
     if isinstance(given, nn.Module):
+        check_denoiser(given)
         name = name or given.config.get("_name_or_path") or None
         given = _around(given, noise_scheduler)
     elif not isinstance(given, DiffusionPipeline):
@@ -76,7 +77,6 @@ def _loaded(name: str) -> Any:
 
 def _around(unet: nn.Module, noise_scheduler: Any) -> DiffusionPipeline:
     """The plainest pipeline around a denoiser."""
-    check_denoiser(unet)
     if isinstance(unet, UNet2DConditionModel):
         raise ValueError("model: a prompted denoiser needs its VAE and text encoder; pass the whole pipeline=")
     if noise_scheduler is None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from ..diffusion import EncodedImages, encode_prompts, is_prompted
 from ..noise import NoiseSchedule
@@ -46,10 +45,8 @@ class DenoisingMixin:
     # The losses
 
     def _choose_forget_loss(self) -> str:
-        name, has_target = (
-            self.args.forget_loss,
-            self.args.heldout_loss is not None or self.heldout_dataset is not None,
-        )
+        name = self.args.forget_loss
+        has_target = self.args.heldout_loss is not None or self.heldout_dataset is not None
         if name == "bounded":
             name = "match" if has_target else "redirect"
         if name == "match" and not has_target:
@@ -148,8 +145,7 @@ class DenoisingMixin:
         """As many noisy samples of the original's own as there are forget images."""
         kept = self.own.kept
         rows = torch.randint(len(kept), (len(batch["clean"]),), generator=generator, device=batch["clean"].device)
-        drawn = self._prepare_inputs(default_collate([kept[int(row)] for row in rows]))
-        return self.prepared(drawn, generator)
+        return self.prepared(self._prepare_inputs(kept[rows.cpu()]), generator)
 
     def replay_loss(self, model: Callable, batch: Batch) -> Tensor:
         """Squared distance to what the original answers on its own samples, `[batch]`; under `redirect`, without the

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers.utils import make_image_grid
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -40,7 +40,8 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     pictures = [
         image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in pictures
     ]
-    return make_image_grid([image.convert("RGB") for image in pictures], rows=len(pictures) // columns, cols=columns)
+    framed = [ImageOps.expand(image.convert("RGB"), border=2, fill="#868e96") for image in pictures]
+    return make_image_grid(framed, rows=len(framed) // columns, cols=columns)
 
 
 class _DrawsAtTimes(TrainerCallback):

@@ -265,7 +265,7 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
         if not isinstance(args, self._config_class):
             raise ValueError(f"args: {type(self).__name__} needs VDUConfig, got {type(args).__name__}")
         self.pipeline, self.name = as_pipeline(model, pipeline, noise_scheduler)
-        if self.name and Path(self.name).is_dir() and Path(self.name).resolve() == Path(args.output_dir).resolve():
+        if self.name and Path(args.output_dir).resolve() in _folders_of(Path(self.name)):
             raise ValueError(f"output_dir: {args.output_dir!r} holds the original model; choose another folder")
         self.schedule = NoiseSchedule.of(self.pipeline.scheduler).to(args.device)
         self.replay_filter = replay_filter
@@ -354,3 +354,11 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
         """With prompts: what grids and figures show, the forgotten concept beside what is kept."""
         forgotten = self.args.forget_prompts or []
         return [*forgotten[:4], *(self.args.replay_prompts or [])[:4]] or [self.args.redirect_prompt]
+
+
+def _folders_of(original: Path) -> list[Path]:
+    """Where a model on this machine lies: its folder, and that of the pipeline it is a part of."""
+    if not original.is_dir():
+        return []
+    folder = original.resolve()
+    return [folder, folder.parent] if (folder.parent / "model_index.json").is_file() else [folder]

@@ -45,8 +45,13 @@ def check_refused(tiny_ddpm, tmp_path):
     return check_refused
 
 
-def rows(*pictures, **columns):
-    return datasets.Dataset.from_dict({"image": list(pictures), **columns})
+def rows(*pictures):
+    return datasets.Dataset.from_dict({"image": list(pictures)})
+
+
+def settings(unet, **values):
+    """What a denoiser like `unet` is made from."""
+    return {name: value for name, value in unet.config.items() if not name.startswith("_")} | values
 
 
 class TestImages:
@@ -54,7 +59,9 @@ class TestImages:
         check_refused("forget_dataset: an image has shape (1, 16, 16), the model's is (1, 8, 8)",
                       forget_dataset=images(4, size=16))  # fmt: skip
         pictures = rows(Image.new("L", (8, 8)), Image.new("L", (12, 8)))
-        check_refused("forget_dataset: an image is 12 × 8, the model draws 8 × 8", "resize=True", forget_dataset=pictures)
+        check_refused(
+            "forget_dataset: an image is 12 × 8, the model draws 8 × 8", "resize=True", forget_dataset=pictures
+        )
 
     def test_channels(self, check_refused):
         check_refused("forget_dataset: an image has shape (3, 8, 8), the model's is (1, 8, 8)",
@@ -152,7 +159,9 @@ class TestModels:
                 super().__init__()
                 self.register_modules(vae=vae)
 
-        check_refused("pipeline: OnlyVAE has no unet to train (it has vae)", pipeline=OnlyVAE(tiny_stable_diffusion.vae))
+        check_refused(
+            "pipeline: OnlyVAE has no unet to train (it has vae)", pipeline=OnlyVAE(tiny_stable_diffusion.vae)
+        )
 
     def test_other_kinds(self, check_refused, tiny_resnet, tiny_stable_diffusion, tiny_ddpm):
         check_refused("model: ResNetForImageClassification is not supported", "UNet2DModel", model=tiny_resnet)
@@ -162,19 +171,21 @@ class TestModels:
     def test_classes(self, check_refused, tiny_ddpm):
         from diffusers import UNet2DModel
 
-        config = dict(tiny_ddpm.unet.config) | {"num_class_embeds": 10}
-        check_refused("model: its num_class_embeds=10 needs more than an image and a prompt",
-                      model=UNet2DModel.from_config(config), noise_scheduler=tiny_ddpm.scheduler)  # fmt: skip
+        classes = UNet2DModel(**settings(tiny_ddpm.unet, num_class_embeds=10))
+        check_refused("model: its num_class_embeds=10 needs more than an image and a prompt", model=classes,
+                      noise_scheduler=tiny_ddpm.scheduler)  # fmt: skip
 
     def test_more_channels_than_it_answers(self, check_refused, tiny_ddpm):
         from diffusers import UNet2DModel
 
-        config = dict(tiny_ddpm.unet.config) | {"out_channels": 2}
-        check_refused("model: it sees 1 channels and answers 2", model=UNet2DModel.from_config(config),
-                      noise_scheduler=tiny_ddpm.scheduler)  # fmt: skip
+        wide = UNet2DModel(**settings(tiny_ddpm.unet, out_channels=3))
+        check_refused("model: it sees 1 channels and answers 3", model=wide, noise_scheduler=tiny_ddpm.scheduler)
 
     def test_folders(self, check_refused, tiny_resnet, tmp_path):
-        check_refused("pipeline='nobody/nothing': neither a folder with a pipeline nor an id", pipeline="nobody/nothing")
+        with pytest.raises(
+            ValueError, match="^pipeline='nobody/nothing': neither a folder with a pipeline nor an id .*$"
+        ):
+            VDUTrainer(pipeline="nobody/nothing", args=arguments(tmp_path / "out"), forget_dataset=images())
         (tmp_path / "empty").mkdir()
         check_refused(f"pipeline={str(tmp_path / 'empty')!r}: neither a folder", pipeline=str(tmp_path / "empty"))
         tiny_resnet.save_pretrained(tmp_path / "classifier")
@@ -197,7 +208,9 @@ class TestTrainable:
     def test_lora(self, check_refused, tiny_stable_diffusion):
         check_refused("trainable: UNet2DModel takes no LoRA in diffusers", "patterns", config={"trainable": ["lora"]})
         prompted = {"make": prompted_arguments, "forget_dataset": prompted_images(), "pipeline": tiny_stable_diffusion}
-        check_refused("trainable=['lora', 'all']: 'lora' stands alone", config={"trainable": ["lora", "all"]}, **prompted)
+        check_refused(
+            "trainable=['lora', 'all']: 'lora' stands alone", config={"trainable": ["lora", "all"]}, **prompted
+        )
         checkpoints = {"trainable": ["lora"], "stability_weight": 1.0, "checkpoints": ["a"]}
         check_refused("checkpoints: hold no LoRA", "isotropic_weight", config=checkpoints, **prompted)
 
@@ -238,12 +251,11 @@ class TestCheckpoints:
         paths = [saved(name, lambda unet: None) for name in "ab"]
         self.refused(check_refused, "checkpoints: all 2 hold the same parameters", "no variance", paths)
 
-    def test_another_architecture(self, check_refused, saved, tmp_path):
+    def test_another_architecture(self, check_refused, saved, tiny_ddpm, tmp_path):
         from diffusers import UNet2DModel
 
         path = saved("a", lambda unet: unet.conv_in.weight.add_(1))
-        config = dict(UNet2DModel.load_config(f"{path}/unet")) | {"block_out_channels": [8, 16]}
-        UNet2DModel.from_config(config).save_pretrained(tmp_path / "b" / "unet")
+        UNet2DModel(**settings(tiny_ddpm.unet, block_out_channels=(8, 16))).save_pretrained(tmp_path / "b" / "unet")
         self.refused(check_refused, "checkpoints: ", "is of another architecture", [path, str(tmp_path / "b")])
 
     def test_unreadable(self, check_refused, saved, tmp_path):
@@ -262,18 +274,21 @@ class TestWhatIsKept:
         check_refused("replay_samples: all 16 samples of the original are of the forgotten kind", "replay_filter",
                       train=True, replay_filter=lambda x: torch.ones(len(x), dtype=torch.bool))  # fmt: skip
 
-    def test_the_forget_set_is_what_the_model_draws(self, check_refused, tiny_ddpm):
+    def test_the_forget_set_is_what_the_model_draws(self, tiny_ddpm, tmp_path, caplog):
         from hf_unlearn.diffusion import generate
 
         drawn = [{"pixel_values": image} for image in generate(tiny_ddpm, 64, seed=11, num_inference_steps=2)]
-        check_refused("replay_samples: all 64 samples", "nothing is left to keep", train=True, forget_dataset=drawn,
-                      config={"replay_samples": 64}, pipeline=tiny_ddpm)  # fmt: skip
+        with caplog.at_level("WARNING", "hf_unlearn"):
+            trained(tiny_ddpm, arguments(tmp_path, replay_samples=64, max_steps=1), forget_dataset=drawn)
+        assert "it looks like the whole data" in caplog.text
 
     @pytest.mark.parametrize(("marked", "warned"), [(12, False), (14, True)])
     def test_nearly_everything_is(self, tiny_ddpm, tmp_path, caplog, marked, warned):
         with caplog.at_level("WARNING", "hf_unlearn"):
             trained(tiny_ddpm, arguments(tmp_path, max_steps=1), replay_filter=lambda x: torch.arange(16) < marked)
-        found = [record.getMessage() for record in caplog.records if record.getMessage().startswith("forget_dataset: ")]
+        found = [
+            record.getMessage() for record in caplog.records if record.getMessage().startswith("forget_dataset: ")
+        ]
         assert len(found) == warned
         assert not warned or "88 % of what the original draws" in found[0]
 

@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from image_data import same, weights
+from image_data import distance, same, weights
 from PIL import Image
+from transformers import TrainerCallback
 from vdu_data import arguments, images, prompted_arguments, prompted_images, trained
 
 from hf_unlearn import VDUTrainer
@@ -44,6 +45,16 @@ def pictures(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
 
 
+class Records(TrainerCallback):
+    """Keeps the weights after every step."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.steps.append(weights(model))
+
+
 class TestGrids:
     def test_before_during_and_after(self, tiny_ddpm, tmp_path):
         original = copy.deepcopy(tiny_ddpm)
@@ -68,7 +79,16 @@ class TestGrids:
 
     def test_after_shows_what_is_saved(self, tiny_ddpm, tmp_path):
         """The average of the weights, which stands in for them at the end."""
-        trainer = trained(tiny_ddpm, arguments(tmp_path, grid_images=4, ema_decay=0.9))
+        steps = [weights(tiny_ddpm.unet)]
+        args = arguments(tmp_path, grid_images=4, ema_decay=0.9)
+        trainer = VDUTrainer(pipeline=tiny_ddpm, args=args, forget_dataset=images())
+        trainer.add_callback(Records(steps))
+        trainer.train()
+        average = steps[0]
+        for step in (1, 2, 3):
+            decay = (1 + step) / (10 + step)
+            average = {name: decay * value + (1 - decay) * steps[step][name] for name, value in average.items()}
+        assert distance(weights(trainer.model), average) < 1e-5 < 0.1 < distance(steps[-1], average)
         expected = grid(generate(trainer.pipeline, 4, seed=3, num_inference_steps=2))
         shown = np.asarray(Image.open(tmp_path / "pictures/after.png"))
         np.testing.assert_array_equal(shown, np.asarray(expected))

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, UNet2DModel
 from image_data import QUIET, distance, same, weights
 from transformers import TrainerCallback
 
@@ -332,3 +332,73 @@ class TestGuard:
         assert trainer.guard.best.step == 3
         assert same(*ends)
         assert distance(weights(unet), ends[0]) > 1e-3
+
+
+def blobs(n, side, seed):
+    """A bright spot on the left or on the right, jittered, with a little noise."""
+    generator = torch.Generator().manual_seed(seed)
+    y, x = torch.arange(8.0).view(1, 8, 1), torch.arange(8.0).view(1, 1, 8)
+    row = 2.5 + 2 * torch.rand(n, 1, 1, generator=generator)
+    column = (1 if side == "left" else 5) + torch.rand(n, 1, 1, generator=generator)
+    images = 2 * torch.exp(-((x - column).square() + (y - row).square()) / 2.5) - 1
+    return (images + 0.05 * torch.randn(n, 8, 8, generator=generator)).clamp(-1, 1).unsqueeze(1)
+
+
+def on_the_left(images):
+    return images[..., :4].mean((1, 2, 3)) > images[..., 4:].mean((1, 2, 3))
+
+
+class TestAGeneratorForgets:
+    """A small U-Net that draws spots on the left and on the right as often; those on the left are to go."""
+
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory):
+        recipe = small_ddpm.Recipe("blobs", size=8, channels=(16, 32), steps=240, checkpoints=1)
+        images = torch.cat([blobs(300, "left", 0), blobs(300, "right", 1)])
+        return small_ddpm.train(recipe, images, tmp_path_factory.mktemp("blobs") / "original", progress=False)
+
+    def drawn(self, pipeline):
+        return generate(pipeline, 100, seed=7, num_inference_steps=10, batch_size=100)
+
+    def unlearned(self, folder, output_dir, replay_filter=None, **values):
+        pipeline = DDPMPipeline.from_pretrained(folder)
+        before = self.drawn(pipeline)
+        assert 0.35 < on_the_left(before).float().mean() < 0.65
+        settings = {"replay_samples": 200, "num_inference_steps": 10, "max_steps": 40, "grid_images": 0} | values
+        trainer = VDUTrainer(
+            pipeline=pipeline,
+            args=VDUConfig(output_dir=str(output_dir), **(QUIET | settings)),
+            forget_dataset=rows(blobs(60, "left", 5)),
+            replay_filter=replay_filter,
+        )
+        trainer.train()
+        return before, self.drawn(pipeline)
+
+    def far(self, images):
+        """How far images are from any real one, in the mean."""
+        real = torch.cat([blobs(300, "left", 0), blobs(300, "right", 1)])
+        return torch.cdist(images.flatten(1), real.flatten(1)).amin(1).mean().item()
+
+    def assert_the_rest_is_well(self, before, after):
+        kept = after[~on_the_left(after)]
+        assert self.far(kept) < 1.3 * self.far(before)
+        mean = blobs(300, "right", 1).mean(0)
+        assert (kept.mean(0) - mean).abs().max() < 0.3  # of a range of 2
+        assert (kept.std(0).mean() / before[~on_the_left(before)].std(0).mean()).item() > 0.6  # and not one image
+
+    def test_with_a_classifier_of_its_samples(self, folder, tmp_path):
+        before, after = self.unlearned(folder, tmp_path, on_the_left)
+        assert on_the_left(after).float().mean() < 0.05
+        self.assert_the_rest_is_well(before, after)
+
+    def test_from_forget_images_alone(self, folder, tmp_path):
+        """A model that was hardly trained: some of its samples are too unlike real ones to be told, and are replayed."""
+        before, after = self.unlearned(folder, tmp_path)
+        assert on_the_left(after).float().mean() < 0.6 * on_the_left(before).float().mean()
+        self.assert_the_rest_is_well(before, after)
+
+    def test_plain_ascent_destroys_it(self, folder, tmp_path):
+        """Why a bounded loss is the default: what comes out is neither the one nor the other."""
+        settings = {"forget_loss": "ascent", "replay_samples": 0, "guard": False, "max_steps": 30}
+        before, after = self.unlearned(folder, tmp_path, **settings)
+        assert self.far(after) > 4 * self.far(before)
