@@ -137,7 +137,7 @@ class DenoisingMixin:
 
     def _answer_of_noise(self, batch: Batch) -> Tensor:
         """As Selective Amnesia's surrogate (arXiv 2305.10120): what would be right if the clean image were uniform noise."""
-        surrogate = (torch.erf(batch["noise"] / 2**0.5)).roll(1, 0)  # uniform in [−1, 1], of another example
+        surrogate = (torch.erf(batch["noise"] / 2**0.5)).roll(1, 0).flip(-1)  # uniform in [−1, 1], of others
         true = self.schedule.target(batch["clean"], batch["noise"], batch["timesteps"])
         return true + self.schedule.shift(surrogate - batch["clean"], batch["timesteps"])
 

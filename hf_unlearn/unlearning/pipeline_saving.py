@@ -77,10 +77,8 @@ class PipelineSavingMixin(SavingMixin):
             self.pipeline.save_pretrained(folder)
         finally:
             self.pipeline.register_modules(unet=trained)
-        for file in (
-            folder / "model_index.json",
-            *folder.glob("*/config.json"),
-        ):  # diffusers writes where a model came from
+        # diffusers writes where a model came from, which may be a folder on this machine.
+        for file in (folder / "model_index.json", *folder.glob("*/config.json")):
             content = json.loads(file.read_text())
             if "_name_or_path" in content:
                 if (name := hub_id(content.pop("_name_or_path"))) is not None:

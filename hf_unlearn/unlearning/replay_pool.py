@@ -49,15 +49,13 @@ class ReplayPoolMixin:
         key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         file = Path(args.output_dir, "_private", f"{name}.safetensors")
         with args.main_process_first(desc=f"drawing {name} samples"):
-            found = _read(file, key)
-            if found is None:
+            latents = _read(file, key)
+            if latents is None:
                 logger.info("drawing %s samples from the original", what if isinstance(what, int) else len(what))
                 latents = generate(
                     self.pipeline.to(args.device),
                     what,
-                    seed=int(
-                        torch.randint(2**31, (), generator=torch.Generator().manual_seed(1000 * args.seed + seed))
-                    ),
+                    seed=1000 * args.seed + seed,
                     num_inference_steps=args.num_inference_steps,
                     guidance_scale=args.guidance_scale,
                     batch_size=args.sample_batch_size,
@@ -65,8 +63,6 @@ class ReplayPoolMixin:
                 )
                 if args.should_save:
                     save_tensors({"latents": latents}, file, {"key": key})
-            else:
-                latents = found
         if not torch.isfinite(latents).all():
             raise ValueError(
                 "pipeline: the original's own samples are not finite; its weights or its scheduler are broken"
@@ -96,6 +92,12 @@ class ReplayPoolMixin:
         images = decode(samples.latents, self.pipeline, batch_size=args.sample_batch_size) if prompted else None
         parted = part(samples, forget, self.replay_filter, images)
         logger.info("%d of %d own samples are kept", len(parted.kept), len(samples))
+        if parted.share == 0:
+            logger.warning(
+                "replay_filter: none of %d own samples was taken for the forgotten kind; if the model draws it, they are replayed; "
+                "pass a classifier as replay_filter",
+                len(samples),
+            )
         if parted.share > 0.8:
             logger.warning(
                 "forget_dataset: %.0f %% of what the original draws is of its kind; it looks like the whole data, and little "

@@ -74,9 +74,14 @@ class StabilityMixin:
         self._precision_name = f"{kind}, scaled to a mean of one"
         if kind == "isotropic":
             return {name: torch.full_like(value, 0.5) for name, value in self.reference.parameters.items()}
-        if self.args.stability == "auto" and count == 1:
-            logger.warning("checkpoints: a single one has no variance; the stability term uses the Fisher information")
+        if self.args.stability == "auto":
+            logger.warning(
+                "checkpoints: K = %d has no variance; the stability term uses the Fisher information", count
+            )
         fisher = self._fisher()
+        fisher = {
+            name: fisher[name] for name in self.reference.parameters
+        }  # in one order, also as read from a file: sums are rounded
         mean = sum(value.sum() for value in fisher.values()) / sum(value.numel() for value in fisher.values())
         return {name: value / (2 * mean) for name, value in fisher.items()}
 

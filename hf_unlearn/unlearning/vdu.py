@@ -306,6 +306,8 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
         if args.ema_decay:
             self.ema = AverageWeights(self.model, args.ema_decay)
             self.add_callback(self.ema)
+            if self.guard:  # after the average, so that what it restores stays
+                self.add_callback(self.pop_callback(self.guard))
         if args.grid_images:
             self.add_callback(SampleGrids(self))
         if self.guard and not (args.replay_samples or replay_dataset is not None or retain_dataset is not None):
