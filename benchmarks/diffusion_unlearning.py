@@ -209,7 +209,7 @@ def anchored(label: str, count: int, **settings) -> dict:
         f"ascent, {label}",
         "forget" + (f", {count} checkpoints" if count else ""),
         PLAIN | {"forget_loss": "ascent", "learning_rate": 1e-4, **settings},
-        {"stability_weight": (1e-3, 1e-1, 10.0) if count else (1.0, 100.0, 1e4)},
+        {"stability_weight": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-1) if count else (1.0, 10.0, 30.0, 100.0, 1e4)},
         checkpoints=count,
     )
 
@@ -218,19 +218,20 @@ METHODS = {
     "vdu": method("**VDU, our defaults**", "forget", {}),
     "vdu_classifier": method("VDU, own samples sorted by a classifier", "forget, a classifier", {}, classifier=True),
     "vdu_rule": method("VDU, Bayes' rule itself (caution 1)", "forget", {"caution": 1.0}),
+    "vdu_cautious": method("VDU, caution 10", "forget", {"caution": 10.0}),
     "vdu_no_replay": method("VDU, forget images only (no replay)", "forget", {"replay_weight": 0.0}),
     "vdu_simple": method("VDU, loss weighting as DDPM's", "forget", {"loss_weighting": "simple"}),
     "npo_replay": method(
         "NPO with replay", "forget", {"forget_loss": "npo", "guard": False},
         {"learning_rate": (1e-4, 3e-4), "replay_weight": (1.0, 10.0)},
     ),
-    "npo": method("NPO", "forget", PLAIN | {"forget_loss": "npo"}, {"learning_rate": (1e-6, 1e-5, 1e-4)}),
+    "npo": method("NPO", "forget", PLAIN | {"forget_loss": "npo"}, {"learning_rate": (1e-6, 3e-6, 1e-5, 1e-4)}),
     "surrogate_replay": method(
         "Selective-Amnesia-style: noise as surrogate, Fisher, replay", "forget",
         {"forget_loss": "uniform", "guard": False, "loss_weighting": "simple", "stability": "fisher", "stability_weight": 10.0},
         {"learning_rate": (1e-4, 3e-4), "replay_weight": (1.0, 10.0)},
     ),
-    "ascent": method("ascent", "forget", PLAIN | {"forget_loss": "ascent"}, {"learning_rate": (1e-6, 1e-5, 1e-4)}),
+    "ascent": method("ascent", "forget", PLAIN | {"forget_loss": "ascent"}, {"learning_rate": (1e-6, 3e-6, 1e-5, 1e-4)}),
     "ascent_isotropic": anchored("isotropic anchor", 0, stability="isotropic"),
     "ascent_fisher": anchored("Fisher anchor", 0, stability="fisher"),
     "ascent_variance_2": anchored("inverse variance (the paper's term B)", 2, anchor="checkpoint_mean"),
@@ -390,6 +391,7 @@ def main() -> None:
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--fashion", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), help="methods to tune and to measure again")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
     parts = [part for part in ("tune", "table", "curve") if getattr(given, part)] or ["tune", "table", "curve"]
@@ -407,9 +409,11 @@ def main() -> None:
         judge_folder("digits", seed)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not given.quick else {}
     if "tune" in parts:
-        jobs = [(name, option, steps, min(count, 300)) for name in names if METHODS[name]["tuned"] and name not in SAME_AS_8
+        jobs = [(name, option, steps, min(count, 300)) for name in names if METHODS[name]["tuned"] and name not in SAME_AS_8 and name in (given.only or names)
                 for option in grid_of(METHODS[name]["tuned"])[: 2 if given.quick else None]]  # fmt: skip
         tried = run(tune_job, jobs, given.workers)
+        if given.only:
+            tried += [row for row in results["tuning"]["tried"] if row["method"] not in given.only]
         results["tuning"] = {"seed": TUNED_ON[0], "class": TUNED_ON[1], "tried": tried}
         results["chosen"] = {
             name: min((row for row in tried if row["method"] == name), key=lambda row: row["fid"])["option"]
@@ -420,7 +424,7 @@ def main() -> None:
         save(results, given.quick)
     chosen = results.get("chosen", {})
     if "table" in parts:
-        every = ["original", *([] if given.quick else ["retrain"]), *names]
+        every = given.only or ["original", *([] if given.quick else ["retrain"]), *names]
         jobs = [
             ("digits", name, seed, forgotten, chosen.get(name, {}), steps, count)
             for name in every
@@ -428,6 +432,9 @@ def main() -> None:
             for forgotten in classes
         ]
         rows = run(table_job, jobs, given.workers)
+        if given.only:
+            rows += [row for row in results["runs"] if row["method"] not in given.only]
+            rows.sort(key=lambda row: ["original", "retrain", *METHODS].index(row["method"]))
         results |= {
             "seeds": seeds,
             "classes": classes,

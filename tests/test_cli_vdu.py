@@ -36,8 +36,11 @@ def ddpm(tiny_ddpm, tmp_path):
 
 @pytest.fixture
 def classifier(tiny_resnet, tmp_path):
-    """Folder of a small untrained classifier of ten classes."""
+    """Folder of a small untrained classifier of ten classes, with its processor."""
+    from hf_unlearn.demo import digits_processor
+
     tiny_resnet.save_pretrained(tmp_path / "classifier")
+    digits_processor().save_pretrained(tmp_path / "classifier")
     return str(tmp_path / "classifier")
 
 
@@ -83,12 +86,15 @@ class TestRuns:
         from huggingface_hub import ModelCard
         from transformers import AutoModelForImageClassification
 
+        from hf_unlearn.demo import digits_processor
         from hf_unlearn.diffusion import generate
         from hf_unlearn.metrics.features import ClassifierFeatures
         from hf_unlearn.metrics.generation import percentage_unlearned
 
         # A class that the untrained classifier sees in some of what the untrained model draws.
-        kind = ClassifierFeatures(AutoModelForImageClassification.from_pretrained(classifier))
+        kind = ClassifierFeatures(
+            AutoModelForImageClassification.from_pretrained(classifier).eval(), digits_processor()
+        )
         draw = {"seed": 5, "num_inference_steps": 2}
         before = kind.classify(generate(DDPMPipeline.from_pretrained(ddpm), 16, **draw))
         forgotten = int(before.mode().values)
@@ -216,7 +222,7 @@ class TestBadData:
         ("keys", "message"),
         [
             ({"model": "nobody/nothing"}, "pipeline='nobody/nothing': neither a folder with a pipeline nor an id"),
-            ({"classifier": "nobody/nothing"}, "classifier='nobody/nothing': neither a folder with a classifier nor an id"),
+            ({"classifier": "nobody/nothing"}, "classifier='nobody/nothing': neither a folder with a classifier and its image processor"),
             ({"dataset": "nobody/nothing"}, "dataset='nobody/nothing': "),
             ({"eval_split": "dev"}, "eval_split: 'dev' is not in the dataset"),
             ({"trainable": ["lora"]}, "trainable: UNet2DModel takes no LoRA in diffusers"),
@@ -243,8 +249,11 @@ class TestBadData:
     def test_a_classifier_of_other_classes(self, recipe, fails, tiny_resnet, tmp_path, work):
         from transformers import ResNetForImageClassification
 
+        from hf_unlearn.demo import digits_processor
+
         tiny_resnet.config.num_labels = 3
         ResNetForImageClassification(tiny_resnet.config).save_pretrained(tmp_path / "three")
+        digits_processor().save_pretrained(tmp_path / "three")
         path = recipe(classifier=str(tmp_path / "three"), measure_samples=4)
         line = fails("--config", path, *SHORT, *QUICK, code=1)
         assert line.endswith("has 3 classes, so none is the dataset's 3")

@@ -77,11 +77,6 @@ class ReplayPoolMixin:
         args, prompted = self.args, is_prompted(self.pipeline)
         if given is None and not args.replay_samples:
             return None
-        if given is None and prompted and not args.replay_prompts:
-            raise ValueError(
-                "replay_prompts: missing; name what a prompted model is to keep (without the forgotten concept), or set "
-                "replay_samples=0"
-            )
         samples = given
         if samples is None:
             prompts = args.replay_prompts or []

@@ -89,6 +89,8 @@ class SampleGrids(_DrawsAtTimes):
         args = self.trainer.args
         if not args.should_save:
             return
+        if stage == "before":  # of an earlier run in this folder
+            Path(args.output_dir, "pictures", "before.png").unlink(missing_ok=True)
         picture = grid(self.draw(args.grid_images, GRID_SEED))
         name = {"before": "before", "during": f"step-{step}", "after": "after"}[stage]
         folders = [self.trainer.private_dir / "samples"]

@@ -79,9 +79,7 @@ class StabilityMixin:
                 "checkpoints: K = %d has no variance; the stability term uses the Fisher information", count
             )
         fisher = self._fisher()
-        fisher = {
-            name: fisher[name] for name in self.reference.parameters
-        }  # in one order, also as read from a file: sums are rounded
+        fisher = dict(sorted(fisher.items()))  # sums are rounded, and a file gives them in another order
         mean = sum(value.sum() for value in fisher.values()) / sum(value.numel() for value in fisher.values())
         return {name: value / (2 * mean) for name, value in fisher.items()}
 

@@ -60,7 +60,7 @@ class VDUConfig(UnlearnConfig):
             ratio is above, those of the noise where it is below.
         t_range (`list[float]`, defaults to `[0, 1]`): the share of the timesteps that noise is drawn from, 0 without noise.
         negative_guidance (`float`, defaults to 0.0): with prompts: how far beyond the neutral prompt `redirect` goes.
-        caution (`float`, defaults to 10.0): without prompts: how many times the odds of the forgotten kind are raised in
+        caution (`float`, defaults to 3.0): without prompts: how many times the odds of the forgotten kind are raised in
             `redirect`: 1 is Bayes' rule itself; above, what is in doubt is forgotten.
         redirect_prompt (`str`, defaults to `""`): with prompts: the neutral prompt.
         ema_decay (`float`, defaults to 0.0): decay of an average of the weights, which replaces them at the end; 0 for none.
@@ -170,6 +170,10 @@ class VDUConfig(UnlearnConfig):
                 raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
         if len(self.t_range) != 2 or not 0 <= self.t_range[0] < self.t_range[1] <= 1:
             raise ValueError(f"t_range={self.t_range}: must be two shares, 0 ≤ low < high ≤ 1")
+        if self.stability_weight and self.anchor == "checkpoint_mean" and not self.checkpoints:
+            raise ValueError(
+                "checkpoints: missing; anchor='checkpoint_mean' (as in the paper preset) needs one or more"
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: must be in [0, 1)")
         for name in ("stability_weight", "negative_guidance", "replay_samples", "grid_images"):
@@ -269,6 +273,18 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
             raise ValueError(f"output_dir: {args.output_dir!r} holds the original model; choose another folder")
         self.schedule = NoiseSchedule.of(self.pipeline.scheduler).to(args.device)
         self.replay_filter = replay_filter
+        drawn = args.replay_samples and replay_dataset is None and (retain_dataset is None or args.replay_weight)
+        if drawn and is_prompted(self.pipeline) and not args.replay_prompts:
+            raise ValueError(
+                "replay_prompts: missing; name what a prompted model is to keep (without the forgotten concept), or set "
+                "replay_samples=0"
+            )
+        if args.guard and not (drawn or replay_dataset is not None or retain_dataset is not None):
+            raise ValueError(
+                "guard: has nothing to look at without replay_samples or a retain_dataset; set guard=False"
+            )
+        if args.stability_weight and (peft_config is not None or "lora" in args.trainable):
+            raise ValueError("stability_weight: means nothing for LoRA factors; use isotropic_weight")
         source = forget_dataset
         if args.forget_prompts:
             if forget_dataset is not None:
@@ -291,8 +307,6 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
         datasets = {name: encoded.pop(name) for name in ("forget_dataset", "retain_dataset", "heldout_dataset")}
         set_seed(args.seed)  # a LoRA begins at random
         choose_trainable(self.pipeline.unet, args.trainable, peft_config, r=args.lora_rank, lora_alpha=args.lora_alpha)
-        if getattr(self.pipeline.unet, "peft_config", None) and args.stability_weight and args.checkpoints:
-            raise ValueError("checkpoints: hold no LoRA, so they have no variance for it; use isotropic_weight")
         self.own: OwnSamples | None = None
         self.ema: AverageWeights | None = None
         super().__init__(
@@ -310,10 +324,6 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
                 self.add_callback(self.pop_callback(self.guard))
         if args.grid_images:
             self.add_callback(SampleGrids(self))
-        if self.guard and not (args.replay_samples or replay_dataset is not None or retain_dataset is not None):
-            raise ValueError(
-                "guard: has nothing to look at without replay_samples or a retain_dataset; set guard=False"
-            )
 
     # What the stock trainer gets
 
