@@ -212,7 +212,7 @@ class TestTrainable:
             "trainable=['lora', 'all']: 'lora' stands alone", config={"trainable": ["lora", "all"]}, **prompted
         )
         checkpoints = {"trainable": ["lora"], "stability_weight": 1.0, "checkpoints": ["a"]}
-        check_refused("checkpoints: hold no LoRA", "isotropic_weight", config=checkpoints, **prompted)
+        check_refused("stability_weight: means nothing for LoRA", "isotropic_weight", config=checkpoints, **prompted)
 
     def test_an_adapter_is_there_already(self, check_refused, tiny_stable_diffusion):
         from peft import LoraConfig

@@ -282,7 +282,7 @@ class TestForgetLosses:
         trainer, batch = self.prepared(pipeline, tmp_path, "uniform")
         written, targets = Written(pipeline), []
         for row, t in enumerate(batch["timesteps"].tolist()):
-            surrogate = 2 * torch.special.ndtr(batch["noise"][row - 1].double()) - 1
+            surrogate = 2 * torch.special.ndtr(batch["noise"][row - 1].flip(-1).double()) - 1
             targets.append(written.from_clean(batch["noisy"][row], surrogate, t))
         answers = trainer.model(batch["noisy"], batch["timesteps"]).sample
         expected = written.errors(answers, targets, batch["timesteps"], "min_snr")
