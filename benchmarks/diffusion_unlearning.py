@@ -220,7 +220,7 @@ METHODS = {
     "vdu_rule": method("VDU, Bayes' rule itself (caution 1)", "forget", {"caution": 1.0}),
     "vdu_cautious": method("VDU, caution 10", "forget", {"caution": 10.0}),
     "vdu_no_replay": method("VDU, forget images only (no replay)", "forget", {"replay_weight": 0.0}),
-    "vdu_simple": method("VDU, loss weighting as DDPM's", "forget", {"loss_weighting": "simple"}),
+    "vdu_simple": method("VDU, loss weighting as DDPM's, no guard", "forget", {"loss_weighting": "simple", "guard": False}),
     "npo_replay": method(
         "NPO with replay", "forget", {"forget_loss": "npo", "guard": False},
         {"learning_rate": (1e-4, 3e-4), "replay_weight": (1.0, 10.0)},
