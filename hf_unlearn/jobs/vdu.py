@@ -136,7 +136,7 @@ def _classifier(name: str) -> ClassifierFeatures:
         raise ValueError(
             f"classifier={name!r}: neither a folder with a classifier and its image processor nor an id ({reason})"
         ) from error
-    return ClassifierFeatures(model.eval(), processor, name=Path(name).name)
+    return ClassifierFeatures(model.eval(), processor, name=Path(folder).name)
 
 
 def _draw(job: VDUJob, trainer: VDUTrainer) -> Tensor:
@@ -193,7 +193,8 @@ def _figures(
         figures.append(
             Figure(
                 metric="fid",
-                name=f"Fréchet distance to the other real images, features of {classifier.name}",
+                name=f"Fréchet distance of {len(before):,} samples to {len(reference):,} other real images, features of "
+                f"{classifier.name}",
                 before=distances[0],
                 after=distances[1],
                 split=job.eval_split,
@@ -229,7 +230,7 @@ def _reference(job: VDUJob, parts: Parts, trainer: VDUTrainer, classifier: Class
         raise ValueError(
             f"classifier={job.classifier!r}: has {count} classes, so none is the dataset's {forgotten[-1]}"
         )
-    rows: Dataset | None = next((rows for name, rows in parts.evaluation.items() if name == "retain"), None)
+    rows = parts.evaluation.get("retain")
     if rows is None or len(rows) < 2:
         return None
     column = next(name for name in ("image", "pixel_values") if name in rows.column_names)

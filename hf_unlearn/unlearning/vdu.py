@@ -120,9 +120,7 @@ class VDUConfig(UnlearnConfig):
         default_factory=lambda: [0.0, 1.0], metadata={"help": "Share of the timesteps that noise is drawn from."}
     )
     negative_guidance: float = field(default=0.0, metadata={"help": "With prompts: how far beyond the neutral one."})
-    caution: float = field(
-        default=3.0, metadata={"help": "Without prompts: factor of the odds of what is forgotten."}
-    )
+    caution: float = field(default=3.0, metadata={"help": "Without prompts: factor of the odds of what is forgotten."})
     redirect_prompt: str = field(default="", metadata={"help": "With prompts: the neutral prompt."})
     ema_decay: float = field(default=0.0, metadata={"help": "Decay of an average of the weights; 0 for none."})
     trainable: list[str] = field(
