@@ -190,7 +190,7 @@ class FineTuner(VDUTrainer):
 
 
 PLAIN = {"replay_samples": 0, "replay_weight": 0.0, "guard": False, "loss_weighting": "simple"}
-BOTH_SEEDS = ("original", "vdu")  # the others run with the first: three runs each
+BOTH_SEEDS = ("original", "vdu", "npo_replay")  # the others run with the first, of which the summary is
 
 
 def method(
@@ -441,11 +441,11 @@ def main() -> None:
             "steps": steps,
             "samples": count,
             "runs": rows,
-            "summary": summary(rows),
+            "summary": summary([row for row in rows if row["seed"] == seeds[0]]),
         }
         results["labels"] = {name: [spec["label"], spec["sees"]] for name, spec in METHODS.items()}
         save(results, given.quick)
-        if not given.quick:
+        if not given.quick and "vdu" in (given.only or names):
             pictures(seeds[0], classes[0], steps)
     if "curve" in parts:
         jobs = [(name, seeds[0], forgotten, chosen.get(name, {}), marks, min(count, 500))
