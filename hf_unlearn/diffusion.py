@@ -227,6 +227,13 @@ def encode_prompts(
     return {"encoder_hidden_states": torch.cat(tables)}, torch.tensor([place[prompt] for prompt in prompts])
 
 
+def some_prompts(dataset: Any, count: int) -> list[str]:
+    """The first different prompts of a dataset, at most `count` of its first hundred rows."""
+    rows = [dataset[row] for row in range(min(len(dataset), 100))] if not isinstance(dataset, EncodedImages) else []
+    column = next((name for name in PROMPT_COLUMNS if rows and name in rows[0]), None)
+    return [] if column is None else list(dict.fromkeys(str(row[column]) for row in rows))[:count]
+
+
 # Samples out
 
 
@@ -298,7 +305,7 @@ def generate(
             if not isinstance(images, Tensor):
                 images = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2) * 2 - 1
             out.append(images.float().cpu())
-    return torch.cat(out)
+    return torch.cat(out).contiguous()
 
 
 @torch.no_grad()

@@ -6,17 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from .. import data, small_ddpm
 from ..demo import cached_digits_classifier
-from ..diffusion import generate, is_prompted, pixels, resolution
+from ..diffusion import pixels, resolution
 from ..hub.card import Figure
 from ..metrics.features import ClassifierFeatures, Features, features_of
 from ..metrics.generation import class_shift, frechet_distance, percentage_unlearned
 from ..task import check_processes
+from ..unlearning.samples import draw
 from ..unlearning.vdu import VDUConfig, VDUTrainer
 from .unlearn import Parts, UnlearnJob, resume_argument, select
 
@@ -103,11 +105,12 @@ def run_vdu(job: VDUJob, config: VDUConfig, trainer_class: type[VDUTrainer]) -> 
         trainer.card_values = {"dataset_name": job.dataset, "dataset_type": job.dataset}
     # What cannot be measured is said now, and not after the training.
     reference = _reference(job, parts, trainer, classifier) if classifier else None
-    before = _draw(job, trainer) if classifier else None
+    before = draw(trainer, job.measure_samples, MEASURE_SEED) if classifier else None
     trainer.train(resume_from_checkpoint=resume_argument(config))
+    after = draw(trainer, job.measure_samples, MEASURE_SEED) if classifier else None
     table = None
-    if classifier:
-        trainer.results, table = _figures(job, parts, classifier, reference, before, _draw(job, trainer))
+    if classifier and torch.isfinite(after).all():  # else it is destroyed, and there is nothing to count
+        trainer.results, table = _figures(job, parts, classifier, reference, before, after)
     trainer.card_values = trainer.card_values | _picture(config)
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -137,19 +140,6 @@ def _classifier(name: str) -> ClassifierFeatures:
             f"classifier={name!r}: neither a folder with a classifier and its image processor nor an id ({reason})"
         ) from error
     return ClassifierFeatures(model.eval(), processor, name=Path(folder).name)
-
-
-def _draw(job: VDUJob, trainer: VDUTrainer) -> Tensor:
-    args, prompts = trainer.args, trainer.sample_prompts
-    count = job.measure_samples
-    return generate(
-        trainer.pipeline,
-        [prompts[i % len(prompts)] for i in range(count)] if is_prompted(trainer.pipeline) else count,
-        seed=1000 * args.seed + MEASURE_SEED,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        batch_size=args.sample_batch_size,
-    )
 
 
 def _figures(

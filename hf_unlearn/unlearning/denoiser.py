@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeli
 from torch import nn
 
 from ..diffusion import check_denoiser, is_prompted
+from ..hub.card import diffusion_task
 
 
 ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -51,6 +53,8 @@ def as_pipeline(model: Any, pipeline: Any, noise_scheduler: Any) -> tuple[Diffus
         parts = ", ".join(given.components) or "nothing"
         raise ValueError(f"pipeline: {type(given).__name__} has no unet to train (it has {parts})")
     check_denoiser(given.unet)
+    if diffusion_task(type(given)) is None or (not is_prompted(given) and len(given.components) > 2):
+        raise ValueError(f"pipeline: {type(given).__name__} does not draw images from noise or a prompt alone")
     if is_prompted(given):
         absent = [part for part in ("vae", "text_encoder", "tokenizer") if getattr(given, part, None) is None]
         if absent:
@@ -122,5 +126,13 @@ def choose_trainable(unet: nn.Module, trainable: Sequence[str], peft_config: Any
     for pattern, given in zip(chosen, trainable, strict=True):
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"trainable: no parameter's name fits {given!r} (one is called {names[0]!r})")
+    half = {str(p.dtype) for n, p in unet.named_parameters() if any(map(partial(fnmatchcase, n), chosen))} - {
+        "torch.float32"
+    }
+    if half:
+        raise ValueError(
+            f"model: its weights are {min(half)}, in which small steps are lost; load it in float32 (and set bf16=True), or "
+            "train a LoRA"
+        )
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in chosen))

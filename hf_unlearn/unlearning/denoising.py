@@ -181,22 +181,21 @@ class DenoisingMixin:
 
     def utility(self) -> float:
         """How far the answers on kept images are from what they should be, as a share of the original's own error there."""
-        generator = self._generator(LOOKING)
-        if self.own is None:
-            return self._mean(lambda batch: self.task_loss(self.model, batch), self.retain_dataset) / self._own_error
-        drift = self._mean(
-            lambda batch: self.replay_loss(self.model, self.replay_inputs(batch, generator)), self.forget_dataset
-        )
-        return drift / self._own_error
+        loss, kept = (self.task_loss, self.retain_dataset) if self.own is None else (self.replay_loss, self.own.kept)
+        return self._mean(lambda batch: loss(self.model, batch), kept) / self._own_error
 
     @cached_property
     def _own_error(self) -> float:
         kept = self.retain_dataset if self.own is None else self.own.kept
         return self._mean(lambda batch: self.task_loss(self.reference_forward, batch), kept)
 
+    def evaluation_loop(self, *args, **kwargs):
+        self._noise = self._generator(LOOKING)  # the same noise and timesteps at every evaluation
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The denoising error of a batch; noise and timesteps are the same at every evaluation."""
-        batch = self.prepared(self._prepare_inputs(inputs), self._generator(LOOKING))
+        """The denoising error of a batch."""
+        batch = self.prepared(self._prepare_inputs(inputs), self._noise)
         with torch.no_grad():
             return self.task_loss(model, batch).mean(), None, None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ from .saving import SavingMixin
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_STATE = "adapter.safetensors"
 EMA_STATE = "ema.safetensors"
@@ -90,7 +94,12 @@ class PipelineSavingMixin(SavingMixin):
         from peft.utils import get_peft_model_state_dict
 
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-        self.pipeline.save_lora_weights(folder, unet_lora_layers={k: v.cpu().contiguous() for k, v in layers.items()})
+        self.pipeline.save_lora_weights(
+            folder,
+            unet_lora_layers={name: value.cpu().contiguous() for name, value in layers.items()},
+            # Without it diffusers takes alpha for the rank.
+            unet_lora_adapter_metadata=next(iter(unet.peft_config.values())).to_dict(),
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         unet = model if model is not None else self.model
@@ -146,10 +155,11 @@ class AverageWeights(TrainerCallback):
     Args:
         model (`nn.Module`): its trainable parameters are averaged.
         decay (`float`): in (0, 1).
+        accept (callable, *optional*): asked once the average is in place; where it says no, the last weights come back.
     """
 
-    def __init__(self, model: torch.nn.Module, decay: float):
-        self.model, self.decay = model, decay
+    def __init__(self, model: torch.nn.Module, decay: float, accept: Callable[[], bool] | None = None):
+        self.model, self.decay, self.accept = model, decay, accept
         self.point: ReferencePoint | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -165,4 +175,8 @@ class AverageWeights(TrainerCallback):
         )
 
     def on_train_end(self, args, state, control, **kwargs):
+        last = ReferencePoint.capture(self.model)
         self.point.restore(self.model)
+        if self.accept is not None and not self.accept():
+            logger.warning("ema_decay: the averaged weights lost too much utility; keeping the last ones")
+            last.restore(self.model)

@@ -44,6 +44,23 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     return make_image_grid(framed, rows=len(framed) // columns, cols=columns)
 
 
+def draw(trainer: VDUTrainer, count: int, seed: int) -> Tensor:
+    """Samples of a trainer's model as it is now, by its settings; with prompts, of the forgotten and the kept ones in turn.
+
+    Args:
+        seed (`int`): of one use; the run's own seed is added. No random state changes.
+    """
+    args, prompts = trainer.args, trainer.sample_prompts
+    return generate(
+        trainer.pipeline.to(args.device),
+        [prompts[i % len(prompts)] for i in range(count)] if is_prompted(trainer.pipeline) else count,
+        seed=1000 * args.seed + seed,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        batch_size=args.sample_batch_size,
+    )
+
+
 class _DrawsAtTimes(TrainerCallback):
     """Draws before the first step, every `steps` optimiser steps, and after the last."""
 
@@ -51,18 +68,7 @@ class _DrawsAtTimes(TrainerCallback):
         self.trainer, self.steps = trainer, steps
 
     def draw(self, count: int, seed: int) -> Tensor:
-        """Samples of the model as it is now. No random state changes."""
-        trainer, args = self.trainer, self.trainer.args
-        prompted = is_prompted(trainer.pipeline)
-        prompts = trainer.sample_prompts
-        return generate(
-            trainer.pipeline.to(args.device),
-            [prompts[i % len(prompts)] for i in range(count)] if prompted else count,
-            seed=1000 * args.seed + seed,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            batch_size=args.sample_batch_size,
-        )
+        return draw(self.trainer, count, seed)
 
     def look(self, step: int, stage: str) -> None:
         raise NotImplementedError
@@ -89,8 +95,6 @@ class SampleGrids(_DrawsAtTimes):
         args = self.trainer.args
         if not args.should_save:
             return
-        if stage == "before":  # of an earlier run in this folder
-            Path(args.output_dir, "pictures", "before.png").unlink(missing_ok=True)
         picture = grid(self.draw(args.grid_images, GRID_SEED))
         name = {"before": "before", "during": f"step-{step}", "after": "after"}[stage]
         folders = [self.trainer.private_dir / "samples"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import Trainer, set_seed
 
-from ..diffusion import EncodedImages, encode, is_prompted
+from ..diffusion import EncodedImages, encode, is_prompted, some_prompts
 from ..noise import NoiseSchedule
 from ..own_samples import OwnSamples
 from ..parameters import ReferencePoint
@@ -43,6 +43,9 @@ class VDUConfig(UnlearnConfig):
     B = Σ (θᵢ − μᵢ)²/2vᵢ over mean μ and variance v of the parameters at K checkpoints. [`VDUConfig.paper`] is that, with every
     safety off. The default asks for the noise that the original would see in a forget image *without the forgotten part of
     its own distribution* (`redirect`), which has a minimum, and replays the original's own samples (docs/methods/vdu.md).
+
+    Other defaults than there: `forget="examples"`, `isotropic_weight` 0, a look of the guard every 50 steps, `utility_tolerance` 0.5 of the
+    original's own denoising error, `replay_weight` 1 for `redirect` and 10 for other losses. `heldout_loss` is a denoising error.
 
     > The paper's terms
         gamma (`float`, *optional*): γ in (0, 1): sets `forget_weight` to 1 − γ and `stability_weight` to γ.
@@ -156,6 +159,9 @@ class VDUConfig(UnlearnConfig):
         if self.gamma is not None:
             if not 0 < self.gamma < 1:
                 raise ValueError(f"gamma={self.gamma}: must be in (0, 1)")
+            weights = (self.forget_weight, self.stability_weight)
+            if weights not in ((1.0, 0.0), (1 - self.gamma, self.gamma)):
+                raise ValueError("gamma: sets forget_weight and stability_weight; leave those out, or set gamma=None")
             self.forget_weight, self.stability_weight = 1 - self.gamma, self.gamma
         if self.fisher_weight:
             raise ValueError("fisher_weight: set stability='fisher' and stability_weight instead")
@@ -194,8 +200,8 @@ class VDUConfig(UnlearnConfig):
     @classmethod
     def paper(cls, output_dir: str, **overrides: Any) -> VDUConfig:
         """The paper's objective and nothing else: ascent on the simple denoising loss, the anchor over the variance of the
-        checkpoints, no replay, no clipping, no guard. The paper's γ was not to be had; this one is measured in
-        docs/methods/vdu.md.
+        checkpoints, no replay, no clipping, no guard. The paper's γ was not to be had: 0.5 weighs both terms alike, and the
+        right one depends on the model.
         """
         preset = {
             "forget_loss": "ascent",
@@ -271,6 +277,8 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
             raise ValueError(f"output_dir: {args.output_dir!r} holds the original model; choose another folder")
         self.schedule = NoiseSchedule.of(self.pipeline.scheduler).to(args.device)
         self.replay_filter = replay_filter
+        if both := set(args.forget_prompts or ()) & set(args.replay_prompts or ()):
+            raise ValueError(f"replay_prompts: {min(both)!r} is among forget_prompts too; keep it in one of them")
         drawn = args.replay_samples and replay_dataset is None and (retain_dataset is None or args.replay_weight)
         if drawn and is_prompted(self.pipeline) and not args.replay_prompts:
             raise ValueError(
@@ -299,7 +307,10 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
         }
         check_arguments(type(self).__name__, args, train_dataset=kwargs.get("train_dataset"), **given)
         given |= {"replay_dataset": replay_dataset}
-        given |= {f"eval_dataset[{name!r}]": rows for name, rows in (eval_dataset or {}).items()}
+        evaluation = (
+            eval_dataset if isinstance(eval_dataset, dict) else {} if eval_dataset is None else {"": eval_dataset}
+        )
+        given |= {f"eval_dataset[{name!r}]": rows for name, rows in evaluation.items()}
         encoded = {name: self._encoded(name, rows, args) for name, rows in given.items()}
         self.replay_dataset = encoded.pop("replay_dataset")
         datasets = {name: encoded.pop(name) for name in ("forget_dataset", "retain_dataset", "heldout_dataset")}
@@ -311,12 +322,15 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
             self.pipeline.unet,
             args,
             **datasets,
-            eval_dataset=dict(zip(eval_dataset, encoded.values(), strict=True)) if eval_dataset else None,
+            eval_dataset=dict(zip(evaluation, encoded.values(), strict=True))
+            if isinstance(eval_dataset, dict)
+            else next(iter(encoded.values()), None),
             **kwargs,
         )
         self.source_dataset = source  # as the caller passed it
+        self.forget_prompts = some_prompts(source, 4) if is_prompted(self.pipeline) else []
         if args.ema_decay:
-            self.ema = AverageWeights(self.model, args.ema_decay)
+            self.ema = AverageWeights(self.model, args.ema_decay, self._is_kept if self.guard else None)
             self.add_callback(self.ema)
             if self.guard:  # after the average, so that what it restores stays
                 self.add_callback(self.pop_callback(self.guard))
@@ -355,15 +369,21 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
         original = self.private_dir / "reference.safetensors"
         if resume_from_checkpoint and original.is_file():  # the pipeline may be half unlearned already
             ReferencePoint.load(original, self.args.device).restore(self.model)
-        if self.own is None and (self.retain_dataset is None or self.args.replay_weight):
+        if not resume_from_checkpoint and self.args.should_save:
+            for name in ("before", "after"):  # of an earlier run: they would be published
+                Path(self.args.output_dir, "pictures", f"{name}.png").unlink(missing_ok=True)
+        replays = self.retain_dataset is None or self.replay_dataset is not None or self.args.replay_weight
+        if self.own is None and replays:
             self.own = self.own_samples(self.forget_dataset, self.replay_dataset)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _is_kept(self) -> bool:
+        return self.utility_drop(self.guard.state.baseline) <= self.utility_tolerance
 
     @property
     def sample_prompts(self) -> list[str]:
         """With prompts: what grids and figures show, the forgotten concept beside what is kept."""
-        forgotten = self.args.forget_prompts or []
-        return [*forgotten[:4], *(self.args.replay_prompts or [])[:4]] or [self.args.redirect_prompt]
+        return [*self.forget_prompts, *(self.args.replay_prompts or [])[:4]] or [self.args.redirect_prompt]
 
 
 def _folders_of(original: Path) -> list[Path]:

@@ -360,7 +360,6 @@ class TestArguments:
         paper = VDUConfig.paper(str(tmp_path), gamma=0.1, checkpoints=["a", "b"], **QUIET)
         assert (paper.forget_weight, paper.stability_weight, paper.replay_samples, paper.guard) == (0.9, 0.1, 0, False)
 
-
     def test_the_paper_preset_needs_checkpoints(self, tmp_path):
         with pytest.raises(ValueError, match=r"^checkpoints: missing; anchor='checkpoint_mean'"):
             VDUConfig.paper(str(tmp_path), **QUIET)

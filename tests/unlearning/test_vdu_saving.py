@@ -78,7 +78,9 @@ def test_stock_diffusers_draws_the_same_in_a_new_process(tiny_ddpm, tiny_stable_
         "ddpm": trained(tiny_ddpm, arguments(tmp_path / "ddpm")),
         "prompted": trained(tiny_stable_diffusion, prompted_arguments(tmp_path / "prompted")),
         "merged": trained(merged, prompted_arguments(tmp_path / "merged", trainable=["lora"])),
-        "apart": trained(apart, prompted_arguments(tmp_path / "apart", trainable=["lora"], merge_adapter=False)),
+        "apart": trained(
+            apart, prompted_arguments(tmp_path / "apart", trainable=["lora"], lora_alpha=16, merge_adapter=False)
+        ),
     }
     for trainer in runs.values():
         trainer.save_model()
