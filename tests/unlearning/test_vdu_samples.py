@@ -197,12 +197,15 @@ class TestFigures:
 
     def test_prompts(self, tiny_stable_diffusion, tmp_path):
         args = prompted_arguments(tmp_path, max_steps=1, replay_prompts=["pot", "hat"])
-        trainer = VDUTrainer(pipeline=tiny_stable_diffusion, args=args, forget_dataset=prompted_images())
+        images = prompted_images()
+        trainer = VDUTrainer(pipeline=tiny_stable_diffusion, args=args, forget_dataset=images)
+        asked = list(dict.fromkeys(row["prompt"] for row in images))[:4]  # what is forgotten first, then what is kept
+        assert trainer.sample_prompts == [*asked, "pot", "hat"]
         seen = []
         trainer.add_callback(
             PULCallback(trainer, lambda x: (seen.append(x), torch.ones(len(x)).int())[1], [1], samples=3)
         )
         trainer.train()
-        expected = generate(trainer.pipeline, ["pot", "hat", "pot"], seed=METRIC_SEED, num_inference_steps=2)
+        expected = generate(trainer.pipeline, trainer.sample_prompts[:3], seed=METRIC_SEED, num_inference_steps=2)
         assert seen[-1].equal(expected)
         assert self.logged(trainer, "pul") == [(1, 0.0)]
