@@ -169,7 +169,8 @@ class SavingMixin:
         if not best.forgotten and math.isfinite(best.remembered):
             unit = "accuracy on the forget set" if self.args.forget == "class" else "nats of loss"
             failed.append(f"The forget target was not reached: {best.remembered:.3g} {unit} are missing.")
-        if best.step == 0 and len(self.guard.looks) > 1 and not best.forgotten:
+        later = self.guard.looks[1:]
+        if best.step == 0 and later and not any(look.kept for look in later):
             failed.append("Nothing was unlearned: every state but the original lost more utility than the tolerance.")
         if not best.kept:
             failed.append(
