@@ -87,10 +87,10 @@ def steppers(side: int, channels: tuple[int, ...], folder: str) -> dict[str, Ste
     out = {"plain DDPM training": Steps(stock, {"latents": rows.latents})}
     checkpoints = []
     for number in range(2):
-        model = pipeline(side, channels).unet
+        model, generator = pipeline(side, channels).unet, torch.Generator().manual_seed(number)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=1e-3)
         checkpoints.append(f"{folder}/checkpoint-{number}/unet")
         model.save_pretrained(checkpoints[-1])
     common = COMMON | {"grid_images": 0}
