@@ -91,6 +91,8 @@ class Steps:
         parts = [reference.parameters, reference.buffers] if reference is not None else []
         for part in getattr(anchor, "anchors", [anchor] if anchor is not None else []):
             parts += [part.reference, part.diagonal or {}]
+        if (banks := getattr(trainer, "posterior", None)) is not None:
+            parts.append({"forget": banks.forget, "keep": banks.keep})
         seen = {tensor.data_ptr(): tensor.nbytes for part in parts for tensor in part.values()}
         return sum(seen.values())
 
