@@ -14,7 +14,8 @@ import pytest
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    environment = os.environ | {"COLUMNS": "120"}
+    # One thread: where two workers run this at once, two threads each would wait for each other.
+    environment = os.environ | {"COLUMNS": "120", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-m", "hf_unlearn.cli", "demo", "--output_dir", "out", "--forgotten", "5", "--seed", "1"],
         cwd=folder,
