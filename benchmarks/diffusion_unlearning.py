@@ -35,12 +35,12 @@ from hf_unlearn import VDUConfig, VDUTrainer
 from hf_unlearn.data import load
 from hf_unlearn.demo import cached_digits_classifier, train_classifier
 from hf_unlearn.diffusion import EncodedImages, generate
+from hf_unlearn.images import grey_images, grid
 from hf_unlearn.metrics.features import ClassifierFeatures, Features, features_of
 from hf_unlearn.metrics.generation import class_shift, density_coverage, frechet_distance, percentage_unlearned
 from hf_unlearn.parameters import trainable_parameters
 from hf_unlearn.plots import curves
-from hf_unlearn.small_ddpm import DIGITS, FASHION_MNIST, Recipe, cached, grey_images
-from hf_unlearn.unlearning.samples import grid
+from hf_unlearn.small_ddpm import DIGITS, FASHION_MNIST, Recipe, cached
 
 
 HERE = Path(__file__).parent

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
+
+from .images import IMAGE_COLUMNS, pixels
 
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-IMAGE_COLUMNS = ("pixel_values", "image", "images")
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 
 
@@ -102,57 +102,6 @@ def resolution(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
 
 
 # Images and prompts in
-
-
-def pixels(
-    images: Sequence[Any], shape: tuple[int, int, int], *, resize: bool, argument: str = "forget_dataset"
-) -> Tensor:
-    """Images as tensors in [−1, 1], `[n, channels, height, width]`, fp32.
-
-    Args:
-        images: PIL images, or arrays and tensors `[channels, height, width]` that are in [−1, 1] already.
-        shape: `(channels, height, width)` of the model.
-        resize (`bool`): fit PIL images to the model: the short side scaled, the rest cropped at the centre.
-
-    Raises:
-        ValueError: another size or number of channels, or pixels that are not finite.
-    """
-    channels, height, width = shape
-    if hasattr(images[0], "getbands"):
-        if channels not in (1, 3):
-            raise ValueError(f"{argument}: PIL images cannot have the model's {channels} channels; pass pixel_values")
-        bands = {len(image.getbands()) for image in images}
-        if channels == 1 and bands != {1}:
-            raise ValueError(
-                f"{argument}: images have {max(bands)} channels, the model has 1; convert them to grey first"
-            )
-        # Before they are resized: PIL picks single pixels where an image has a palette.
-        images = [image.convert("RGB" if channels == 3 else "L") for image in images]
-        if resize:
-            images = [_fitted(image, height, width) for image in images]
-        if odd := [image.size for image in images if image.size != (width, height)]:
-            raise ValueError(
-                f"{argument}: an image is {odd[0][0]} × {odd[0][1]}, the model draws {width} × {height}; set resize=True"
-            )
-        tensors = VaeImageProcessor(do_resize=False, vae_scale_factor=1).preprocess(images)
-    else:
-        arrays = [image if isinstance(image, Tensor) else torch.as_tensor(np.asarray(image)) for image in images]
-        if odd := [tuple(array.shape) for array in arrays if tuple(array.shape) != tuple(shape)]:
-            raise ValueError(f"{argument}: an image has shape {odd[0]}, the model's is {tuple(shape)}; resize it")
-        tensors = torch.stack(arrays).float()
-        if not torch.isfinite(tensors).all():
-            raise ValueError(f"{argument}: an image holds NaN or infinite pixels; remove it")
-        if tensors.abs().max() > 1.01:
-            raise ValueError(
-                f"{argument}: pixel values reach {tensors.abs().max():.3g}, the model's are in [−1, 1]; rescale them"
-            )
-    return tensors
-
-
-def _fitted(image: Any, height: int, width: int) -> Any:
-    from PIL import ImageOps
-
-    return ImageOps.fit(image, (width, height), method=3)  # bicubic
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from diffusers.training_utils import EMAModel
@@ -17,6 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from .data import load
+from .images import grey_images
 from .noise import NoiseSchedule
 
 
@@ -44,14 +44,6 @@ class Recipe:
 DIGITS = Recipe("digits", size=8, channels=(24, 48), steps=4_000)
 FASHION_MNIST = Recipe("fashion_mnist", size=16, channels=(24, 48), steps=3_000)
 NAMES = {"digits-ddpm": DIGITS, "fashion-mnist-ddpm": FASHION_MNIST}
-
-
-def grey_images(dataset, size: int) -> Tensor:
-    """The column `image` as `[n, 1, size, size]` in [−1, 1], fp32."""
-    arrays = [
-        np.asarray(image.convert("L").resize((size, size), resample=3), np.float32) for image in dataset["image"]
-    ]
-    return torch.from_numpy(np.stack(arrays))[:, None] / 127.5 - 1
 
 
 def untrained(recipe: Recipe) -> DDPMPipeline:

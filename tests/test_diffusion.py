@@ -14,9 +14,9 @@ from hf_unlearn.diffusion import (
     encode_prompts,
     generate,
     is_prompted,
-    pixels,
     resolution,
 )
+from hf_unlearn.images import pixels
 
 
 GREY, COLOUR = (1, 8, 8), (3, 8, 8)

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from hf_unlearn.diffusion import EncodedImages
+from hf_unlearn.images import grey_images
 from hf_unlearn.own_samples import part, resembles
-from hf_unlearn.small_ddpm import grey_images
 
 
 def seeded(seed):

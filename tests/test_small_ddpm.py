@@ -11,7 +11,8 @@ from diffusers import DDPMPipeline, UNet2DModel
 from safetensors.torch import load_file
 
 from hf_unlearn import small_ddpm
-from hf_unlearn.small_ddpm import Recipe, cached, grey_images, train
+from hf_unlearn.images import grey_images
+from hf_unlearn.small_ddpm import Recipe, cached, train
 
 
 TINY = Recipe("digits", size=8, channels=(16, 16), steps=8, checkpoints=2)

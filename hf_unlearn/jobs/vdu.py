@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .. import data, small_ddpm
 from ..demo import cached_digits_classifier
-from ..diffusion import pixels, resolution
+from ..diffusion import resolution
 from ..hub.card import Figure
+from ..images import pixels
 from ..metrics.features import ClassifierFeatures, Features, features_of
 from ..metrics.generation import class_shift, frechet_distance, percentage_unlearned
 from ..task import check_processes
-from ..unlearning.samples import draw
 from ..unlearning.vdu import VDUConfig, VDUTrainer
 from .unlearn import Parts, UnlearnJob, resume_argument, select
 
@@ -105,9 +105,9 @@ def run_vdu(job: VDUJob, config: VDUConfig, trainer_class: type[VDUTrainer]) -> 
         trainer.card_values = {"dataset_name": job.dataset, "dataset_type": job.dataset}
     # What cannot be measured is said now, and not after the training.
     reference = _reference(job, parts, trainer, classifier) if classifier else None
-    before = draw(trainer, job.measure_samples, MEASURE_SEED) if classifier else None
+    before = trainer.draw(job.measure_samples, MEASURE_SEED) if classifier else None
     trainer.train(resume_from_checkpoint=resume_argument(config))
-    after = draw(trainer, job.measure_samples, MEASURE_SEED) if classifier else None
+    after = trainer.draw(job.measure_samples, MEASURE_SEED) if classifier else None
     table = None
     if classifier and torch.isfinite(after).all():  # else it is destroyed, and there is nothing to count
         trainer.results, table = _figures(job, parts, classifier, reference, before, after)

@@ -12,13 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..fisher import diagonal_fisher
+from ..lora import LoRAProductAnchor, lora_layers
 from ..parameters import (
     Anchor,
-    LoRAProductAnchor,
     QuadraticAnchor,
     ReferencePoint,
     SumOfAnchors,
-    lora_layers,
     save_tensors,
 )
 from ..replay import divergence, perturb_images, perturb_tokens

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..diffusion import EncodedImages, decode, encode_prompts, generate, is_prompted
 from ..own_samples import OwnSamples, part
-from ..parameters import save_tensors
+from ..parameters import ReferencePoint, save_tensors
 
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ FORGET_SEED, REPLAY_SEED = 1, 2
 
 
 class ReplayPoolMixin:
-    """Draws the original's own samples once and keeps them in `_private/`."""
+    """Draws the original's own samples once and keeps them in `_private/`; and draws from the model as it is."""
 
     pipeline: DiffusionPipeline
     replay_filter: Callable[[Tensor], Tensor] | None
@@ -100,6 +101,42 @@ class ReplayPoolMixin:
                 100 * parted.share,
             )
         return parted
+
+    # What the model draws now
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """Samples of the model as it is now, by the run's settings; with prompts, of the forgotten and the kept ones in turn.
+
+        Args:
+            seed (`int`): of one use; the run's own seed is added. No random state changes.
+
+        Returns:
+            `Tensor`: `[count, channels, height, width]` in [−1, 1], on the CPU.
+        """
+        args, prompts = self.args, self.sample_prompts
+        return generate(
+            self.pipeline.to(args.device),
+            [prompts[i % len(prompts)] for i in range(count)] if is_prompted(self.pipeline) else count,
+            seed=1000 * args.seed + seed,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            batch_size=args.sample_batch_size,
+        )
+
+    @contextmanager
+    def as_original(self) -> Iterator[None]:
+        """The model as it was before the first step, for the time of a `with` block."""
+        now = ReferencePoint.capture(self.model)
+        self.reference.restore(self.model)
+        try:
+            yield
+        finally:
+            now.restore(self.model)
+
+    @property
+    def sample_prompts(self) -> list[str]:
+        """With prompts: what grids and figures show, the forgotten concept beside what is kept."""
+        return [*self.forget_prompts, *(self.args.replay_prompts or [])[:4]] or [self.args.redirect_prompt]
 
 
 def _fingerprint(model: torch.nn.Module) -> str:

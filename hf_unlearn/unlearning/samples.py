@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..diffusion import generate, is_prompted
+from ..images import grid
 from ..metrics.features import Features, features_of
 from ..metrics.generation import frechet_distance, percentage_unlearned
-from ..parameters import ReferencePoint
 
 
 if TYPE_CHECKING:
@@ -26,39 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GRID_SEED, METRIC_SEED = 3, 4
-SMALLEST = 64  # pixels; smaller images are enlarged, each pixel a square
-
-
-def grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """One picture of images `[n, channels, height, width]` in [−1, 1], in rows of `columns` (default: a square)."""
-    columns = columns or max(1, round(len(images) ** 0.5))
-    images = images[: len(images) // columns * columns] if len(images) >= columns else images
-    columns = min(columns, len(images))
-    arrays = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    pictures = [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in arrays]
-    scale = max(1, -(-SMALLEST // pictures[0].width))
-    pictures = [
-        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in pictures
-    ]
-    framed = [ImageOps.expand(image.convert("RGB"), border=2, fill="#868e96") for image in pictures]
-    return make_image_grid(framed, rows=len(framed) // columns, cols=columns)
-
-
-def draw(trainer: VDUTrainer, count: int, seed: int) -> Tensor:
-    """Samples of a trainer's model as it is now, by its settings; with prompts, of the forgotten and the kept ones in turn.
-
-    Args:
-        seed (`int`): of one use; the run's own seed is added. No random state changes.
-    """
-    args, prompts = trainer.args, trainer.sample_prompts
-    return generate(
-        trainer.pipeline.to(args.device),
-        [prompts[i % len(prompts)] for i in range(count)] if is_prompted(trainer.pipeline) else count,
-        seed=1000 * args.seed + seed,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        batch_size=args.sample_batch_size,
-    )
 
 
 class _DrawsAtTimes(TrainerCallback):
@@ -66,9 +30,6 @@ class _DrawsAtTimes(TrainerCallback):
 
     def __init__(self, trainer: VDUTrainer, steps: int | None):
         self.trainer, self.steps = trainer, steps
-
-    def draw(self, count: int, seed: int) -> Tensor:
-        return draw(self.trainer, count, seed)
 
     def look(self, step: int, stage: str) -> None:
         raise NotImplementedError
@@ -95,7 +56,7 @@ class SampleGrids(_DrawsAtTimes):
         args = self.trainer.args
         if not args.should_save:
             return
-        picture = grid(self.draw(args.grid_images, GRID_SEED))
+        picture = grid(self.trainer.draw(args.grid_images, GRID_SEED))
         name = {"before": "before", "during": f"step-{step}", "after": "after"}[stage]
         folders = [self.trainer.private_dir / "samples"]
         if stage == "after" or (stage == "before" and args.publish_before):
@@ -131,21 +92,17 @@ class PULCallback(_DrawsAtTimes):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.before is None:
-            model = self.trainer.model
-            now = ReferencePoint.capture(model)
-            self.trainer.reference.restore(model)  # a resumed run does not begin as the original
-            self.before = self._classes()
-            now.restore(model)
-            percentage_unlearned(
-                self.before, self.before, self.forgotten
-            )  # refuses now where nothing is there to forget
+            with self.trainer.as_original():  # a resumed run does not begin as the original
+                self.before = self._classes()
+            # Refuses now where nothing is there to forget.
+            percentage_unlearned(self.before, self.before, self.forgotten)
 
     def look(self, step: int, stage: str) -> None:
         result = percentage_unlearned(self.before, self._classes(), self.forgotten)
         self.trainer.log({"pul": result.pul, "pul_low": result.low, "pul_high": result.high})
 
     def _classes(self) -> Tensor:
-        return torch.as_tensor(self.classify(self.draw(self.samples, METRIC_SEED))).cpu()
+        return torch.as_tensor(self.classify(self.trainer.draw(self.samples, METRIC_SEED))).cpu()
 
 
 class FIDCallback(_DrawsAtTimes):
@@ -172,6 +129,6 @@ class FIDCallback(_DrawsAtTimes):
         self.reference, self.extractor, self.samples = reference, extractor, samples
 
     def look(self, step: int, stage: str) -> None:
-        images = self.draw(self.samples, METRIC_SEED)
+        images = self.trainer.draw(self.samples, METRIC_SEED)
         drawn = features_of(images, self.extractor, name=self.reference.extractor)
         self.trainer.log({"fid": frechet_distance(self.reference, drawn).distance})

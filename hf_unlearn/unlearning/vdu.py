@@ -380,11 +380,6 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
     def _is_kept(self) -> bool:
         return self.utility_drop(self.guard.state.baseline) <= self.utility_tolerance
 
-    @property
-    def sample_prompts(self) -> list[str]:
-        """With prompts: what grids and figures show, the forgotten concept beside what is kept."""
-        return [*self.forget_prompts, *(self.args.replay_prompts or [])[:4]] or [self.args.redirect_prompt]
-
 
 def _folders_of(original: Path) -> list[Path]:
     """Where a model on this machine lies: its folder, and that of the pipeline it is a part of."""

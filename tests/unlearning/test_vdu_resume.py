@@ -219,7 +219,8 @@ generate = replay_pool.generate
 
 
 def noted(*args, **kwargs):
-    print("drawn", flush=True)
+    if kwargs["seed"] % 1000 == replay_pool.REPLAY_SEED:  # not the grids
+        print("drawn", flush=True)
     return generate(*args, **kwargs)
 
 

@@ -13,9 +13,10 @@ from vdu_data import arguments, images, prompted_arguments, prompted_images, tra
 from hf_unlearn import VDUTrainer
 from hf_unlearn.diffusion import generate
 from hf_unlearn.hub.publish import publishable_files
+from hf_unlearn.images import grid
 from hf_unlearn.metrics.features import features_of
 from hf_unlearn.metrics.generation import frechet_distance, percentage_unlearned
-from hf_unlearn.unlearning.samples import METRIC_SEED, FIDCallback, PULCallback, grid
+from hf_unlearn.unlearning.samples import METRIC_SEED, FIDCallback, PULCallback
 
 
 FRAME = 2  # pixels of grey around each image
