@@ -6,9 +6,16 @@ from importlib import import_module
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
+    "AdaptThenUnlearnConfig": "unlearning.adapt_then_unlearn",
+    "AdaptThenUnlearnTrainer": "unlearning.adapt_then_unlearn",
+    "DCGANDiscriminator": "models.dcgan",
+    "DCGANGenerator": "models.dcgan",
     "FINEConfig": "influence.config",
     "FINEMixin": "influence.trainer",
     "FINETrainer": "influence.sft",
+    "GANConfig": "models.gan_trainer",
+    "GANPipeline": "models.pipeline",
+    "GANTrainer": "models.gan_trainer",
     "InfluenceConfig": "influence.config",
     "InfluenceReport": "influence.report",
     "InfluenceTrainer": "influence.trainer",

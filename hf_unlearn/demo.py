@@ -33,6 +33,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from .audit.membership import membership_by_entropy
+from .cache import cache_dir
 from .data import RawCollator, digits, split_by_values
 from .metrics.classification import forget_retain_accuracy, per_class_accuracy
 
@@ -121,8 +122,7 @@ def _quiet_bar(trainer: Trainer) -> None:
 
 def cached_digits_classifier(seed: int = 0) -> Path:
     """Folder of a classifier of all ten digits, trained on first use (seconds)."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf_unlearn")
-    folder = cache / f"digits-resnet-{seed}"
+    folder = cache_dir() / f"digits-resnet-{seed}"
     if not (folder / "config.json").exists():
         train_classifier(digits()["train"], folder, seed=seed)
     return folder

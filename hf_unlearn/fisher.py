@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import functional_call, grad, vjp, vmap
 
 from .parameters import trainable_parameters
 
@@ -148,3 +148,54 @@ def gaussian_fisher(
                 total.add_(gradient.float().square())
         count += len(out)
     return {name: total / count for name, total in totals.items()}
+
+
+def scalar_fisher(
+    model: nn.Module, inputs: Tensor, score: Callable[[Any], Tensor], *, batch_size: int = 32
+) -> dict[str, Tensor]:
+    r"""How sharply each parameter decides a score of what the model makes: $F_i = E_z\big[(\partial s(G_\theta(z)) / \partial \theta_i)^2\big]$.
+
+    Adapt-then-Unlearn (arXiv 2309.14054) takes a discriminator's logit for s.
+
+    The model runs in eval mode, one example at a time as far as the mathematics goes.
+
+    Args:
+        model (`nn.Module`): its trainable parameters count. Left as it was.
+        inputs (`Tensor`): z, `[n, …]`.
+        score (callable): the model's answer to a batch of one, to a scalar; differentiable, by `torch.func` too.
+        batch_size (`int`): per-example gradients at a time, at most.
+
+    Returns:
+        `dict[str, Tensor]`: by parameter, fp32: a mean over examples.
+
+    Raises:
+        ValueError: no examples, or nothing trainable.
+    """
+    parameters = {name: p.detach() for name, p in trainable_parameters(model).items()}
+    if not parameters or not len(inputs):
+        raise ValueError(
+            "inputs, model: no examples or nothing trainable, so there is no Fisher information to compute"
+        )
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    chunk = max(1, min(batch_size, CHUNK_ELEMENTS // sum(p.numel() for p in parameters.values())))
+
+    def example_score(values: dict[str, Tensor], z: Tensor) -> Tensor:
+        return score(functional_call(model, values, (z.unsqueeze(0),))).squeeze()
+
+    try:
+        for part in inputs.split(chunk):
+            for name, gradient in vmap(grad(example_score), (None, 0))(parameters, part).items():
+                totals[name] += gradient.float().square().sum(0)
+    finally:
+        for module in in_training:
+            module.training = True
+    return {name: total / len(inputs) for name, total in totals.items()}
+
+
+def scaled_to_mean_one(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A diagonal divided by its mean over all parameters, so that a weight means the same for every model."""
+    fisher = dict(sorted(fisher.items()))  # sums are rounded, and a file gives them in another order
+    mean = sum(value.sum() for value in fisher.values()) / sum(value.numel() for value in fisher.values())
+    return {name: value / mean for name, value in fisher.items()}

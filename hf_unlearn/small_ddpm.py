@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
@@ -15,6 +12,8 @@ from diffusers.training_utils import EMAModel
 from rich.progress import track
 from torch import Tensor
 
+from . import cache
+from .cache import complete_or_not_there, write_recipe
 from .data import load
 from .images import grey_images
 from .noise import NoiseSchedule
@@ -76,7 +75,6 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
         `Path`: `folder`.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         pipeline = untrained(recipe)
     unet, schedule = pipeline.unet.train(), NoiseSchedule.of(pipeline.scheduler)
@@ -85,7 +83,7 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, recipe.steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(recipe.seed)
     kept = {round(recipe.steps * (1 + (i + 1) / recipe.checkpoints) / 2) for i in range(recipe.checkpoints)}
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with complete_or_not_there(folder) as scratch:
         for step in track(range(1, recipe.steps + 1), f"training {folder.name}", disable=not progress, transient=True):
             clean = images[torch.randint(len(images), (64,), generator=generator)]
             timesteps = torch.randint(len(schedule), (64,), generator=generator)
@@ -101,14 +99,7 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
                 unet.save_pretrained(Path(scratch, f"checkpoint-{step}", "unet"))
         average.copy_to(unet.parameters())
         pipeline.save_pretrained(scratch)
-        Path(scratch, "recipe.json").write_text(json.dumps(asdict(recipe)))
-        try:
-            shutil.copytree(scratch, unfinished := folder.with_name(f"{folder.name}.{os.getpid()}"))
-            os.replace(unfinished, folder)
-        except OSError:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            if not (folder / "model_index.json").exists():  # else another process was faster
-                raise
+        write_recipe(recipe, scratch)
     return folder
 
 
@@ -118,17 +109,17 @@ def cached(recipe: Recipe, *, without: int | None = None, progress: bool = True)
     Args:
         without (`int`, *optional*): leave this class out of the training data: what unlearning should come to.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf_unlearn")
     name = f"{recipe.dataset.replace('_', '-')}-ddpm-{recipe.seed}" + (
         "" if without is None else f"-without-{without}"
     )
-    folder = cache / name
-    made = folder / "recipe.json"
-    if made.is_file() and json.loads(made.read_text()) != json.loads(json.dumps(asdict(recipe))):
-        shutil.rmtree(folder)  # of another recipe
-    if not made.is_file():
-        rows = load(recipe.dataset)["train"]
-        if without is not None:
-            rows = rows.select([row for row, label in enumerate(rows["label"]) if label != without])
-        train(recipe, grey_images(rows, recipe.size), folder, progress=progress)
-    return folder
+    return cache.cached(
+        name, recipe, lambda folder: train(recipe, images_of(recipe, without), folder, progress=progress)
+    )
+
+
+def images_of(recipe: Any, without: int | None = None) -> Tensor:
+    """The training images of a recipe, all or without a class."""
+    rows = load(recipe.dataset)["train"]
+    if without is not None:
+        rows = rows.select([row for row, label in enumerate(rows["label"]) if label != without])
+    return grey_images(rows, recipe.size)

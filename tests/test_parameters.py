@@ -7,12 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_unlearn import parameters as parameters_module
+from hf_unlearn.lora import LoRAProductAnchor, lora_layers
 from hf_unlearn.parameters import (
-    LoRAProductAnchor,
     QuadraticAnchor,
     ReferencePoint,
     SumOfAnchors,
-    lora_layers,
     save_tensors,
     trainable_parameters,
 )

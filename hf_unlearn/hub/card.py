@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import math
@@ -236,10 +237,9 @@ def _is_pipeline(model_class: type) -> bool:
 def _pipeline_code(
     pipeline_class: type, model_name: str, lora_base: str | None, num_inference_steps: int | None
 ) -> str:
-    import diffusers
-
-    name = pipeline_class.__name__
-    module = "diffusers" if getattr(diffusers, name, None) is pipeline_class else pipeline_class.__module__
+    name, package = pipeline_class.__name__, pipeline_class.__module__.split(".")[0]
+    exported = getattr(importlib.import_module(package), name, None) is pipeline_class
+    module = package if exported else pipeline_class.__module__
     lines = [f"from {module} import {name}", ""]
     if lora_base is None:
         lines.append(f"pipeline = {name}.from_pretrained({json.dumps(model_name)})")
@@ -255,7 +255,9 @@ def _pipeline_code(
     task = diffusion_task(pipeline_class)
     if task is None:
         return "\n".join(lines)
-    inputs = '"a photo"' if task == "text-to-image" else "batch_size=1"
+    taken = inspect.signature(pipeline_class.__call__).parameters
+    counted = "num_images" if "num_images" in taken else "batch_size"
+    inputs = '"a photo"' if task == "text-to-image" else f"{counted}=1"
     if num_inference_steps is not None:
         inputs += f", num_inference_steps={num_inference_steps}"
     lines.append(f"image = pipeline({inputs}, generator=torch.Generator().manual_seed(0)).images[0]")

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.card import diffusion_task, hub_id, loading_code
-from ..parameters import ReferencePoint, trainable_parameters
+from ..parameters import ReferencePoint, average_, trainable_parameters
 from .saving import SavingMixin
 
 
@@ -148,9 +148,8 @@ class PipelineSavingMixin(SavingMixin):
 
 
 class AverageWeights(TrainerCallback):
-    """Exponential moving average of the trained parameters, which replaces them when training ends.
-
-    The decay begins low, min(decay, (1 + step)/(10 + step)), so that the average forgets where it began.
+    """Exponential moving average of the trained parameters ([`~hf_unlearn.parameters.average_`]), which replaces them when
+    training ends.
 
     Args:
         model (`nn.Module`): its trainable parameters are averaged.
@@ -168,11 +167,7 @@ class AverageWeights(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
-        weight = 1 - min(self.decay, (1 + state.global_step) / (10 + state.global_step))
-        now = trainable_parameters(self.model)
-        torch._foreach_lerp_(
-            list(self.point.parameters.values()), [now[name] for name in self.point.parameters], weight
-        )
+        average_(self.point.parameters, trainable_parameters(self.model), self.decay, state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
         last = ReferencePoint.capture(self.model)

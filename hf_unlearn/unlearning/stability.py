@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from ..fisher import gaussian_fisher
+from ..fisher import gaussian_fisher, scaled_to_mean_one
 from ..moments import ParameterMoments
 from ..parameters import Anchor, QuadraticAnchor, SumOfAnchors
 
@@ -78,10 +78,7 @@ class StabilityMixin:
             logger.warning(
                 "checkpoints: K = %d has no variance; the stability term uses the Fisher information", count
             )
-        fisher = self._fisher()
-        fisher = dict(sorted(fisher.items()))  # sums are rounded, and a file gives them in another order
-        mean = sum(value.sum() for value in fisher.values()) / sum(value.numel() for value in fisher.values())
-        return {name: value / (2 * mean) for name, value in fisher.items()}
+        return {name: value / 2 for name, value in scaled_to_mean_one(self._fisher()).items()}
 
     def _compute_fisher(self) -> dict[str, Tensor]:
         return gaussian_fisher(

@@ -19,7 +19,7 @@ from trl import SFTTrainer
 
 from ..data import LABEL_COLUMNS, ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
 from ..parameters import Anchor, ReferencePoint, trainable_parameters
-from ..task import LoadsByName, is_causal_lm, load_model
+from ..task import LoadsByName, is_causal_lm, load_model, seeded_generator
 from .checkpoint import last_complete, mark_complete, read_marker, unmark
 from .config import UnlearnConfig, UnlearnSFTConfig
 from .guard import Guard, GuardState
@@ -174,8 +174,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
     def _generator(self, *key: int) -> torch.Generator:
         """Randomness as a function of the seed and `key` alone, so that a resumed run draws the same."""
         process = 0 if LOOKING in key else self.args.process_index  # all look at the same, and compute the same Fisher
-        seed = np.random.SeedSequence([self.args.seed, process, *key]).generate_state(1)[0]
-        return torch.Generator(self.args.device).manual_seed(int(seed))
+        return seeded_generator(self.args.device, self.args.seed, process, *key)
 
     # The step
 
