@@ -17,27 +17,21 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from diffusers import DDPMPipeline
-from diffusers.utils import logging as diffusers_logging
+from generators import PICTURES, called, figures_of, grid_of, images_of, judge, judge_folder, run, start
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from hf_unlearn import VDUConfig, VDUTrainer
-from hf_unlearn.data import load
-from hf_unlearn.demo import cached_digits_classifier, train_classifier
 from hf_unlearn.diffusion import EncodedImages, generate
-from hf_unlearn.images import grey_images, grid
-from hf_unlearn.metrics.features import ClassifierFeatures, Features, features_of
-from hf_unlearn.metrics.generation import class_shift, density_coverage, frechet_distance, percentage_unlearned
+from hf_unlearn.images import grid
 from hf_unlearn.parameters import trainable_parameters
 from hf_unlearn.plots import curves
 from hf_unlearn.small_ddpm import DIGITS, FASHION_MNIST, Recipe, cached
@@ -58,23 +52,13 @@ CURVES = ("vdu", "npo_replay", "ascent_variance_8", "finetune")
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of data: how its models are trained, how many forget images are used, and how long its judge is trained."""
+    """One kind of data: how its models are trained, and how many forget images are used."""
 
     recipe: Recipe
     forget_images: int | None
-    epochs: int
 
 
-TASKS = {"digits": Task(DIGITS, None, 15), "fashion_mnist": Task(FASHION_MNIST, 500, 3)}
-
-
-@cache
-def images_of(task: str, everything: bool) -> tuple[Tensor, Tensor]:
-    """Images and labels: all real ones, or those that the models were trained on."""
-    recipe, splits = TASKS[task].recipe, load(task)
-    parts = [splits["train"]] if not everything else splits.values() if task == "digits" else [splits["test"]]
-    images = torch.cat([grey_images(rows, recipe.size) for rows in parts])
-    return images, torch.tensor([label for rows in parts for label in rows["label"]])
+TASKS = {"digits": Task(DIGITS, None), "fashion_mnist": Task(FASHION_MNIST, 500)}
 
 
 def forget_images(task: str, forgotten: int, seed: int) -> Tensor:
@@ -82,29 +66,6 @@ def forget_images(task: str, forgotten: int, seed: int) -> Tensor:
     own = images[labels == forgotten]
     drawn = torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))
     return own[drawn[: TASKS[task].forget_images]]
-
-
-def judge_folder(task: str, seed: int) -> Path:
-    if task == "digits":
-        return cached_digits_classifier(seed)
-    folder = cached(TASKS[task].recipe, progress=False).parent / f"{task}-resnet-{seed}"
-    if not folder.exists():
-        train_classifier(load(task)["train"], folder, seed=seed, progress=False, num_train_epochs=TASKS[task].epochs)
-    return folder
-
-
-@cache
-def judge(task: str, seed: int = 0) -> ClassifierFeatures:
-    """A classifier of all ten classes. That of seed 0 measures, and no method sees it."""
-    folder = judge_folder(task, seed)
-    model = AutoModelForImageClassification.from_pretrained(folder)
-    return ClassifierFeatures(model.eval(), AutoImageProcessor.from_pretrained(folder), name=f"{task}-resnet-{seed}")
-
-
-@cache
-def reference(task: str, forgotten: int) -> Features:
-    images, labels = images_of(task, True)
-    return features_of(images[labels != forgotten], judge(task))
 
 
 def original(task: str, seed: int, without: int | None = None) -> DDPMPipeline:
@@ -128,18 +89,8 @@ def classes_before(task: str, seed: int, count: int) -> Tensor:
 
 def measured(pipeline: DDPMPipeline, task: str, seed: int, forgotten: int, count: int) -> dict[str, float]:
     """Figures of a model's samples, from the same noise as the original's."""
-    images = draw(pipeline, count, seed=200 + seed).nan_to_num()  # of a destroyed model
-    before, after = classes_before(task, seed, count), judge(task).classify(images)
-    fake = features_of(images, judge(task))
-    result = percentage_unlearned(before, after, forgotten)
-    return {
-        "pul": result.pul,
-        "fid": frechet_distance(reference(task, forgotten), fake).distance,
-        "coverage": density_coverage(reference(task, forgotten), fake).coverage,
-        "shift": 100 * class_shift(before, after, forgotten, 10).total_variation,
-        "left": result.n_after,
-        "before": result.n_before,
-    }
+    images = draw(pipeline, count, seed=200 + seed)
+    return figures_of(images, classes_before(task, seed, count), task, forgotten)
 
 
 # The methods
@@ -309,25 +260,7 @@ def unlearned(
         return trainer, look.rows, time.perf_counter() - began
 
 
-def called(task: str, forgotten: int, images: Tensor) -> Tensor:
-    """The filter of a user who has a classifier: of another seed than the judge's."""
-    return judge(task, 1).classify(images) == forgotten
-
-
 # The parts, each a list of jobs that two processes share
-
-
-def start() -> None:
-    torch.set_num_threads(1)
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-
-
-def grid_of(tuned: dict) -> list[dict]:
-    options = [{}]
-    for key, values in tuned.items():
-        options = [option | {key: value} for option in options for value in values]
-    return options
 
 
 def tune_job(job: tuple) -> dict:
@@ -352,20 +285,6 @@ def curve_job(job: tuple) -> dict:
     name, seed, forgotten, option, marks, count = job
     _, rows, _ = unlearned("digits", name, seed, forgotten, option | {"guard": False}, marks[-1], marks, count)
     return {"method": name, "seed": seed, "class": forgotten, "rows": rows}
-
-
-def run(function: Callable, jobs: list, workers: int) -> list[dict]:
-    done = []
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start) as pool:
-        for row in pool.map(function, jobs):
-            shown = {
-                key: round(value, 2) if isinstance(value, float) else value
-                for key, value in row.items()
-                if key != "rows"
-            }
-            print(json.dumps(shown), flush=True)
-            done.append(row)
-    return done
 
 
 def summary(rows: list[dict]) -> dict:
@@ -489,18 +408,16 @@ def fashion(workers: int, retrained: bool) -> None:
 def pictures(seed: int, forgotten: int, steps: int) -> None:
     """Grids from the same noise: the original, unlearned and retrained."""
     trainer, _, _ = unlearned("digits", "vdu", seed, forgotten, {}, steps)
-    folder = HERE.parent / "docs" / "pictures"
     models = {
         "original": original("digits", seed),
         "unlearned": trainer.pipeline,
         "retrained": original("digits", seed, forgotten),
     }
     for name, model in models.items():
-        grid(draw(model, 64, seed=200 + seed), columns=16).save(folder / f"diffusion_digits_{name}.png")
+        grid(draw(model, 64, seed=200 + seed), columns=16).save(PICTURES / f"diffusion_digits_{name}.png")
 
 
 def draw_curves(results: dict) -> None:
-    folder = HERE.parent / "docs" / "pictures"
     for key, label in (("pul", "PUL, %"), ("fid", "u-FID")):
         series = {}
         for name in CURVES:
@@ -513,7 +430,7 @@ def draw_curves(results: dict) -> None:
         levels = {name: results["summary"][name][key] for name in ("retrain",)}
         curves(
             series,
-            folder / f"diffusion_unlearning_{key}.png",
+            PICTURES / f"diffusion_unlearning_{key}.png",
             x_label="steps",
             y_label=label,
             log_x=True,
