@@ -31,11 +31,16 @@ class UsageError(Exception):
 
 def unlearn(arguments: Sequence[str]) -> None:
     """make a model forget a class or single examples, and save it with its card"""
-    method = _method(arguments, ("pbu", "unlearn", "sft", "vdu"))  # before the imports, which take seconds
+    # Before the imports, which take seconds.
+    method = _method(arguments, ("pbu", "unlearn", "sft", "vdu", "adapt_then_unlearn"))
     if method == "vdu":
         from .jobs.vdu import METHODS, VDUJob, run_vdu
 
         _run("unlearn", arguments, VDUJob, METHODS[method], run_vdu)
+    elif method == "adapt_then_unlearn":
+        from .jobs.adapt_then_unlearn import METHODS, GANJob, run_adapt_then_unlearn
+
+        _run("unlearn", arguments, GANJob, METHODS[method], run_adapt_then_unlearn)
     else:
         from .jobs.unlearn import METHODS, UnlearnJob, run_unlearn
 

@@ -85,10 +85,14 @@ def fails(capsys, work):
 
 def job_and_config(*arguments, verb="unlearn"):
     """What a verb builds of its arguments before it runs."""
-    from hf_unlearn.jobs import influence, unlearn, vdu
+    from hf_unlearn.jobs import adapt_then_unlearn, influence, unlearn, vdu
 
     job_classes = {
-        "unlearn": {unlearn.UnlearnJob: unlearn.METHODS, vdu.VDUJob: vdu.METHODS},
+        "unlearn": {
+            unlearn.UnlearnJob: unlearn.METHODS,
+            vdu.VDUJob: vdu.METHODS,
+            adapt_then_unlearn.GANJob: adapt_then_unlearn.METHODS,
+        },
         "influence": {influence.InfluenceJob: influence.METHODS},
     }[verb]
     methods = {name: (job, *classes) for job, all_of in job_classes.items() for name, classes in all_of.items()}
@@ -115,12 +119,13 @@ class TestCommand:
         assert cli.main(["--version"]) == 0
         assert capsys.readouterr().out == f"hf-unlearn {__version__}\n"
 
-    @pytest.mark.parametrize("method", ["pbu", "unlearn", "sft", "vdu"])
+    @pytest.mark.parametrize("method", ["pbu", "unlearn", "sft", "vdu", "adapt_then_unlearn"])
     def test_help_of_unlearn_lists_every_key(self, capsys, method):
+        from hf_unlearn.jobs.adapt_then_unlearn import GANJob
         from hf_unlearn.jobs.unlearn import UnlearnJob
         from hf_unlearn.jobs.vdu import VDUJob
 
-        job_class = VDUJob if method == "vdu" else UnlearnJob
+        job_class = {"vdu": VDUJob, "adapt_then_unlearn": GANJob}.get(method, UnlearnJob)
         assert cli.main(["unlearn", "--method", method, "--help"]) == 0
         out = capsys.readouterr().out
         for key in (*fields(job_class), *fields(job_class._methods[method][0])):
@@ -234,6 +239,7 @@ class TestReading:
                 "unlearn": "UnlearnConfig",
                 "sft": "UnlearnSFTConfig",
                 "vdu": "VDUConfig",
+                "adapt_then_unlearn": "AdaptThenUnlearnConfig",
             },  # fmt: skip
             "influence": {"classifier": "InfluenceConfig", "sft": "FINEConfig"},
         }
@@ -311,8 +317,8 @@ class TestBadRecipes:
     @pytest.mark.parametrize(
         ("keys", "message"),
         [
-            ({"method": None}, "method: missing; set it to one of pbu, unlearn, sft, vdu"),
-            ({"method": "pbo"}, "method: 'pbo' is not one of pbu, unlearn, sft, vdu; did you mean 'pbu'?"),
+            ({"method": None}, "method: missing; set it to one of pbu, unlearn, sft, vdu, adapt_then_unlearn"),
+            ({"method": "pbo"}, "method: 'pbo' is not one of pbu, unlearn, sft, vdu, adapt_then_unlearn; did you mean 'pbu'?"),
             ({"model": None}, "model: missing; set it to 'digits', a folder, or an id on the Hub"),
             ({"dataset": None}, "dataset: missing; set it to 'digits', a folder, or an id on the Hub"),
             ({"output_dir": None}, "output_dir: missing; set it to the folder that gets the unlearned model"),

@@ -3,7 +3,7 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
-from PIL import Image
+from picture_data import COLOUR, GREY, as_tensor, noise_image, refused
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -19,7 +19,6 @@ from hf_unlearn.diffusion import (
 from hf_unlearn.images import pixels
 
 
-GREY, COLOUR = (1, 8, 8), (3, 8, 8)
 SMALL = {
     "sample_size": 8,
     "layers_per_block": 1,
@@ -27,91 +26,6 @@ SMALL = {
     "norm_num_groups": 2,
 }
 PROMPTS = ["a photo", "hot", "a photo", "", "a hot photo"]
-
-
-def noise_image(mode="RGB", size=(8, 8), seed=0):
-    bands = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
-    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *bands), dtype=np.uint8)
-    return Image.fromarray(values, mode)
-
-
-def as_tensor(image):
-    values = torch.from_numpy(np.array(image)).double() / 127.5 - 1
-    return values.unsqueeze(0) if values.dim() == 2 else values.permute(2, 0, 1)
-
-
-def refused(match, function, *args, **options):
-    with pytest.raises(ValueError, match=match) as caught:
-        function(*args, **options)
-    assert "\n" not in str(caught.value)
-
-
-class TestPixels:
-    @pytest.mark.parametrize(("mode", "shape"), [("L", GREY), ("RGB", COLOUR)])
-    @pytest.mark.parametrize("resize", [False, True])
-    def test_pil_images_of_the_models_size(self, mode, shape, resize):
-        images = [noise_image(mode, seed=seed) for seed in range(3)]
-        tensors = pixels(images, shape, resize=resize)
-        assert tensors.dtype == torch.float32
-        torch.testing.assert_close(tensors.double(), torch.stack([as_tensor(image) for image in images]))
-
-    def test_grey_and_transparent_images_become_colour(self):
-        grey, transparent = noise_image("L"), noise_image("RGBA")
-        tensors = pixels([grey, transparent], COLOUR, resize=False)
-        torch.testing.assert_close(tensors[0].double(), as_tensor(grey).expand(3, 8, 8))
-        torch.testing.assert_close(tensors[1].double(), as_tensor(transparent)[:3])
-
-    @pytest.mark.parametrize("upright", [False, True])
-    @pytest.mark.parametrize("mode", ["L", "RGB"])
-    def test_resizing_keeps_proportions_and_the_centre(self, mode, upright):
-        """A ramp along the long side of 32 × 16 pixels keeps its slope per pixel, and loses both ends."""
-        ramp = np.broadcast_to(np.arange(32, dtype=np.uint8) * 8, (16, 32))
-        middle = 8 * (8 + 2 * torch.arange(8.0) + 0.5)  # columns 8 to 23, two at a time
-        expected = (middle / 127.5 - 1).expand(8, 8)
-        if upright:
-            ramp, expected = ramp.T, expected.T
-        shape = COLOUR if mode == "RGB" else GREY
-        tensors = pixels([Image.fromarray(ramp.copy()).convert(mode)], shape, resize=True)
-        torch.testing.assert_close(tensors[0], expected.expand(shape), rtol=0, atol=1.1 / 127.5)
-
-    def test_models_that_are_not_square(self):
-        image = noise_image(size=(12, 8))
-        torch.testing.assert_close(pixels([image], (3, 8, 12), resize=False)[0].double(), as_tensor(image))
-        assert pixels([image], (3, 4, 16), resize=True).shape == (1, 3, 4, 16)
-        refused("an image is 12 × 8, the model draws 8 × 12", pixels, [image], (3, 12, 8), resize=False)
-
-    def test_resizes_palettes_as_colours(self):
-        """Single columns of black and white mix to grey; picked pixels would stay black or white."""
-        stripes = Image.fromarray(np.tile(np.array([0, 255], dtype=np.uint8), (32, 16))).convert("RGB")
-        tensors = pixels([stripes.quantize(2)], COLOUR, resize=True)
-        assert tensors[..., 1:-1].abs().max() < 0.1
-
-    @pytest.mark.parametrize("kind", [np.array, torch.tensor, list, lambda x: torch.tensor(x, dtype=torch.bfloat16)])
-    def test_arrays_are_taken_as_they_are(self, kind):
-        values = np.random.default_rng(0).integers(-4, 5, (5, *COLOUR)) / 4
-        tensors = pixels([kind(image.tolist()) for image in values], COLOUR, resize=True)
-        assert tensors.dtype == torch.float32
-        torch.testing.assert_close(tensors, torch.from_numpy(values).float(), rtol=0, atol=0)
-
-    @pytest.mark.parametrize(
-        ("images", "shape", "match"),
-        [
-            ([noise_image(), noise_image(size=(9, 8))], COLOUR, "an image is 9 × 8, the model draws 8 × 8"),
-            ([noise_image("L"), noise_image()], GREY, "images have 3 channels, the model has 1"),
-            ([noise_image("RGBA")], (4, 8, 8), "model's 4 channels"),
-            ([torch.zeros(3, 8, 9)], COLOUR, r"shape \(3, 8, 9\), the model's is \(3, 8, 8\)"),
-            ([torch.zeros(COLOUR), torch.zeros(3, 4, 4)], COLOUR, r"shape \(3, 4, 4\)"),
-            ([torch.zeros(1, 8, 8)], COLOUR, r"shape \(1, 8, 8\)"),
-            ([torch.zeros(8, 8)], GREY, r"shape \(8, 8\)"),
-            ([np.zeros((8, 8, 3))], COLOUR, r"shape \(8, 8, 3\)"),
-            ([torch.zeros(COLOUR), torch.full(COLOUR, torch.nan)], COLOUR, "NaN"),
-            ([torch.full(COLOUR, -torch.inf)], COLOUR, "infinite"),
-            ([np.array(noise_image()).transpose(2, 0, 1)], COLOUR, r"pixel values reach 2\d\d.*\[−1, 1\]"),
-            ([torch.zeros(COLOUR), torch.full(COLOUR, -1.5)], COLOUR, "reach 1.5"),
-        ],
-    )
-    def test_says_what_does_not_fit(self, images, shape, match):
-        refused("^retain_dataset: .*" + match, pixels, images, shape, resize=False, argument="retain_dataset")
 
 
 class TestEncodedImages:

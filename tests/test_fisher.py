@@ -1,9 +1,14 @@
+import copy
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from hf_unlearn import fisher as fisher_module
-from hf_unlearn.fisher import diagonal_fisher, gaussian_fisher
+from hf_unlearn.fisher import diagonal_fisher, gaussian_fisher, scalar_fisher, scaled_to_mean_one
+from hf_unlearn.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from hf_unlearn.parameters import trainable_parameters
 
 
@@ -326,3 +331,157 @@ class TestGaussian:
         assert fisher.keys() == {"0.weight", "2.weight", "2.bias", "spare"}
         assert torch.equal(fisher["spare"], torch.zeros(2))
         assert fisher["0.weight"].sum() > 0
+
+
+def by_hand(model, inputs, score):
+    """The definition of the scalar Fisher: one example at a time, in eval mode."""
+    twin = copy.deepcopy(model).eval()
+    parameters = trainable_parameters(twin)
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for z in inputs:
+        gradients = torch.autograd.grad(
+            score(twin(z[None])).squeeze(), list(parameters.values()), allow_unused=True, materialize_grads=True
+        )
+        for name, gradient in zip(parameters, gradients, strict=True):
+            total[name] += gradient.square()
+    return {name: value / len(inputs) for name, value in total.items()}
+
+
+def contrast(images):
+    """A score of an image: neither linear in it nor a sum over pixels."""
+    return images.square().mean().sqrt() + 3 * images.mean()
+
+
+class TestScalar:
+    inputs = torch.randn(7, 1, 6, 6, generator=seeded(0))
+
+    @pytest.fixture
+    def model(self):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = nn.Sequential(
+                nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Tanh(), nn.Conv2d(3, 2, 3), nn.Softplus()
+            )
+        model[1].running_mean.normal_(generator=seeded(1))  # statistics that differ from those of any batch
+        model[1].running_var.uniform_(0.5, 2, generator=seeded(2))
+        return model
+
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("batch_size", [1, 3, 32])
+    def test_against_the_definition(self, model, training, batch_size):
+        expected = by_hand(model, self.inputs, contrast)
+        model.train(training)
+        assert_close(scalar_fisher(model, self.inputs, contrast, batch_size=batch_size), expected, rtol=1e-4)
+
+    @pytest.mark.parametrize("norm", ["pixel", "batch"])
+    def test_of_a_generator_by_what_its_discriminator_says(self, norm):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            generator = DCGANGenerator(8, latent_dim=4, base_channels=4, norm=norm)
+            discriminator = DCGANDiscriminator(8, base_channels=4)
+        latents = torch.randn(5, 4, generator=seeded(1))
+
+        def score(drawn):
+            return discriminator(drawn.sample).logits
+
+        actual = scalar_fisher(generator, latents, score, batch_size=2)
+        assert_close({k: v.detach() for k, v in actual.items()}, by_hand(generator, latents, score), rtol=1e-4)
+        assert all(value.sum() > 0 for name, value in actual.items() if name.endswith("weight"))
+        assert all(p.grad is None for p in (*generator.parameters(), *discriminator.parameters()))
+
+    @pytest.mark.xfail(strict=True, reason="the result drags the graph of the score's own parameters along")
+    def test_keeps_no_graph_of_what_scores(self):
+        """A discriminator is trained too: the graph of every example would stay in memory, and reach the penalty."""
+        model, discriminator = nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+        fisher = scalar_fisher(model, torch.randn(5, 3, generator=seeded(0)), discriminator)
+        assert not any(value.requires_grad for value in fisher.values())
+
+    def test_linear_regression_has_a_closed_form(self):
+        """The score a·(w x + b) has the gradients a x and a."""
+        model, x = nn.Linear(5, 1), torch.randn(9, 5, generator=seeded(0))
+        fisher = scalar_fisher(model, x, lambda y: 3 * y)
+        assert_close(fisher, {"weight": 9 * x.square().mean(0, keepdim=True), "bias": torch.tensor([9.0])}, rtol=1e-5)
+
+    def test_chunks_do_not_matter_and_are_bounded_by_memory(self, model, monkeypatch):
+        whole = scalar_fisher(model, self.inputs, contrast)
+        size = sum(p.numel() for p in model.parameters())
+        for elements in (1, size, 3 * size):
+            monkeypatch.setattr(fisher_module, "CHUNK_ELEMENTS", elements)
+            assert_close(scalar_fisher(model, self.inputs, contrast), whole, rtol=1e-5)
+
+    def test_is_a_mean_over_examples(self, model):
+        parts = [scalar_fisher(model, part, contrast) for part in (self.inputs[:3], self.inputs[3:])]
+        whole = scalar_fisher(model, self.inputs, contrast)
+        assert_close({name: (3 * parts[0][name] + 4 * parts[1][name]) / 7 for name in whole}, whole, rtol=1e-5)
+
+    def test_parameters_that_are_frozen_or_not_used(self, model):
+        expected = by_hand(model, self.inputs, contrast)
+        model[0].requires_grad_(False)
+        model.register_parameter("spare", nn.Parameter(torch.ones(2)))
+        fisher = scalar_fisher(model, self.inputs, contrast)
+        spare = fisher.pop("spare")
+        assert_close(fisher, {name: value for name, value in expected.items() if not name.startswith("0.")}, rtol=1e-4)
+        assert torch.equal(spare, torch.zeros(2))
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_model_is_left_as_it_was(self, model, fails):
+        model.train()
+        model[1].eval()  # flags differ between modules
+        state, modes = {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()]
+        random_state = torch.get_rng_state()
+        if fails:
+            with pytest.raises(ZeroDivisionError):
+                scalar_fisher(model, self.inputs, lambda images: 1 / 0)
+        else:
+            scalar_fisher(model, self.inputs, contrast)
+        assert [m.training for m in model.modules()] == modes
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert all(p.grad is None and p.requires_grad for p in model.parameters())
+        assert torch.equal(torch.get_rng_state(), random_state)
+
+    def test_adds_up_in_fp32(self):
+        model, x = nn.Linear(4, 1).bfloat16(), torch.randn(300, 4, generator=seeded(0)).bfloat16()
+        fisher = scalar_fisher(model, x, lambda y: y)
+        expected = {"weight": x.float().square().mean(0, keepdim=True), "bias": torch.ones(1)}
+        assert_close(fisher, expected, rtol=1e-5)
+
+    def test_refuses_nothing_to_compute(self, model):
+        frozen = copy.deepcopy(model).requires_grad_(False)
+        for what, inputs in ((model, self.inputs[:0]), (frozen, self.inputs)):
+            with pytest.raises(ValueError, match="^inputs, model: no examples or nothing trainable"):
+                scalar_fisher(what, inputs, contrast)
+
+
+DIAGONALS = st.lists(st.lists(st.floats(0, 100, width=32), min_size=1, max_size=5), min_size=1, max_size=4).filter(
+    lambda rows: sum(map(sum, rows)) > 1e-3
+)
+
+
+class TestScaledToMeanOne:
+    @given(rows=DIAGONALS)
+    def test_mean_over_all_elements_is_one_and_ratios_stay(self, rows):
+        fisher = {f"tensor{index}": torch.tensor(row) for index, row in enumerate(rows)}
+        scaled = scaled_to_mean_one(fisher)
+        assert scaled.keys() == fisher.keys()
+        flat, before = (torch.cat([one[name].double() for name in fisher]) for one in (scaled, fisher))
+        assert flat.mean().item() == pytest.approx(1, rel=1e-5)
+        torch.testing.assert_close(flat * before.sum(), before * flat.sum(), rtol=1e-4, atol=1e-8)
+
+    @given(rows=DIAGONALS, unit=st.floats(1e-3, 1e3))
+    def test_has_no_unit(self, rows, unit):
+        fisher = {str(index): torch.tensor(row) for index, row in enumerate(rows)}
+        plain, other = scaled_to_mean_one(fisher), scaled_to_mean_one({k: unit * v for k, v in fisher.items()})
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-6)
+
+    def test_is_the_same_to_the_bit_in_every_order(self):
+        """A file gives the tensors in another order than the model."""
+        sizes = [2.0**exponent for exponent in range(-12, 12)]
+        fisher = {f"{n}": s * torch.rand(5, generator=seeded(n)) for n, s in enumerate(sizes)}
+        turned = scaled_to_mean_one(dict(reversed(fisher.items())))
+        assert all(torch.equal(turned[name], value) for name, value in scaled_to_mean_one(fisher).items())
+
+    def test_counts_elements_and_not_tensors(self):
+        fisher = {"large": torch.full((2, 3), 2.0), "small": torch.tensor(16.0)}
+        scaled = scaled_to_mean_one(fisher)
+        torch.testing.assert_close(scaled, {"large": torch.full((2, 3), 0.5), "small": torch.tensor(4.0)})
+        assert fisher["small"] == 16

@@ -1,9 +1,13 @@
+from itertools import product
+
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_unlearn.task import cross_entropy, mean_over_predictions
+from hf_unlearn.task import cross_entropy, mean_over_predictions, seeded_generator
 
 
 class TestCrossEntropy:
@@ -49,3 +53,38 @@ def test_gradcheck_of_the_mean_over_predictions():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(4, 2, generator=generator, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: mean_over_predictions(x, targets), values)
+
+
+def drawn(*key):
+    return torch.rand(4, generator=seeded_generator("cpu", *key))
+
+
+class TestSeededGenerator:
+    @given(key=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5))
+    def test_the_same_key_gives_the_same_numbers(self, key):
+        first = drawn(*key)
+        torch.rand(3)  # what others draw meanwhile does not matter
+        assert torch.equal(drawn(*key), first)
+
+    def test_every_key_of_a_length_gives_others(self):
+        """Seed, process and step count up from 0, and none may stand in for another."""
+        numbers = {tuple(drawn(*key).tolist()) for key in product(range(6), repeat=3)}
+        assert len(numbers) == 6**3
+
+    @pytest.mark.parametrize(("first", "second"), [((0, 1), (1, 0)), ((3, 0, 14), (3, 14, 0)), ((1,), (2,))])
+    def test_the_place_in_the_key_counts(self, first, second):
+        assert not torch.equal(drawn(*first), drawn(*second))
+
+    def test_keys_side_by_side_are_not_correlated(self):
+        rows = np.stack([torch.randn(500, generator=seeded_generator("cpu", 0, step)).numpy() for step in range(40)])
+        correlations = np.corrcoef(rows)[np.triu_indices(40, 1)]
+        assert np.abs(correlations).max() < 5 / 500**0.5
+        assert correlations.std() == pytest.approx(1 / 500**0.5, rel=0.15)
+
+    def test_leaves_the_global_generator_alone(self):
+        before = torch.get_rng_state()
+        drawn(1, 2)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_is_on_the_device_that_was_asked_for(self):
+        assert seeded_generator(torch.device("cpu"), 1).device == torch.device("cpu")

@@ -1,0 +1,281 @@
+"""Marked samples in every form that a user may have them in, and what they say about the original's own samples."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from hf_unlearn.marks import FEWEST, spread_marks
+from hf_unlearn.models.dcgan import DCGANGenerator
+from hf_unlearn.models.pipeline import GANPipeline
+from hf_unlearn.unlearning.feedback import Feedback, marked_by, samples_of, spread_over
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["grey", "colour"])
+def pipeline(request):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return GANPipeline(DCGANGenerator(8, request.param, latent_dim=5, base_channels=4))
+
+
+@pytest.fixture
+def grey():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return GANPipeline(DCGANGenerator(8, latent_dim=5, base_channels=4))
+
+
+def drawn(pipeline, count=6, seed=0):
+    """Latents, their images, and the same as pictures."""
+    latents = torch.randn(count, 5, generator=seeded(seed))
+    return latents, pipeline.draw(latents), pipeline(latents=latents).images
+
+
+def taken(given, pipeline, resize=False):
+    return samples_of(given, pipeline, resize=resize, argument="negatives")
+
+
+class TestSamplesOf:
+    def test_latents_are_drawn(self, pipeline):
+        latents, images, _ = drawn(pipeline)
+        assert torch.equal(taken(latents, pipeline), images)
+        assert images.shape == (6, *pipeline.image_shape)
+
+    def test_latents_are_drawn_in_eval_mode_and_the_mode_is_left(self):
+        pipeline = GANPipeline(DCGANGenerator(8, latent_dim=5, base_channels=4, norm="batch"))
+        latents, images, _ = drawn(pipeline)
+        pipeline.generator.train()
+        assert torch.equal(taken(latents, pipeline), images)
+        assert all(module.training for module in pipeline.generator.modules())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_tensors_are_taken_as_they_are(self, pipeline, dtype):
+        images = drawn(pipeline)[1].to(dtype)
+        result = taken(images, pipeline)
+        assert result.dtype == torch.float32
+        assert torch.equal(result, images.float())
+
+    @pytest.mark.parametrize("kind", [list, tuple, np.asarray])
+    def test_arrays_one_by_one(self, pipeline, kind):
+        images = drawn(pipeline)[1]
+        assert torch.equal(taken(kind([image.numpy() for image in images]), pipeline), images)
+
+    @pytest.mark.parametrize("resize", [False, True])
+    def test_pictures_are_what_was_drawn_in_256_levels(self, pipeline, resize):
+        _, images, pictures = drawn(pipeline)
+        result = taken(pictures, pipeline, resize)
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result, images, rtol=0, atol=0.51 / 127.5)
+        assert (result * 127.5 + 127.5).frac().sub(0.5).abs().min() > 0.49
+
+    @pytest.mark.parametrize("column", ["image", "images", "pixel_values"])
+    def test_datasets_of_pictures(self, pipeline, column):
+        pictures = drawn(pipeline)[2]
+        expected = taken(pictures, pipeline)
+        rows = Dataset.from_dict({"label": list(range(6)), column: pictures})
+        assert torch.equal(taken(rows, pipeline), expected)
+        assert torch.equal(taken([{column: picture} for picture in pictures], pipeline), expected)
+
+    def test_datasets_of_tensors(self, pipeline):
+        images = drawn(pipeline)[1]
+        rows = Dataset.from_dict({"pixel_values": images.numpy()})
+        for form in ("torch", "numpy", None):
+            torch.testing.assert_close(taken(rows.with_format(form), pipeline), images, rtol=0, atol=0)
+
+    def test_real_digits(self, grey, digits):
+        rows = digits["train"].select(range(30))
+        result = taken(rows, grey)
+        expected = np.stack([np.asarray(image) for image in rows["image"]]) / 127.5 - 1
+        np.testing.assert_allclose(result[:, 0].numpy(), expected, atol=1e-6)
+
+    def test_larger_pictures_are_resized_on_demand(self, grey):
+        ramp = np.tile(np.arange(16, dtype=np.uint8) * 16, (16, 1))
+        large = [Image.fromarray(ramp), Image.fromarray(255 - ramp)]
+        with pytest.raises(
+            ValueError, match="^negatives: an image is 16 × 16, the model draws 8 × 8; set resize=True"
+        ):
+            taken(large, grey)
+        result = taken(large, grey, resize=True)
+        assert result.shape == (2, 1, 8, 8)
+        torch.testing.assert_close(result[0], -result[1], rtol=0, atol=1.01 / 127.5)
+        assert (result[0].diff(dim=-1) > 0).all()
+
+    def test_the_order_stays(self, grey):
+        _, images, pictures = drawn(grey)
+        order = [3, 0, 5]
+        expected = taken(pictures, grey)[order]
+        assert torch.equal(taken(Dataset.from_dict({"image": pictures}).select(order), grey), expected)
+        assert torch.equal(taken([pictures[row] for row in order], grey), expected)
+        assert torch.equal(taken(images[order], grey), images[order])
+
+    @pytest.mark.xfail(strict=True, reason="the images still hang on the generator's graph")
+    def test_images_that_were_drawn_with_gradients(self, grey):
+        """Whoever calls the generator himself gets these; a graph cannot go where arrays are made of images."""
+        images = grey.generator(torch.randn(4, 5, generator=seeded(0))).sample
+        assert not taken(images, grey).requires_grad
+
+    @pytest.mark.parametrize(
+        ("make", "match"),
+        [
+            (lambda: None, "missing or empty; mark samples of negative kind"),
+            (list, "missing or empty"),
+            (lambda: torch.zeros(0, 5), "missing or empty"),
+            (lambda: torch.zeros(0, 1, 8, 8), "missing or empty"),
+            (lambda: Dataset.from_dict({"image": []}), "missing or empty"),
+            (
+                lambda: Dataset.from_dict({"picture": [1], "label": [0]}),
+                "has no images; .*pixel_values, image, images",
+            ),
+            (lambda: [{"latents": torch.zeros(5)}], "has no images"),
+            (lambda: torch.zeros(3, 4), r"shape \(4,\), the model's is \(1, 8, 8\)"),
+            (lambda: torch.zeros(3, 3, 8, 8), r"shape \(3, 8, 8\)"),
+            (lambda: torch.zeros(3, 8, 8), r"shape \(8, 8\)"),
+            (lambda: [torch.zeros(1, 8, 8), torch.zeros(1, 8, 9)], r"shape \(1, 8, 9\)"),
+            (lambda: torch.full((2, 1, 8, 8), 255.0), "pixel values reach 255"),
+            (lambda: torch.full((2, 1, 8, 8), torch.nan), "NaN"),
+            (lambda: [Image.new("L", (8, 9))], "an image is 8 × 9, the model draws 8 × 8"),
+            (lambda: [Image.new("RGB", (8, 8))], "images have 3 channels, the model has 1"),
+        ],
+    )
+    def test_says_what_does_not_fit(self, grey, make, match):
+        with pytest.raises(ValueError, match="^negatives: .*" + match) as error:
+            taken(make(), grey)
+        assert "\n" not in str(error.value)
+
+    def test_names_the_argument(self, grey):
+        with pytest.raises(ValueError, match="^positives: missing or empty; mark samples of positive kind"):
+            samples_of([], grey, resize=False, argument="positives")
+
+
+IMAGES = torch.linspace(-1, 1, 10).view(10, 1, 1, 1).expand(10, 1, 2, 2)
+
+
+class TestMarkedBy:
+    @pytest.mark.parametrize(
+        "form", [lambda x: x, lambda x: x.numpy(), lambda x: x.tolist(), lambda x: list(x.numpy())]
+    )
+    def test_marked_are_the_negatives(self, form):
+        seen = []
+
+        def marks(images):
+            seen.append(images)
+            return form(images.mean((1, 2, 3)) > 0.4)
+
+        feedback = marked_by(marks, IMAGES)
+        assert torch.equal(seen[0], IMAGES)
+        assert len(seen) == 1
+        assert torch.equal(feedback.negatives, IMAGES[7:])
+        assert torch.equal(feedback.positives, IMAGES[:7])
+        assert feedback.more_negatives.shape == feedback.more_positives.shape == (0, 1, 2, 2)
+        assert torch.equal(feedback.all_negatives, IMAGES[7:])
+        assert torch.equal(feedback.all_positives, IMAGES[:7])
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            lambda n: torch.rand(n),  # probabilities
+            lambda n: torch.arange(n) % 2,  # classes
+            lambda n: torch.zeros(n, 1, dtype=torch.bool),
+            lambda n: torch.zeros(n - 1, dtype=torch.bool),
+            lambda n: torch.tensor(True),
+            lambda n: [0, 1] * (n // 2),
+        ],
+    )
+    def test_anything_but_a_mark_for_each_is_refused(self, answer):
+        with pytest.raises(ValueError, match=r"^marks: gave .* for 10 images; it must mark each") as error:
+            marked_by(lambda images: answer(len(images)), IMAGES)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(("mark", "match"), [(True, "^positives: none"), (False, "^negatives: none")])
+    def test_one_kind_alone_is_refused(self, mark, match):
+        with pytest.raises(ValueError, match=match + " among 10 samples.*raise mark_samples"):
+            marked_by(lambda images: torch.full((len(images),), mark), IMAGES)
+
+
+def two_kinds(seed, count):
+    """Images of which the first half are bright and the others dark, with noise."""
+    bright = torch.where(torch.arange(count) < count // 2, 0.5, -0.5).view(-1, 1, 1, 1)
+    return bright + 0.4 * torch.randn(count, 1, 4, 4, generator=seeded(seed)).clamp(-1, 1)
+
+
+def given(negatives=12, positives=12):
+    marked = two_kinds(1, 200)
+    return Feedback(marked[:negatives], marked[100 : 100 + positives], marked[:0], marked[:0])
+
+
+def as_they_are(images):
+    return images
+
+
+class TestSpreadOver:
+    def test_samples_are_sorted_and_marks_kept(self):
+        feedback, samples = given(), two_kinds(2, 60)[torch.randperm(60, generator=seeded(3))]
+        result = spread_over(feedback, samples, as_they_are, miss_rate=0.05, seed=0)
+        assert result.negatives is feedback.negatives
+        assert result.positives is feedback.positives
+        bright = samples.mean((1, 2, 3)) > 0
+        # In their order, and each at most once.
+        assert torch.equal(result.more_negatives, samples[bright])
+        assert torch.equal(result.more_positives, samples[~bright])
+        assert torch.equal(result.all_negatives, torch.cat([feedback.negatives, samples[bright]]))
+        assert torch.equal(result.all_positives, torch.cat([feedback.positives, samples[~bright]]))
+
+    @pytest.mark.parametrize("miss_rate", [0.05, 0.1])
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_is_what_the_marks_say_of_the_features(self, miss_rate, seed):
+        def features(images):
+            """Two pixels with the noise of others, so that some samples are in doubt."""
+            return images[:, :, 0, :2] + images[:, :, 1, :2] - images[:, :, 2, :2]
+
+        feedback, samples = given(60, 40), two_kinds(2, 300)
+        known = [features(images).flatten(1).numpy() for images in (feedback.negatives, feedback.positives, samples)]
+        expected = spread_marks(*known, miss_rate=miss_rate, seed=seed)
+        result = spread_over(feedback, samples, features, miss_rate=miss_rate, seed=seed)
+        assert torch.equal(result.more_negatives, samples[torch.from_numpy(expected.negative)])
+        assert torch.equal(result.more_positives, samples[torch.from_numpy(expected.positive)])
+        assert len(result.more_negatives) > 20 < len(result.more_positives)
+        assert expected.margin < 0
+        assert len(result.more_negatives) + len(result.more_positives) < 300
+
+    @pytest.mark.parametrize("counts", [(FEWEST - 1, 20), (20, FEWEST - 1), (1, 1)])
+    def test_too_few_marks_stand_alone_with_a_warning(self, caplog, counts):
+        feedback = given(*counts)
+
+        def features(images):
+            raise AssertionError("there is nothing to compute")
+
+        with caplog.at_level("WARNING", "hf_unlearn"):
+            assert spread_over(feedback, two_kinds(2, 60), features, miss_rate=0.05, seed=0) is feedback
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert record.getMessage().startswith(f"own_samples: {min(counts)} marks of a kind are too few")
+
+    def test_as_many_as_are_needed_do_without_one(self, caplog):
+        with caplog.at_level("INFO", "hf_unlearn"):
+            result = spread_over(given(FEWEST, FEWEST), two_kinds(2, 60), as_they_are, miss_rate=0.05, seed=0)
+        assert len(result.more_negatives) == len(result.more_positives) == 30
+        (record,) = caplog.records
+        assert record.levelname == "INFO"
+        assert record.getMessage().startswith(
+            "of 60 own samples, 30 are taken for positive and 30 for negative; 0 % of"
+        )
+
+    def test_from_marks_to_sorted_samples_of_a_generator(self, grey):
+        """The way that a trainer goes: mark some, sort others, nothing seen twice."""
+
+        def marks(images):
+            return images.mean((1, 2, 3)) > threshold
+
+        _, shown, _ = drawn(grey, 200, seed=1)
+        _, samples, _ = drawn(grey, 300, seed=2)
+        threshold = shown.mean((1, 2, 3)).quantile(0.7)
+        result = spread_over(marked_by(marks, shown), samples, as_they_are, miss_rate=0.05, seed=0)
+        assert (len(result.negatives), len(result.positives)) == (60, 140)
+        assert marks(result.more_negatives).float().mean() > 0.85
+        assert marks(result.more_positives).float().mean() < 0.05
+        assert 0.8 < (len(result.more_negatives) + len(result.more_positives)) / 300 <= 1
