@@ -13,7 +13,7 @@ _EXPORTS = {
     "FINEConfig": "influence.config",
     "FINEMixin": "influence.trainer",
     "FINETrainer": "influence.sft",
-    "GANConfig": "models.gan_trainer",
+    "GANConfig": "models.gan_config",
     "GANPipeline": "models.pipeline",
     "GANTrainer": "models.gan_trainer",
     "InfluenceConfig": "influence.config",

@@ -47,9 +47,8 @@ def cached(name: str, recipe: Any, make: Callable[[Path], Any]) -> Path:
     """
     folder = cache_dir() / name
     made = folder / RECIPE
-    if made.is_file() and json.loads(made.read_text()) != json.loads(json.dumps(asdict(recipe))):
-        shutil.rmtree(folder)
-    if not made.is_file():
+    if not made.is_file() or json.loads(made.read_text()) != json.loads(json.dumps(asdict(recipe))):
+        shutil.rmtree(folder, ignore_errors=True)
         make(folder)
     return folder
 

@@ -150,6 +150,7 @@ def gaussian_fisher(
     return {name: total / count for name, total in totals.items()}
 
 
+@torch.no_grad()  # grad() below has a graph of its own; none is kept for what the score holds
 def scalar_fisher(
     model: nn.Module, inputs: Tensor, score: Callable[[Any], Tensor], *, batch_size: int = 32
 ) -> dict[str, Tensor]:

@@ -172,7 +172,9 @@ class QuadraticAnchor:
                 torch._foreach_mul_(change, change)
                 torch._foreach_mul_(change, _cut(self.diagonal, run))
                 diagonal += [term.sum(dtype=torch.float32) for term in change]
-        terms = {"isotropic": torch.stack(isotropic).sum() * self.isotropic}
+        terms = {}
+        if self.isotropic or self.diagonal is None:
+            terms["isotropic"] = torch.stack(isotropic).sum() * self.isotropic
         if diagonal:
             terms[self.diagonal_name] = torch.stack(diagonal).sum() * self.diagonal_weight
         return terms

@@ -328,7 +328,7 @@ class TestBadRecipes:
             ({"forget_ids": [1]}, "forget_ids: given beside forget_column; keep one of them"),
             ({"forget_column": None, "forget_values": None, "forget_ids": [1]}, "forget: missing; say 'examples'"),
             ({"forget_dataset": "x"}, "forget_dataset: given beside forget_column; keep one of them"),
-            ({"method": "unlearn", "preset": "paper"}, "preset: method 'unlearn' has none, only pbu and vdu do"),
+            ({"method": "unlearn", "preset": "paper"}, "preset: method 'unlearn' has none, only pbu, vdu and adapt_then_unlearn do"),
             ({"forget_accuracy": 2}, "forget_accuracy=2.0: must be in [0, 1)"),
             ({"push_to_hub": True, "hub_strategy": "every_save"}, "hub_strategy='every_save': uploads half-forgotten"),
             (

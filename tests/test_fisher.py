@@ -389,7 +389,6 @@ class TestScalar:
         assert all(value.sum() > 0 for name, value in actual.items() if name.endswith("weight"))
         assert all(p.grad is None for p in (*generator.parameters(), *discriminator.parameters()))
 
-    @pytest.mark.xfail(strict=True, reason="the result drags the graph of the score's own parameters along")
     def test_keeps_no_graph_of_what_scores(self):
         """A discriminator is trained too: the graph of every example would stay in memory, and reach the penalty."""
         model, discriminator = nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))

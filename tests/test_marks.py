@@ -35,7 +35,7 @@ class TestSpreadMarks:
         assert result.negative.shape == result.positive.shape == (200,)
         assert (result.negative == (np.arange(200) < 100)).all()
         assert (result.positive == ~result.negative).all()
-        assert (result.margin, result.missed) == (0, 0)
+        assert (result.low, result.high, result.missed) == (0, 0, 0)
 
     def test_few_negatives_count_as_much_as_many_positives(self):
         """Marks come as they are drawn: what to forget is rare. Without weights 0.25 of the positives were kept."""
@@ -46,7 +46,7 @@ class TestSpreadMarks:
             result = spread_marks(blobs(random, 20), blobs(random, 400, 3), others)
             found.append((result.negative[:500].mean(), result.positive[500:].mean(), result.positive[:500].mean()))
         recall, kept, passed = np.mean(found, 0)
-        assert recall > 0.6
+        assert recall > 0.1  # few, so that they are right
         assert kept > 0.6
         assert passed < 0.1
 
@@ -63,7 +63,7 @@ class TestSpreadMarks:
         passed, missed, found = [], [], []
         for seed in range(12):
             result = spread_marks(*kinds(seed, marks=200, others=1000, gap=1.5), miss_rate=miss_rate)
-            assert result.margin < 0
+            assert result.low < 0
             passed.append(result.positive[:1000].mean())
             missed.append(result.missed)
             found.append(result.positive[1000:].mean())
@@ -74,7 +74,7 @@ class TestSpreadMarks:
     def test_where_the_boundary_itself_misses_fewer_it_is_the_margin(self):
         """However many may pass, what lies on the negatives' side is never a positive."""
         result = spread_marks(*kinds(marks=200, others=1000, gap=3.0), miss_rate=0.5)
-        assert result.margin == 0
+        assert result.low == result.high == 0
         assert 0.02 < result.missed < 0.15
         assert (result.positive == ~result.negative).all()
         assert result.positive[:1000].mean() < 0.15
@@ -89,12 +89,24 @@ class TestSpreadMarks:
     def test_positives_of_a_smaller_rate_are_among_those_of_a_larger(self, seed, marks, gap, rates):
         strict, lax = (spread_marks(*kinds(seed, marks, 50, gap), miss_rate=rate) for rate in rates)
         assert (strict.positive <= lax.positive).all()
-        assert (strict.negative == lax.negative).all()
-        assert strict.margin <= lax.margin <= 0
+        assert (strict.negative <= lax.negative).all()
+        assert strict.low <= lax.low <= 0 <= lax.high <= strict.high
         assert 0 <= strict.missed <= lax.missed <= 1
         assert not (lax.positive & lax.negative).any()
 
-    @pytest.mark.xfail(strict=True, reason="the quantile is interpolated: of 10 marks one passes at a rate of 0.05")
+    def test_what_is_called_negative_is_seldom_positive(self):
+        """Positives are many: without a margin of their own a few in a hundred of them would be as many as all negatives."""
+        called, careless = [], []
+        for seed in range(12):
+            random = np.random.default_rng(seed)
+            marked = blobs(random, 100), blobs(random, 900, 2)
+            others = np.concatenate([blobs(random, 500), blobs(random, 4500, 2)])
+            result, lax = (spread_marks(*marked, others, miss_rate=rate) for rate in (0.05, 0.9))
+            called.append(result.negative[500:].sum() / 500)
+            careless.append(lax.negative[500:].sum() / 500)
+        assert np.mean(called) < 0.1
+        assert np.mean(careless) > 0.5
+
     def test_of_the_marks_themselves_no_more_than_the_rate_pass(self):
         for marks in (FEWEST, 10, 15, 30):
             for seed in range(5):
@@ -108,9 +120,8 @@ class TestSpreadMarks:
         # Verdicts right at a boundary may be rounded to either side.
         assert (plain.negative != other.negative).mean() <= 0.01
         assert (plain.positive != other.positive).mean() <= 0.01
-        assert other.margin == pytest.approx(plain.margin, abs=1e-2)
+        assert other.low == pytest.approx(plain.low, abs=1e-2)
 
-    @pytest.mark.xfail(strict=True, reason="the scale is taken before the features are centred")
     def test_features_may_each_have_an_origin_of_their_own(self):
         """As pixels have: those of a black margin say nothing, and must not make all others look alike."""
         random = np.random.default_rng(0)
@@ -129,21 +140,20 @@ class TestSpreadMarks:
         part = spread_marks(negatives, positives, others[some])
         assert (part.negative == whole.negative[some]).all()
         assert (part.positive == whole.positive[some]).all()
-        assert (part.margin, part.missed) == (whole.margin, whole.missed)
+        assert (part.low, part.high, part.missed) == (whole.low, whole.high, whole.missed)
 
     def test_kinds_can_be_exchanged(self):
         negatives, positives, others = kinds()
         one, other = spread_marks(negatives, positives, others), spread_marks(positives, negatives, others)
-        assert (one.negative != other.negative).mean() > 0.98
+        assert (one.negative == other.positive).mean() > 0.9
+        assert (one.positive == other.negative).mean() > 0.9
 
     def test_is_given_by_the_seed_of_the_folds(self):
         parts = kinds(gap=1.0)
         results = [spread_marks(*parts, seed=seed) for seed in (3, 3, 0, 1, 2)]
-        assert results[0].margin == results[1].margin
+        assert results[0].low == results[1].low
         assert (results[0].positive == results[1].positive).all()
-        assert len({result.margin for result in results}) == 4
-        # The classifier itself has seen all marks.
-        assert all((result.negative == results[0].negative).all() for result in results)
+        assert len({result.low for result in results}) == 4
 
     def test_the_given_arrays_are_left_alone(self):
         parts = [part.astype(np.float32) for part in kinds()]
@@ -157,7 +167,7 @@ class TestSpreadMarks:
         result = spread_marks(same, same, same)
         assert result.negative.shape == result.positive.shape == (8,)
         assert len(set(result.negative)) == len(set(result.positive)) == 1
-        assert np.isfinite([result.margin, result.missed]).all()
+        assert np.isfinite([result.low, result.high, result.missed]).all()
 
     @pytest.mark.parametrize("counts", [(FEWEST - 1, 50), (50, FEWEST - 1), (0, 50), (50, 0)])
     def test_refuses_too_few_marks(self, counts):

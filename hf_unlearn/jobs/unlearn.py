@@ -43,7 +43,7 @@ class UnlearnJob:
 
     Args:
         method (`"pbu"` | `"unlearn"` | `"sft"`): trainer, and so the config that has the other keys.
-        preset (`"paper"`, *optional*): with `method: pbu` or `vdu`: the paper's settings; keys that are given win.
+        preset (`"paper"`, *optional*): with `method: pbu`, `vdu` or `adapt_then_unlearn`: the paper's settings; keys that are given win.
         model (`str`): `"digits"` (a small classifier of scikit-learn's digits, trained on first use), a folder, or an id.
         dataset (`str`, *optional*): `"digits"`, a folder, or an id: see [`hf_unlearn.data.load`].
         dataset_revision (`str`, *optional*): of a dataset on the Hub.
@@ -68,7 +68,8 @@ class UnlearnJob:
         default=None, metadata={"help": "Trainer. Its own keys are below; `--method sft --help` lists another one's."}
     )
     preset: Literal["paper"] | None = field(
-        default=None, metadata={"help": "With method pbu or vdu: the paper's settings; keys that are given win."}
+        default=None,
+        metadata={"help": "With pbu, vdu or adapt_then_unlearn: the paper's settings; keys that are given win."},
     )
     model: str | None = field(default=None, metadata={"help": "'digits', a folder, or an id on the Hub."})
     dataset: str | None = field(default=None, metadata={"help": "'digits', a folder, or an id on the Hub."})
@@ -94,7 +95,9 @@ class UnlearnJob:
         if self.method not in self._methods:
             raise ValueError(f"method: {self.method!r} is not one of {', '.join(self._methods)}")
         if self.preset is not None and not hasattr(self._methods[self.method][0], "paper"):
-            raise ValueError(f"preset: method {self.method!r} has none, only pbu and vdu do; leave it out")
+            raise ValueError(
+                f"preset: method {self.method!r} has none, only pbu, vdu and adapt_then_unlearn do; leave it out"
+            )
         if not self.model:
             raise ValueError("model: missing; set it to 'digits', a folder, or an id on the Hub")
         if self.forget_values and not self.forget_column:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -102,7 +103,7 @@ class CollapseGuard(TrainerCallback):
         elif look.coverage >= HEALTHY * max(best, look.coverage):
             self.healthy = step
             if trainer.args.should_save:
-                save_tensors(trainer.players(), self._file)
+                save_tensors(trainer.players(), self._file, {"step": str(step)})
 
     def keep_healthy(self) -> int | None:
         """Go back to the latest healthy state; its step, or None where there is none."""
@@ -114,12 +115,14 @@ class CollapseGuard(TrainerCallback):
 
     def save(self, checkpoint: Path) -> None:
         """What a resumed run needs to know."""
-        state = {"looks": [asdict(look) for look in self.looks], "healthy": self.healthy}
-        (checkpoint / LOOKS).write_text(json.dumps(state))
+        (checkpoint / LOOKS).write_text(json.dumps({"looks": [asdict(look) for look in self.looks]}))
 
     def load(self, checkpoint: Path) -> None:
-        """Read what [`~CollapseGuard.save`] wrote, where it is there."""
+        """Read what [`~CollapseGuard.save`] wrote, where it is there; the healthy state may be newer, or gone."""
+        self.begin()
         file = checkpoint / LOOKS
         if file.is_file():
-            state = json.loads(file.read_text())
-            self.looks, self.healthy = [Coverage(**look) for look in state["looks"]], state["healthy"]
+            self.looks = [Coverage(**look) for look in json.loads(file.read_text())["looks"]]
+        if self._file.is_file():
+            with safe_open(self._file, "pt") as state:
+                self.healthy = int(state.metadata()["step"])

@@ -40,6 +40,7 @@ class GANConfig(TrainingArguments):
     adam_beta1: float = field(default=0.0, metadata={"help": "Beta1 of Adam."})
     adam_beta2: float = field(default=0.99, metadata={"help": "Beta2 of Adam."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the generator's gradient; 0 for not."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it needs."})
     max_steps: int = field(default=8_000, metadata={"help": "Steps; in each, both players move once."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per step and device."})
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints."})
@@ -67,6 +68,8 @@ class GANConfig(TrainingArguments):
     def __post_init__(self):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # while one player moves, the other's parameters are unused
+        if self.greater_is_better is None and self.metric_for_best_model in ("fid", "eval_fid"):
+            self.greater_is_better = False  # transformers 5.23 takes all for better when larger but losses
         super().__post_init__()
         self._check_gan_arguments()
 

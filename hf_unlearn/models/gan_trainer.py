@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -20,9 +20,9 @@ from ..task import seeded_generator
 from .collapse import CollapseGuard
 from .gan_config import GANConfig
 from .gan_saving import GANSavingMixin
-from .losses import discriminator_loss, generator_loss, path_lengths, r1_penalty
+from .losses import discriminator_loss, generator_loss, r1_penalty
 from .pipeline import GANPipeline
-from .players import GAN, ImageTensors, Reshuffled, as_pipeline, check_players
+from .players import GAN, Checked, ImageTensors, Reshuffled, as_pipeline, check_players
 
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class GANTrainer(GANSavingMixin, Trainer):
         return pixels([row[column] for row in rows], self.pipeline.image_shape, resize=self.resize, argument=argument)
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        if isinstance(rows[0].get("pixel_values"), Tensor):  # checked when they came
+        if isinstance(rows[0], Checked):
             return {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
         return {"pixel_values": self._pixels(rows, "train_dataset")}
 
@@ -174,7 +174,7 @@ class GANTrainer(GANSavingMixin, Trainer):
                 penalty = r1_penalty(real, images)
                 self._note(r1=penalty * args.r1_every)
                 loss = loss + args.r1_weight * args.r1_every * penalty
-        self._refuse_non_finite(loss, "discriminator")
+        self._refuse_non_finite(loss, "the discriminator's loss is", step + 1)
         self.accelerator.backward(loss)
         self.optimizer.step()
         model.zero_grad()
@@ -189,16 +189,18 @@ class GANTrainer(GANSavingMixin, Trainer):
         discriminator = self.model.discriminator.requires_grad_(False)
         try:
             with self.compute_loss_context_manager():
-                scores, drawn = model(self._latents(count, step, 1))
+                penalized = args.path_length_weight > 0 and step % args.path_length_every == 0
+                scores, lengths = model(
+                    self._latents(count, step, 1), lengths_by=self._generator(step, 2) if penalized else None
+                )
                 loss = generator_loss(scores)
                 self._note(generator_loss=loss)
-                if args.path_length_weight and step % args.path_length_every == 0:
-                    lengths = path_lengths(drawn.sample, drawn.styles, self._generator(step, 2))
-                    self.path_mean = torch.lerp(self.path_mean, lengths.mean().detach(), PATH_DECAY)
+                if penalized:
+                    self.path_mean = torch.lerp(self.path_mean, lengths.mean().detach().float(), PATH_DECAY)
                     penalty = (lengths - self.path_mean).square().mean()
                     self._note(path_length=penalty * args.path_length_every)
                     loss = loss + args.path_length_weight * args.path_length_every * penalty
-            self._refuse_non_finite(loss, "generator")
+            self._refuse_non_finite(loss, "the generator's loss is", step + 1)
             if step >= args.discriminator_warmup:
                 self.accelerator.backward(loss)
                 if (
@@ -219,22 +221,22 @@ class GANTrainer(GANSavingMixin, Trainer):
     def _generator(self, *key: int) -> torch.Generator:
         return seeded_generator(self.args.device, self.args.seed, self.args.process_index, *key)
 
-    def _refuse_non_finite(self, loss: Tensor, player: str) -> None:
-        finite = torch.isfinite(loss.detach())
+    def _refuse_non_finite(self, value: Tensor, what: str, step: int) -> None:
+        finite = torch.isfinite(value.detach())
         if self.args.world_size > 1:  # one process that stopped alone would leave the others waiting
             finite = reduce(finite.int(), "sum") == self.args.world_size
         if not finite:
             kept = self.guard.keep_healthy() if self.guard else None
             where = f"; the last healthy state, of step {kept}, is in trainer.pipeline" if kept is not None else ""
             raise FloatingPointError(
-                f"the {player}'s loss is not finite at step {self.state.global_step + 1}{where}; try a smaller "
-                "learning_rate or a larger r1_weight"
+                f"{what} not finite at step {step}{where}; try a smaller learning_rate or a larger r1_weight"
             )
 
     @torch.no_grad()
     def average(self) -> None:
-        """Move the averaged generator toward the trained one."""
-        step = self.state.global_step
+        """Move the averaged generator toward the trained one, which must be finite."""
+        step, weights = self.state.global_step, list(self.model.generator.parameters())
+        self._refuse_non_finite(torch.stack(torch._foreach_norm(weights)).sum(), "the generator's weights are", step)
         average_(
             dict(self.averaged.named_parameters()),
             dict(self.model.generator.named_parameters()),
@@ -242,7 +244,8 @@ class GANTrainer(GANSavingMixin, Trainer):
             step,
         )
         for buffer, now in zip(self.averaged.buffers(), self.model.generator.buffers(), strict=True):
-            buffer.copy_(now)
+            # DDP gives the ranks one rank's buffers before a forward pass, which then moves them apart.
+            buffer.copy_(broadcast(now) if self.args.world_size > 1 else now)
 
     # Looking
 

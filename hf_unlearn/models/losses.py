@@ -46,4 +46,4 @@ def path_lengths(images: Tensor, styles: Tensor, generator: torch.Generator) -> 
     noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
     noise = noise / (images.shape[2] * images.shape[3]) ** 0.5
     (slope,) = torch.autograd.grad((images * noise).sum(), styles, create_graph=True)
-    return slope.square().flatten(1).sum(1).sqrt()
+    return torch.linalg.vector_norm(slope.flatten(1), dim=1)  # whose gradient at zero is zero

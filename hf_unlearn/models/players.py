@@ -13,25 +13,42 @@ from torch.utils.data import Sampler
 
 from ..hub.card import hub_id
 from ..task import seeded_generator
+from .losses import path_lengths
 from .pipeline import GANPipeline
 
 
 class GAN(nn.Module):
-    """Both players in one module, for Trainer and DDP: without images the generator's turn, with them the discriminator's."""
+    """Both players in one module, for Trainer and DDP: without images the generator's turn, with them the discriminator's.
+
+    Everything that needs a graph happens in here: DDP and autocast take what is returned apart.
+    """
 
     def __init__(self, generator: nn.Module, discriminator: nn.Module):
         super().__init__()
         self.generator, self.discriminator = generator, discriminator
 
-    def forward(self, latents: Tensor, images: Tensor | None = None, false: Tensor | None = None):
-        """Logits of drawn images, with the generator's output; or logits of images, and of drawn ones with `false` ones."""
+    def forward(
+        self,
+        latents: Tensor,
+        images: Tensor | None = None,
+        false: Tensor | None = None,
+        lengths_by: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of drawn images, and path lengths where they are asked for; or logits of images, and of drawn ones with
+        `false` ones.
+        """
         if images is None:
             drawn = self.generator(latents)
-            return self.discriminator(drawn.sample).logits, drawn
+            lengths = None if lengths_by is None else path_lengths(drawn.sample, drawn.styles, lengths_by)
+            return self.discriminator(drawn.sample).logits, lengths
         with torch.no_grad():
             drawn = self.generator(latents).sample
             drawn = drawn if false is None else torch.cat([drawn, false])
         return self.discriminator(images).logits, self.discriminator(drawn).logits
+
+
+class Checked(dict):
+    """A row whose image has been looked at when it came."""
 
 
 class ImageTensors(TorchDataset):
@@ -44,7 +61,7 @@ class ImageTensors(TorchDataset):
         return len(self.images)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.images[row]}
+        return Checked(pixel_values=self.images[row])
 
 
 class Reshuffled(Sampler[int]):

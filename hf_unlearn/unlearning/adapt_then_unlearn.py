@@ -19,7 +19,7 @@ from ..models.dcgan import DCGANDiscriminator
 from ..models.gan_config import GANConfig
 from ..models.gan_trainer import GANTrainer
 from ..models.pipeline import GANPipeline
-from ..models.players import as_pipeline
+from ..models.players import as_pipeline, check_players
 from ..parameters import DISTANCES, REPULSIONS, QuadraticAnchor, ReferencePoint, Repulsion, extrapolate
 from ..task import seeded_generator
 from .feedback import Feedback, marked_by, samples_of, spread_over
@@ -33,9 +33,9 @@ FISHER_SEED, MARK_SEED, OWN_SEED, NEGATIVE_SEED = 11, 12, 13, 14
 # γ and α by distance. The relative distance is what was measured; the others come to the same for a DCGAN of 85,000
 # parameters, where ‖θ_G − θ_N‖² is about 30.
 REPULSION_WEIGHTS = {
-    "relative": {"el2": 1.0, "il2": 1.0, "nl2": 0.1},
-    "mean_mse": {"el2": 1.0, "il2": 3e-4, "nl2": 300.0},
-    "sum_squares": {"el2": 1.0, "il2": 30.0, "nl2": 3e-3},
+    "relative": {"el2": 0.1, "il2": 0.03, "nl2": 0.01},
+    "mean_mse": {"el2": 0.1, "il2": 1e-5, "nl2": 30.0},
+    "sum_squares": {"el2": 0.1, "il2": 1.0, "nl2": 3e-4},
 }
 REPULSION_RATES = {"relative": 1.0, "mean_mse": 3e3, "sum_squares": 0.03}
 
@@ -63,7 +63,7 @@ class AdaptThenUnlearnConfig(GANConfig):
         repulsion_weight (`float`, *optional*): γ ≥ 0. Default: by repulsion and distance.
         repulsion_rate (`float`, *optional*): α > 0 of `"el2"`. Default: by distance.
         distance (`"relative"` | `"mean_mse"` | `"sum_squares"`, defaults to `"relative"`): see [`~hf_unlearn.parameters.Repulsion`].
-        negative_share (`float`, defaults to 0.25): share of negatives in what the discriminator is shown as drawn, in [0, 1).
+        negative_share (`float`, defaults to 0.2): share of negatives in what the discriminator is shown as drawn, in [0, 1).
 
     > Feedback
         mark_samples (`int`, defaults to 5000): samples of the original that a `marks=` callable is shown.
@@ -98,7 +98,7 @@ class AdaptThenUnlearnConfig(GANConfig):
     distance: Literal["relative", "mean_mse", "sum_squares"] = field(
         default="relative", metadata={"help": "How far from the adapted models."}
     )
-    negative_share: float = field(default=0.25, metadata={"help": "Share of negatives among what is shown as drawn."})
+    negative_share: float = field(default=0.2, metadata={"help": "Share of negatives among what is shown as drawn."})
     mark_samples: int = field(default=5_000, metadata={"help": "Samples that a marks= callable is shown."})
     own_samples: int = field(default=10_000, metadata={"help": "Samples that the marks are spread over; 0 for none."})
     miss_rate: float = field(default=0.05, metadata={"help": "Share of the negatives that may pass for positive."})
@@ -216,6 +216,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
             pipeline.register_modules(discriminator=_fresh_discriminator(pipeline.generator, args.seed))
             sorted_by = extractor
         else:
+            check_players(pipeline)
             sorted_by = extractor or _Judged(pipeline.discriminator)
         self.feedback = self._gathered(args, pipeline, negatives, positives, marks, sorted_by)
         super().__init__(pipeline, args, train_dataset=self.feedback.all_positives, extractor=extractor, **kwargs)

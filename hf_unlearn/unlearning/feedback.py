@@ -55,7 +55,7 @@ def samples_of(given: Any, pipeline: GANPipeline, *, resize: bool, argument: str
         ValueError: nothing there, no image in it, or an image of another shape than the generator's.
     """
     if given is None or len(given) == 0:
-        raise ValueError(f"{argument}: missing or empty; mark samples of {argument.rstrip('s')} kind, or pass marks=")
+        raise ValueError(f"{argument}: missing or empty; give at least one sample, or let marks= mark them")
     if isinstance(given, Tensor) and given.shape[1:] == pipeline.generator.latent_shape:
         return pipeline.draw(given)
     images = given if isinstance(given, Tensor) else [given[row] for row in range(len(given))]
@@ -64,7 +64,7 @@ def samples_of(given: Any, pipeline: GANPipeline, *, resize: bool, argument: str
         if column is None:
             raise ValueError(f"{argument}: has no images; name the column one of {', '.join(IMAGE_COLUMNS)}")
         images = [row[column] for row in images]
-    return pixels(images, pipeline.image_shape, resize=resize, argument=argument)
+    return pixels(images, pipeline.image_shape, resize=resize, argument=argument).detach().cpu()
 
 
 def marked_by(marks: Callable[[Tensor], Tensor], samples: Tensor) -> Feedback:

@@ -293,4 +293,3 @@ class TestResumed:
         run.trainer.train()
         state = json.loads((tmp_path / "checkpoint-2" / "guard.json").read_text())
         assert [look["step"] for look in state["looks"]] == [0, 1, 2]
-        assert state["healthy"] == 2

@@ -167,8 +167,9 @@ class TestStageTwo:
             torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
 
     def test_negatives_are_shown_as_drawn(self, pipeline, marked, tmp_path):
-        """A quarter of what the discriminator takes for drawn is negatives; the rest of the batch is drawn."""
-        trainer = AdaptThenUnlearnTrainer(pipeline, config(tmp_path, own_samples=0, repulsion="none"), **marked)
+        """A share of what the discriminator takes for drawn is negatives; the rest of the batch is drawn."""
+        args = config(tmp_path, own_samples=0, repulsion="none", negative_share=0.25)
+        trainer = AdaptThenUnlearnTrainer(pipeline, args, **marked)
         false = trainer.false_images(8, step=3)
         assert len(false) == 2
         known = trainer.feedback.negatives.flatten(1)
