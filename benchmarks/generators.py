@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_unlearn.cache import cache_dir
 from hf_unlearn.data import load
@@ -48,9 +47,7 @@ def judge_folder(task: str, seed: int) -> Path:
 @cache
 def judge(task: str, seed: int = 0) -> ClassifierFeatures:
     """A classifier of all ten classes. That of seed 0 measures, and no method sees it."""
-    folder = judge_folder(task, seed)
-    model = AutoModelForImageClassification.from_pretrained(folder)
-    return ClassifierFeatures(model.eval(), AutoImageProcessor.from_pretrained(folder), name=f"{task}-resnet-{seed}")
+    return ClassifierFeatures.from_pretrained(judge_folder(task, seed))
 
 
 @cache

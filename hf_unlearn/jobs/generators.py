@@ -41,18 +41,14 @@ def classifier_of(name: str, *, argument: str = "classifier", seed: int = 0) -> 
     Raises:
         ValueError: there is none.
     """
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
     folder = str(cached_digits_classifier(seed)) if name == "digits" else name
     try:
-        model = AutoModelForImageClassification.from_pretrained(folder)
-        processor = AutoImageProcessor.from_pretrained(folder)
+        return ClassifierFeatures.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "").rstrip(".")
         raise ValueError(
             f"{argument}={name!r}: neither a folder with a classifier and its image processor nor an id ({reason})"
         ) from error
-    return ClassifierFeatures(model.eval(), processor, name=Path(folder).name)
 
 
 def reference_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,6 +121,22 @@ class ClassifierFeatures(nn.Module):
                 self.mean, self.std = processor.image_mean, processor.image_std
             else:
                 self.mean, self.std = 0.0, 1.0
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> ClassifierFeatures:
+        """Of a folder or an id with an image classifier and its processor.
+
+        Args:
+            name (`str` or `Path`): what `from_pretrained` of transformers takes.
+            kwargs: as for [`ClassifierFeatures`]; `name` defaults to the last part of the path or the id.
+
+        Raises:
+            OSError, ValueError: of transformers, where there is no such thing.
+        """
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        model = AutoModelForImageClassification.from_pretrained(name).eval()
+        return cls(model, AutoImageProcessor.from_pretrained(name), **({"name": Path(name).name} | kwargs))
 
     def forward(self, images: Tensor) -> Tensor:
         return self._features_and_logits(images)[0]
