@@ -32,7 +32,7 @@ from hf_unlearn import (
 HERE = Path(__file__).parent
 WORKLOADS = {  # name: (image side, channels of the finest map)
     "digits GAN, 8 × 8": (8, 32),
-    "GAN, 32 × 32": (32, 32),
+    "Fashion-MNIST GAN, 16 × 16": (16, 32),
 }
 BATCH = 64
 COMMON = {

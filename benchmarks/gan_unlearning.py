@@ -117,6 +117,7 @@ class Consolidated(AdaptThenUnlearnTrainer):
 
 # The paper's data: the marked samples and nothing else.
 MARKED = {"negative_share": 0.0, "own_samples": 0}
+RATES = (5e-4, 2e-3)
 
 
 def method(label: str, settings: dict, tuned: dict | list | None = None, **flags) -> dict:
@@ -129,15 +130,15 @@ METHODS = {
     "ours_no_repulsion": method("ours, no repulsion", {"repulsion": "none"}, first_seed=True),
     "ours_no_false": method("ours, negatives not shown as drawn", {"negative_share": 0.0}, first_seed=True),
     "ours_no_spread": method("ours, marks not spread", {"own_samples": 0}, first_seed=True),
-    "el2": method("EL2 (paper)", MARKED, {"repulsion_weight": (0.3, 3.0, 30.0)}),
-    "nl2": method("NL2 (paper)", MARKED | {"repulsion": "nl2"}, {"repulsion_weight": (1e-3, 1e-2, 1e-1)}),
-    "il2": method("IL2 (paper)", MARKED | {"repulsion": "il2"}, {"repulsion_weight": (0.1, 1.0, 10.0)}),
+    "el2": method("EL2 (paper)", MARKED, {"learning_rate": RATES, "repulsion_weight": (0.3, 3.0, 30.0)}),
+    "nl2": method("NL2 (paper)", MARKED | {"repulsion": "nl2"}, {"learning_rate": RATES, "repulsion_weight": (3e-4, 1e-3, 1e-2)}, first_seed=True),
+    "il2": method("IL2 (paper)", MARKED | {"repulsion": "il2"}, {"learning_rate": RATES, "repulsion_weight": (0.1, 1.0)}, first_seed=True),
     "consolidation": method(
-        "consolidation only", MARKED | {"repulsion": "none"}, {"consolidation_weight": (1e-2, 1e-1, 1.0)},
-        trainer=Consolidated,
+        "consolidation only", MARKED | {"repulsion": "none"}, {"learning_rate": RATES, "consolidation_weight": (1e-3, 1e-2, 1e-1)},
+        trainer=Consolidated, first_seed=True,
     ),
-    "finetune": method("fine-tuned on positives", MARKED | {"repulsion": "none"}, {"learning_rate": (5e-4, 2e-3)}),
-    "extrapolation": method("extrapolation", MARKED, {"scale": (-0.02, -0.05, -0.1, -0.2, -0.5)}),
+    "finetune": method("fine-tuned on positives", MARKED | {"repulsion": "none"}, {"learning_rate": (2e-4, *RATES)}),
+    "extrapolation": method("extrapolation", MARKED, {"scale": (-0.2, -0.5, -1.0, -2.0, -4.0)}, first_seed=True),
 }  # fmt: skip
 
 
@@ -191,17 +192,14 @@ def adapt(trainer: AdaptThenUnlearnTrainer, key: tuple) -> float:
 
 def tune_job(job: tuple) -> dict:
     """A method's options on one model, one after another, so that stage 1 is done once."""
-    names, seed, forgotten, marks, steps, count, most = job
+    pairs, seed, forgotten, marks, steps, count = job
     limit = BAR * distance_of_original("digits", seed, count)
     rows = []
-    for name in names:
-        for option in METHODS[name]["options"][:most]:
-            pipeline, _ = unlearned("digits", name, seed, forgotten, marks, option, steps)
-            figures = measured(pipeline, "digits", seed, forgotten, count, ret_fid=False)
-            rows.append(
-                {"method": name, "class": forgotten, "marks": marks, "option": option, "limit": limit} | figures
-            )
-            print(json.dumps(rows[-1]), flush=True)
+    for name, option in pairs:
+        pipeline, _ = unlearned("digits", name, seed, forgotten, marks, option, steps)
+        figures = measured(pipeline, "digits", seed, forgotten, count, ret_fid=False)
+        rows.append({"method": name, "class": forgotten, "marks": marks, "option": option, "limit": limit} | figures)
+        print(json.dumps(rows[-1]), flush=True)
     return {"rows": rows}
 
 
@@ -278,7 +276,8 @@ def main() -> None:
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--fashion", action="store_true")
     parser.add_argument("--quick", action="store_true", help="few steps; writes nothing")
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), help="methods to tune and to measure again")
+    parser.add_argument("--again", action="store_true", help="tune from scratch, forgetting what has been tried")
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), help="methods to measure again")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
     parts = [part for part in ("tune", "table", "sensitivity") if getattr(given, part)]
@@ -286,7 +285,7 @@ def main() -> None:
     start()
     if given.fashion:
         return fashion(given.workers)
-    names, quick = given.only or list(METHODS), given.quick
+    names, quick = list(METHODS), given.quick
     seeds, classes, marks, count, steps, most = SEEDS, CLASSES, MARKS, SAMPLES, None, None
     tuned_on = TUNED_ON
     if quick:
@@ -300,11 +299,30 @@ def main() -> None:
             model("digits", seed, forgotten)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not quick else {}
     if "tune" in parts:
-        tuned = [name for name in names if len(METHODS[name]["options"]) > 1]
-        jobs = [(tuned, *where, number, steps, count, most) for where in tuned_on for number in marks]
-        tried = [row for done in run(tune_job, jobs, given.workers) for row in done["rows"]]
-        if given.only:
-            tried += [row for row in results["tuning"]["tried"] if row["method"] not in given.only]
+        pairs = [
+            (name, option)
+            for name in names
+            for option in METHODS[name]["options"][:most]
+            if METHODS[name]["options"][1:]
+        ]
+        tried = [
+            row
+            for row in results.get("tuning", {}).get("tried", [])
+            if not given.again and (row["method"], row["option"]) in pairs
+        ]
+        known = [(row["method"], row["option"], row["class"], row["marks"]) for row in tried]
+        jobs = [
+            (
+                [(name, option) for name, option in pairs if (name, option, where[1], number) not in known],
+                *where,
+                number,
+                steps,
+                count,
+            )
+            for where in tuned_on
+            for number in marks
+        ]
+        tried += [row for done in run(tune_job, jobs, given.workers) for row in done["rows"]]
         results["tuning"] = {"on": tuned_on, "tried": tried}
         results["chosen"] = {
             name: {
@@ -319,7 +337,7 @@ def main() -> None:
         jobs = []
         for seed in seeds:
             for forgotten in classes:
-                if not given.only:
+                if not given.only or quick:
                     jobs += [
                         ("digits", name, seed, forgotten, 0, {}, steps, count, not quick)
                         for name in ("original", "retrain")[: 1 if quick else 2]
@@ -337,7 +355,7 @@ def main() -> None:
                         not quick,
                     )
                     for number in marks
-                    for name in names
+                    for name in (given.only or names)
                     if seed == seeds[0] or not METHODS[name].get("first_seed")
                 ]
         rows = run(table_job, jobs, given.workers)

@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 
 import diffusion_report
+import gan_report
 import influence_report
 
 
@@ -169,6 +170,9 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
     if all((HERE / "results" / f"diffusion_{name}.json").is_file() for name in ("unlearning", "cost")):
         diffusion, steps = results("diffusion_unlearning"), results("diffusion_cost")
         parts.append(diffusion_report.render(diffusion, steps, cost_table(steps)))
+    if all((HERE / "results" / f"gan_{name}.json").is_file() for name in ("unlearning", "cost")):
+        steps = results("gan_cost")
+        parts.append(gan_report.render(results("gan_unlearning"), steps, cost_table(steps)))
     names = ("fidelity", "labels", "poison", "cost")
     if all((HERE / "results" / f"influence_{name}.json").is_file() for name in names):
         parts.append(influence_report.render(*(results(f"influence_{name}") for name in names)))
