@@ -203,9 +203,8 @@ class GANTrainer(GANSavingMixin, Trainer):
             self._refuse_non_finite(loss, "the generator's loss is", step + 1)
             if step >= args.discriminator_warmup:
                 self.accelerator.backward(loss)
-                if (
-                    self.anchor is not None
-                ):  # after the backward pass, where DDP has averaged: as a penalty in the loss
+                # After the backward pass, where DDP has averaged: equal to a penalty in the loss.
+                if self.anchor is not None:
                     self.anchor.add_grad_(dict(self.model.generator.named_parameters()))
         finally:
             discriminator.requires_grad_(True)
