@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from .images import IMAGE_COLUMNS, pixels
+from .images import image_column, pixels
 
 
 if TYPE_CHECKING:
@@ -128,11 +128,7 @@ def encode(
     if len(dataset) == 0:
         raise ValueError(f"{argument}: is empty; pass rows, or leave it out")
     first = dataset[0]
-    column = next((name for name in IMAGE_COLUMNS if name in first), None)
-    if column is None:
-        raise ValueError(
-            f"{argument}: has no images; name the column one of {', '.join(IMAGE_COLUMNS)} (rename_column)"
-        )
+    column = image_column(first, argument)
     prompted, shape = is_prompted(pipeline), resolution(pipeline)
     prompt_column = next((name for name in PROMPT_COLUMNS if name in first), None)
     if prompted and prompt_column is None:

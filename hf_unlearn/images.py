@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,20 @@ from torch import Tensor
 
 IMAGE_COLUMNS = ("pixel_values", "image", "images")
 SMALLEST = 64  # pixels; in a grid, smaller images are enlarged, each pixel a square
+
+
+def image_column(columns: Iterable[str], argument: str) -> str:
+    """Which of the columns holds the images.
+
+    Raises:
+        ValueError: none.
+    """
+    column = next((name for name in IMAGE_COLUMNS if name in columns), None)
+    if column is None:
+        raise ValueError(
+            f"{argument}: has no images; name the column one of {', '.join(IMAGE_COLUMNS)} (rename_column)"
+        )
+    return column
 
 
 def pixels(
@@ -59,7 +73,7 @@ def pixels(
             raise ValueError(
                 f"{argument}: pixel values reach {tensors.abs().max():.3g}, the model's are in [−1, 1]; rescale them"
             )
-    return tensors
+    return tensors.clamp(-1, 1)
 
 
 def _fitted(image: Any, height: int, width: int) -> Any:

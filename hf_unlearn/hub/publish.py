@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from concurrent.futures import Future
 from fnmatch import fnmatchcase
@@ -22,6 +23,7 @@ from .allowed import (
     unreadable,
     weights_of,
 )
+from .card import hub_id
 
 
 if TYPE_CHECKING:
@@ -110,6 +112,17 @@ def publish_folder(
         allow_patterns=as_patterns(files),
         run_as_future=run_as_future,
     )
+
+
+def forget_local_paths(folder: str | Path) -> None:
+    """Take out of a saved pipeline where its models came from, if that is a folder on this machine: diffusers 0.42 writes it."""
+    folder = Path(folder)
+    for file in (folder / PIPELINE, folder / CONFIG, *folder.glob(f"*/{CONFIG}")):
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        if "_name_or_path" in content:
+            if (name := hub_id(content.pop("_name_or_path"))) is not None:
+                content["_name_or_path"] = name
+            file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def as_patterns(files: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ from ..models.players import as_pipeline
 from ..plots import image_grid
 from ..task import check_processes, seeded_generator
 from ..unlearning.adapt_then_unlearn import MARK_SEED, AdaptThenUnlearnConfig, AdaptThenUnlearnTrainer
+from .alone import made_once
 from .generators import Judge, classifier_of, forget_and_report, reference_of
 
 
@@ -134,6 +135,8 @@ class GANJob:
                 f"undesired: {odd[0]} is not on the sheet, whose samples are 0 to {self.looked_at - 1}; correct it, or set "
                 "looked_at as it was when the sheet was written"
             )
+        if self.undesired is not None and not self.undesired:
+            raise ValueError("undesired: is empty; name at least one sample, or leave it out to be given the sheet")
         if self.undesired is not None and len(set(self.undesired)) == self.looked_at:
             raise ValueError(
                 f"undesired: names all {self.looked_at} samples, none is left as positive; raise looked_at"
@@ -180,8 +183,8 @@ def run_adapt_then_unlearn(
     """
     check_processes(config)
     # What costs seconds to find wrong comes before what costs minutes to train.
-    marker = None if job.marker is None else classifier_of(job.marker, argument="marker", seed=MARKER_SEED)
-    classifier = None if job.classifier is None else classifier_of(job.classifier)
+    marker = None if job.marker is None else classifier_of(job.marker, config, argument="marker", seed=MARKER_SEED)
+    classifier = None if job.classifier is None else classifier_of(job.classifier, config)
     to_mark = None if marker is None else _classes(job, marker, "marker")
     forgotten = [] if classifier is None else _classes(job, classifier, "classifier")
     others = _others(job, forgotten)
@@ -189,8 +192,7 @@ def run_adapt_then_unlearn(
     if job.marker is not None and job.marker == job.classifier != "digits":
         logger.warning("classifier: is the one that marks too, so its figures flatter; take another one to count")
 
-    name = str(small_gan.cached(small_gan.NAMES[job.model])) if job.model in small_gan.NAMES else job.model
-    pipeline, _ = as_pipeline(name)
+    pipeline, _ = as_pipeline(_folder(job.model, config))
     judge = None
     if classifier is not None:
         reference = reference_of(others, classifier, pipeline.image_shape, resize=config.resize)
@@ -208,13 +210,20 @@ def run_adapt_then_unlearn(
         shows = torch.zeros(len(samples), dtype=torch.bool).index_fill(0, torch.tensor(job.undesired), True)
         marked = {"negatives": samples[shows], "positives": samples[~shows]}
 
-    trainer = trainer_class(name, config, **marked)
+    trainer = trainer_class(pipeline, config, **marked)
     if job.dataset and not Path(job.dataset).exists():
         trainer.card_values = {"dataset_name": job.dataset, "dataset_type": job.dataset}
     if trainer.is_world_process_zero():
         counts = (len(trainer.feedback.negatives), len(trainer.feedback.positives))
         Console(highlight=False, soft_wrap=True).print("marks    {:,} negative, {:,} positive".format(*counts))
     forget_and_report(trainer, judge)
+
+
+def _folder(model: str, config: AdaptThenUnlearnConfig) -> str:
+    if model not in small_gan.NAMES:
+        return model
+    code = f"from hf_unlearn import small_gan as s; print(s.cached(s.NAMES[{model!r}], progress=False))"
+    return made_once(config, lambda: small_gan.cached(small_gan.NAMES[model]), code)
 
 
 # Feedback

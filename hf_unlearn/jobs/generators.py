@@ -13,14 +13,16 @@ from torch import Tensor
 
 from ..demo import cached_digits_classifier
 from ..hub.card import Figure
-from ..images import IMAGE_COLUMNS, pixels
+from ..images import image_column, pixels
 from ..metrics.features import ClassifierFeatures, Features, features_of
 from ..metrics.generation import UnlearnedResult, class_shift, density_coverage, frechet_distance, percentage_unlearned
+from .alone import made_once
 from .unlearn import resume_argument
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import TrainingArguments
 
     from ..unlearning.adapt_then_unlearn import AdaptThenUnlearnTrainer
     from ..unlearning.vdu import VDUTrainer
@@ -30,18 +32,24 @@ MEASURE_SEED = 5  # apart from the noise of grids and replay
 NEIGHBOUR = 5  # that sets the radius of coverage
 
 
-def classifier_of(name: str, *, argument: str = "classifier", seed: int = 0) -> ClassifierFeatures:
+def classifier_of(
+    name: str, config: TrainingArguments, *, argument: str = "classifier", seed: int = 0
+) -> ClassifierFeatures:
     """An image classifier with its processor, as the key `argument` of a recipe names it.
 
     Args:
         name (`str`): `"digits"`, a folder or an id.
+        config (`TrainingArguments`): of the job.
         argument (`str`, defaults to `"classifier"`): what to call it in an error.
         seed (`int`, defaults to 0): of `"digits"`, which is trained on first use: seconds.
 
     Raises:
         ValueError: there is none.
     """
-    folder = str(cached_digits_classifier(seed)) if name == "digits" else name
+    folder = name
+    if name == "digits":
+        code = f"from hf_unlearn.demo import cached_digits_classifier; print(cached_digits_classifier({seed}))"
+        folder = made_once(config, lambda: cached_digits_classifier(seed), code)
     try:
         return ClassifierFeatures.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -66,9 +74,7 @@ def reference_of(
     """
     if rows is None or len(rows) < 2:
         return None
-    column = next((name for name in IMAGE_COLUMNS if name in rows.column_names), None)
-    if column is None:
-        raise ValueError(f"eval_split: has no images; name the column one of {', '.join(IMAGE_COLUMNS)}")
+    column = image_column(rows.column_names, "eval_split")
     images = [rows[index][column] for index in range(len(rows))]
     return features_of(pixels(images, shape, resize=resize, argument="eval_split"), classifier)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +17,7 @@ from ..task import check_processes
 from ..unlearning.config import UnlearnConfig, UnlearnSFTConfig
 from ..unlearning.pbu import PBUConfig, PBUTrainer
 from ..unlearning.trainer import UnlearnSFTTrainer, UnlearnTrainer
+from .alone import made_once
 
 
 if TYPE_CHECKING:
@@ -284,10 +282,8 @@ def _model(job: UnlearnJob, config: UnlearnArguments) -> str:
     if job.model == "digits":
         from ..demo import cached_digits_classifier
 
-        if config.world_size == 1:
-            return str(cached_digits_classifier())
-        with config.main_process_first(desc="training a classifier of digits"):
-            return _digits_classifier_in_a_process_of_its_own()
+        code = "from hf_unlearn.demo import cached_digits_classifier; print(cached_digits_classifier())"
+        return made_once(config, cached_digits_classifier, code)
     try:
         AutoConfig.from_pretrained(job.model)
     except (OSError, ValueError) as error:
@@ -296,16 +292,6 @@ def _model(job: UnlearnJob, config: UnlearnArguments) -> str:
             f"model={job.model!r}: neither a folder with a model nor an id on the Hub ({reason})"
         ) from error
     return job.model
-
-
-def _digits_classifier_in_a_process_of_its_own() -> str:
-    """For a launched run: its training must not look for the other processes."""
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    alone = {name: value for name, value in os.environ.items() if name not in launched}
-    alone = {name: value for name, value in alone.items() if not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
-    code = "from hf_unlearn.demo import cached_digits_classifier; print(cached_digits_classifier())"
-    done = subprocess.run([sys.executable, "-c", code], env=alone, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout.splitlines()[-1]
 
 
 def _measure(trainer: UnlearnTrainer) -> dict[str, float]:

@@ -11,6 +11,7 @@ from ..diffusion import resolution
 from ..metrics.features import ClassifierFeatures
 from ..task import check_processes
 from ..unlearning.vdu import VDUConfig, VDUTrainer
+from .alone import made_once
 from .generators import Judge, classifier_of, forget_and_report, reference_of
 from .unlearn import Parts, UnlearnJob, select
 
@@ -84,9 +85,9 @@ def run_vdu(job: VDUJob, config: VDUConfig, trainer_class: type[VDUTrainer]) -> 
     """
     check_processes(config)
     parts = Parts(None, None, None, {}) if config.forget_prompts else select(job, config.id_column)
-    classifier = None if job.classifier is None else classifier_of(job.classifier)
+    classifier = None if job.classifier is None else classifier_of(job.classifier, config)
     trainer = trainer_class(
-        pipeline=_pipeline(job.model),
+        pipeline=_pipeline(job.model, config),
         args=config,
         forget_dataset=_limited(parts.forget, job.forget_limit, config.seed),
         retain_dataset=parts.retain,
@@ -104,8 +105,11 @@ def _limited(rows: Dataset | None, limit: int | None, seed: int) -> Dataset | No
     )
 
 
-def _pipeline(model: str) -> str:
-    return str(small_ddpm.cached(small_ddpm.NAMES[model])) if model in small_ddpm.NAMES else model
+def _pipeline(model: str, config: VDUConfig) -> str:
+    if model not in small_ddpm.NAMES:
+        return model
+    code = f"from hf_unlearn import small_ddpm as s; print(s.cached(s.NAMES[{model!r}], progress=False))"
+    return made_once(config, lambda: small_ddpm.cached(small_ddpm.NAMES[model]), code)
 
 
 def _judge(job: VDUJob, parts: Parts, trainer: VDUTrainer, classifier: ClassifierFeatures) -> Judge:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from accelerate.utils import broadcast
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -88,7 +90,12 @@ class CollapseGuard(TrainerCallback):
             self.real = trainer.features(trainer._images(trainer.train_dataset, trainer.args.guard_samples, REAL_SEED))
         drawn = trainer.features(trainer.draw(trainer.args.guard_samples, DRAWN_SEED))
         k = min(5, len(self.real) - 1)
-        look = Coverage(step, density_coverage(self.real, drawn, k=k).coverage if k else 1.0)
+        coverage = torch.tensor(
+            density_coverage(self.real, drawn, k=k).coverage if k else 1.0, device=trainer.args.device
+        )
+        if trainer.args.world_size > 1:  # rounding must not part the ranks
+            coverage = broadcast(coverage)
+        look = Coverage(step, coverage.item())
         best = self.best
         self.looks.append(look)
         if best >= LEARNED and look.coverage < trainer.args.collapse_tolerance * best:

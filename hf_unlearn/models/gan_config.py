@@ -45,6 +45,7 @@ class GANConfig(TrainingArguments):
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per step and device."})
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints."})
     logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})
+    hub_strategy: str = field(default="end", metadata={"help": "Only 'end': nothing half-trained is uploaded."})
     discriminator_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the discriminator. Default: the generator's."}
     )
@@ -89,6 +90,10 @@ class GANConfig(TrainingArguments):
         for name in ("r1_every", "path_length_every", "guard_steps", "sample_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be ≥ 1")
+        if self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing=True: these networks have none; set it to False")
+        if self.discriminator_learning_rate is not None and not self.discriminator_learning_rate >= 0:
+            raise ValueError(f"discriminator_learning_rate={self.discriminator_learning_rate}: must be ≥ 0")
         if self.guard_samples < 16:
             raise ValueError(f"guard_samples={self.guard_samples}: must be ≥ 16, or coverage says nothing")
         if not 0 <= self.ema_decay < 1:

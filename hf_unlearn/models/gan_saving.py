@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -11,10 +11,14 @@ from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.card import loading_code
-from ..hub.publish import publish_folder
+from ..hub.publish import forget_local_paths, publish_folder
 from ..parameters import save_tensors
 from ..task import last_checkpoint_with
 from .pipeline import GANPipeline
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 
 STATE = "gan.safetensors"
@@ -65,6 +69,7 @@ class GANSavingMixin:
                 )
         if self.guard and not resume_from_checkpoint:
             self.guard.begin()
+        self._terms, self._terms_count = {}, 0  # of an earlier run, after its last log
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -89,19 +94,27 @@ class GANSavingMixin:
                 self.guard.save(folder)
             return
         self.save_pipeline(folder)
-        self.create_model_card()
+        self.model_card(self.hub_model_id or folder).save(folder / "README.md")
 
     def save_pipeline(self, folder: Path) -> None:
         """The pipeline, with its discriminator."""
         self.pipeline.save_pretrained(folder)
+        forget_local_paths(folder)
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
-        """Write a short `README.md`: how the GAN was made, and how to draw with it."""
+        """Write `README.md`."""
+        if self.is_world_process_zero():
+            self.model_card(self.hub_model_id or self.args.output_dir).save(Path(self.args.output_dir, "README.md"))
+
+    def model_card(self, source: str | Path) -> ModelCard:
+        """A short card: how the GAN was made, and how to draw with it.
+
+        Args:
+            source (`str` or `Path`): repository id, or folder that it was saved to, of which only the name is written.
+        """
         from huggingface_hub import ModelCard, ModelCardData
 
-        if not self.is_world_process_zero():
-            return
-        name = self.hub_model_id or Path(self.args.output_dir).resolve().name
+        name = str(source) if source == self.hub_model_id else Path(source).resolve().name
         args = self.args
         data = ModelCardData(library_name="hf_unlearn", tags=["gan"], pipeline_tag="unconditional-image-generation")
         text = (
@@ -110,7 +123,7 @@ class GANSavingMixin:
             f"learning rate {args.learning_rate:g}, R1 {args.r1_weight:g}, seed {args.seed}.\n\n"
             f"```python\n{loading_code(GANPipeline, name)}\n```\n"
         )
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(Path(args.output_dir, "README.md"))
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
     def push_to_hub(
         self, commit_message: str = "End of training", blocking: bool = True, token=None, revision=None, **kwargs

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..images import IMAGE_COLUMNS, pixels
+from ..images import IMAGE_COLUMNS, image_column, pixels
 from ..metrics.features import Features, features_of
 from ..metrics.generation import density_coverage, frechet_distance
 from ..parameters import Anchor, average_
@@ -107,15 +107,15 @@ class GANTrainer(GANSavingMixin, Trainer):
 
     def _rows(self, dataset: Any, argument: str) -> Any:
         """The dataset, after a look at its first row."""
+        if isinstance(dataset, dict):
+            raise ValueError(f"{argument}: is a dict; pass one dataset, and others to evaluate()")
         if isinstance(dataset, Tensor):
             return ImageTensors(pixels(dataset, self.pipeline.image_shape, resize=self.resize, argument=argument))
         self._pixels([dataset[0]], argument)
         return dataset
 
     def _pixels(self, rows: Sequence[dict[str, Any]], argument: str) -> Tensor:
-        column = next((name for name in IMAGE_COLUMNS if name in rows[0]), None)
-        if column is None:
-            raise ValueError(f"{argument}: has no images; name the column one of {', '.join(IMAGE_COLUMNS)}")
+        column = image_column(rows[0], argument)
         return pixels([row[column] for row in rows], self.pipeline.image_shape, resize=self.resize, argument=argument)
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -259,7 +259,7 @@ class GANTrainer(GANSavingMixin, Trainer):
         """What images are compared by: the extractor's features, or pixels."""
         if self.extractor is None:
             return Features(images.flatten(1), "pixels")
-        return features_of(images, self.extractor)
+        return features_of(images, self.extractor, name=getattr(self.extractor, "name", "extractor"))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Draw as many images as there are in the dataset, and compare: Fréchet distance, density and coverage.

@@ -18,8 +18,8 @@ class GANPipeline(DiffusionPipeline):
     ```
 
     Args:
-        generator ([`DCGANGenerator`]): or any model with `map_latents(latents, truncation)`, `synthesize(styles)`,
-            `latent_shape` and `config.channels`, `config.sample_size`.
+        generator ([`DCGANGenerator`]): or any diffusers model with `latent_shape` (a tuple), `config.channels`,
+            `config.sample_size` and a `forward(latents, truncation=)` that gives `.sample`, and for path lengths `.styles`.
         discriminator ([`DCGANDiscriminator`], *optional*): not needed to draw, but to go on training.
     """
 

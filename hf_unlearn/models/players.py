@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-from ..hub.card import hub_id
 from ..task import seeded_generator
 from .losses import path_lengths
 from .pipeline import GANPipeline
@@ -95,17 +94,23 @@ def as_pipeline(model: Any) -> tuple[GANPipeline, str | None]:
         raise ValueError(
             f"model: {type(model).__name__} is no GANPipeline; pass GANPipeline(generator, discriminator)"
         )
-    return model, hub_id(model.config.get("_name_or_path"))
+    return model, model.config.get("_name_or_path")
 
 
 def check_players(pipeline: GANPipeline) -> None:
     """Refuse a pipeline whose two players do not fit.
 
     Raises:
-        ValueError: no discriminator, or one of another size or number of channels.
+        ValueError: no discriminator, one of another size or number of channels, or weights in 16 bits.
     """
     if pipeline.discriminator is None:
         raise ValueError("model: the pipeline has no discriminator; pass GANPipeline(generator, discriminator)")
+    for name in ("generator", "discriminator"):
+        if (dtype := getattr(pipeline, name).dtype) in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"model: the {name}'s weights are {dtype}, where small steps are lost; load it in float32, and set bf16=True "
+                "to compute in 16 bits"
+            )
     for name in ("sample_size", "channels"):
         sizes = [getattr(player.config, name) for player in (pipeline.generator, pipeline.discriminator)]
         if sizes[0] != sizes[1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from .samples import SampleGrids
 
 logger = logging.getLogger(__name__)
 
+RUN_KEY = "run.sha256"
 FISHER_SEED, MARK_SEED, OWN_SEED, NEGATIVE_SEED = 11, 12, 13, 14
 # γ and α by distance. The relative distance is what was measured; the others come to the same for a DCGAN of 85,000
 # parameters, where ‖θ_G − θ_N‖² is about 30.
@@ -84,7 +86,6 @@ class AdaptThenUnlearnConfig(GANConfig):
     max_steps: int = field(default=1_000, metadata={"help": "Steps of stage 2; in each, both players move once."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "The scheduler type to use."})
     ema_decay: float = field(default=0.998, metadata={"help": "Decay of the average that draws and is saved."})
-    hub_strategy: str = field(default="end", metadata={"help": "Only 'end': nothing half-forgotten is uploaded."})
     adapted_models: int = field(default=1, metadata={"help": "K, how many models are adapted."})
     adapt_steps: int = field(default=300, metadata={"help": "Steps of stage 1."})
     adapt_learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of stage 1."})
@@ -136,6 +137,11 @@ class AdaptThenUnlearnConfig(GANConfig):
             raise ValueError(f"miss_rate={self.miss_rate}: must be in (0, 1)")
         if self.discriminator == "fresh" and not self.discriminator_warmup:
             self.discriminator_warmup = 200
+        if self.repulsion != "none" and self.discriminator_warmup >= self.adapt_steps:
+            raise ValueError(
+                f"adapt_steps={self.adapt_steps}: must be more than discriminator_warmup={self.discriminator_warmup}, in "
+                "which the generator does not move"
+            )
 
     @classmethod
     def paper(cls, output_dir: str, **overrides: Any) -> AdaptThenUnlearnConfig:
@@ -171,9 +177,9 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
         negatives, positives (*optional*): samples with what is undesired, and without: images (PIL, or a tensor in [−1, 1]),
             a `Dataset` with `image` or `pixel_values`, or a tensor of latents that the pipeline draws.
         marks (callable, *optional*): instead of both: images `[n, channels, size, size]` in [−1, 1] to bool `[n]`, True for
-            what is undesired.
+            what is undesired. They are not spread: it can mark as many as are wanted.
         extractor (callable, *optional*): images to features `[n, d]`, which the marks are spread by. Default: the
-            discriminator's features.
+            discriminator's features, or pixels where it is fresh.
         kwargs: anything else [`GANTrainer`] takes.
 
     Raises:
@@ -216,6 +222,8 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
             pipeline.register_modules(discriminator=_fresh_discriminator(pipeline.generator, args.seed))
             sorted_by = extractor
         else:
+            if args.discriminator == "fresh":
+                raise ValueError("discriminator='fresh': the pipeline has one, which knows more; leave it out")
             check_players(pipeline)
             sorted_by = extractor or _Judged(pipeline.discriminator)
         self.feedback = self._gathered(args, pipeline, negatives, positives, marks, sorted_by)
@@ -250,7 +258,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
             return feedback
 
         def features(images: Tensor) -> Tensor:
-            return images if extractor is None else features_of(images, extractor).values
+            return images if extractor is None else features_of(images, extractor, name="marks").values
 
         samples = own(args.own_samples, OWN_SEED)
         return spread_over(feedback, samples, features, miss_rate=args.miss_rate, seed=args.seed)
@@ -260,10 +268,13 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Adapt, then unlearn. As [`~hf_unlearn.GANTrainer.train`]; a resumed run takes its adapted models from `_private/`."""
         self._remember_original(bool(resume_from_checkpoint))
+        if not resume_from_checkpoint:
+            self._drop_pictures()
         if self.args.repulsion != "none":
             if not self.adapted:
                 self.adapted = self._adapted_before() if resume_from_checkpoint else self.adapt()
             self.anchor = self.build_repulsion()
+            self.adapted = self.adapted[:1]  # the others are in its mean; this one, for extrapolated()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def adapt(self) -> list[dict[str, Tensor]]:
@@ -278,7 +289,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
         stage.max_steps, stage.learning_rate = self.args.adapt_steps, self.args.adapt_learning_rate
         stage.discriminator_learning_rate, stage.lr_scheduler_type = None, "constant"
         stage.guard, stage.save_strategy, stage.eval_strategy, stage.report_to = False, "no", "no", []
-        stage.load_best_model_at_end = stage.push_to_hub = False
+        stage.load_best_model_at_end = stage.push_to_hub = stage.eval_on_start = False
         players = GANPipeline(self._original(), copy.deepcopy(self.pipeline.discriminator))
         logger.info(
             "adapting model %d of %d to %d negatives", k + 1, self.args.adapted_models, len(self.source_dataset)
@@ -371,11 +382,32 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
                 raise ValueError(
                     f"resume_from_checkpoint: {file} is missing, without which the original is not known; start again"
                 )
+            if (self.private_dir / RUN_KEY).read_text() != self._run_key():
+                raise ValueError(
+                    f"resume_from_checkpoint: the run in {self.args.output_dir!r} had other feedback or another stage 1; pass "
+                    "the same, or start again"
+                )
             self.reference = ReferencePoint.load(file, self.args.device)
             return
         self.reference = ReferencePoint.capture(self.model.generator)
         if self.args.should_save:
             self.reference.save(file)
+            (self.private_dir / RUN_KEY).write_text(self._run_key())
+
+    def _run_key(self) -> str:
+        """Digest of what stage 1 and the feedback are, which a resumed run must have in common with the first one."""
+        names = (
+            "adapted_models",
+            "adapt_steps",
+            "adapt_learning_rate",
+            "consolidation_weight",
+            "fisher_samples",
+            "seed",
+        )
+        digest = hashlib.sha256(repr([getattr(self.args, name) for name in names]).encode())
+        for images in (self.feedback.all_negatives, self.feedback.all_positives):
+            digest.update(images.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def _adapted_file(self, k: int):
         return self.private_dir / f"adapted-{k}.safetensors"
@@ -395,6 +427,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
     @contextmanager
     def as_original(self) -> Iterator[None]:
         """What draws, as it was before the first step, for the time of a `with` block."""
+        self._remember_original(False)
         live = dict(self.averaged.named_parameters()) | dict(self.averaged.named_buffers())
         now = {name: value.detach().clone() for name, value in live.items()}
         original = self.reference.parameters | self.reference.buffers

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..images import IMAGE_COLUMNS, pixels
+from ..images import image_column, pixels
 from ..marks import FEWEST, spread_marks
 
 
@@ -60,9 +60,7 @@ def samples_of(given: Any, pipeline: GANPipeline, *, resize: bool, argument: str
         return pipeline.draw(given)
     images = given if isinstance(given, Tensor) else [given[row] for row in range(len(given))]
     if isinstance(images[0], dict):
-        column = next((name for name in IMAGE_COLUMNS if name in images[0]), None)
-        if column is None:
-            raise ValueError(f"{argument}: has no images; name the column one of {', '.join(IMAGE_COLUMNS)}")
+        column = image_column(images[0], argument)
         images = [row[column] for row in images]
     return pixels(images, pipeline.image_shape, resize=resize, argument=argument).detach().cpu()
 

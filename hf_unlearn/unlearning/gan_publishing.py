@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.card import diffusion_task, loading_code
+from ..hub.publish import forget_local_paths
 from ..models.gan_config import GANConfig
 from .publishing import PublishingMixin
 
@@ -23,9 +24,10 @@ class GANPublishingMixin(PublishingMixin):
         discriminator = self.pipeline.discriminator
         if not self.args.save_discriminator:
             discriminator.save_pretrained(self.private_dir / "discriminator")
+            forget_local_paths(self.private_dir / "discriminator")
             self.pipeline.register_modules(discriminator=None)
         try:
-            self.pipeline.save_pretrained(folder)
+            super().save_pipeline(folder)
         finally:
             self.pipeline.register_modules(discriminator=discriminator)
 
@@ -56,7 +58,10 @@ class GANPublishingMixin(PublishingMixin):
         if collapsed is None:
             return []
         kept = "no state before it was healthy" if self.guard.healthy is None else f"kept is step {self.guard.healthy}"
-        return [f"Mode collapse at step {collapsed.step}: {100 * collapsed.coverage:.0f} % coverage; {kept}."]
+        failed = [f"Mode collapse at step {collapsed.step}: {100 * collapsed.coverage:.0f} % coverage; {kept}."]
+        if self.guard.healthy == 0:
+            failed.append("Nothing was unlearned: what is kept is the original.")
+        return failed
 
     @property
     def _steps_taken(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.card import diffusion_task, hub_id, loading_code
+from ..hub.publish import forget_local_paths
 from ..parameters import ReferencePoint, average_, trainable_parameters
 from .saving import SavingMixin
 
@@ -81,13 +81,7 @@ class PipelineSavingMixin(SavingMixin):
             self.pipeline.save_pretrained(folder)
         finally:
             self.pipeline.register_modules(unet=trained)
-        # diffusers writes where a model came from, which may be a folder on this machine.
-        for file in (folder / "model_index.json", *folder.glob("*/config.json")):
-            content = json.loads(file.read_text())
-            if "_name_or_path" in content:
-                if (name := hub_id(content.pop("_name_or_path"))) is not None:
-                    content["_name_or_path"] = name
-                file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        forget_local_paths(folder)
 
     def _save_lora(self, unet: torch.nn.Module, folder: Path) -> None:
         from diffusers.utils import convert_state_dict_to_diffusers

@@ -47,6 +47,12 @@ class PublishingMixin:
     def _steps_taken(self) -> int:
         return self.state.global_step
 
+    def _drop_pictures(self) -> None:
+        """Those of an earlier run into the same folder: they would be published."""
+        if self.args.should_save:
+            for name in ("before", "after"):
+                Path(self.args.output_dir, "pictures", f"{name}.png").unlink(missing_ok=True)
+
     def provenance(self) -> Provenance:
         """How this model was made: method, settings, versions and a keyed fingerprint of the forget set, never its data."""
         chosen = self._chosen()

@@ -70,7 +70,7 @@ class PULCallback(_DrawsAtTimes):
     """Logs `pul`, the percentage unlearned: how many fewer samples a classifier calls forgotten than before the first step.
 
     Args:
-        trainer (`VDUTrainer`): add the callback to it with `trainer.add_callback`.
+        trainer (`VDUTrainer` or `AdaptThenUnlearnTrainer`): add the callback to it with `trainer.add_callback`.
         classify (callable): images `[n, channels, height, width]` in [−1, 1] to classes, int `[n]`.
         forgotten (`list[int]`): the forgotten classes.
         samples (`int`): images drawn each time.
@@ -109,7 +109,7 @@ class FIDCallback(_DrawsAtTimes):
     """Logs `fid`, the Fréchet distance of samples to a reference: to real data without what is to be forgotten it is u-FID.
 
     Args:
-        trainer (`VDUTrainer`): add the callback to it with `trainer.add_callback`.
+        trainer (`VDUTrainer` or `AdaptThenUnlearnTrainer`): add the callback to it with `trainer.add_callback`.
         reference ([`~hf_unlearn.metrics.features.Features`]): of the reference images.
         extractor (callable): what they were computed with; its name must be the same.
         samples (`int`): images drawn each time; FIDs compare only at equal sizes.

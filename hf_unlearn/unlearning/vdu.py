@@ -369,9 +369,8 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
         original = self.private_dir / "reference.safetensors"
         if resume_from_checkpoint and original.is_file():  # the pipeline may be half unlearned already
             ReferencePoint.load(original, self.args.device).restore(self.model)
-        if not resume_from_checkpoint and self.args.should_save:
-            for name in ("before", "after"):  # of an earlier run: they would be published
-                Path(self.args.output_dir, "pictures", f"{name}.png").unlink(missing_ok=True)
+        if not resume_from_checkpoint:
+            self._drop_pictures()
         replays = self.retain_dataset is None or self.replay_dataset is not None or self.args.replay_weight
         if self.own is None and replays:
             self.own = self.own_samples(self.forget_dataset, self.replay_dataset)

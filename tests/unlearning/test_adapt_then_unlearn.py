@@ -295,7 +295,7 @@ class TestFreshDiscriminator:
         assert not same(copied(trainer.pipeline.discriminator), fresh)
 
     def test_has_steps_of_its_own_by_default(self, tmp_path):
-        assert config(tmp_path, discriminator="fresh").discriminator_warmup == 200
+        assert config(tmp_path, discriminator="fresh", adapt_steps=300).discriminator_warmup == 200
         assert config(tmp_path).discriminator_warmup == 0
 
 
@@ -343,6 +343,39 @@ class TestSaving:
         assert card.data.library_name == "hf_unlearn"
         assert "| `repulsion_weight` |" in card.text
 
+    def test_no_path_of_this_machine(self, pipeline, marked, tmp_path):
+        """diffusers writes where a model came from."""
+        pipeline.save_pretrained(tmp_path / "somebody-s-secret-folder")
+        again = GANPipeline.from_pretrained(tmp_path / "somebody-s-secret-folder")
+        trainer = AdaptThenUnlearnTrainer(again, config(tmp_path / "out"), **marked)
+        trainer.train()
+        trainer.save_model()
+        texts = [path.read_text() for path in (tmp_path / "out").rglob("*") if path.suffix in (".json", ".md")]
+        assert len(texts) >= 3
+        assert not any("secret" in text for text in texts)
+
+    def test_card_lies_beside_the_model(self, pipeline, marked, tmp_path):
+        trainer = AdaptThenUnlearnTrainer(pipeline, config(tmp_path / "out"), **marked)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "elsewhere"))
+        assert (tmp_path / "elsewhere" / "README.md").is_file()
+        assert not (tmp_path / "out" / "README.md").exists()
+
+    def test_pictures_of_an_earlier_run_go(self, pipeline, marked, tmp_path):
+        for publish in (True, False):
+            args = config(tmp_path, grid_images=4, publish_before=publish)
+            trainer = AdaptThenUnlearnTrainer(copy.deepcopy(pipeline), args, **marked)
+            trainer.train()
+            assert (tmp_path / "pictures" / "before.png").exists() == publish
+
+    def test_going_back_to_the_original_is_told(self, pipeline, marked, tmp_path):
+        from hf_unlearn.models.collapse import Coverage
+
+        trainer = AdaptThenUnlearnTrainer(pipeline, config(tmp_path), **marked)
+        trainer.train()
+        trainer.guard.collapsed, trainer.guard.healthy = Coverage(3, 0.02), 0
+        assert trainer.failed_checks[1:] == ["Nothing was unlearned: what is kept is the original."]
+
     def test_collapse_is_told(self, pipeline, marked, tmp_path):
         from hf_unlearn.models.collapse import Coverage
 
@@ -370,6 +403,18 @@ class TestResume:
         with broken.as_original():
             assert same(copied(broken.averaged), copied(pipeline.generator))
 
+    @pytest.mark.parametrize("other", ["feedback", "settings"])
+    def test_refused_with_other_feedback_or_another_stage_one(self, pipeline, marked, tmp_path, other):
+        settings = {"save_strategy": "steps", "save_steps": 2}
+        AdaptThenUnlearnTrainer(copy.deepcopy(pipeline), config(tmp_path, **settings), **marked).train()
+        if other == "feedback":
+            marked = {"negatives": marked["negatives"][:7], "positives": marked["positives"]}
+        else:
+            settings |= {"adapted_models": 2}
+        again = AdaptThenUnlearnTrainer(copy.deepcopy(pipeline), config(tmp_path, **settings), **marked)
+        with pytest.raises(ValueError, match="had other feedback or another stage 1"):
+            again.train(resume_from_checkpoint=True)
+
     @pytest.mark.parametrize("file", ["adapted-0.safetensors", "reference.safetensors"])
     def test_refused_without_what_it_needs(self, pipeline, marked, tmp_path, file):
         settings = {"save_strategy": "steps", "save_steps": 2}
@@ -385,7 +430,7 @@ class TestPUL:
         trainer = AdaptThenUnlearnTrainer(pipeline, config(tmp_path), **marked)
         trainer.add_callback(PULCallback(trainer, lambda images: torch.arange(len(images)) % 2, [1], samples=10))
         trainer.train()
-        assert [row["pul"] for row in trainer.state.log_history if "pul" in row] == [0.0, 0.0]
+        assert [row["pul"] for row in trainer.state.log_history if "pul" in row] == [0.0]
 
 
 class TestBadInput:
@@ -439,10 +484,20 @@ class TestBadInput:
         with pytest.raises(ValueError, match="sample_size is 8, the discriminator's 9"):
             AdaptThenUnlearnTrainer(other, config(tmp_path), **marked)
 
-    def test_own_folder(self, pipeline, marked, tmp_path):
+    @pytest.mark.parametrize("given", [str, GANPipeline.from_pretrained], ids=["path", "pipeline"])
+    def test_own_folder(self, pipeline, marked, tmp_path, given):
         pipeline.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="holds the original model"):
-            AdaptThenUnlearnTrainer(str(tmp_path), config(tmp_path), **marked)
+            AdaptThenUnlearnTrainer(given(tmp_path), config(tmp_path), **marked)
+
+    def test_weights_in_16_bits(self, pipeline, marked, tmp_path):
+        with pytest.raises(ValueError, match="weights are torch.bfloat16"):
+            AdaptThenUnlearnTrainer(pipeline.to(torch.bfloat16), config(tmp_path), **marked)
+
+    def test_fresh_beside_its_own(self, pipeline, marked, tmp_path):
+        args = config(tmp_path, discriminator="fresh", discriminator_warmup=1)
+        with pytest.raises(ValueError, match="discriminator='fresh': the pipeline has one"):
+            AdaptThenUnlearnTrainer(pipeline, args, **marked)
 
     @pytest.mark.parametrize("given", [None, "nowhere", torch.nn.Linear(1, 1)], ids=["none", "no-folder", "module"])
     def test_no_pipeline(self, marked, tmp_path, given):
