@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -309,8 +310,9 @@ class TestClassifiersOfDigits:
 
         folders = {seed: Path(save_classifier(f"seed-{seed}", seed)) for seed in (0, 1)}
         monkeypatch.setattr(generators, "cached_digits_classifier", folders.__getitem__)
-        marker = generators.classifier_of("digits", argument="marker", seed=adapt_then_unlearn.MARKER_SEED)
-        assert (marker.name, generators.classifier_of("digits").name) == ("seed-1", "seed-0")
+        alone = SimpleNamespace(world_size=1)
+        marker = generators.classifier_of("digits", alone, argument="marker", seed=adapt_then_unlearn.MARKER_SEED)
+        assert (marker.name, generators.classifier_of("digits", alone).name) == ("seed-1", "seed-0")
 
 
 FEEDBACK = {"undesired": [1, 2]}
