@@ -71,8 +71,9 @@ def fashion_table(fashion: dict, labels: dict) -> str:
         "|---" * 7 + "|",
     ]
     for row in fashion["runs"]:
+        ret_fid = f"{row['ret_fid']:.2f}" if "ret_fid" in row else "—"
         lines.append(
-            f"| {names[row['method']]} | {row['left']} of {row['before']} | {row['pul']:.1f} | {row['fid']:.2f} | {row['ret_fid']:.2f} | "
+            f"| {names[row['method']]} | {row['left']} of {row['before']} | {row['pul']:.1f} | {row['fid']:.2f} | {ret_fid} | "
             f"{row['coverage']:.2f} | {row['shift']:.1f} % |"
         )
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Forgetting a class of a GAN from feedback on its samples: ours beside the paper's objectives and simpler ones.
 
-    python benchmarks/gan_unlearning.py [--quick] [--tune] [--table] [--sensitivity] [--fashion]
+    python benchmarks/gan_unlearning.py [--quick] [--tune] [--table] [--sensitivity] [--fashion [--retrained]]
 
 Without a part's name all parts but `--fashion` run. A classifier plays the user: it looks at samples of the original, one after
 another, until it has seen 20 or 100 of the undesired class; all others that it has seen are the positive marks. No method gets
@@ -235,21 +235,37 @@ def sensitivity_job(job: tuple) -> dict:
     return {"what": what, "value": value, "class": forgotten, "marks": marks} | figures
 
 
+SWEEPS = {  # one setting at a time, the others at their defaults and 20 marks
+    "marks": (20, (5, 10, 50, 100, 200)),
+    "repulsion_weight": (REPULSION_WEIGHTS["relative"]["el2"], (0.01, 1.0)),
+    "repulsion_rate": (REPULSION_RATES["relative"], (0.1, 10.0)),
+    "negative_share": (AdaptThenUnlearnConfig.negative_share, (0.0, 0.1, 0.4)),
+    "max_steps": (AdaptThenUnlearnConfig.max_steps, (300, 3000)),
+}
+
+
 def sensitivity_jobs(steps: int | None, count: int) -> list[tuple]:
-    """One setting at a time, the others at their defaults and 20 marks, on the models that ours was tuned on."""
-    sweeps = {
-        "repulsion_weight": [REPULSION_WEIGHTS["relative"]["el2"] * f for f in (0.1, 0.3, 1, 3, 10)],
-        "repulsion_rate": [REPULSION_RATES["relative"] * f for f in (0.1, 0.3, 1, 3, 10)],
-        "negative_share": [0.0, 0.1, 0.2, 0.4],
-        "max_steps": [100, 300, 1000, 3000],
-    }
-    runs = [("marks", marks, marks, {}) for marks in (5, 10, 20, 50, 100, 200, 500)]
-    runs += [(what, value, 20, {what: value}) for what, values in sweeps.items() for value in values]
+    """The runs of all sweeps, on the models that the defaults were chosen on; that of the defaults is in all of them."""
+    runs = [("defaults", 0, 20, {})]
+    runs += [("marks", marks, marks, {}) for marks in SWEEPS["marks"][1]]
+    for what in list(SWEEPS)[1:]:
+        runs += [(what, value, 20, {what: value}) for value in SWEEPS[what][1]]
     return [
         (what, value, *where, marks, settings, None if what == "max_steps" else steps, count)
         for what, value, marks, settings in runs
         for where in TUNED_ON
     ]
+
+
+def with_defaults(rows: list[dict]) -> list[dict]:
+    """Sorted sweeps, each with the run of the defaults in its place."""
+    out = [
+        row | {"what": what, "value": middle if row["what"] == "defaults" else row["value"]}
+        for what, (middle, _) in SWEEPS.items()
+        for row in rows
+        if row["what"] in ("defaults", what)
+    ]
+    return sorted(out, key=lambda row: (list(SWEEPS).index(row["what"]), row["value"], row["class"]))
 
 
 def summary(rows: list[dict], originals: dict[int, float]) -> dict:
@@ -275,6 +291,9 @@ def main() -> None:
     for part in ("tune", "table", "sensitivity"):
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--fashion", action="store_true")
+    parser.add_argument(
+        "--retrained", action="store_true", help="with --fashion: a GAN retrained without trousers beside it"
+    )
     parser.add_argument("--quick", action="store_true", help="few steps; writes nothing")
     parser.add_argument("--again", action="store_true", help="tune from scratch, forgetting what has been tried")
     parser.add_argument("--only", nargs="+", choices=list(METHODS), help="methods to measure again")
@@ -284,7 +303,7 @@ def main() -> None:
     parts = parts or ["tune", "table", "sensitivity"]
     start()
     if given.fashion:
-        return fashion(given.workers)
+        return fashion(given.workers, given.retrained)
     names, quick = list(METHODS), given.quick
     seeds, classes, marks, count, steps, most = SEEDS, CLASSES, MARKS, SAMPLES, None, None
     tuned_on = TUNED_ON
@@ -371,7 +390,7 @@ def main() -> None:
             pictures(seeds[0], classes[0], marks[0])
     if "sensitivity" in parts:
         jobs = sensitivity_jobs(steps, count)[: 2 if quick else None]
-        results["sensitivity"] = run(sensitivity_job, jobs, given.workers)
+        results["sensitivity"] = with_defaults(run(sensitivity_job, jobs, given.workers))
         results["sensitivity_limit"] = BAR * distance_of_original("digits", TUNED_ON[0][0], count)
         save(results, quick)
         if not quick:
@@ -384,18 +403,18 @@ def save(results: dict, quick: bool) -> None:
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def fashion(workers: int) -> None:
+def fashion(workers: int, retrained: bool) -> None:
     """Confirmation: trousers, by the two best methods."""
     task, seed, forgotten, marks = "fashion_mnist", 0, 1, 100
     for number in (0, 1):
         judge_folder(task, number)
     results = json.loads(RESULTS.read_text())
-    for without in (None, forgotten):
+    for without in (None, forgotten) if retrained else (None,):
         model(task, seed, without)
     chosen = results["chosen"]
     jobs = [
-        (task, name, seed, forgotten, marks, chosen.get(name, {}).get(str(marks), {}), None, SAMPLES, True)
-        for name in ("original", "retrain", "ours", "finetune")
+        (task, name, seed, forgotten, marks, chosen.get(name, {}).get(str(marks), {}), None, SAMPLES, retrained)
+        for name in ("original", *(["retrain"] if retrained else []), "ours", "finetune")
     ]
     rows = run(table_job, jobs, workers)
     results["fashion_mnist"] = {"runs": rows, "marks": marks, "original": distance_of_original(task, seed, SAMPLES)}
