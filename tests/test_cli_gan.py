@@ -377,7 +377,7 @@ class TestBadData:
     @pytest.mark.parametrize(
         ("keys", "message"),
         [
-            (FEEDBACK | {"model": "nobody/nothing"}, "model='nobody/nothing': no GANPipeline can be loaded from it ("),
+            (FEEDBACK | {"model": "nobody/nothing"}, "model='nobody/nothing': neither a folder with a GANPipeline nor the id of one ("),
             ({"marker": "nobody/nothing", "forget_classes": [3]}, "marker='nobody/nothing': neither a folder with a classifier"),
             (FEEDBACK | {"classifier": "nobody/nothing"}, "classifier='nobody/nothing': neither a folder with a classifier"),
             ({"negatives": "here", "positives": "there"}, "negatives: 'here' is no dataset saved with save_to_disk"),
@@ -395,7 +395,7 @@ class TestBadData:
     def test_another_kind_of_pipeline(self, recipe, fails, tiny_ddpm, tmp_path):
         tiny_ddpm.save_pretrained(tmp_path / "ddpm")
         line = fails("--config", recipe(model=str(tmp_path / "ddpm"), **FEEDBACK), *SHORT, *QUICK, code=1)
-        assert line.startswith(f"model='{tmp_path}/ddpm': no GANPipeline can be loaded from it (")
+        assert line.startswith(f"model='{tmp_path}/ddpm': neither a folder with a GANPipeline nor the id of one (")
 
     def test_no_discriminator(self, recipe, fails, gan, tmp_path):
         from hf_unlearn import GANPipeline

@@ -88,8 +88,10 @@ def as_pipeline(model: Any) -> tuple[GANPipeline, str | None]:
         try:
             return GANPipeline.from_pretrained(str(model)), str(model)
         except (OSError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), "").rstrip(".")
-            raise ValueError(f"model={str(model)!r}: no GANPipeline can be loaded from it ({reason})") from error
+            kind = type(error).__name__
+            raise ValueError(
+                f"model={str(model)!r}: neither a folder with a GANPipeline nor the id of one ({kind})"
+            ) from error
     if not isinstance(model, GANPipeline):
         raise ValueError(
             f"model: {type(model).__name__} is no GANPipeline; pass GANPipeline(generator, discriminator)"

@@ -42,13 +42,13 @@ class TestModel:
         check_refused("model: DCGANGenerator is no GANPipeline", "GANPipeline(", model=pipeline().generator)
 
     def test_no_such_folder(self, check_refused, tmp_path):
-        check_refused("model=", "no GANPipeline can be loaded from it", model=str(tmp_path / "nowhere"))
+        check_refused("model=", "neither a folder with a GANPipeline", model=str(tmp_path / "nowhere"))
         (tmp_path / "empty").mkdir()
-        check_refused("model=", "no GANPipeline can be loaded from it", model=tmp_path / "empty")
+        check_refused("model=", "neither a folder with a GANPipeline", model=tmp_path / "empty")
 
     def test_another_pipeline_s_folder(self, check_refused, tiny_ddpm, tmp_path):
         tiny_ddpm.save_pretrained(tmp_path / "ddpm")
-        check_refused("model=", "no GANPipeline can be loaded from it", model=str(tmp_path / "ddpm"))
+        check_refused("model=", "neither a folder with a GANPipeline", model=str(tmp_path / "ddpm"))
 
     def test_no_discriminator(self, check_refused):
         model = GANPipeline(pipeline().generator)
