@@ -438,7 +438,7 @@ def pictures(seed: int, forgotten: int, marks: int) -> None:
 
 
 def draw_sensitivity(rows: list[dict]) -> None:
-    for what in ("marks", "repulsion_weight", "repulsion_rate"):
+    for what in ("marks", "repulsion_weight"):
         for key, label in (("pul", "PUL, %"), ("fid", "FID")):
             series = {}
             for _, forgotten in TUNED_ON:
