@@ -3,18 +3,15 @@
 from diffusers.pipelines import pipeline_loading_utils
 
 
-COMPONENTS = ("DCGANDiscriminator", "DCGANGenerator")
-
-
-def register_with_diffusers() -> None:
-    """Let `model_index.json` name our components as `["hf_unlearn", "DCGANGenerator"]`.
+def register_with_diffusers(*components: str) -> None:
+    """Let `model_index.json` name classes that `hf_unlearn` exports as `["hf_unlearn", "DCGANGenerator"]`.
 
     diffusers 0.42 writes the full module path of a class that it does not know, and then loads it only if that very module
     has been imported, from the Hub never. Its table of libraries is private, so this is the one place that knows it.
     """
-    methods = {name: ["save_pretrained", "from_pretrained"] for name in COMPONENTS}
+    methods = {name: ["save_pretrained", "from_pretrained"] for name in components}
     pipeline_loading_utils.LOADABLE_CLASSES.setdefault("hf_unlearn", {}).update(methods)
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(methods)
 
 
-register_with_diffusers()
+register_with_diffusers("DCGANDiscriminator", "DCGANGenerator")

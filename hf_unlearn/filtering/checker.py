@@ -1,0 +1,435 @@
+"""The fitted filter as a model of transformers: judges images, texts or latents, and fits Stable Diffusion's slot."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..hub.publish import publish_folder
+from .encoders import FilterEncoder
+from .scores import ScoreBank
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+    from .fast import FASTResult
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+ACTIONS = ("blank", "flag")
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
+
+
+class Verdict(NamedTuple):
+    """What a filter says: `flags`, bool `[n]`, True where an input is not released; `scores`, fp32 `[n, concepts]`."""
+
+    flags: Tensor
+    scores: Tensor
+
+
+@dataclass
+class FilterOutput(ModelOutput):
+    """What a filter gives back.
+
+    Args:
+        images: as they were given, those that are not released blanked (unless `action="flag"`).
+        flags (`list[bool]`): True where an input is not released.
+        scores (`Tensor`): fp32 `[n, concepts]`, on the CPU.
+    """
+
+    images: Any = None
+    flags: list[bool] | None = None
+    scores: Tensor | None = None
+
+
+class FASTConfig(PreTrainedConfig):
+    """What [`FASTSafetyChecker`] consists of, and how it was made.
+
+    Args:
+        schema_version (`int`): of this file; another one is refused.
+        concepts (`list[dict]`): of each: `name`, `description`, `score`, `shrinkage`, `threshold` (with its promise) and
+            `figures`. The thresholds that count are in the weights.
+        embedding_size (`int`): numbers an embedding.
+        components, directions (`int`): of the quadratic forms; 0 without.
+        encoder_spec (`dict`, *optional*): see [`FilterEncoder.spec`]; None: the inputs are a generator's latents.
+        encoder_fingerprint (`str`, *optional*): of an encoder that is not stored.
+        fingerprint (`str`, *optional*): of scores and thresholds.
+        action (`str`): `"blank"` or `"flag"`: what a call does to what is not released.
+    """
+
+    model_type = "fast_safety_checker"
+
+    schema_version: int = 0  # a file without it is no file of ours
+    concepts: list | None = None
+    embedding_size: int = 0
+    components: int = 0
+    directions: int = 0
+    encoder_spec: dict | None = None
+    encoder_fingerprint: str | None = None
+    fingerprint: str | None = None
+    action: str = "blank"
+
+
+class FASTSafetyChecker(PreTrainedModel):
+    """Releases an input only if every score of it is finite and not above its threshold.
+
+    ```python
+    checker = FASTSafetyChecker.from_pretrained("me/no-weapons")
+    output = checker(images)  # output.images, output.flags, output.scores
+    pipe = StableDiffusionPipeline.from_pretrained("…", safety_checker=checker)  # in place of the stock one
+    ```
+
+    Args:
+        config ([`FASTConfig`]).
+
+    Raises:
+        ValueError: a config of another version, or without concepts.
+    """
+
+    config_class = FASTConfig
+    config: FASTConfig
+    main_input_name = "images"
+    _keep_in_fp32_modules_strict = {"bank"}
+    _no_split_modules: list[str] = []
+
+    def __init__(self, config: FASTConfig):
+        super().__init__(config)
+        if config.schema_version != SCHEMA_VERSION:
+            raise ValueError(
+                f"schema_version={config.schema_version!r}: this version reads {SCHEMA_VERSION}; fit the filter again, or "
+                "install the version of hf_unlearn that wrote it"
+            )
+        if not config.concepts or config.embedding_size < 1:
+            raise ValueError("concepts: the config names none, so nothing would be filtered; fit the filter again")
+        self.bank = ScoreBank(config.embedding_size, len(config.concepts), config.components, config.directions)
+        self.encoder: FilterEncoder | None = None
+        spec = config.encoder_spec
+        if spec is not None and spec.get("kind") != "custom" and spec.get("reference") is None:
+            self.encoder = FilterEncoder.from_spec(spec)
+        self.post_init()
+
+    def _init_weights(self, module) -> None:
+        pass  # what is missing is refused, never made up
+
+    @classmethod
+    def of(cls, result: FASTResult) -> FASTSafetyChecker:
+        """The model of a fitted filter; see [`FASTResult.checker`]."""
+        bank = ScoreBank.of([c.score for c in result.concepts], [c.threshold.value for c in result.concepts])
+        encoder = result.encoder
+        concepts = [
+            {
+                "name": concept.name,
+                "description": concept.description,
+                "score": concept.score.name,
+                "shrinkage": concept.score.shrinkage,
+                "threshold": asdict(concept.threshold) | {"promise": concept.threshold.promise},
+                "figures": asdict(concept.figures),
+            }
+            for concept in result.concepts
+        ]
+        config = FASTConfig(
+            schema_version=SCHEMA_VERSION,
+            concepts=concepts,
+            embedding_size=bank.dimension,
+            components=bank.components,
+            directions=len(bank.gains) if bank.components else 0,
+            encoder_spec=None if encoder is None else encoder.spec,
+        )
+        with torch.device("meta"):
+            checker = cls(config)
+        checker.bank, checker.encoder = bank, encoder
+        checker._check_encoder()
+        return checker.eval()
+
+    # What it is
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """Names, in the order of the scores' columns."""
+        return tuple(concept["name"] for concept in self.config.concepts)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """τ of every concept."""
+        return dict(zip(self.concepts, self.bank.threshold.tolist(), strict=True))
+
+    def set_threshold(self, concept: str, value: float) -> None:
+        """Draw the line elsewhere: what was promised, and measured, of the old one no longer holds and is deleted.
+
+        Raises:
+            ValueError: an unknown concept, or a threshold that is not finite.
+        """
+        if concept not in self.concepts:
+            raise ValueError(f"concept={concept!r}: is not one of {', '.join(map(repr, self.concepts))}")
+        if not np.isfinite(value):
+            raise ValueError(f"value={value}: must be finite; take another action to release everything")
+        index = self.concepts.index(concept)
+        self.bank.threshold.data[index] = value
+        entry = self.config.concepts[index]
+        entry["threshold"] = {"value": float(self.bank.threshold[index]), "rule": "fixed", "promise": None}
+        entry["figures"] = {}
+
+    @property
+    def action(self) -> str:
+        """`"blank"` or `"flag"`: what a call does to what is not released. Pipelines have actions of their own."""
+        return self.config.action
+
+    @action.setter
+    def action(self, action: str) -> None:
+        if action not in ACTIONS:
+            raise ValueError(f"action={action!r}: must be one of {', '.join(ACTIONS)}")
+        if action == "flag":
+            logger.warning("action='flag': the filter gives out what it flags; the caller has to look at the flags.")
+        self.config.action = action
+
+    # Judging
+
+    @torch.no_grad()
+    def judge(self, inputs: Any, *, batch_size: int | None = None) -> Verdict:
+        """Flags and scores: the one place that decides.
+
+        Args:
+            inputs: PIL images, or images `[n, channels, height, width]` in [−1, 1]; texts, for a filter of texts; latents
+                `[n, …]`, for one without encoder.
+            batch_size (`int`, *optional*): of the encoder.
+
+        Returns:
+            [`Verdict`]: on the CPU.
+
+        Raises:
+            ValueError: inputs that cannot be read, or an encoder or latents of another size than the filter was fitted on.
+        """
+        if self.encoder is None:
+            if self.config.encoder_spec is not None:
+                raise ValueError(f"encoder: missing; pass the one it was fitted with, {self._encoder_name()}")
+            embeddings = torch.as_tensor(inputs)
+            if embeddings.ndim < 2 or not len(embeddings) or not embeddings.is_floating_point():
+                raise ValueError(
+                    f"inputs: must be latents, float [n, …], got {embeddings.dtype} {list(embeddings.shape)}"
+                )
+            embeddings = embeddings.flatten(1)
+        else:
+            embeddings = self.encoder(inputs, batch_size=batch_size)
+        if embeddings.shape[1] != self.bank.dimension:
+            raise ValueError(
+                f"inputs: give embeddings of {embeddings.shape[1]} numbers, the filter was fitted on {self.bank.dimension}"
+            )
+        scores = self.bank(embeddings).cpu()
+        released = (scores.isfinite() & (scores <= self.bank.threshold.cpu())).all(1)
+        return Verdict(~released, scores)
+
+    def forward(self, images: Any, clip_input: Tensor | None = None) -> FilterOutput | tuple[Any, list[bool]]:
+        """Judge, and blank what is not released.
+
+        Args:
+            images: as for [`~FASTSafetyChecker.judge`], or an array `[n, height, width, channels]` in [0, 1].
+            clip_input (`Tensor`, *optional*): given by Stable Diffusion's pipelines, and not looked at: the filter prepares the
+                images itself. With it the answer is the slot's, `(images, flags)`.
+        """
+        in_slot = clip_input is not None
+        seen = images
+        if isinstance(images, np.ndarray) and self.encoder is not None:
+            seen = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) * 2 - 1
+        if in_slot:
+            seen = seen.clamp(-1, 1)  # what a VAE decodes is not clamped yet; NaN stays NaN
+        verdict = self.judge(seen)
+        flags = verdict.flags.tolist()
+        if self.action == "blank":
+            # diffusers 0.42 takes flagged tensors as they are, in [0, 1], and scales the others from [−1, 1].
+            images = _blanked(images, verdict.flags, 0.0 if in_slot or self.encoder is None else -1.0)
+        elif in_slot and isinstance(images, Tensor) and any(flags):
+            images = images.clone()
+            images[verdict.flags] = images[verdict.flags] / 2 + 0.5
+        return (images, flags) if in_slot else FilterOutput(images=images, flags=flags, scores=verdict.scores)
+
+    # Files
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config and weights, those of the encoder too unless it is the user's own or a reference to the Hub.
+
+        Raises:
+            ValueError: `push_to_hub=True`, or an encoder that is missing.
+        """
+        if push_to_hub:
+            raise ValueError("push_to_hub=True: save with save_pretrained, publish with push_to_hub()")
+        self._check_encoder()
+        encoder = self.encoder
+        self.config.fingerprint = _fingerprint(self.bank)
+        if encoder is not None:
+            self.config.encoder_spec = encoder.spec
+            has_weights = not encoder.stored and any(True for _ in encoder.model.state_dict())
+            self.config.encoder_fingerprint = encoder.fingerprint() if has_weights else None
+        state = self.state_dict()
+        if encoder is not None and not encoder.stored:
+            state = {name: value for name, value in state.items() if not name.startswith("encoder.")}
+        super().save_pretrained(save_directory, state_dict=state, **kwargs)
+        if encoder is not None and encoder.stored:
+            encoder.save_tokenizer(save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        encoder: FilterEncoder | None = None,
+        **kwargs: Any,
+    ) -> FASTSafetyChecker:
+        """Load a filter, whole or not at all.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): folder or Hub id.
+            encoder ([`FilterEncoder`], *optional*): the one that it was fitted with, where that is the user's own.
+            kwargs: `revision`, `token`, `subfolder`, `dtype` (of the encoder; scores stay in fp32), …
+
+        Raises:
+            OSError: no such folder or repository, or files that are missing.
+            ValueError: weights that are missing, unexpected, broken or not finite, another version, or another encoder.
+        """
+        name = str(pretrained_model_name_or_path)
+        hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+        subfolder = kwargs.pop("subfolder", None) or ""
+        info_wanted = kwargs.pop("output_loading_info", False)
+        for key in ("ignore_mismatched_sizes", "use_safetensors", "state_dict", "config"):
+            if kwargs.pop(key, None) not in (None, False, True):
+                raise ValueError(f"{key}: a filter is loaded as it was saved")
+        folder = Path(name)
+        if not folder.is_dir():
+            patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in FILES]
+            folder = Path(snapshot_download(name, allow_patterns=patterns, **hub))
+        folder = folder / subfolder
+        if not (folder / "config.json").is_file():
+            raise OSError(f"{name}: has no config.json of a filter{f' in {subfolder}' if subfolder else ''}")
+        try:
+            checker, info = super().from_pretrained(
+                folder, *model_args, use_safetensors=True, output_loading_info=True, local_files_only=True, **kwargs
+            )
+        except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{name}: the filter's files are broken ({_first_line(error)}); save it again") from error
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if found := sorted(str(key) for key in info[kind]):
+                raise ValueError(
+                    f"{name}: {len(found)} {kind.replace('_', ' ')} in the filter's weights, as {found[0]}"
+                )
+        if kwargs.get("device_map") is None and any(p.is_meta for p in checker.parameters()):
+            raise ValueError(f"{name}: weights of the filter were not loaded; save it again")
+        checker.config._name_or_path = name
+        checker._check_weights(name)
+        checker._attach(
+            encoder, folder, {key: value for key, value in hub.items() if key not in ("revision", "proxies")}
+        )
+        return (checker, info) if info_wanted else checker
+
+    def _check_weights(self, name: str) -> None:
+        if self.config.fingerprint != _fingerprint(self.bank):
+            raise ValueError(
+                f"{name}: scores and thresholds are not those that its config.json was written for; save it again"
+            )
+        for key, value in self.state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"{name}: {key} is not finite; save the filter again")
+
+    def _attach(self, given: FilterEncoder | None, folder: Path, hub: dict[str, Any]) -> None:
+        """The encoder that the weights do not hold."""
+        spec = self.config.encoder_spec
+        if given is not None and (spec is None or self.encoder is not None):
+            raise ValueError(
+                "encoder: the filter has its own" if spec else "encoder: the filter judges latents, without one"
+            )
+        if self.encoder is not None:
+            self.encoder.load_tokenizer(folder)
+        elif spec is not None:
+            if given is None and spec.get("kind") == "custom":
+                raise ValueError(
+                    f"encoder: the filter was fitted with the user's own, {self._encoder_name()}; pass encoder=FilterEncoder.own(…)"
+                )
+            self.encoder = given if given is not None else FilterEncoder.from_reference(spec, **hub)
+            expected = self.config.encoder_fingerprint
+            if given is not None and expected is not None and given.fingerprint() != expected:
+                raise ValueError(
+                    f"encoder: has other weights than the one the filter was fitted with, {self._encoder_name()}"
+                )
+        self._check_encoder()
+
+    def _check_encoder(self) -> None:
+        spec, encoder = self.config.encoder_spec, self.encoder
+        if (encoder is None) != (spec is None):
+            raise ValueError(f"encoder: must be the one the filter was fitted with, {self._encoder_name()}")
+        if encoder is not None:
+            size = encoder._embedding_size
+            if size is not None and size != self.bank.dimension:
+                raise ValueError(
+                    f"encoder: gives {size} numbers an input, the filter was fitted on {self.bank.dimension}"
+                )
+
+    def _encoder_name(self) -> str:
+        return repr((self.config.encoder_spec or {}).get("name"))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload filter",
+        card: str | None = None,
+    ) -> CommitInfo:
+        """Publish the filter, and nothing else: see [`~hf_unlearn.hub.publish.publish_folder`].
+
+        Args:
+            card (`str`, *optional*): README.md. Default: [`~hf_unlearn.filtering.card.filter_card`].
+        """
+        from .card import filter_card
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            text = filter_card(self, repo_id) if card is None else card
+            Path(folder, "README.md").write_text(text, encoding="utf-8")
+            return publish_folder(
+                folder, repo_id, token=token, revision=revision, private=private, commit_message=commit_message
+            )
+
+
+def _blanked(images: Any, flags: Tensor, black: float) -> Any:
+    """Copies, black (or empty) where flagged."""
+    if isinstance(images, Tensor):
+        return images.masked_fill(flags.to(images.device).view(-1, *[1] * (images.ndim - 1)), black)
+    if isinstance(images, np.ndarray):
+        images = images.copy()
+        images[flags.numpy()] = 0.0
+        return images
+    blank: Sequence[Any] = [
+        (Image.new("RGB", item.size) if isinstance(item, Image.Image) else "") if flag else item
+        for item, flag in zip(images, flags.tolist(), strict=True)
+    ]
+    return list(blank)
+
+
+def _fingerprint(bank: ScoreBank) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(bank.state_dict().items()):
+        digest.update(f"{name} {list(value.shape)}\n".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
