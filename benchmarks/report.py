@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 
 import diffusion_report
+import filter_report
 import gan_report
 import influence_report
 
@@ -173,6 +174,8 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
     if all((HERE / "results" / f"gan_{name}.json").is_file() for name in ("unlearning", "cost")):
         steps = results("gan_cost")
         parts.append(gan_report.render(results("gan_unlearning"), steps, cost_table(steps)))
+    if all((HERE / "results" / f"{name}.json").is_file() for name in ("filter", "filter_cost")):
+        parts.append(filter_report.render(results("filter"), results("filter_cost")))
     names = ("fidelity", "labels", "poison", "cost")
     if all((HERE / "results" / f"influence_{name}.json").is_file() for name in names):
         parts.append(influence_report.render(*(results(f"influence_{name}") for name in names)))

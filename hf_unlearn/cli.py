@@ -13,7 +13,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -66,6 +66,66 @@ def _run(verb: str, arguments: Sequence[str], job_class: type, method: tuple[typ
     run(job, config, trainer_class)
 
 
+def filter(arguments: Sequence[str]) -> None:
+    """learn a filter from a few marked samples, draw through it, and measure it: fit, run, evaluate"""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        if not arguments:
+            raise UsageError(
+                f"filter: say what to do: {', '.join(FILTER_VERBS)}; as in hf-unlearn filter fit --config recipe.yaml"
+            )
+        _list("filter VERB", FILTER_VERBS)
+    elif arguments[0] not in FILTER_VERBS:
+        raise UsageError(f"unknown verb {f'filter {arguments[0]}'!r}; {_nearest(arguments[0], FILTER_VERBS)}")
+    else:
+        FILTER_VERBS[arguments[0]](arguments[1:])
+
+
+def filter_fit(arguments: Sequence[str]) -> None:
+    """learn a filter from marked samples, and save it with its card"""
+    job = _filter_job("fit", arguments)
+    from .jobs.filter_fit import run_fit
+
+    run_fit(job, arguments)
+
+
+def filter_run(arguments: Sequence[str]) -> None:
+    """draw images through a filter"""
+    job = _filter_job("run", arguments)
+    from .jobs.filter_run import run_filtered
+
+    run_filtered(job)
+
+
+def filter_evaluate(arguments: Sequence[str]) -> None:
+    """measure what a filter does to fresh samples"""
+    job = _filter_job("evaluate", arguments)
+    from .jobs.filter_evaluate import run_evaluate
+
+    run_evaluate(job)
+
+
+FILTER_VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+    "fit": filter_fit,
+    "run": filter_run,
+    "evaluate": filter_evaluate,
+}
+
+
+def _filter_job(verb: str, arguments: Sequence[str]) -> Any:
+    """One recipe serves all three verbs: each leaves the keys of the others alone."""
+    from .jobs.filter_evaluate import FilterEvaluateJob
+    from .jobs.filter_fit import FilterFitJob
+    from .jobs.filter_run import FilterRunJob
+
+    jobs = {"fit": FilterFitJob, "run": FilterRunJob, "evaluate": FilterEvaluateJob}
+    others = {name for other in jobs.values() for name in _names(other)}
+    given = read(f"filter {verb}", arguments, jobs[verb], others=others)
+    try:
+        return jobs[verb](**given)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 @dataclass
 class DemoJob:
     """Settings of `hf-unlearn demo`."""
@@ -86,6 +146,7 @@ def demo(arguments: Sequence[str]) -> None:
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "influence": influence,
     "unlearn": unlearn,
+    "filter": filter,
     "demo": demo,
 }
 
@@ -103,10 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("HF_UNLEARN_DEBUG", "") not in ("", "0")
     try:
         if verb in ("-h", "--help"):
-            width = max(map(len, VERBS))
-            listing = "\n".join(f"  {name:{width}}  {function.__doc__}" for name, function in VERBS.items())
-            print(f"usage: hf-unlearn VERB --config recipe.yaml [--key value ...]\n\n{listing}\n")
-            print("`hf-unlearn VERB --help` lists the keys of a verb's recipe.")
+            _list("VERB", VERBS)
         elif verb == "--version":
             print(f"hf-unlearn {__version__}")
         elif verb not in VERBS:
@@ -126,6 +184,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _list(command: str, verbs: dict[str, Callable]) -> None:
+    width = max(map(len, verbs))
+    listing = "\n".join(f"  {name:{width}}  {function.__doc__}" for name, function in verbs.items())
+    print(f"usage: hf-unlearn {command} --config recipe.yaml [--key value ...]\n\n{listing}\n")
+    print(f"`hf-unlearn {command} --help` lists the keys of a verb's recipe.")
+
+
 def _fail(error: Exception, code: int) -> int:
     print("hf-unlearn: error:", *str(error).split(), file=sys.stderr)
     return code
@@ -134,8 +199,11 @@ def _fail(error: Exception, code: int) -> int:
 # Recipes
 
 
-def read(verb: str, arguments: Sequence[str], *classes: type) -> dict[str, Any]:
+def read(verb: str, arguments: Sequence[str], *classes: type, others: Collection[str] = ()) -> dict[str, Any]:
     """The keys that recipe and command line give explicitly, with the types that the dataclasses `classes` ask for.
+
+    Args:
+        others: keys that a recipe may have besides, which are left alone.
 
     Raises:
         UsageError: naming the recipe, the key and the fix.
@@ -146,7 +214,7 @@ def read(verb: str, arguments: Sequence[str], *classes: type) -> dict[str, Any]:
         classes,
         prog="hf-unlearn",
         usage=f"hf-unlearn {verb} --config recipe.yaml [--key value ...]",
-        description=f"{(VERBS[verb].__doc__ or '').capitalize()}. The keys of a recipe are the long options below.",
+        description=f"{(_function(verb).__doc__ or '').capitalize()}. The keys of a recipe are the long options below.",
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -154,7 +222,12 @@ def read(verb: str, arguments: Sequence[str], *classes: type) -> dict[str, Any]:
     hints = {name: hint for c in classes for name, hint in get_type_hints(c).items() if name in _names(c)}
     given = _parse(parser, arguments, hints)
     path = given.pop("config", None)
-    return given if path is None else _parse_recipe(parser, path, hints) | given
+    return given if path is None else _parse_recipe(parser, path, hints, others) | given
+
+
+def _function(verb: str) -> Callable:
+    first, *rest = verb.split()
+    return FILTER_VERBS[rest[0]] if rest else VERBS[first]
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str], hints: Iterable[str]) -> dict[str, Any]:
@@ -175,13 +248,17 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str], hints: Ite
     return {name: value for name, value in vars(namespace).items() if value is not unset}
 
 
-def _parse_recipe(parser: argparse.ArgumentParser, path: str, hints: dict[str, Any]) -> dict[str, Any]:
+def _parse_recipe(
+    parser: argparse.ArgumentParser, path: str, hints: dict[str, Any], others: Collection[str]
+) -> dict[str, Any]:
     words, values = load_recipe(path)
     arguments, given = [], {}
     try:
         for key, text in words.items():
+            if key not in hints and key in others:
+                continue
             if key not in hints:
-                raise UsageError(f"unknown key {key!r}; {_nearest(key, hints)}")
+                raise UsageError(f"unknown key {key!r}; {_nearest(key, [*hints, *others])}")
             value, accepted = values[key], _alternatives(hints[key])
             if value is None or isinstance(value, dict):
                 given[key] = value

@@ -224,7 +224,9 @@ class TestReading:
             assert getattr(config, key) == getattr(paper, key)
             assert key == "isotropic_weight" or getattr(paper, key) != getattr(PBUConfig("out"), key)
 
-    @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+    @pytest.mark.parametrize(
+        "path", sorted(set(RECIPES.glob("*.yaml")) - set(RECIPES.glob("filter_*"))), ids=lambda path: path.stem
+    )
     def test_every_recipe_parses(self, path):
         text = path.read_text()
         verb = next(

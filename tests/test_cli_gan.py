@@ -243,10 +243,10 @@ class TestRuns:
     def test_a_sheet_and_then_its_numbers(self, recipe, work, capsys, monkeypatch):
         from PIL import Image
 
-        from hf_unlearn.jobs import adapt_then_unlearn
+        from hf_unlearn.jobs import marking
 
-        sheet = Mock(wraps=adapt_then_unlearn.image_grid)
-        monkeypatch.setattr(adapt_then_unlearn, "image_grid", sheet)
+        sheet = Mock(wraps=marking.image_grid)
+        monkeypatch.setattr(marking, "image_grid", sheet)
         path = recipe(looked_at=20)
         assert cli.main(["unlearn", "--config", path, *SHORT, *QUICK]) == 0
         out = capsys.readouterr().out

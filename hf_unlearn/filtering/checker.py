@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..hub.publish import publish_folder
+from .checkpoints import first_line
 from .encoders import FilterEncoder
 from .scores import ScoreBank
 
@@ -179,7 +180,7 @@ class FASTSafetyChecker(PreTrainedModel):
         """
         if concept not in self.concepts:
             raise ValueError(f"concept={concept!r}: is not one of {', '.join(map(repr, self.concepts))}")
-        if not np.isfinite(value):
+        if not abs(value) <= torch.finfo(torch.float32).max:
             raise ValueError(f"value={value}: must be finite; take another action to release everything")
         index = self.concepts.index(concept)
         self.bank.threshold.data[index] = value
@@ -257,7 +258,7 @@ class FASTSafetyChecker(PreTrainedModel):
             images = _blanked(images, verdict.flags, 0.0 if in_slot or self.encoder is None else -1.0)
         elif in_slot and isinstance(images, Tensor) and any(flags):
             images = images.clone()
-            images[verdict.flags] = images[verdict.flags] / 2 + 0.5
+            images[verdict.flags] = (images[verdict.flags] / 2 + 0.5).clamp(0, 1)
         return (images, flags) if in_slot else FilterOutput(images=images, flags=flags, scores=verdict.scores)
 
     # Files
@@ -322,7 +323,7 @@ class FASTSafetyChecker(PreTrainedModel):
                 folder, *model_args, use_safetensors=True, output_loading_info=True, local_files_only=True, **kwargs
             )
         except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{name}: the filter's files are broken ({_first_line(error)}); save it again") from error
+            raise ValueError(f"{name}: the filter's files are broken ({first_line(error)}); save it again") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if found := sorted(str(key) for key in info[kind]):
                 raise ValueError(
@@ -429,7 +430,3 @@ def _fingerprint(bank: ScoreBank) -> str:
         digest.update(f"{name} {list(value.shape)}\n".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,23 +12,30 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from hf_unlearn.filtering.preprocessing import ImagePreprocessing, example
-
-
-KINDS = ("image", "text", "custom")
-POOLINGS = ("pooled", "mean", "first")
-BATCH_SIZE = 32
-HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
-# Of a config: where it was loaded, code and kernels to fetch, and what only a head needs.
-NOT_IN_SPEC = re.compile(
-    r"_?name_or_path|_commit_hash|auto_map|architectures|quantization_config|id2label|label2id|.*_implementation.*"
+from .checkpoints import (
+    KINDS,
+    NOT_IN_SPEC,
+    POOLINGS,
+    commit_of,
+    dtype_of,
+    first_line,
+    has_optional_pooler,
+    hub_options_of,
+    in_one_line,
+    is_of_transformers,
+    load_weights,
+    model_class_of,
+    pooler_of,
+    read_spec,
+    sentence_settings,
 )
+from .preprocessing import ImagePreprocessing, example
+
+
+BATCH_SIZE = 32
 
 
 class FilterEncoder(nn.Module):
@@ -86,7 +91,7 @@ class FilterEncoder(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind: must be one of {', '.join(KINDS)}, got {kind!r}")
-        if kind != "custom" and not _is_of_transformers(type(model)):
+        if kind != "custom" and not is_of_transformers(type(model)):
             raise ValueError(f"model: {type(model).__name__} is not of transformers; use FilterEncoder.own")
         if kind != "custom" and getattr(model.config, "quantization_config", None):
             raise ValueError("model: is quantized, its weights could not be stored; load it without")
@@ -151,30 +156,30 @@ class FilterEncoder(nn.Module):
             raise ValueError(
                 "store: a folder cannot be referred to, only the Hub; publish the encoder or set store=True"
             )
-        source = _hub_options(hub_options) | {"revision": revision}
+        source = hub_options_of(hub_options) | {"revision": revision}
         if not local:
-            source["revision"] = _commit(name, source)
-        config = _in_one_line(AutoConfig.from_pretrained, name, trust_remote_code=False, **source)
-        model_class = _model_class(config, name)
+            source["revision"] = commit_of(name, source)
+        config = in_one_line(AutoConfig.from_pretrained, name, trust_remote_code=False, **source)
+        model_class = model_class_of(config, name)
         kind = "image" if model_class.main_input_name == "pixel_values" else "text"
-        options = {"add_pooling_layer": False} if _has_optional_pooler(model_class) and pooling != "pooled" else {}
+        options = {"add_pooling_layer": False} if has_optional_pooler(model_class) and pooling != "pooled" else {}
         if config.model_type == "clip":  # the half's own config may lack the size of the projection
             config.vision_config.projection_dim = config.projection_dim
             options["config"] = config.vision_config
-        model = _weights(model_class, name, dtype=dtype, **options, **source)
+        model = load_weights(model_class, name, dtype=dtype, **options, **source)
         if kind == "image" and preprocessing is None:
             try:
                 processor = AutoImageProcessor.from_pretrained(name, **source)
             except (OSError, ValueError, ImportError) as error:
                 raise ValueError(
                     f"preprocessing: the image processor of {name!r} cannot be had "
-                    f"({_first_line(error)}); pass preprocessing=ImagePreprocessing(...)"
+                    f"({first_line(error)}); pass preprocessing=ImagePreprocessing(...)"
                 ) from error
             preprocessing = ImagePreprocessing.of(processor, model.config)
         tokenizer = None
         if kind == "text":
-            tokenizer = _in_one_line(AutoTokenizer.from_pretrained, name, trust_remote_code=False, **source)
-            pooling, max_length = _sentence_settings(name, source, pooling, max_length, layer)
+            tokenizer = in_one_line(AutoTokenizer.from_pretrained, name, trust_remote_code=False, **source)
+            pooling, max_length = sentence_settings(name, source, pooling, max_length, layer)
         encoder = cls(
             model,
             kind=kind,
@@ -243,7 +248,7 @@ class FilterEncoder(nn.Module):
         if self.kind != "custom":
             config = {k: v for k, v in self.model.config.to_dict().items() if not NOT_IN_SPEC.fullmatch(k)}
             spec |= {"architecture": type(self.model).__name__, "config": config | {"dtype": self._dtype_name}}
-            if _has_optional_pooler(type(self.model)):
+            if has_optional_pooler(type(self.model)):
                 spec["add_pooling_layer"] = self.model.pooler is not None
         return json.loads(json.dumps(spec))
 
@@ -254,8 +259,8 @@ class FilterEncoder(nn.Module):
         Raises:
             ValueError: the spec is not one of [`FilterEncoder.spec`], or of the user's own encoder.
         """
-        model_class, config, arguments = _read(spec)
-        return cls(model_class(config, **_pooler(spec)).eval().requires_grad_(False), **arguments)
+        model_class, config, arguments = read_spec(spec)
+        return cls(model_class(config, **pooler_of(spec)).eval().requires_grad_(False), **arguments)
 
     @classmethod
     def from_reference(cls, spec: dict[str, Any], **hub_options: Any) -> FilterEncoder:
@@ -271,13 +276,13 @@ class FilterEncoder(nn.Module):
         """
         from transformers import AutoTokenizer
 
-        model_class, config, arguments = _read(spec)
+        model_class, config, arguments = read_spec(spec)
         reference = spec["reference"]
         if not isinstance(reference, dict) or not {"id", "revision", "dtype", "sha256"} <= reference.keys():
             raise ValueError(f"spec: has no complete reference to the Hub, got {reference!r}")
-        source = _hub_options(hub_options) | {"revision": reference["revision"]}
-        dtype = _dtype(reference["dtype"])
-        model = _weights(model_class, reference["id"], dtype=dtype, config=config, **_pooler(spec), **source)
+        source = hub_options_of(hub_options) | {"revision": reference["revision"]}
+        dtype = dtype_of(reference["dtype"])
+        model = load_weights(model_class, reference["id"], dtype=dtype, config=config, **pooler_of(spec), **source)
         encoder = cls(model, **arguments)
         if (found := encoder.fingerprint()) != reference["sha256"]:
             raise ValueError(
@@ -285,10 +290,10 @@ class FilterEncoder(nn.Module):
                 f"the filter was fitted with {str(reference['sha256'])[:12]}…; pass the encoder that it was fitted with"
             )
         if encoder.kind == "text":
-            encoder.tokenizer = _in_one_line(
+            encoder.tokenizer = in_one_line(
                 AutoTokenizer.from_pretrained, reference["id"], trust_remote_code=False, **source
             )
-        return encoder.to(_dtype(spec["config"].get("dtype")))
+        return encoder.to(dtype_of(spec["config"].get("dtype")))
 
     @property
     def stored(self) -> bool:
@@ -348,7 +353,7 @@ class FilterEncoder(nn.Module):
         if self.kind == "text":
             from transformers import AutoTokenizer
 
-            self.tokenizer = _in_one_line(AutoTokenizer.from_pretrained, str(folder), trust_remote_code=False)
+            self.tokenizer = in_one_line(AutoTokenizer.from_pretrained, str(folder), trust_remote_code=False)
 
     @torch.no_grad()
     def forward(
@@ -496,149 +501,10 @@ def _batches(inputs: Any, size: int) -> Iterator[Any]:
         yield from (inputs[start : start + size] for start in range(0, len(inputs), size))
 
 
-def _is_of_transformers(model_class: Any) -> bool:
-    is_model = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
-    return is_model and model_class.__module__.startswith("transformers.")
-
-
-def _has_optional_pooler(model_class: type) -> bool:
-    """ViT, BERT and others: checkpoints of heads that do without it leave it out, and it would be random."""
-    return "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-
-
 def _default_pooling(model: nn.Module, kind: str, layer: int | None) -> str:
     if kind == "text" or layer is not None:
         return "mean"
-    if kind == "custom" or not _has_optional_pooler(type(model)):
+    if kind == "custom" or not has_optional_pooler(type(model)):
         return "pooled"
     has_class_token = any(name.rpartition(".")[2] == "cls_token" for name, _ in model.named_parameters())
     return "first" if has_class_token and not getattr(model.config, "use_mean_pooling", False) else "mean"
-
-
-def _model_class(config: Any, name: str) -> type[PreTrainedModel]:
-    """Of the part of a checkpoint that makes an embedding."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    towers = {
-        "clip": "CLIPVisionModelWithProjection",
-        "clip_vision_model": "CLIPVisionModelWithProjection",
-        "siglip": "SiglipVisionModel",
-    }
-    if config.model_type in towers and config.architectures != ["CLIPVisionModel"]:  # that has no projection
-        return getattr(transformers, towers[config.model_type])
-    model_class = MODEL_MAPPING.get(type(config), None)
-    fits = _is_of_transformers(model_class) and model_class.main_input_name in ("pixel_values", "input_ids")
-    if not fits or config.sub_configs or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"name_or_path: {name!r} ({config.model_type}) is neither one image encoder nor one text encoder; load the "
-            "part that you need and pass it to FilterEncoder or FilterEncoder.own"
-        )
-    return model_class
-
-
-def _weights(model_class: type[PreTrainedModel], name: str, **arguments: Any) -> PreTrainedModel:
-    """A checkpoint's weights, all of them; that it has others too, of a head, is not worth a report."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below
-        model, info = _in_one_line(model_class.from_pretrained, name, **arguments)
-    finally:
-        logging.set_verbosity(verbosity)
-    if random := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
-        raise ValueError(
-            f"name_or_path: {name!r} lacks {len(random)} weights of {model_class.__name__}, such as {random[0]!r}, "
-            "which would be random; use a checkpoint with them, or another pooling"
-        )
-    return model.eval().requires_grad_(False)
-
-
-def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
-    if "trust_remote_code" in options:
-        raise ValueError(
-            "trust_remote_code: is not taken; load such a model yourself and pass it to FilterEncoder.own"
-        )
-    if unknown := options.keys() - set(HUB_OPTIONS):
-        raise ValueError(f"{min(unknown)}: is not an option; those of the Hub are {', '.join(HUB_OPTIONS)}")
-    return options
-
-
-def _commit(name: str, source: dict[str, Any]) -> str | None:
-    """The commit that a revision is now, so that all files are of one."""
-    from transformers.utils import cached_file
-
-    path = _in_one_line(cached_file, name, "config.json", **source)
-    found = re.search(r"snapshots/([0-9a-f]{40})/", Path(path).as_posix())
-    return found[1] if found else source["revision"]
-
-
-def _sentence_settings(
-    name: str, source: dict[str, Any], pooling: str | None, max_length: int | None, layer: int | None
-) -> tuple[str | None, int | None]:
-    """What sentence-transformers keeps beside a model, where nothing else is asked for."""
-    from transformers.utils import cached_file
-
-    def read(file: str) -> dict[str, Any]:
-        try:
-            return json.loads(Path(cached_file(name, file, **source)).read_text(encoding="utf-8"))
-        except OSError:  # no such file
-            return {}
-
-    max_length = max_length or read("sentence_bert_config.json").get("max_seq_length")
-    settings = read("1_Pooling/config.json") if pooling is None and layer is None else {}
-    modes = {mode.removeprefix("pooling_mode_") for mode, on in settings.items() if on is True and "_mode_" in mode}
-    modes |= {settings["pooling_mode"]} if isinstance(settings.get("pooling_mode"), str) else set()
-    if not modes:
-        return pooling, max_length
-    known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "first", "cls": "first"}
-    if len(modes) > 1 or not modes <= known.keys():
-        raise ValueError(f"pooling: {name!r} was trained with {sorted(modes)}; choose one of {', '.join(POOLINGS)}")
-    return known[modes.pop()], max_length
-
-
-def _read(spec: dict[str, Any]) -> tuple[type[PreTrainedModel], Any, dict[str, Any]]:
-    """Model class, config and arguments of the encoder."""
-    import transformers
-
-    if not isinstance(spec, dict) or spec.get("kind") not in KINDS:
-        raise ValueError("spec: is not one of a FilterEncoder")
-    if spec["kind"] == "custom":
-        raise ValueError(f"encoder: {spec.get('name')!r} is the user's own and was not stored; pass encoder=")
-    model_class = getattr(transformers, str(spec.get("architecture")), None)
-    if not _is_of_transformers(model_class):
-        raise ValueError(f"spec: architecture {spec.get('architecture')!r} is not a model of transformers")
-    names = ("layer", "pooling", "normalize", "max_length", "reference", "name", "embedding_size")
-    try:
-        config = {key: value for key, value in spec["config"].items() if not NOT_IN_SPEC.fullmatch(key)}
-        arguments = {name: spec[name] for name in names} | {"kind": spec["kind"]}
-        arguments["preprocessing"] = spec["preprocessing"] and ImagePreprocessing(**spec["preprocessing"])
-        return model_class, model_class.config_class.from_dict(config), arguments
-    except (KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(f"spec: is incomplete or of another version ({_first_line(error)})") from error
-
-
-def _pooler(spec: dict[str, Any]) -> dict[str, bool]:
-    return {"add_pooling_layer": spec["add_pooling_layer"]} if "add_pooling_layer" in spec else {}
-
-
-def _dtype(name: Any) -> torch.dtype:
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"spec: dtype {name!r} is none of torch")
-    return dtype
-
-
-def _in_one_line(load: Callable[..., Any], name: str, *arguments: Any, **options: Any) -> Any:
-    """What transformers loads, or its error without the advice that does not apply."""
-    try:
-        return load(name, *arguments, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"name_or_path: {name!r} cannot be loaded ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

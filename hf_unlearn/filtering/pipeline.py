@@ -27,8 +27,6 @@ from .wrapper import PipelineWrapper
 
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from huggingface_hub import CommitInfo
 
     from .encoders import FilterEncoder
@@ -318,7 +316,7 @@ class FilteredPipeline(PipelineWrapper):
         commit_message: str = "Upload filtered pipeline",
         max_shard_size: int | str | None = None,
         card: str | None = None,
-    ) -> CommitInfo | Future[CommitInfo]:
+    ) -> CommitInfo:
         """Publish the pipeline with its filter: see [`~FilteredPipeline.save_pretrained`] and [`~hf_unlearn.hub.publish.publish_folder`]."""
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size, card=card)

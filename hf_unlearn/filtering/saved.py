@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 
 INDEX = "model_index.json"
@@ -74,7 +75,10 @@ def fetch(name_or_path: str | Path, **hub) -> tuple[dict[str, Any], Path]:
     """The index of a saved pipeline, and its folder; of one on the Hub only the index is in there."""
     folder = Path(name_or_path)
     if not folder.is_dir():
-        folder = Path(hf_hub_download(str(name_or_path), INDEX, **hub)).parent
+        try:
+            folder = Path(hf_hub_download(str(name_or_path), INDEX, **hub)).parent
+        except RemoteEntryNotFoundError as error:
+            raise ValueError(f"{name_or_path}: has no {INDEX}, so it holds no whole pipeline") from error
     return read_index(folder), folder
 
 

@@ -34,6 +34,7 @@ class Weights:
 
 TRANSFORMERS, DIFFUSERS = Weights("model"), Weights("diffusion_pytorch_model")
 CONFIG, CARD, PIPELINE = "config.json", "README.md", "model_index.json"
+FILTERED, INNER = "FilteredPipeline", "pipeline"  # the class whose component of that name is a pipeline of its own
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 _CHAT_TEMPLATE = ("chat_template.jinja", "chat_template.json")
@@ -97,9 +98,24 @@ def publishable_files(folder: str | Path) -> list[str]:
     passed = _passed(folder, ALLOWED if components is None else PIPELINE_ROOT)
     folders = [folder / name for name in ("pictures", *(components or ()))]
     for inside in (path for path in folders if not path.is_symlink()):
-        names = ["*.png"] if inside.name == "pictures" else _component_names(inside)
-        passed += [f"{inside.name}/{name}" for name in _passed(inside, names)]
+        if components is not None and inside.name == INNER and is_filtered(folder):
+            own = inner_files(inside)
+        else:
+            own = _passed(inside, ["*.png"] if inside.name == "pictures" else _component_names(inside))
+        passed += [f"{inside.name}/{name}" for name in own]
     return sorted(passed)
+
+
+def is_filtered(folder: Path) -> bool:
+    """Whether a pipeline's index says that it is one with a filter around it."""
+    return _json(folder, PIPELINE).get("_class_name") == FILTERED
+
+
+def inner_files(folder: Path) -> list[str]:
+    """Files of the pipeline inside a filtered one; its card and pictures are not for others, the outer one has its own."""
+    if components_of(folder) is None:
+        raise ValueError(f"folder={str(folder)!r}: holds no pipeline; save the filtered pipeline again")
+    return [name for name in publishable_files(folder) if name != CARD and not name.startswith("pictures/")]
 
 
 def left_behind(folder: str | Path) -> list[str]:

@@ -13,12 +13,14 @@ from .allowed import (
     ADAPTER,
     ADAPTER_CONFIG,
     CONFIG,
+    INNER,
     LORA,
     PIPELINE,
     TRANSFORMERS,
     Weights,
     components_of,
     indexed_shards,
+    is_filtered,
     publishable_files,
     unreadable,
     weights_of,
@@ -140,6 +142,7 @@ def _check_pipeline(folder: Path, files: list[str], components: list[str]) -> li
             )
     checked = [name for name in files if name.count("/") == 0 or name.startswith("pictures/")]
     models = 0
+    filtered = is_filtered(folder)
     for component in components:
         inside = folder / component
         own = [name.removeprefix(f"{component}/") for name in files if name.startswith(f"{component}/")]
@@ -148,7 +151,9 @@ def _check_pipeline(folder: Path, files: list[str], components: list[str]) -> li
                 f"folder={str(folder)!r}: {PIPELINE} names {component}, which is no folder with a config; "
                 "save the pipeline again (not as a link)"
             )
-        if CONFIG in own:
+        if filtered and component == INNER:
+            own = sorted(set(check_publishable(inside)).intersection(own))
+        elif CONFIG in own:
             models += 1
             weights = weights_of(inside)
             own, whole = _one_set_of_weights(inside, own, weights)

@@ -11,19 +11,24 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from .. import data, small_gan
+from .. import small_gan
 from ..metrics.features import ClassifierFeatures
 from ..models.players import as_pipeline
-from ..plots import image_grid
 from ..task import check_processes, seeded_generator
 from ..unlearning.adapt_then_unlearn import MARK_SEED, AdaptThenUnlearnConfig, AdaptThenUnlearnTrainer
 from .alone import made_once
 from .generators import Judge, classifier_of, forget_and_report, reference_of
+from .marking import (
+    check_numbers,
+    class_numbers,
+    other_real_images,
+    saved_dataset,
+    where_the_sheet_is,
+    write_sheet,
+)
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from ..models.pipeline import GANPipeline
 
 
@@ -31,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 METHODS = {"adapt_then_unlearn": (AdaptThenUnlearnConfig, AdaptThenUnlearnTrainer)}
 MARKER_SEED = 1  # of the classifier of digits that marks; the one that judges has 0
-SHEET = "samples_to_mark.png"
-COLUMNS = 10  # of the sheet, so that numbers are easily found
 
 
 @dataclass
@@ -128,19 +131,7 @@ class GANJob:
             raise ValueError("forget_classes: missing; list the classes that marker is to mark, as in [3]")
         if self.marks is not None and self.marks < 1:
             raise ValueError(f"marks={self.marks}: must be ≥ 1, or null to mark all mark_samples samples")
-        if self.looked_at < 2:
-            raise ValueError(f"looked_at={self.looked_at}: must be ≥ 2")
-        if odd := [number for number in self.undesired or () if not 0 <= number < self.looked_at]:
-            raise ValueError(
-                f"undesired: {odd[0]} is not on the sheet, whose samples are 0 to {self.looked_at - 1}; correct it, or set "
-                "looked_at as it was when the sheet was written"
-            )
-        if self.undesired is not None and not self.undesired:
-            raise ValueError("undesired: is empty; name at least one sample, or leave it out to be given the sheet")
-        if self.undesired is not None and len(set(self.undesired)) == self.looked_at:
-            raise ValueError(
-                f"undesired: names all {self.looked_at} samples, none is left as positive; raise looked_at"
-            )
+        check_numbers(self.undesired, self.looked_at, others="positive")
 
     def _check_measuring(self) -> None:
         if self.measure_samples < 2:
@@ -187,8 +178,12 @@ def run_adapt_then_unlearn(
     classifier = None if job.classifier is None else classifier_of(job.classifier, config)
     to_mark = None if marker is None else _classes(job, marker, "marker")
     forgotten = [] if classifier is None else _classes(job, classifier, "classifier")
-    others = _others(job, forgotten)
-    marked = {} if job.negatives is None else {name: _saved(job, name) for name in ("negatives", "positives")}
+    others = None
+    if job.eval_split is not None:
+        others = other_real_images(job.dataset, job.dataset_revision, job.eval_split, forgotten)
+    marked = {}
+    if job.negatives is not None:
+        marked = {name: saved_dataset(getattr(job, name), name) for name in ("negatives", "positives")}
     if job.marker is not None and job.marker == job.classifier != "digits":
         logger.warning("classifier: is the one that marks too, so its figures flatter; take another one to count")
 
@@ -205,7 +200,7 @@ def run_adapt_then_unlearn(
         samples = _draw(pipeline, config, job.looked_at)
         if job.undesired is None:
             if config.should_save:
-                _write_sheet(samples, Path(config.output_dir, "_private", SHEET))
+                _write_sheet(samples, Path(config.output_dir, "_private"))
             return
         shows = torch.zeros(len(samples), dtype=torch.bool).index_fill(0, torch.tensor(job.undesired), True)
         marked = {"negatives": samples[shows], "positives": samples[~shows]}
@@ -239,12 +234,11 @@ def _draw(pipeline: GANPipeline, config: AdaptThenUnlearnConfig, count: int, fir
     return pipeline.to(config.device).draw(torch.stack(latents), batch_size=config.sample_batch_size)
 
 
-def _write_sheet(samples: Tensor, file: Path) -> None:
-    images = ((samples + 1) / 2).permute(0, 2, 3, 1).numpy()
-    image_grid(images, [str(number) for number in range(len(images))], file, columns=COLUMNS)
+def _write_sheet(samples: Tensor, folder: Path) -> None:
+    pages = write_sheet(samples, folder)
     Console(highlight=False, soft_wrap=True).print(
-        f"{len(images)} samples are in {file}: set undesired to the numbers of those that show what is to be forgotten, "
-        "and run again",
+        f"{where_the_sheet_is(pages, len(samples))}: set undesired to the numbers of those that show what is to be "
+        "forgotten, and run again",
         markup=False,
     )
 
@@ -276,50 +270,7 @@ def _until_marked(
     return {"negatives": images[undesired], "positives": images[~undesired]}
 
 
-def _saved(job: GANJob, name: str) -> Dataset:
-    folder = Path(getattr(job, name))
-    if not any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
-        raise ValueError(f"{name}: {str(folder)!r} is no dataset saved with save_to_disk")
-    saved = data.load(str(folder))
-    if len(saved) > 1:
-        raise ValueError(f"{name}: {str(folder)!r} has the splits {', '.join(saved)}; save one of them alone")
-    return next(iter(saved.values()))
-
-
-# Measuring
-
-
 def _classes(job: GANJob, classifier: ClassifierFeatures, argument: str) -> list[int]:
     """`forget_classes` as a classifier numbers them."""
-    names = {int(index): str(name) for index, name in classifier.model.config.id2label.items()}
-    found = set()
-    for word in job.forget_classes or ():
-        meant = {index for index, name in names.items() if word in (name, str(index))}
-        if len(meant) != 1:
-            known = ", ".join(
-                str(index) if name == str(index) else f"{index}: {name}" for index, name in names.items()
-            )
-            wrong = "may be two classes" if meant else "is no class"
-            raise ValueError(
-                f"forget_classes: {word!r} {wrong} of {argument}={getattr(job, argument)!r}; choose among {known}"
-            )
-        found |= meant
-    return sorted(found)
-
-
-def _others(job: GANJob, forgotten: list[int]) -> Dataset | None:
-    """The real images of the classes that are not forgotten."""
-    if job.eval_split is None:
-        return None
-    rows = data.one_split(data.load(job.dataset, revision=job.dataset_revision), "eval_split", job.eval_split)
-    if data.label_column(rows) is None:
-        raise ValueError(
-            "eval_split: has no labels, so which images are of other classes is not known; name the column one of "
-            f"{', '.join(data.LABEL_COLUMNS)}"
-        )
-    labels = data.labels_of(rows)
-    if odd := [label for label in labels if not isinstance(label, int)]:
-        raise ValueError(
-            f"eval_split: has the label {odd[0]!r}; make it the number that the classifier gives the class"
-        )
-    return rows.select([row for row, label in enumerate(labels) if label not in forgotten])
+    name = getattr(job, argument)
+    return class_numbers(job.forget_classes, classifier, key="forget_classes", argument=argument, name=name)

@@ -285,6 +285,11 @@ class TestActions:
         assert out.images.abs().max() == 0
         assert out.filter_scores.isnan().all()
 
+    def test_the_filter_is_not_asked_what_nan_shows(self, gan):
+        pipe = filtered(gan, threshold=EVERYTHING)
+        pipe(latents=torch.tensor([[torch.nan] * 4, [0.0] * 4]))
+        assert pipe.safety_checker.seen[0].isfinite().all()
+
 
 class TestRegenerate:
     def test_only_what_is_not_released_is_drawn_again(self, each):
@@ -456,12 +461,17 @@ class TestLatents:
         out = stable_diffusion.draw(filtered(stable_diffusion, threshold=EVERYTHING), output_type="latent")
         torch.testing.assert_close(out.filter_scores.flatten(), expected)
 
-    def test_the_autoencoder_comes_back_in_its_precision(self, request):
-        given = case("sdxl", request)
+    def test_an_autoencoder_that_overflows_is_upcast_for_a_while(self, request, monkeypatch):
+        given, seen = case("sdxl", request), []
+        vae, decode = given.pipeline.vae, given.pipeline.vae.decode
+        monkeypatch.setattr(
+            vae, "decode", lambda latents, **k: seen.append((latents.dtype, vae.dtype)) or decode(latents, **k)
+        )
         given.pipeline.vae.register_to_config(force_upcast=True)
         given.pipeline.vae.to(torch.float16)
         latents = given.draw(output_type="latent")
         out = given.draw(filtered(given, threshold=EVERYTHING), output_type="latent")
+        assert seen == [(torch.float32, torch.float32)]
         assert given.pipeline.vae.dtype == torch.float16
         assert out.images.equal(latents.images)
         assert out.filter_scores.isfinite().all()
@@ -876,6 +886,21 @@ class TestSaved:
             FilteredPipeline.from_pretrained(tmp_path)
         assert "\n" not in str(error.value)
 
+    def test_pickles_are_not_loaded(self, gan, tmp_path):
+        filtered(gan, threshold=0).save_pretrained(tmp_path)
+        shutil.rmtree(tmp_path / "pipeline/generator")
+        gan.pipeline.generator.save_pretrained(tmp_path / "pipeline/generator", safe_serialization=False)
+        with in_place_of_the_checker(), pytest.raises(OSError, match="safetensors"):
+            FilteredPipeline.from_pretrained(tmp_path)
+
+    def test_no_module_is_imported_because_a_file_names_it(self, gan, tmp_path):
+        filtered(gan, threshold=0).save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        (tmp_path / "model_index.json").write_text(json.dumps(index | {"pipeline": ["this", "GANPipeline"]}))
+        with in_place_of_the_checker(), pytest.raises(ValueError, match="is no pipeline of diffusers or hf_unlearn$"):
+            FilteredPipeline.from_pretrained(tmp_path)
+        assert "this" not in sys.modules
+
     def test_a_filter_that_cannot_be_loaded(self, gan, tmp_path):
         filtered(gan, threshold=0).save_pretrained(tmp_path)
         (tmp_path / "safety_checker/config.json").unlink()
@@ -1074,6 +1099,7 @@ class TestFromTheHub:
         with in_place_of_the_checker():
             loaded = FilteredPipeline.from_pretrained("me/photos", revision="v1", token="t", dtype=torch.float32)
         loaded.set_progress_bar_config(disable=True)
+        assert not (hub.cache / "pipeline/unet/diffusion_pytorch_model.bin").exists()
         assert hub.asked == [{"revision": "v1", "token": "t"}, {"revision": "0123abc", "token": "t"}]
         suffixes = {path.suffix for path in hub.cache.rglob("*") if path.is_file()}
         assert {".json", ".safetensors"} <= suffixes <= {".json", ".safetensors", ".txt"}

@@ -1,0 +1,592 @@
+"""The fitter on Gaussians of which the truth is known: promises kept, figures right, samples in any form and order."""
+
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from checker_data import (
+    DIMENSION,
+    SHIFT,
+    Flatten,
+    bright_images,
+    clean_latents,
+    dark_images,
+    fitter_of_latents,
+    share_above,
+    undesired_latents,
+    unmarked_latents,
+)
+from datasets import Array2D, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from scipy.stats import norm
+from sklearn.metrics import roc_auc_score
+
+from hf_unlearn import FASTFitter, FilterEncoder
+from hf_unlearn.filtering.scores import SCORES
+
+
+LINEAR = ("lda", "linear_svc", "mean_difference")
+
+
+def outcome(fitter, **arguments):
+    """Scores of some points, and all thresholds and figures."""
+    result = fitter.fit(**arguments)
+    x = clean_latents(30, seed=99) * 2
+    return (
+        np.stack([concept.score(x) for concept in result.concepts]),
+        [concept.threshold.value for concept in result.concepts],
+        [asdict(concept.figures) for concept in result.concepts],
+    )
+
+
+def assert_same(one, other):
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(one[1], other[1], rtol=1e-5)
+    assert one[2] == other[2]
+
+
+class TestStreaming:
+    @pytest.mark.parametrize("score", SCORES)
+    @pytest.mark.parametrize("sizes", [(1,), (7, 64), (399, 1)])
+    def test_batches_do_not_matter(self, score, sizes):
+        at_once, streamed = fitter_of_latents(score, keep=120), FASTFitter(score=score, keep=120)
+        samples = {"unmarked": unmarked_latents(400), "clean": clean_latents(150), "undesired": undesired_latents(30)}
+        for kind, rows in samples.items():
+            begin = 0
+            while begin < len(rows):
+                for size in sizes:
+                    if len(batch := rows[begin : begin + size]):
+                        streamed.update(**{kind: batch})
+                    begin += size
+        assert_same(outcome(at_once), outcome(streamed))
+        options = {"max_prevalence": 0.2, "rate": 0.2}
+        assert_same(outcome(at_once, **options), outcome(streamed, **options))
+
+    def test_fit_leaves_the_fitter_as_it_is(self):
+        fitter = fitter_of_latents()
+        once = outcome(fitter)
+        outcome(fitter, threshold="min_recall", rate=0.5)
+        assert_same(once, outcome(fitter))
+        fitter.update(undesired=undesired_latents(10, seed=5))
+        assert fitter.fit()["undesired"].figures.undesired == 40
+
+    def test_marks_are_not_changed(self):
+        rows = {"undesired": undesired_latents(20), "clean": clean_latents(60), "unmarked": unmarked_latents(300)}
+        copies = {name: value.copy() for name, value in rows.items()}
+        FASTFitter(seed=3).update(**rows).fit(threshold="pooled_mean")
+        for name in rows:
+            np.testing.assert_array_equal(rows[name], copies[name])
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            {"undesired": np.zeros((0, 4))},
+            {"clean": np.full((3, 4), np.nan)},
+            {"clean": np.zeros((3, 5))},
+            {"unmarked": np.zeros(4)},
+            {"unmarked": np.array([[0, 0, 0, 0], [0, 0, np.inf, 0]])},
+            {"unmarked": "a"},
+            {"concept": "cats"},
+        ],
+    )
+    def test_nothing_is_half_taken(self, bad):
+        samples = {"undesired": undesired_latents(5), "clean": clean_latents(5), "unmarked": unmarked_latents(50)}
+        fitter = fitter_of_latents()
+        before = outcome(fitter)
+        with pytest.raises(ValueError):
+            fitter.update(**samples | bad)
+        assert_same(outcome(fitter), before)
+
+    def test_not_even_the_dimension(self):
+        fitter = FASTFitter(score="mean_difference")
+        with pytest.raises(ValueError, match="NaN"):
+            fitter.update(undesired=np.ones((3, 7)), clean=np.full((3, 7), np.nan))
+        fitter.update(undesired=undesired_latents(5), clean=clean_latents(5))
+        assert fitter.fit(threshold="pooled_mean")["undesired"].figures.undesired == 5
+
+    def test_latents_of_any_form(self):
+        forms = [
+            np.asarray,
+            torch.from_numpy,
+            lambda rows: rows.tolist(),
+            lambda rows: rows.reshape(-1, 2, 2),
+            lambda rows: [torch.from_numpy(row) for row in rows],
+            lambda rows: Dataset.from_dict({"latents": rows.tolist(), "other": list(range(len(rows)))}),
+            lambda rows: torch.from_numpy(rows).requires_grad_(),
+        ]
+        found = []
+        for form in forms:
+            fitter = FASTFitter(score="mean_difference")
+            fitter.update(undesired=form(undesired_latents(300)), clean=form(clean_latents(150)))
+            found.append(outcome(fitter))
+        for other in found[1:]:
+            assert_same(found[0], other)
+
+
+class TestConcepts:
+    def test_each_is_as_if_it_were_alone(self):
+        """Clean marks without a concept count for all, and unmarked samples too."""
+        marks = {"hats": undesired_latents(20, seed=1), "bangs": -undesired_latents(25, seed=2)}
+        together = FASTFitter(concepts={"hats": "of any kind", "bangs": ""})
+        together.update(clean=clean_latents(80)).update(unmarked=unmarked_latents(500))
+        together.update(clean=clean_latents(30, seed=4), concept="bangs")
+        for name, rows in marks.items():
+            together.update(undesired=rows, concept=name)
+        result = together.fit(rate=0.2)
+        for name, rows in marks.items():
+            alone = FASTFitter(concepts=name).update(undesired=rows, unmarked=unmarked_latents(500))
+            if name == "bangs":
+                alone.update(clean=clean_latents(30, seed=4))
+            alone.update(clean=clean_latents(80))
+            expected = alone.fit(rate=0.2)[name]
+            assert result[name].threshold == expected.threshold
+            assert result[name].figures == expected.figures
+        assert [(c.name, c.description) for c in result.concepts] == [("hats", "of any kind"), ("bangs", "")]
+        with pytest.raises(ValueError, match=r"^concept='cats': is not one of 'hats', 'bangs'$"):
+            result["cats"]
+
+    @pytest.mark.parametrize("unmarked", [0, 400])
+    @pytest.mark.parametrize("score", SCORES)
+    def test_together_they_score_as_each_alone(self, score, unmarked):
+        fitter = FASTFitter(score=score, concepts=("one", "two"))
+        for seed, name in enumerate(("one", "two")):
+            fitter.update(undesired=undesired_latents(20, seed), concept=name)
+            fitter.update(clean=clean_latents(300, seed) * (1 + seed), concept=name)
+        if unmarked:
+            fitter.update(unmarked=unmarked_latents(unmarked))
+        result = fitter.fit()
+        x = clean_latents(40, seed=9).astype(np.float32)
+        scores = result.checker().judge(torch.from_numpy(x)).scores
+        expected = np.stack([concept.score(x) for concept in result.concepts], 1)
+        np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-3, atol=1e-3)
+
+    def test_undesired_needs_a_name_where_there_are_several(self):
+        with pytest.raises(ValueError, match=r"^concept: missing; say which of 'one', 'two' is undesired$"):
+            FASTFitter(concepts=("one", "two")).update(undesired=undesired_latents(5))
+
+
+class TestHeldOut:
+    """Whose change changes the score was fitted to; the others are held out for the threshold."""
+
+    @pytest.mark.parametrize("score", LINEAR)
+    @pytest.mark.parametrize("share", [0.5, 0.25])
+    def test_clean_marks(self, score, share):
+        def fit(clean):
+            fitter = FASTFitter(score=score, calibration_share=share)
+            fitter.update(undesired=undesired_latents(12) - 1, clean=clean)
+            return fitter.fit(rate=0.5, confidence=0.5)["undesired"]
+
+        clean = clean_latents(12)
+        first, moved, thresholds = fit(clean), [], set()
+        for number in range(12):
+            changed = clean.copy()
+            changed[number] += SHIFT / 2
+            other = fit(changed)
+            moved.append(not np.array_equal(other.score.weight, first.score.weight))
+            if not moved[-1]:
+                thresholds.add(other.threshold.value)
+        if score == "linear_svc":  # only support vectors move it
+            assert sum(moved) <= 12 - 12 * share
+        else:
+            assert sum(moved) == 12 - 12 * share
+        assert len(thresholds) > 1
+        assert first.threshold.calibration_samples == 12 * share
+
+    def test_undesired_marks(self):
+        def fit(undesired):
+            fitter = FASTFitter(score="mean_difference").update(undesired=undesired, clean=clean_latents(20))
+            return fitter.fit(threshold="min_recall", rate=0.5, confidence=0.5)["undesired"]
+
+        undesired = undesired_latents(10)
+        first, moved = fit(undesired), 0
+        for number in range(10):
+            changed = undesired.copy()
+            changed[number] += 1
+            moved += not np.array_equal(fit(changed).score.weight, first.score.weight)
+        assert moved == 5
+        assert first.threshold.calibration_samples == 5
+        assert first.threshold.calibrated_on == "undesired"
+
+    def test_clean_marks_do_not_enter_a_score_against_the_pool(self):
+        fits = []
+        for seed in (0, 1):
+            fitter = FASTFitter().update(undesired=undesired_latents(20), unmarked=unmarked_latents(400))
+            fits.append(fitter.update(clean=clean_latents(100, seed) + seed).fit()["undesired"])
+        x = clean_latents(9, seed=4)
+        np.testing.assert_array_equal(fits[0].score(x), fits[1].score(x))
+        assert fits[0].threshold.value != fits[1].threshold.value
+        assert fits[0].threshold.calibration_samples == 100
+
+    def test_unmarked_samples_are_fitted_to_or_calibrated_on(self):
+        """A pool of 300: what moves the score does not move the threshold beyond it, and the other way round."""
+
+        def fit(pool):
+            fitter = FASTFitter(seed=2).update(undesired=undesired_latents(20), unmarked=pool)
+            return fitter.fit(max_prevalence=0.2, rate=0.3)["undesired"]
+
+        pool, x = unmarked_latents(300), clean_latents(9, seed=4)
+        first, still = fit(pool), 0
+        for number in range(0, 300, 5):
+            changed = pool.copy()
+            changed[number] += 5 * SHIFT
+            still += np.array_equal(fit(changed).score(x), first.score(x))
+        assert 15 <= still <= 45  # of 60, about a half
+        assert first.threshold.calibrated_on == "unmarked"
+        assert abs(first.threshold.calibration_samples - 150) < 45
+
+    def test_without_a_pool_the_clean_marks_are_the_background(self):
+        fitter = FASTFitter().update(undesired=undesired_latents(20), clean=clean_latents(300))
+        concept = fitter.fit()["undesired"]
+        assert concept.threshold.calibration_samples == 150
+        assert concept.score.name == "quadratic"
+
+    def test_augmented(self):
+        """5,000 draws have the marks' mean, so this direction stays, and the threshold is still on real marks."""
+        plain = fitter_of_latents("mean_difference").fit()["undesired"]
+        other = fitter_of_latents("mean_difference").fit(augment=5000)["undesired"]
+        assert plain.score.weight @ other.score.weight > 0.99
+        assert (plain.score.weight != other.score.weight).any()
+        assert other.threshold.calibration_samples == plain.threshold.calibration_samples == 75
+
+
+class TestStandIns:
+    """Only undesired marks: clean ones are drawn from unmarked samples, as in the paper."""
+
+    @pytest.mark.parametrize("score", LINEAR)
+    def test_direction(self, score):
+        fitter = FASTFitter(score=score).update(undesired=undesired_latents(100) + 2, unmarked=unmarked_latents(4000))
+        concept = fitter.fit(threshold="pooled_mean")["undesired"]
+        direction = concept.score.weight @ (SHIFT + 2)
+        assert direction > 0.9 * np.linalg.norm(SHIFT + 2)
+        assert concept.figures.false_alarm is None  # stand-ins are not clean marks
+        assert concept.figures.clean == 0
+
+    def test_half_way_for_latents_and_all_the_way_for_embeddings(self):
+        """Marks at 10 to 12 along one axis, unmarked samples at 4 and 9: below ½ · 10 are only those at 4."""
+        undesired = np.zeros((3, 1, 1, 2))
+        undesired[:, 0, 0, 0] = [10, 11, 12]
+        unmarked = np.zeros((400, 1, 1, 2))
+        unmarked[:, 0, 0, 0] = np.repeat([4, 9], 200)
+        unmarked[:, 0, 0, 1] = np.linspace(-1, 1, 400)
+        means = []
+        for encoder in (None, FilterEncoder.own(Flatten(2, 20.0), name="flat")):
+            scale = 1 if encoder is None else 20
+            fitter = FASTFitter(encoder, score="mean_difference")
+            fitter.update(undesired=torch.from_numpy(undesired / scale), unmarked=torch.from_numpy(unmarked / scale))
+            concept = fitter.fit(threshold="pooled_mean")["undesired"]
+            # τ = mean of 3 marks and of 3 stand-ins, along an axis that is nearly the first
+            means.append(2 * concept.threshold.value - 11)
+        assert means[0] == pytest.approx(4, abs=0.5)
+        assert means[1] > 5
+
+    def test_pooled_mean(self):
+        undesired, clean = undesired_latents(30), clean_latents(50)
+        concept = (
+            FASTFitter(score="mean_difference")
+            .update(undesired=undesired, clean=clean)
+            .fit(threshold="pooled_mean")["undesired"]
+        )
+        direction = undesired.mean(0) - clean.mean(0)
+        projected = np.concatenate([undesired, clean]) @ direction / np.linalg.norm(direction)
+        assert concept.threshold.value == pytest.approx(projected.mean(), rel=1e-5)
+        assert concept.threshold.promise is None
+
+
+class TestPromises:
+    """Of 200 random splits, 1 − δ − 2 √(δ (1 − δ) / 200) must keep what is promised."""
+
+    SPLITS = 200
+    LEAST = 200 * (0.95 - 2 * math.sqrt(0.05 * 0.95 / 200))
+
+    def test_max_false_alarm_of_a_linear_score(self):
+        """59 calibration samples are the fewest there may be: one score more above, and it is broken in 20 %."""
+        kept = 0
+        for seed in range(self.SPLITS):
+            fitter = fitter_of_latents("mean_difference", seed=seed, undesired=8, clean=118, unmarked=0)
+            kept += share_above(fitter.fit()["undesired"]) <= 0.05
+        assert kept >= self.LEAST
+        assert kept < self.SPLITS  # τ is not above all
+
+    def test_max_false_alarm_of_a_quadratic_score(self):
+        clean, kept = clean_latents(20_000, seed=12345), 0
+        for seed in range(self.SPLITS):
+            fitter = fitter_of_latents(seed=seed, undesired=6, clean=93, unmarked=250)
+            concept = fitter.fit()["undesired"]
+            kept += (concept.score(clean) > concept.threshold.value).mean() <= 0.05
+        assert kept >= self.LEAST
+        assert kept < self.SPLITS
+
+    @pytest.mark.parametrize("sign", [1, -1], ids=["higher", "lower"])
+    def test_max_false_alarm_on_unmarked_samples(self, sign):
+        """Even where what is undesired among them looks cleaner than clean."""
+        kept = 0
+        for seed in range(self.SPLITS):
+            fitter = FASTFitter(score="mean_difference", seed=seed)
+            random = np.random.default_rng(seed)
+            pool = clean_latents(600, seed) + 5 * sign * SHIFT * (random.random(600) < 0.2)[:, None]
+            fitter.update(undesired=undesired_latents(8, seed), clean=clean_latents(20, seed + 500), unmarked=pool)
+            kept += share_above(fitter.fit(max_prevalence=0.2)["undesired"]) <= 0.05
+        assert kept >= self.LEAST
+        assert kept < self.SPLITS or sign == 1
+
+    def test_min_recall(self):
+        kept = 0
+        for seed in range(self.SPLITS):
+            fitter = fitter_of_latents("mean_difference", seed=seed, undesired=58, clean=20, unmarked=0)
+            kept += share_above(fitter.fit(threshold="min_recall")["undesired"], SHIFT) >= 0.9
+        assert kept >= self.LEAST
+        assert kept < self.SPLITS
+
+
+class TestFigures:
+    @pytest.mark.parametrize("score", ["mean_difference", "quadratic"])
+    @pytest.mark.parametrize("threshold", ["max_false_alarm", "min_recall", "pooled_mean"])
+    def test_are_close_to_the_truth(self, score, threshold):
+        fitter = fitter_of_latents(score, undesired=800, clean=3000, unmarked=20_000, keep=20_000)
+        concept = fitter.fit(threshold=threshold)["undesired"]
+        figures, tau = concept.figures, concept.threshold.value
+        of_undesired = concept.score(undesired_latents(100_000, seed=77))
+        of_clean = concept.score(clean_latents(100_000, seed=77))
+        recall, false_alarm = (of_undesired > tau).mean(), (of_clean > tau).mean()
+        assert figures.recall.value == pytest.approx(recall, abs=0.06)
+        assert figures.false_alarm.value == pytest.approx(false_alarm, abs=0.02)
+        blocked = 0.1 * recall + 0.9 * false_alarm
+        assert figures.blocked.value == pytest.approx(blocked, abs=0.02)
+        assert figures.release.value == pytest.approx(1 - blocked, abs=0.02)
+        assert figures.prevalence.low < 0.1 < figures.prevalence.high
+        residual = 0.1 * (1 - recall) / (1 - blocked)
+        assert figures.residual.low < residual < figures.residual.high
+        marks = np.arange(200_000) < 100_000
+        truth = roc_auc_score(marks, np.concatenate([of_undesired, of_clean]))
+        assert figures.auc == pytest.approx(truth, abs=0.02)
+        best = norm.cdf(np.linalg.norm(SHIFT) / math.sqrt(2))
+        assert best - 0.02 < truth < best + 0.01
+        assert (figures.undesired, figures.clean, figures.unmarked) == (800, 3000, 20_000)
+        assert figures.recall_from == ("calibration" if threshold == "min_recall" else "cross-validation")
+
+    def test_cross_validation_does_not_flatter(self):
+        """40 dimensions of noise and 10 marks: on its own marks a direction would look perfect."""
+        random = np.random.default_rng(0)
+        fitter = FASTFitter(score="mean_difference")
+        fitter.update(undesired=random.standard_normal((10, 200)), clean=random.standard_normal((120, 200)))
+        figures = fitter.fit(threshold="pooled_mean")["undesired"].figures
+        assert 0.2 < figures.auc < 0.8
+
+    def test_prevalence_as_given(self):
+        figures = fitter_of_latents().fit(prevalence=0.3)["undesired"].figures
+        assert (figures.prevalence.value, figures.prevalence.low, figures.prevalence.high) == (0.3, 0.3, 0.3)
+        r, a = figures.recall.value, figures.false_alarm.value
+        assert figures.residual.value == pytest.approx(0.3 * (1 - r) / (0.3 * (1 - r) + 0.7 * (1 - a)))
+
+    def test_without_what_they_need(self):
+        figures = fitter_of_latents("lda", unmarked=0).fit()["undesired"].figures
+        assert figures.blocked is figures.prevalence is figures.residual is None
+        assert figures.unmarked == 0
+        fitter = FASTFitter().update(undesired=undesired_latents(20), unmarked=unmarked_latents(400))
+        figures = fitter.fit(max_prevalence=0.2, rate=0.1)["undesired"].figures
+        assert figures.false_alarm is None
+        assert figures.false_alarm_from is None
+        assert figures.blocked is not None
+
+
+class TestEncoders:
+    def of_images(self, encoder, form=lambda images: images):
+        fitter = FASTFitter(encoder, score="mean_difference")
+        return fitter.update(undesired=form(bright_images(12)), clean=form(dark_images(12)))
+
+    def as_pil(self, images):
+        return [PILImage.fromarray(((image[0] + 1) * 127.5).round().byte().numpy(), "L") for image in images]
+
+    @pytest.mark.parametrize("fixture", ["tiny_resnet", "tiny_vit"])
+    def test_images_are_embeddings_of_them(self, fixture, request):
+        model = request.getfixturevalue(fixture).base_model
+        encoder = FilterEncoder(model, kind="image")
+        fitted = self.of_images(encoder).fit(threshold="pooled_mean")
+        latents = FASTFitter(score="mean_difference")
+        latents.update(undesired=encoder(bright_images(12)), clean=encoder(dark_images(12)))
+        expected = latents.fit(threshold="pooled_mean")["undesired"]
+        np.testing.assert_allclose(fitted["undesired"].score.weight, expected.score.weight, atol=1e-6)
+        assert fitted["undesired"].threshold.value == pytest.approx(expected.threshold.value, rel=1e-4)
+        assert fitted.encoder is encoder
+
+    def test_own(self):
+        encoder = FilterEncoder.own(Flatten(64), name="flat")
+        concept = self.of_images(encoder).fit(threshold="pooled_mean")["undesired"]
+        direction = (bright_images(12).mean(0) - dark_images(12).mean(0)).flatten().double().numpy()
+        np.testing.assert_allclose(concept.score.weight, direction / np.linalg.norm(direction), rtol=1e-5)
+
+    @pytest.mark.parametrize("column", ["pixel_values", "image", "images"])
+    def test_datasets_of_images(self, column, tiny_vit):
+        encoder = FilterEncoder(tiny_vit.vit, kind="image")
+
+        def dataset(images):
+            if column == "pixel_values":
+                rows = {column: images[:, 0].tolist()}
+                return Dataset.from_dict(rows, features=Features({column: Array2D((8, 8), "float32")})).map(
+                    lambda row: {column: [row[column]]}, features=None, remove_columns=[column]
+                )
+            rows = {column: self.as_pil(images), "text": ["a"] * len(images)}
+            return Dataset.from_dict(rows, features=Features({column: Image(), "text": Value("string")}))
+
+        form = (lambda images: images) if column == "pixel_values" else self.as_pil
+        expected = self.of_images(encoder, form).fit(threshold="pooled_mean")["undesired"]
+        found = self.of_images(encoder, dataset).fit(threshold="pooled_mean")["undesired"]
+        np.testing.assert_allclose(found.score.weight, expected.score.weight, atol=1e-6)
+
+    def test_datasets_of_texts(self, tiny_bert, tokenizer):
+        encoder = FilterEncoder(tiny_bert.bert, kind="text", tokenizer=tokenizer, normalize=True)
+        texts = {"undesired": ["forget me", "forget it", "forget"], "clean": ["keep this", "keep", "keep it all"]}
+        plain, columns = FASTFitter(encoder, score="lda"), FASTFitter(encoder, score="lda")
+        plain.update(**texts)
+        columns.update(**{name: Dataset.from_dict({"text": rows, "n": [0, 1, 2]}) for name, rows in texts.items()})
+        one, other = (fitter.fit(threshold="pooled_mean")["undesired"] for fitter in (plain, columns))
+        np.testing.assert_allclose(one.score.weight, other.score.weight)
+
+    def test_saved_encoder_by_folder(self, tiny_vit, tmp_path):
+        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+        tiny_vit.save_pretrained(tmp_path)
+        size = {"height": 16, "width": 16}
+        ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(tmp_path)
+        fitter = FASTFitter(tmp_path, score="mean_difference")
+        assert isinstance(fitter.encoder, FilterEncoder)
+        fitter.update(undesired=bright_images(5), clean=dark_images(5))
+        assert fitter.fit(threshold="pooled_mean").encoder.embedding_size == 16
+
+
+MARKS = {"undesired": undesired_latents(20), "clean": clean_latents(20)}
+POOL = {"undesired": undesired_latents(20), "unmarked": unmarked_latents(400)}
+
+# What is built, taken in, fitted, and how the one line begins.
+BAD = {
+    "no undesired marks": ({"score": "lda"}, {"clean": clean_latents(20)}, {}, "undesired: has 0 undesired marks"),
+    "nothing at all": ({}, {}, {}, "undesired: has 0 undesired marks"),
+    "one mark": ({}, POOL | {"undesired": undesired_latents(1)}, {}, "undesired: has 1 undesired marks"),
+    "both kinds identical": (
+        {"score": "mean_difference"},
+        {"undesired": clean_latents(8), "clean": clean_latents(8)},
+        {"threshold": "pooled_mean"},
+        "undesired: 8 samples are marked both undesired and clean",
+    ),
+    "both kinds alike": (
+        {"score": "mean_difference"},
+        {"undesired": np.array([[1.0, 0], [3, 0]]), "clean": np.array([[2.0, 0], [2, 0]])},
+        {"threshold": "pooled_mean"},
+        "undesired, clean: both kinds of marks are the same",
+    ),
+    "NaN undesired": ({}, {"undesired": [[0.0, 1], [np.nan, 0]]}, {}, "undesired: sample 1 has NaN"),
+    "infinite clean": ({}, {"clean": [[np.inf, 1.0]]}, {}, "clean: sample 0 has NaN"),
+    "NaN unmarked": ({}, {"unmarked": torch.full((9, 2), torch.nan)}, {}, "unmarked: sample 0 has NaN"),
+    "another dimension": ({}, {"undesired": np.ones((3, 2)), "clean": np.ones((3, 5))}, {}, "clean: has 5 numbers"),
+    "flat latents": ({}, {"undesired": np.ones(4)}, {}, "undesired: latents must be"),
+    "latents as text": ({}, {"undesired": ["a", "b"]}, {}, "undesired: "),
+    "ragged latents": ({}, {"undesired": [[1.0, 2.0], [1.0]]}, {}, "undesired: "),
+    "latents as one word": ({}, {"undesired": "a"}, {}, "undesired: must be a list"),
+    "a number": ({}, {"clean": 3}, {}, "clean: must be a list"),
+    "no such column": ({}, {"clean": Dataset.from_dict({"image": [1]})}, {}, "clean: has no column named"),
+    "empty undesired": ({}, {"undesired": np.zeros((0, 4))}, {}, "undesired: is empty"),
+    "empty clean": ({}, {"clean": []}, {}, "clean: is empty"),
+    "empty unmarked": ({}, {"unmarked": Dataset.from_dict({"latents": []})}, {}, "unmarked: is empty"),
+    "unknown concept": ({"concepts": ("hats",)}, MARKS | {"concept": "cats"}, {}, "concept='cats': is not one of"),
+    "unknown score": ({"score": "cosine"}, {}, {}, "score='cosine': must be one of"),
+    "same names": ({"concepts": ("a", "a")}, {}, {}, "concepts=['a', 'a']: must be different"),
+    "no names": ({"concepts": ()}, {}, {}, "concepts=[]: must be"),
+    "empty name": ({"concepts": ("",)}, {}, {}, "concepts=['']: must be"),
+    "share": ({"calibration_share": 1.0}, {}, {}, "calibration_share=1.0: must be in"),
+    "components": ({"components": 0}, {}, {}, "components=0: must be"),
+    "keep": ({"keep": 0}, {}, {}, "keep=0: must be"),
+    "batch size": ({"batch_size": 0}, {}, {}, "batch_size=0: must be"),
+    "too few clean": (
+        {"score": "lda"},
+        MARKS,
+        {},
+        "undesired: max_false_alarm=0.05 with confidence 0.95 needs 59 clean calibration samples, there are 10",
+    ),
+    "too few unmarked": (
+        {},
+        POOL | {"unmarked": unmarked_latents(250)},
+        {"rate": 0.01, "max_prevalence": 0.1},
+        "undesired: max_false_alarm=0.01 with confidence 0.95 needs 332 unmarked calibration samples",
+    ),
+    "too few undesired": (
+        {"score": "lda"},
+        MARKS,
+        {"threshold": "min_recall"},
+        "undesired: min_recall=0.9 with confidence 0.95 needs 29 undesired calibration samples, there are 10",
+    ),
+    "two undesired to hold out": (
+        {},
+        POOL | {"undesired": undesired_latents(2)},
+        {"threshold": "min_recall"},
+        "undesired: min_recall needs marks",
+    ),
+    "no clean to calibrate on": ({}, POOL, {}, "undesired: max_false_alarm is calibrated on clean marks"),
+    "nothing to draw stand-ins from": (
+        {"score": "lda"},
+        {"undesired": undesired_latents(20)},
+        {"threshold": "pooled_mean"},
+        "undesired: has no clean marks",
+    ),
+    "quadratic without background": ({}, MARKS, {"threshold": "pooled_mean"}, "unmarked: score='quadratic' needs 100"),
+    "max_prevalence without unmarked": (
+        {"score": "lda"},
+        MARKS,
+        {"max_prevalence": 0.1},
+        "undesired: max_false_alarm=0.05 with confidence 0.95 needs 66 unmarked calibration samples, there are 0",
+    ),
+    "max_prevalence of another threshold": (
+        {"score": "lda"},
+        MARKS,
+        {"max_prevalence": 0.1, "threshold": "pooled_mean"},
+        "max_prevalence=0.1: only for",
+    ),
+    "unknown threshold": ({}, POOL, {"threshold": "youden"}, "threshold='youden': must be one of"),
+    "fixed threshold": ({}, POOL, {"threshold": "fixed"}, "threshold='fixed': must be one of"),
+    "rate of pooled_mean": ({}, POOL, {"threshold": "pooled_mean", "rate": 0.1}, "rate=0.1: threshold="),
+    "rate": ({}, POOL, {"rate": 5}, "rate=5: must be in (0, 1)"),
+    "NaN rate": ({}, POOL, {"rate": math.nan}, "rate=nan: must be in (0, 1)"),
+    "confidence": ({}, POOL, {"confidence": 1.0}, "confidence=1.0: must be in (0, 1)"),
+    "prevalence": ({}, POOL, {"prevalence": -0.1}, "prevalence=-0.1: must be in (0, 1)"),
+    "max_prevalence": ({}, POOL, {"max_prevalence": 1}, "max_prevalence=1: must be in (0, 1)"),
+    "augmented quadratic": ({}, POOL, {"augment": 10}, "augment=10: must be"),
+    "negative augment": ({"score": "lda"}, MARKS, {"augment": -1}, "augment=-1: must be"),
+    "too many dimensions": (
+        {"score": "lda"},
+        {"undesired": np.eye(3, 5000), "clean": -np.eye(3, 5000)},
+        {"threshold": "pooled_mean"},
+        "score='lda': needs the covariance of 5000 numbers",
+    ),
+    "all unmarked the same": (
+        {},
+        {"undesired": undesired_latents(5), "unmarked": np.ones((400, DIMENSION))},
+        {"threshold": "pooled_mean"},
+        "unmarked: all samples have the same",
+    ),
+}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("case", BAD)
+    def test_one_line_that_names_the_argument(self, case):
+        made, taken, fitted, message = BAD[case]
+        with pytest.raises(ValueError) as caught:
+            FASTFitter(**made).update(**taken).fit(**fitted)
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)
+
+    def test_latents_for_an_encoder_of_images(self, tiny_vit):
+        with pytest.raises(ValueError, match=r"^[^\n]*$"):
+            FASTFitter(FilterEncoder(tiny_vit.vit, kind="image")).update(undesired=undesired_latents(5))
+
+    def test_encoder_that_gives_nan(self):
+        encoder = FilterEncoder.own(Flatten(64, math.nan), name="broken")
+        with pytest.raises(ValueError, match=r"^undesired: sample 0 has NaN or infinite embedding; [^\n]*$"):
+            FASTFitter(encoder).update(undesired=bright_images(3))
+
+    def test_broken_image(self):
+        images = bright_images(5)
+        images[3, 0, 2, 2] = math.nan
+        with pytest.raises(ValueError, match=r"^clean: sample 3 has NaN[^\n]*$"):
+            FASTFitter(FilterEncoder.own(Flatten(64), name="flat")).update(clean=images)

@@ -1,0 +1,209 @@
+"""Filters on a Hub over real HTTP: pushed and loaded by processes of their own, and never loaded without the filter."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filter_data import Case, fitted_filter, loaders_without_a_filter
+from hub_server import LoopbackHub
+from safetensors.torch import load, save
+
+from hf_unlearn import FilteredPipeline
+
+
+TESTS = Path(__file__).parents[1]
+WEIGHTS, CONFIG = "safety_checker/model.safetensors", "safety_checker/config.json"
+PUSH = """
+import json, sys
+sys.path[:0] = [{tests!r}, {here!r}]
+from hf_unlearn import FASTSafetyChecker, FilteredPipeline
+pipe = FilteredPipeline.from_pretrained({saved!r})
+pipe.push_to_hub("me/filtered")
+pipe.safety_checker.push_to_hub("me/filter")
+"""
+LOAD = """
+import json, sys
+sys.path[:0] = [{tests!r}, {here!r}]
+import torch
+from hf_unlearn import FASTSafetyChecker, FilteredPipeline
+from filter_data import loaders_without_a_filter
+
+def drawn(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(batch_size=4, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np")
+    return [out.filtered, out.filter_scores.tolist(), out.images.tolist()]
+
+refused = {{}}
+for name in {broken!r}:
+    try:
+        FilteredPipeline.from_pretrained(name)
+        refused[name] = None
+    except (ValueError, OSError) as error:
+        refused[name] = str(error)
+print(json.dumps({{
+    "whole": drawn(FilteredPipeline.from_pretrained("me/filtered")),
+    "put together": drawn(FilteredPipeline.from_pretrained("me/plain", filter="me/filter")),
+    "alone": list(FASTSafetyChecker.from_pretrained("me/filter").concepts),
+    "inside": list(FASTSafetyChecker.from_pretrained("me/filtered", subfolder="safety_checker").concepts),
+    "refused": refused,
+    "unfiltered": loaders_without_a_filter("me/filtered"),
+}}))
+"""
+STOCK = """
+import json, sys
+print(json.dumps({"unfiltered": loaders_without_a_filter("me/filtered"), "imported": "hf_unlearn" in sys.modules}))
+"""
+
+
+def broken_copies(files):
+    """Repositories that must not be loaded, by name: each a copy of a whole one with one thing wrong."""
+    index, config = json.loads(files["model_index.json"]), json.loads(files[CONFIG])
+
+    def weights(change):
+        with_change = load(files[WEIGHTS])
+        change(with_change)
+        return {WEIGHTS: save(with_change, metadata={"format": "pt"})}
+
+    def in_index(**changes):
+        return {"model_index.json": json.dumps(index | changes).encode()}
+
+    changes = {
+        "cut": {WEIGHTS: files[WEIGHTS][:-100]},
+        "no-weights": {WEIGHTS: None},
+        "no-config": {CONFIG: None},
+        "no-threshold": weights(lambda state: state.pop("bank.threshold")),
+        "other-threshold": weights(lambda state: state["bank.threshold"].fill_(1e9)),
+        "nan-threshold": weights(lambda state: state["bank.threshold"].fill_(torch.nan)),
+        "nan-encoder": weights(
+            lambda state: next(v for k, v in state.items() if k.startswith("encoder.")).fill_(torch.nan)
+        ),
+        "other-version": {CONFIG: json.dumps(config | {"schema_version": 99}).encode()},
+        "other-layout": in_index(schema_version=99),
+        "null-filter": in_index(safety_checker=[None, None]),
+        "no-filter": {
+            "model_index.json": json.dumps({k: v for k, v in index.items() if k != "safety_checker"}).encode()
+        },
+        "other-filter": in_index(safety_checker=["transformers", "CLIPModel"]),
+        "no-index": {"model_index.json": None},
+    }
+    return {
+        f"me/{name}": {path: content for path, content in (files | change).items() if content is not None}
+        for name, change in changes.items()
+    }
+
+
+def run(script, hub, home, **values):
+    code = script.format(tests=str(TESTS), here=str(Path(__file__).parent), **values) if values else script
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=hub.environment(home) | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else None
+
+
+STORY = {}
+
+
+@pytest.fixture
+def story(tiny_ddpm, tmp_path_factory):
+    if not STORY:
+        STORY.update(told(tiny_ddpm, tmp_path_factory.mktemp("hub")))
+    return STORY
+
+
+def told(ddpm, folder):
+    """What was pushed, what processes with and without hf_unlearn made of it, and the Hub's own account."""
+    ddpm.set_progress_bar_config(disable=True)
+    case = Case(ddpm, batch_size=4, num_inference_steps=2)
+    checker = fitted_filter(channels=1)
+    scores = checker.judge(case.draw(output_type="pt").images * 2 - 1).scores.flatten().sort(descending=True).values
+    checker.set_threshold("bright", (scores[1] + scores[2]).item() / 2)
+    pipe = FilteredPipeline(ddpm, checker)
+    pipe.save_pretrained(folder / "saved")
+    ddpm.save_pretrained(folder / "plain")
+    expected = case.draw(pipe, output_type="np")
+    with LoopbackHub() as hub:
+        run(PUSH, hub, folder / "pusher", saved=str(folder / "saved"))
+        hub.put("me/plain", folder / "plain")
+        broken = broken_copies(hub.files("me/filtered"))
+        for name, files in broken.items():
+            copy = folder / name
+            for path, content in files.items():
+                (copy / path).parent.mkdir(parents=True, exist_ok=True)
+                (copy / path).write_bytes(content)
+            hub.put(name, copy)
+        loaded = run(LOAD, hub, folder / "loader", broken=list(broken))
+        stock = run(inspect.getsource(loaders_without_a_filter) + STOCK, hub, folder / "stock")
+        files = {name: hub.files(name) for name in ("me/filtered", "me/filter")}
+        unknown = list(hub.unknown)
+    return {
+        "expected": expected,
+        "loaded": loaded,
+        "stock": stock,
+        "files": files,
+        "unknown": unknown,
+        "broken": broken,
+    }
+
+
+class TestPushed:
+    def test_draws_the_same_in_another_process(self, story):
+        filtered, scores, images = story["loaded"]["whole"]
+        assert filtered == story["expected"].filtered
+        assert sum(filtered) == 2
+        assert torch.equal(torch.tensor(scores), story["expected"].filter_scores)
+        assert images == story["expected"].images.tolist()
+
+    def test_a_plain_pipeline_with_the_filter_draws_the_same(self, story):
+        assert story["loaded"]["put together"] == story["loaded"]["whole"]
+
+    def test_the_filter_is_also_found_in_a_subfolder(self, story):
+        assert story["loaded"]["alone"] == story["loaded"]["inside"] == ["bright"]
+
+    def test_nothing_but_what_belongs_there_was_sent(self, story):
+        assert set(story["files"]["me/filtered"]) == {
+            "README.md",
+            "model_index.json",
+            "pipeline/model_index.json",
+            "pipeline/scheduler/scheduler_config.json",
+            "pipeline/unet/config.json",
+            "pipeline/unet/diffusion_pytorch_model.safetensors",
+            CONFIG,
+            WEIGHTS,
+        }
+        assert set(story["files"]["me/filter"]) == {"README.md", "config.json", "model.safetensors"}
+
+    def test_the_server_understood_everything(self, story):
+        assert story["unknown"] == []
+
+
+class TestFailsClosed:
+    def test_no_other_loader_draws_without_the_filter(self, story):
+        assert story["loaded"]["unfiltered"] == []
+
+    def test_nor_where_the_package_is_not_imported(self, story):
+        assert story["stock"] == {"unfiltered": [], "imported": False}
+
+    def test_what_is_broken_is_refused_in_one_line(self, story):
+        refused = story["loaded"]["refused"]
+        assert set(refused) == set(story["broken"])
+        assert [name for name, message in refused.items() if message is None] == []
+        assert {name: message for name, message in refused.items() if "\n" in message.strip()} == {}
+
+    def test_the_copies_are_broken_in_one_place_only(self, story):
+        for name, files in story["broken"].items():
+            whole = story["files"]["me/filtered"]
+            assert sum(files.get(path) != content for path, content in whole.items()) == 1, name
+
+
+def test_the_loaders_would_notice(tiny_ddpm, tmp_path):
+    """A pipeline without a filter is loaded by several of them."""
+    tiny_ddpm.save_pretrained(tmp_path)
+    assert "DDPMPipeline" in [name for name, _ in loaders_without_a_filter(tmp_path, ("DDPM",))]
