@@ -34,14 +34,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
-from hf_unlearn import FASTFitter
+from hf_unlearn import FASTFitter, FilteredPipeline, GANPipeline, small_gan
 from hf_unlearn.data import load
+from hf_unlearn.demo import cached_digits_classifier
 from hf_unlearn.filtering import scores as forms
 from hf_unlearn.filtering.background import Background
 from hf_unlearn.filtering.rates import release_rate, residual_rate
 from hf_unlearn.filtering.scores import Basis
 from hf_unlearn.filtering.thresholds import max_false_alarm, pooled_mean
-from hf_unlearn.images import grey_images
+from hf_unlearn.images import grey_images, grid
 from hf_unlearn.metrics.features import Features, features_of
 from hf_unlearn.metrics.generation import density_coverage, frechet_distance
 from hf_unlearn.plots import curves
@@ -334,6 +335,20 @@ def by_class(rows: list[dict], marks: int) -> dict:
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
+def pictures(unwanted: int = 3, looked_at: int = 200, drawn: int = 32) -> None:
+    """What a GAN of digits draws, and what a filter releases of it: the README's example."""
+    pipeline = GANPipeline.from_pretrained(small_gan.cached(small_gan.DIGITS))
+    images = pipeline.draw(pipeline.prepare_latents(looked_at, torch.Generator().manual_seed(0)))
+    marked = judge("digits", 1).classify(images) == unwanted
+    fitter = FASTFitter(cached_digits_classifier()).update(undesired=images[marked], clean=images[~marked])
+    fitter.update(unmarked=pipeline.draw(pipeline.prepare_latents(2_000, torch.Generator().manual_seed(2))))
+    filtered = FilteredPipeline(pipeline, fitter.fit().checker())
+    for name, action in (("original", "flag"), ("filtered", "blank")):
+        generator = torch.Generator().manual_seed(1)
+        found = filtered(num_images=drawn, generator=generator, output_type="pt", filter_action=action)
+        grid(found.images * 2 - 1, columns=16).save(PICTURES / f"filter_digits_{name}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one class, few samples, nothing is written")
@@ -390,6 +405,7 @@ def main() -> None:
         keep(promise=run(promise_job, jobs, arguments.workers))
     if not quick:
         draw(found)
+        pictures()
 
 
 def draw(found: dict) -> None:

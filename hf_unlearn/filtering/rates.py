@@ -38,7 +38,7 @@ class Rate:
         if not total:
             return None
         interval = binomtest(int(count), int(total)).proportion_ci(confidence, method="exact")
-        return cls(count / total, float(interval.low), float(interval.high), int(count), int(total), confidence)
+        return cls(float(count / total), float(interval.low), float(interval.high), int(count), int(total), confidence)
 
     @property
     def complement(self) -> Rate:
