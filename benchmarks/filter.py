@@ -79,7 +79,7 @@ class Split:
 
     def __init__(self, undesired: np.ndarray, seed: int):
         order = np.random.default_rng([seed, 17]).permutation(len(undesired))
-        self.feedback, self.test = np.split(order, 2)
+        self.feedback, self.test = order[: len(order) // 2], order[len(order) // 2 :]
         self.marked = self.feedback[undesired[self.feedback]]
         self.clean = self.feedback[~undesired[self.feedback]]
         self.undesired = undesired

@@ -331,6 +331,21 @@ class TestFit:
         assert (tmp_path / "cache/hf_unlearn/digits-gan-0/model_index.json").is_file()
         assert "digits-gan" not in Path("out/README.md").read_text()
 
+    def test_every_setting_counts(self, recipe, encoder, done):
+        keys = {"threshold": "max_false_alarm", "rate": 0.2, "confidence": 0.8, "prevalence": 0.3}
+        keys |= {"augment": 50, "score": "linear_svc", "seed": 3, "encoder_layer": 1, "encoder_pooling": "mean"}
+        undesired = [*range(6)]
+        done("fit", "--config", recipe(encoder=encoder, undesired=undesired, looked_at=60, **keys))
+        embedding = FilterEncoder.from_pretrained(encoder, layer=1, pooling="mean")
+        fitter, looked_at = FASTFitter(embedding, score="linear_svc", seed=3), samples(SHEET, 60, seed=3)
+        fitter.update(undesired=looked_at[:6], clean=looked_at[6:], unmarked=samples(UNMARKED, 40, seed=3))
+        expected = fitter.fit(threshold="max_false_alarm", rate=0.2, confidence=0.8, prevalence=0.3, augment=50)
+        found, expected = FASTSafetyChecker.from_pretrained("out").config.concepts[0], expected["undesired"]
+        assert found["threshold"]["value"] == pytest.approx(expected.threshold.value, rel=1e-4)
+        assert found["threshold"]["promise"] == expected.threshold.promise
+        assert found["figures"]["prevalence"]["value"] == 0.3
+        assert found["figures"]["residual"]["value"] == pytest.approx(expected.figures.residual.value)
+
     def test_min_recall(self, recipe, encoder, done):
         keys = {"threshold": "min_recall", "rate": 0.5, "undesired": [*range(12)], "looked_at": 60, "score": "lda"}
         shown = done("fit", "--config", recipe(encoder=encoder, **keys))
@@ -706,6 +721,8 @@ class TestBadRecipes:
             ({"batch_size": 0}, "batch_size=0: must be ≥ 1"),
             ({"num_inference_steps": 0}, "num_inference_steps=0: must be ≥ 1"),
             ({"device": "gpu"}, "device='gpu': is none; set it to cpu or cuda"),
+            pytest.param({"device": "cuda"}, "device='cuda': there is no such GPU; leave it out",
+                         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
             ({"pipeline": "digits-gan", "prompts": ["a"]}, "prompts: 'digits-gan' has none; leave it out"),
             ({"concept": " "}, "concept: is empty; name what is filtered"),
             ({"encoder_layer": 1}, "encoder: missing, which encoder_layer needs"),
@@ -814,6 +831,10 @@ class TestBadData:
     def test_only_a_gan_has_latents(self, recipe, fails, ddpm):
         line = fails("fit", "--config", recipe(pipeline=ddpm, **MARKED), code=1)
         assert line.startswith("encoder: missing; DDPMPipeline has no latents to filter by; set it to 'digits'")
+
+    def test_a_pooling_that_the_encoder_has_not(self, recipe, fails, encoder):
+        line = fails("fit", "--config", recipe(encoder=encoder, encoder_pooling="first", **MARKED), code=1)
+        assert line.startswith(f"encoder={encoder!r}: cannot be had (pooling: ResNetModel has no tokens")
 
     def test_an_encoder_of_texts(self, recipe, fails, tiny_bert, tokenizer, tmp_path):
         for part in (tiny_bert, tokenizer):

@@ -31,13 +31,6 @@ class Moments:
         self.mean = self.mean + shift * (len(rows) / total)
         self.count = total
 
-    def merged(self, rows: Array) -> Moments:
-        """The moments with rows more, these being left as they are."""
-        moments = Moments(len(self.mean))
-        moments.count, moments.mean, moments._scatter = self.count, self.mean.copy(), self._scatter.copy()
-        moments.update(rows)
-        return moments
-
     @property
     def covariance(self) -> Array:
         """Unbiased, `[d, d]`."""

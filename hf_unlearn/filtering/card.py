@@ -35,13 +35,20 @@ RATES = {
 WITHIN = ("hf_unlearn", "torch", "transformers", "diffusers")  # versions that count
 
 
-def filter_card(checker: FASTSafetyChecker, repo_id: str | None = None, *, pipeline_id: str | None = None) -> str:
-    """README.md of a filter.
+def filter_card(
+    checker: FASTSafetyChecker,
+    repo_id: str | None = None,
+    *,
+    pipeline_id: str | None = None,
+    inside: str | None = None,
+) -> str:
+    """README.md of a filter, or of a pipeline that is saved with it.
 
     Args:
         checker ([`FASTSafetyChecker`]): what is published.
         repo_id (`str`, *optional*): where to. Default: the code in the card loads the folder that it is in.
         pipeline_id (`str`, *optional*): id on the Hub of the pipeline that it was made for.
+        inside (`str`, *optional*): class of the pipeline that is saved with the filter: then the card is that pipeline's.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -67,20 +74,21 @@ def filter_card(checker: FASTSafetyChecker, repo_id: str | None = None, *, pipel
         library_name="hf_unlearn",
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=(repo_id or f"filter-{names}").split("/")[-1],
-        tags=list(TAGS),
+        tags=[*TAGS, *(["diffusers"] if inside else [])],
     )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        title=(repo_id or "").split("/")[-1] or f"Filter: {names}",
+        title=(repo_id or "").split("/")[-1] or (f"{inside} without {names}" if inside else f"Filter: {names}"),
         paper=PAPER,
         names=names,
         seen=_seen(spec),
         encoder=_encoder(spec),
         concepts=[_shown(concept) for concept in concepts],
-        alone=_alone(name, spec, checker.config.embedding_size),
-        around=_around(name, spec, pipeline_id),
-        slot=_slot(name) if _sees_images(spec) else None,
+        inside=inside,
+        alone=None if inside else _alone(name, spec, checker.config.embedding_size),
+        around=_whole(name, spec) if inside else _around(name, spec, pipeline_id),
+        slot=_slot(name) if _sees_images(spec) and not inside else None,
         own=spec is not None and spec.get("kind") == "custom",
         has_encoder=spec is not None,
         versions=", ".join(f"{name} {number}" for name, number in library_versions().items() if name in WITHIN),
@@ -202,6 +210,19 @@ def _around(name: str, spec: Mapping[str, Any] | None, pipeline_id: str | None) 
             "# called like the pipeline inside; its output has .filtered and .filter_scores besides",
             'pipe.save_pretrained("filtered")  # loads with FilteredPipeline only',
         ]
+    )
+
+
+def _whole(name: str, spec: Mapping[str, Any] | None) -> str:
+    """Of a pipeline that is saved with its filter."""
+    own = spec is not None and spec.get("kind") == "custom"
+    encoder = f", filter_encoder=FilterEncoder.own(encode, name={json.dumps(spec['name'])})" if own else ""
+    lines = [f"from hf_unlearn import {'FilteredPipeline, FilterEncoder' if own else 'FilteredPipeline'}", ""]
+    if own:
+        lines.append("# encode: the module or function that the filter was fitted with")
+    lines.append(f"pipe = FilteredPipeline.from_pretrained({json.dumps(name)}{encoder})")
+    return "\n".join(
+        [*lines, "# called like the pipeline inside; its output has .filtered and .filter_scores besides"]
     )
 
 

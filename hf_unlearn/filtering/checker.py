@@ -21,8 +21,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..hub.publish import publish_folder
+from .card import filter_card
 from .checkpoints import first_line
 from .encoders import FilterEncoder
+from .latents import as_rows
 from .scores import ScoreBank
 
 
@@ -120,6 +122,11 @@ class FASTSafetyChecker(PreTrainedModel):
             )
         if not config.concepts or config.embedding_size < 1:
             raise ValueError("concepts: the config names none, so nothing would be filtered; fit the filter again")
+        names = [concept.get("name") if isinstance(concept, dict) else None for concept in config.concepts]
+        if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+            raise ValueError(f"concepts: must have different names, the config has {names}; fit the filter again")
+        if config.action not in ACTIONS:
+            raise ValueError(f"action={config.action!r}: must be one of {', '.join(ACTIONS)}")
         self.bank = ScoreBank(config.embedding_size, len(config.concepts), config.components, config.directions)
         self.encoder: FilterEncoder | None = None
         spec = config.encoder_spec
@@ -221,12 +228,7 @@ class FASTSafetyChecker(PreTrainedModel):
         if self.encoder is None:
             if self.config.encoder_spec is not None:
                 raise ValueError(f"encoder: missing; pass the one it was fitted with, {self._encoder_name()}")
-            embeddings = torch.as_tensor(inputs)
-            if embeddings.ndim < 2 or not len(embeddings) or not embeddings.is_floating_point():
-                raise ValueError(
-                    f"inputs: must be latents, float [n, …], got {embeddings.dtype} {list(embeddings.shape)}"
-                )
-            embeddings = embeddings.flatten(1)
+            embeddings = as_rows(inputs, "inputs")
         else:
             embeddings = self.encoder(inputs, batch_size=batch_size)
         if embeddings.shape[1] != self.bank.dimension:
@@ -248,8 +250,10 @@ class FASTSafetyChecker(PreTrainedModel):
         in_slot = clip_input is not None
         seen = images
         if isinstance(images, np.ndarray) and self.encoder is not None:
+            if images.ndim != 4:
+                raise ValueError(f"images: an array must be [n, height, width, channels], got {list(images.shape)}")
             seen = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) * 2 - 1
-        if in_slot:
+        if in_slot and isinstance(seen, Tensor):
             seen = seen.clamp(-1, 1)  # what a VAE decodes is not clamped yet; NaN stays NaN
         verdict = self.judge(seen)
         flags = verdict.flags.tolist()
@@ -398,8 +402,6 @@ class FASTSafetyChecker(PreTrainedModel):
         Args:
             card (`str`, *optional*): README.md. Default: [`~hf_unlearn.filtering.card.filter_card`].
         """
-        from .card import filter_card
-
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             text = filter_card(self, repo_id) if card is None else card

@@ -81,12 +81,14 @@ class Samples:
     Args:
         undesired, clean (array): marks.
         pool ([`Background`], *optional*): of unmarked samples.
+        basis ([`Basis`], *optional*): of the pool, where it is large enough for one.
         latents (`bool`): whether the embeddings are a generator's own latents.
     """
 
     undesired: Array
     clean: Array
     pool: Background | None
+    basis: Basis | None
     latents: bool
 
 
@@ -131,11 +133,10 @@ class ConceptFit:
     def _set_aside(self) -> None:
         """Hold out what the threshold is calibrated on, and give the rest to the score."""
         samples, rule = self.samples, self.settings
-        self._pooled = (
-            rule.score == "quadratic" and samples.pool is not None and len(samples.pool.fitting) >= FEWEST_UNMARKED
-        )
         none = samples.clean[:0]
-        if self._pooled:  # the score is fitted against the pool, so that every clean mark is left for calibration
+        if (
+            samples.basis is not None
+        ):  # the score is fitted against the pool, so that every clean mark is left for calibration
             self.clean, self.held_clean = none, samples.clean
         elif rule.threshold == "max_false_alarm" and rule.max_prevalence is None:
             self.clean, self.held_clean = self._parted(samples.clean, 0)
@@ -169,8 +170,8 @@ class ConceptFit:
         )
 
     def _background_basis(self) -> Basis:
-        if self._pooled:
-            return Basis.of(self.samples.pool.moments, self.settings.components)
+        if self.samples.basis is not None:
+            return self.samples.basis
         found = len(self.clean)
         if found < FEWEST_UNMARKED:
             raise ValueError(

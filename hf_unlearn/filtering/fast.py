@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..images import IMAGE_COLUMNS
 from .background import Background
-from .concept import LARGEST, ConceptFit, FilteredConcept, Samples, Settings
+from .concept import FEWEST_UNMARKED, LARGEST, ConceptFit, FilteredConcept, Samples, Settings
 from .encoders import FilterEncoder
-from .scores import SCORES
+from .latents import as_rows
+from .scores import SCORES, Basis
 from .thresholds import RULES
 
 
@@ -101,12 +101,15 @@ class FASTFitter:
             raise ValueError(f"score={score!r}: must be one of {', '.join(SCORES)}")
         if not 0 < calibration_share < 1:
             raise ValueError(f"calibration_share={calibration_share}: must be in (0, 1)")
-        for name, value in (("components", components), ("keep", keep), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be ≥ 1")
+        least = {"components": (components, 1), "keep": (keep, 1), "batch_size": (batch_size, 1), "seed": (seed, 0)}
+        for name, (value, bound) in least.items():
+            if not isinstance(value, int) or value < bound:
+                raise ValueError(f"{name}={value!r}: must be a whole number ≥ {bound}")
         names = [concepts] if isinstance(concepts, str) else list(concepts)
         if not names or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"concepts={names!r}: must be different names, at least one")
+        if isinstance(concepts, Mapping) and not all(isinstance(text, str) for text in concepts.values()):
+            raise ValueError(f"concepts={dict(concepts)!r}: descriptions must be texts")
         self.encoder = FilterEncoder.from_pretrained(encoder) if isinstance(encoder, str | os.PathLike) else encoder
         self.score, self.components, self.keep, self.seed = score, components, keep, seed
         self.calibration_share, self.batch_size = calibration_share, batch_size
@@ -119,12 +122,13 @@ class FASTFitter:
     def update(
         self, *, undesired: Any = None, clean: Any = None, unmarked: Any = None, concept: str | None = None
     ) -> FASTFitter:
-        """Take in samples; call it as often as you like. Nothing is taken where something is wrong.
+        """Take in samples; call it as often as you like. Nothing is taken where something is wrong: all samples of a call are
+        embedded before.
 
         Args:
             undesired: samples that show the concept.
             clean: samples that somebody looked at and that do not show it; without `concept`, none of the concepts.
-            unmarked: samples that nobody looked at; they serve all concepts.
+            unmarked: samples that nobody looked at, other ones than the clean ones, which are held out; they serve all concepts.
             concept (`str`, *optional*): whose marks they are; needed for `undesired` where there are several.
 
         Raises:
@@ -136,18 +140,18 @@ class FASTFitter:
             if len(self.concepts) > 1:
                 raise ValueError(f"concept: missing; say which of {', '.join(map(repr, self.concepts))} is undesired")
             concept = next(iter(self.concepts))
-        given = {"undesired": undesired, "clean": clean}
-        embedded = {
-            name: np.concatenate(list(self._embedded(value, name)))
-            for name, value in given.items()
-            if value is not None
-        }
-        pool = None if unmarked is None else list(self._embedded(unmarked, "unmarked"))
-        if "undesired" in embedded:
-            self._undesired[concept].append(embedded["undesired"])
-        if "clean" in embedded:
-            self._clean[concept].append(embedded["clean"])
-        for rows in pool or ():
+        given = {"undesired": undesired, "clean": clean, "unmarked": unmarked}
+        embedded = {name: list(self._embedded(value, name)) for name, value in given.items() if value is not None}
+        dimension = self._dimension
+        for name, parts in embedded.items():
+            for rows in parts:
+                dimension = dimension or rows.shape[1]
+                if rows.shape[1] != dimension:
+                    raise ValueError(f"{name}: has {rows.shape[1]} numbers a sample, others had {dimension}")
+        self._dimension = dimension
+        self._undesired.get(concept, []).extend(embedded.get("undesired", []))
+        self._clean[concept].extend(embedded.get("clean", []))
+        for rows in embedded.get("unmarked", []):
             self._pool().update(rows)
         return self
 
@@ -168,10 +172,7 @@ class FASTFitter:
         found = 0
         for part in _parts(samples, self.encoder, argument):
             if self.encoder is None:
-                rows = torch.as_tensor(np.asarray(part) if not isinstance(part, Tensor) else part).detach()
-                if rows.ndim < 2:
-                    raise ValueError(f"{argument}: latents must be [n, …], got {list(rows.shape)}")
-                rows = rows.flatten(1)
+                rows = as_rows(part, argument)
             else:
                 rows = self.encoder(part, batch_size=self.batch_size)
             rows = rows.to("cpu", torch.float64).numpy()
@@ -179,9 +180,6 @@ class FASTFitter:
                 bad = int(np.argmin(np.isfinite(rows).all(1)))
                 what = "latents" if self.encoder is None else "embedding"
                 raise ValueError(f"{argument}: sample {found + bad} has NaN or infinite {what}; remove it")
-            if self._dimension not in (None, rows.shape[1]):
-                raise ValueError(f"{argument}: has {rows.shape[1]} numbers a sample, others had {self._dimension}")
-            self._dimension = rows.shape[1]
             found += len(rows)
             yield rows
         if not found:
@@ -231,6 +229,12 @@ class FASTFitter:
             raise ValueError(f"max_prevalence={max_prevalence:g}: only for threshold='max_false_alarm'")
         if augment < 0 or (augment and self.score == "quadratic"):
             raise ValueError(f"augment={augment}: must be ≥ 0, and 0 for score='quadratic'")
+        pooled = self._background is not None and len(self._background.fitting) >= FEWEST_UNMARKED
+        if self.score == "quadratic" and len(self.concepts) > 1 and not pooled:
+            raise ValueError(
+                f"unmarked: score='quadratic' for several concepts needs {FEWEST_UNMARKED} samples that serve all of them; let "
+                "the generator draw more"
+            )
         settings = Settings(
             self.score,
             self.components,
@@ -243,15 +247,17 @@ class FASTFitter:
             prevalence,
             augment,
         )
-        fits = [ConceptFit(name, text, self._samples(name), settings) for name, text in self.concepts.items()]
+        basis = Basis.of(self._background.moments, self.components) if pooled and self._background.moments else None
+        fits = [ConceptFit(name, text, self._samples(name, basis), settings) for name, text in self.concepts.items()]
         return FASTResult(tuple(fit.result() for fit in fits), self.encoder)
 
-    def _samples(self, name: str) -> Samples:
+    def _samples(self, name: str, basis: Basis | None) -> Samples:
         none = np.zeros((0, self._dimension or 0))
         return Samples(
             undesired=np.concatenate([none, *self._undesired[name]]),
             clean=np.concatenate([none, *self._clean[name], *self._clean[None]]),
             pool=self._background,
+            basis=basis,
             latents=self.encoder is None,
         )
 

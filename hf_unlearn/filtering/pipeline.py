@@ -19,6 +19,7 @@ from ..hub.publish import forget_local_paths, publish_folder
 from . import saved
 from .actions import Action, FilteredImageError, check_action, replaced
 from .calls import Call
+from .card import filter_card
 from .checker import FASTSafetyChecker
 from .drawn import Drawn
 from .formats import as_tensor, asked_for, check_output_type, converted, decoded
@@ -317,7 +318,13 @@ class FilteredPipeline(PipelineWrapper):
         max_shard_size: int | str | None = None,
         card: str | None = None,
     ) -> CommitInfo:
-        """Publish the pipeline with its filter: see [`~FilteredPipeline.save_pretrained`] and [`~hf_unlearn.hub.publish.publish_folder`]."""
+        """Publish the pipeline with its filter: see [`~FilteredPipeline.save_pretrained`] and [`~hf_unlearn.hub.publish.publish_folder`].
+
+        Args:
+            card (`str`, *optional*): README.md. Default: [`~hf_unlearn.filtering.card.filter_card`].
+        """
+        if card is None:
+            card = filter_card(self.safety_checker, repo_id, inside=type(self.pipeline).__name__)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size, card=card)
             return publish_folder(

@@ -129,12 +129,11 @@ def quadratic(undesired: Array, basis: Basis) -> Score:
     n, mean = len(y), y.mean(0)
     centred = y - mean
     shrinkage = _shrinkage(centred, basis.variances)
-    # C is diagonal but for the marks: C⁻¹ = D⁻¹ − B Bᵀ with B of n columns, in closed form (Woodbury).
+    # C is diagonal but for the marks: C⁻¹ = D⁻¹ − B Bᵀ with B of at most n columns, in closed form (Woodbury).
     diagonal = shrinkage * basis.variances + (1 - basis.variances)
-    factor = np.sqrt((1 - shrinkage) / (n - 1)) * centred.T / diagonal[:, None]  # D⁻¹ Z
-    inner = np.eye(n) + np.sqrt((1 - shrinkage) / (n - 1)) * centred @ factor
-    values, vectors = np.linalg.eigh(inner)
-    columns = factor @ (vectors / np.sqrt(values))
+    root = np.sqrt(diagonal)[:, None]
+    left, spread, _ = np.linalg.svd(np.sqrt((1 - shrinkage) / (n - 1)) * centred.T / root, full_matrices=False)
+    columns = left * (spread / np.sqrt(1 + spread**2)) / root
     size = np.linalg.norm(columns, axis=0)
     columns = columns[:, size > 1e-9 * max(size.max(), 1e-300)]
     # ½ Σ (1 − 1/D) y² + Σ (y μ / D) − ½ Σ μ² / D + ½ |Bᵀ (y − μ)|², expanded around y = 0.
@@ -224,6 +223,8 @@ class ScoreBank(nn.Module):
         """The bank of some scores; without thresholds it blocks everything."""
         forms = [score for score in scores if score.basis is not None]
         basis = forms[0].basis if forms else None
+        if not all(np.array_equal(score.basis.whitening, basis.whitening) for score in forms):
+            raise ValueError("scores: quadratic ones of one bank must have one background")
         mean = basis.mean if forms else scores[0].mean
         dimension = len(mean)
         ranks = [0 if score.basis is None else len(score.gains) for score in scores]

@@ -92,7 +92,7 @@ def max_false_alarm(
     if j < 0:
         raise ValueError(
             f"{concept}: max_false_alarm={rate:g} with confidence {confidence:g} needs {samples_needed(allowed, confidence)} "
-            f"{kind} calibration samples, there are {len(scores)}; mark more, or ask for less"
+            f"{kind} calibration samples, there are {len(scores)}; {'mark' if kind == 'clean' else 'draw'} more, or ask for less"
         )
     value = float(np.partition(scores, len(scores) - 1 - j)[len(scores) - 1 - j])
     return Threshold(value, "max_false_alarm", rate, confidence, kind, len(scores), max_prevalence)

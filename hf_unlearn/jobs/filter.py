@@ -103,6 +103,8 @@ class PipelineJob:
                 torch.device(self.device)
             except RuntimeError as error:
                 raise ValueError(f"device={self.device!r}: is none; set it to cpu or cuda, or leave it out") from error
+        if self.on.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device={self.device!r}: there is no such GPU; leave it out")
         if self.pipeline in SMALL:
             for name in ("pipeline_revision", "prompts", "guidance_scale", "dtype"):
                 if getattr(self, name) is not None:

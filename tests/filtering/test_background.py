@@ -43,17 +43,6 @@ class TestMoments:
             moments.update(batch)
         np.testing.assert_allclose(moments.covariance, np.cov((values - 1e8).T), rtol=1e-5)
 
-    def test_merged_leaves_the_first_alone(self):
-        values, moments = rows(), Moments(4)
-        moments.update(values[:200])
-        before = moments.mean.copy(), moments.covariance
-        merged = moments.merged(values[200:])
-        np.testing.assert_allclose(merged.covariance, np.cov(values.T), rtol=1e-9)
-        np.testing.assert_allclose(merged.mean, values.mean(0))
-        assert moments.count == 200
-        np.testing.assert_array_equal(moments.mean, before[0])
-        np.testing.assert_array_equal(moments.covariance, before[1])
-
     def test_one_row(self):
         moments = Moments(4)
         moments.update(rows(1))

@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
 
-from hf_unlearn import FASTFitter, FASTSafetyChecker, FilterEncoder, FilterOutput
+from hf_unlearn import FASTConfig, FASTFitter, FASTSafetyChecker, FilterEncoder, FilterOutput
 
 
 KINDS = ("latents", "resnet", "vit", "clip", "bert", "own")
@@ -173,6 +173,7 @@ class TestCalls:
         assert output.flags == [True, True, False, False]
         assert not output.images[:2].any()
         np.testing.assert_array_equal(output.images[2:], array[2:])
+        assert array[:2].any()  # what was given stays
         torch.testing.assert_close(output.scores, checker(images).scores)
 
     @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "CMYK", "YCbCr", "I;16"])
@@ -255,7 +256,7 @@ class TestCalls:
         assert checker.thresholds == before
 
     def test_threshold_beyond_fp32(self):
-        """Finite in fp64, infinite where it is compared: all that is finite would be released, and no file would load."""
+        """Finite in fp64, infinite where it is compared: it would release what is finite, and no file would load."""
         checker = of_latents()
         before = checker.thresholds
         with pytest.raises(ValueError, match=r"^value=[^\n]*must be finite"):
@@ -547,6 +548,14 @@ class TestBrokenFiles:
         with pytest.raises(ValueError):
             FASTSafetyChecker.from_pretrained(folder, **arguments)
 
+    @pytest.mark.parametrize("change", [{"concepts": []}, {"embedding_size": 0}, {"schema_version": 2}])
+    def test_no_model_of_nothing(self, change):
+        """Weights may even fit: without concepts every input would be released."""
+        settings = {"schema_version": 1, "concepts": [{"name": "hats"}], "embedding_size": 4}
+        FASTSafetyChecker(FASTConfig(**settings))
+        with pytest.raises(ValueError, match=r"^[^\n]*$"):
+            FASTSafetyChecker(FASTConfig(**settings | change))
+
     def test_pickles_are_not_read(self, copy):
         folder = copy("linear")
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -627,6 +636,15 @@ class TestSlot:
         assert flags == [True, True, False, True]
         assert (found[3] == 0).all()
 
+    @pytest.mark.parametrize("action", ["blank", "flag"])
+    def test_what_is_given_stays(self, action, checker, images):
+        checker.action = action
+        array = (images / 2 + 0.5).permute(0, 2, 3, 1).numpy()
+        for given in (images, array):
+            before = given.copy() if isinstance(given, np.ndarray) else given.clone()
+            checker(images=given, clip_input=self.CLIP)
+            assert (given == before).all()
+
     def test_half_precision(self, checker, images):
         found, flags = checker(images=images.half(), clip_input=self.CLIP.half())
         assert flags == [True, True, False, False]
@@ -687,8 +705,8 @@ def attempt(loader):
     try:
         pipeline = loader.from_pretrained(sys.argv[1])
         pipeline.set_progress_bar_config(disable=True)
-        output = pipeline(prompt=["a photo", "hot p"], num_images_per_prompt=2, num_inference_steps=2, output_type="np",
-                          generator=torch.Generator().manual_seed(0))
+        output = pipeline(prompt=["a photo", "hot p"], num_images_per_prompt=2, num_inference_steps=2,
+                          output_type="np", generator=torch.Generator().manual_seed(0))
     except Exception as error:
         return {"raised": f"{type(error).__name__}: {error}"}
     return {"flags": output.nsfw_content_detected, "brightest": [float(image.max()) for image in output.images],

@@ -156,6 +156,12 @@ class TestConcepts:
             fitter.update(clean=clean_latents(300, seed) * (1 + seed), concept=name)
         if unmarked:
             fitter.update(unmarked=unmarked_latents(unmarked))
+        elif score == "quadratic":
+            with pytest.raises(
+                ValueError, match="^unmarked: score='quadratic' for several concepts needs 100 samples"
+            ):
+                fitter.fit()
+            return
         result = fitter.fit()
         x = clean_latents(40, seed=9).astype(np.float32)
         scores = result.checker().judge(torch.from_numpy(x)).scores
@@ -227,12 +233,16 @@ class TestHeldOut:
             return fitter.fit(max_prevalence=0.2, rate=0.3)["undesired"]
 
         pool, x = unmarked_latents(300), clean_latents(9, seed=4)
-        first, still = fit(pool), 0
+        first, held, moved = fit(pool), 0, 0
         for number in range(0, 300, 5):
             changed = pool.copy()
             changed[number] += 5 * SHIFT
-            still += np.array_equal(fit(changed).score(x), first.score(x))
-        assert 15 <= still <= 45  # of 60, about a half
+            other = fit(changed)
+            if np.array_equal(other.score(x), first.score(x)):
+                held += 1
+                moved += other.threshold.value != first.threshold.value
+        assert 15 <= held <= 45  # of 60, about a half
+        assert moved > held / 2  # nearly all were below the threshold
         assert first.threshold.calibrated_on == "unmarked"
         assert abs(first.threshold.calibration_samples - 150) < 45
 
@@ -249,6 +259,16 @@ class TestHeldOut:
         assert plain.score.weight @ other.score.weight > 0.99
         assert (plain.score.weight != other.score.weight).any()
         assert other.threshold.calibration_samples == plain.threshold.calibration_samples == 75
+
+    def test_both_kinds_are_augmented(self):
+        """20,000 independent draws a side: Fisher's direction with the mean of both kinds' variances."""
+        undesired, clean = undesired_latents(60), clean_latents(60)
+        undesired[:, 1] += undesired[:, 0]
+        clean[:, 2] = 10 * clean[:, 2] + 5 * clean[:, 3]
+        fitter = FASTFitter(score="lda").update(undesired=undesired, clean=clean)
+        found = fitter.fit(threshold="pooled_mean", augment=20_000)["undesired"].score.weight
+        expected = (undesired.mean(0) - clean.mean(0)) / (undesired.var(0) + clean.var(0))
+        np.testing.assert_allclose(found, expected / np.linalg.norm(expected), atol=0.03)
 
 
 class TestStandIns:
@@ -480,7 +500,7 @@ BAD = {
     "infinite clean": ({}, {"clean": [[np.inf, 1.0]]}, {}, "clean: sample 0 has NaN"),
     "NaN unmarked": ({}, {"unmarked": torch.full((9, 2), torch.nan)}, {}, "unmarked: sample 0 has NaN"),
     "another dimension": ({}, {"undesired": np.ones((3, 2)), "clean": np.ones((3, 5))}, {}, "clean: has 5 numbers"),
-    "flat latents": ({}, {"undesired": np.ones(4)}, {}, "undesired: latents must be"),
+    "flat latents": ({}, {"undesired": np.ones(4)}, {}, "undesired: must be latents"),
     "latents as text": ({}, {"undesired": ["a", "b"]}, {}, "undesired: "),
     "ragged latents": ({}, {"undesired": [[1.0, 2.0], [1.0]]}, {}, "undesired: "),
     "latents as one word": ({}, {"undesired": "a"}, {}, "undesired: must be a list"),
@@ -530,6 +550,12 @@ BAD = {
         "undesired: has no clean marks",
     ),
     "quadratic without background": ({}, MARKS, {"threshold": "pooled_mean"}, "unmarked: score='quadratic' needs 100"),
+    "quadratic with a small pool": (
+        {},
+        POOL | {"unmarked": unmarked_latents(120)},
+        {"threshold": "pooled_mean"},
+        "unmarked: score='quadratic' needs 100 samples to fit against, there are ",
+    ),
     "max_prevalence without unmarked": (
         {"score": "lda"},
         MARKS,

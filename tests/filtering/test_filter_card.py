@@ -228,3 +228,26 @@ def test_names_are_ids():
     """What the card shows as an example is none that somebody could register."""
     with pytest.raises(ValueError):
         validate_repo_id("folder or id of a pipeline")
+
+
+class TestOfAFilteredPipeline:
+    def test_says_what_it_is_and_loads_it(self, tmp_path, monkeypatch):
+        checker = fitted_filter()
+        FilteredPipeline(tiny_gan(), checker).save_pretrained(tmp_path)
+        content = filter_card(checker, inside="GANPipeline")
+        assert "A `GANPipeline` with a filter around it" in content
+        assert ModelCard(content).data.tags == ["hf_unlearn", "safety-checker", "fast", "diffusers"]
+        monkeypatch.chdir(tmp_path)
+        (code,) = blocks(content)
+        scope = {}
+        exec(code, scope)
+        assert isinstance(scope["pipe"], FilteredPipeline)
+        assert scope["pipe"].safety_checker.thresholds == checker.thresholds
+
+    def test_an_encoder_of_the_users_own_is_asked_for(self):
+        encoder = FilterEncoder.own(lambda images: images.mean((2, 3)), name="mean colours", channels=3)
+        noise = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        fitter = FASTFitter(encoder, score="mean_difference").update(undesired=noise[:20], clean=noise[20:] - 1)
+        content = filter_card(fitter.fit(threshold="pooled_mean").checker(), "me/it", inside="DDPMPipeline")
+        (code,) = blocks(content)
+        assert 'from_pretrained("me/it", filter_encoder=FilterEncoder.own(encode, name="mean colours"))' in code

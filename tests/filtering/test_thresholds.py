@@ -18,7 +18,7 @@ from hf_unlearn.filtering.thresholds import (
 )
 
 
-DRAWS = 2000
+DRAWS = 1000
 
 
 def scattered(share, draws):
@@ -27,8 +27,8 @@ def scattered(share, draws):
 
 
 def by_trying(samples, rate, confidence):
-    fitting = [j for j in range(samples + 1) if binom.cdf(j, samples, rate) <= 1 - confidence]
-    return max(fitting, default=-1)
+    fitting = np.flatnonzero(binom.cdf(np.arange(samples + 1), samples, rate) <= 1 - confidence)
+    return int(max(fitting, default=-1))
 
 
 class TestAllowedExceedances:
@@ -105,7 +105,7 @@ class TestMaxFalseAlarm:
 
     @pytest.mark.parametrize("undesired_at", ["lowest", "highest", "anywhere"])
     def test_contaminated_samples(self, undesired_at):
-        """Clean ones are uniform in [0, 1], so that a threshold in there has 1 − τ false alarms; 10 % are undesired."""
+        """Clean ones are uniform in [0, 1], so that a threshold there has 1 − τ false alarms; 10 % are undesired."""
         random, samples, kept = np.random.default_rng(7), 400, 0
         for _ in range(DRAWS):
             scores = random.random(samples)
@@ -138,8 +138,8 @@ class TestMaxFalseAlarm:
     def test_says_what_it_promises(self):
         threshold = max_false_alarm(np.arange(100.0), 0.05, 0.9, max_prevalence=0.2)
         assert threshold.promise == (
-            "at most 5 % of clean samples are blocked, with confidence 90 % over the draw of 100 unmarked samples that "
-            "were not used in fitting, of which at most 20 % are undesired"
+            "at most 5 % of clean samples are blocked, with confidence 90 % over the draw of 100 unmarked samples "
+            "that were not used in fitting, of which at most 20 % are undesired"
         )
         assert max_false_alarm(np.arange(100.0), 0.05, 0.9).promise == (
             "at most 5 % of clean samples are blocked, with confidence 90 % over the draw of 100 clean samples that "
@@ -174,8 +174,8 @@ class TestMinRecall:
 
     def test_says_what_it_promises(self):
         assert min_recall(np.arange(50.0), 0.9, 0.95).promise == (
-            "at least 90 % of undesired samples are blocked, with confidence 95 % over the draw of 50 undesired samples "
-            "that were not used in fitting"
+            "at least 90 % of undesired samples are blocked, with confidence 95 % over the draw of 50 undesired "
+            "samples that were not used in fitting"
         )
 
 
