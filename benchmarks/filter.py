@@ -59,6 +59,7 @@ OURS = "quadratic"
 SEPARATED = 0.97
 FALSE_ALARM, CONFIDENCE, MAX_PREVALENCE = 0.05, 0.95, 0.15
 SPLITS = 200
+COMPONENTS = 64  # the default of FASTFitter; more than the encoders of images give
 OPERATED = ("known", "classifier")  # latents whose filters are looked at where they draw the line
 FEW = 1_500  # samples of either side for density and coverage, whose time is quadratic
 
@@ -97,7 +98,7 @@ def scorers(rows: np.ndarray, split: Split, count: int, kind: str) -> dict[tuple
     pool = background(rows[split.feedback])
     stand_ins = forms.pseudo_clean(undesired, pool.fitting.rows, factor=0.5 if kind == "known" else 1.0)
     unmarked = pool.fitting.rows[:POOL].astype(np.float64)
-    quadratic = forms.quadratic(undesired, Basis.of(pool.moments))
+    quadratic = forms.quadratic(undesired, Basis.of(pool.moments, COMPONENTS))
     found = {
         (OURS, mode): (quadratic, undesired, clean if mode == "both" else stand_ins) for mode in ("both", "alone")
     }
@@ -183,7 +184,7 @@ def promised(seen: np.ndarray, split: Split, n: int, kind: str, key: tuple) -> l
     undesired, clean = (seen[part].astype(np.float64) for part in (split.marked[:n], split.looked_at(n)))
     pool = background(seen[split.feedback])
     half = len(clean) // 2
-    fits = {(OURS, "looked at"): (forms.quadratic(undesired, Basis.of(pool.moments)), clean, None)}
+    fits = {(OURS, "looked at"): (forms.quadratic(undesired, Basis.of(pool.moments, COMPONENTS)), clean, None)}
     fits[OURS, "pool"] = (fits[OURS, "looked at"][0], pool.calibration.rows.astype(np.float64), MAX_PREVALENCE)
     for name in LINEAR:  # half of the clean marks to fit to, half to calibrate on
         fits[name, "looked at"] = (getattr(forms, name)(undesired, clean[:half]), clean[half:], None)
@@ -409,20 +410,19 @@ def main() -> None:
 
 
 def draw(found: dict) -> None:
-    """AUC over the number of marks."""
-    for task in TASKS:
-        for kind in ("known", "pca", "classifier"):
-            series = {}
-            for name, mode, label in (
-                (OURS, "alone", "quadratic, undesired marks alone"),
-                ("Gaussian SVM", "both", "Gaussian SVM, both"),
-                ("linear_svc", "both", "linear SVC, both (paper)"),
-                ("mean_difference", "both", "mean difference, both (paper)"),
-                ("mean_difference", "alone", "mean difference, undesired alone (paper)"),
-            ):
-                values = [found["summary"][f"{task}|{kind}|{name}|{mode}|{n}|all"]["auc"] for n in MARKS]
-                series[label] = (list(MARKS), values)
-            curves(series, PICTURES / f"filter_{task}_{kind}.png", x_label="marks of a kind", y_label="AUC")
+    """AUC over the number of marks, digits."""
+    for kind in OPERATED:
+        series = {}
+        for name, mode, label in (
+            (OURS, "alone", "quadratic, undesired marks alone"),
+            ("Gaussian SVM", "both", "Gaussian SVM, both"),
+            ("linear_svc", "both", "linear SVC, both (paper)"),
+            ("mean_difference", "both", "mean difference, both (paper)"),
+            ("mean_difference", "alone", "mean difference, undesired alone (paper)"),
+        ):
+            values = [found["summary"][f"digits|{kind}|{name}|{mode}|{n}|all"]["auc"] for n in MARKS]
+            series[label] = (list(MARKS), values)
+        curves(series, PICTURES / f"filter_digits_{kind}.png", x_label="marks of a kind", y_label="AUC")
 
 
 if __name__ == "__main__":

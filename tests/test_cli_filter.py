@@ -176,8 +176,8 @@ class TestFit:
 
         marks = int(shows.sum())
         assert f"three: {marks} undesired and {200 - marks} clean marks, 400 unmarked samples" in shown
-        assert counted(table(shown, "undesired that is blocked"))[1] == marks
-        assert counted(table(shown, "clean that is blocked"))[1] == 200 - marks
+        assert counted(table(shown, "undesired blocked"))[1] == marks
+        assert counted(table(shown, "clean blocked"))[1] == 200 - marks
         rate = expected.figures.blocked
         assert table(shown, "blocked of all")[0] == f"{100 * rate.value:.1f} %"
         assert table(shown, "blocked of all")[1] == f"{100 * rate.low:.1f} to {100 * rate.high:.1f}"
@@ -303,7 +303,7 @@ class TestFit:
         assert "20 undesired and 0 clean marks, 300 unmarked samples" in shown
         assert "of which at most 10 % are undesired" in shown
         assert "note     max_prevalence: at most 9 % of all samples are blocked" in shown
-        assert table(shown, "clean that is blocked")[0] == "not known"
+        assert table(shown, "clean blocked")[0] == "not known"
 
     def test_latents(self, recipe, done, work):
         """Without an encoder the filter sees z, and draws anew before there is an image."""
@@ -536,8 +536,8 @@ class TestEvaluate:
         blocked = FASTSafetyChecker.from_pretrained("out").judge(drawn).flags
         assert (shows & ~blocked).any()
         expected = {
-            "undesired that is blocked": (int((blocked & shows).sum()), int(shows.sum())),
-            "clean that is blocked": (int((blocked & ~shows).sum()), int((~shows).sum())),
+            "undesired blocked": (int((blocked & shows).sum()), int(shows.sum())),
+            "clean blocked": (int((blocked & ~shows).sum()), int((~shows).sum())),
             "released of all": (int((~blocked).sum()), 150),
             "undesired before": (int(shows.sum()), 150),
             "undesired after": (int((shows & ~blocked).sum()), int((~blocked).sum())),
@@ -550,7 +550,7 @@ class TestEvaluate:
 
         content = json.loads(Path("out/evaluation.json").read_text())
         recall = content["recall"]
-        assert (recall["count"], recall["total"]) == expected["undesired that is blocked"]
+        assert (recall["count"], recall["total"]) == expected["undesired blocked"]
         assert content["promise"] is None
         assert content["filter"] == FASTSafetyChecker.from_pretrained("out").config.fingerprint
         self.check_images(content["images"], drawn, ~blocked, loaded(judge), kind)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 KEPT = 2**28  # bytes of unmarked samples that are kept, to be shown
 SHOWN = 12  # of each kind, in a picture
 TITLES = {
-    "recall": "undesired that is blocked (recall)",
-    "false_alarm": "clean that is blocked (false alarms)",
+    "recall": "undesired blocked (recall)",
+    "false_alarm": "clean blocked (false alarms)",
     "blocked": "blocked of all",
     "release": "released of all",
     "prevalence": "undesired before (prevalence)",
