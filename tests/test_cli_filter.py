@@ -301,7 +301,7 @@ class TestFit:
         keys |= {"threshold": "max_false_alarm", "score": "quadratic"}
         shown = done("fit", "--config", recipe(encoder=encoder, **keys))
         assert "20 undesired and 0 clean marks, 300 unmarked samples" in shown
-        assert "of which at most 10 % are undesired" in shown
+        assert "if at most 10 % of what is drawn is undesired" in shown
         assert "note     max_prevalence: at most 9 % of all samples are blocked" in shown
         assert table(shown, "clean blocked")[0] == "not known"
 

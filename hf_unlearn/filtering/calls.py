@@ -14,7 +14,15 @@ from torch import Tensor
 
 # How the names of arguments begin in diffusers 0.42 of which every prompt may have its own.
 _PICTURES = ("image", "mask", "control_image")
-_OF_A_PROMPT = ("prompt", "negative_prompt", "pooled_", "negative_pooled_", "class_labels", *_PICTURES)
+_OF_A_PROMPT = (
+    "prompt",
+    "negative_prompt",
+    "negative_image",
+    "pooled_",
+    "negative_pooled_",
+    "class_labels",
+    *_PICTURES,
+)
 # These may be per prompt too, in a form that each pipeline has of its own.
 _UNCLEAR = ("ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image_embeds")
 _PER_PROMPT = "num_images_per_prompt"
@@ -90,7 +98,14 @@ class Call:
         for name, value in self.arguments.items():
             if not name.startswith(_OF_A_PROMPT) or not isinstance(value, list | tuple | Tensor | np.ndarray):
                 continue
-            if len(value) not in (1, prompts) or (name.startswith(_PICTURES) and getattr(value, "ndim", 4) < 4):
+            tiled = (
+                name.startswith(_PICTURES) and len(value) == prompts and each > 1
+            )  # not in the order of the prompts
+            if (
+                tiled
+                or len(value) not in (1, prompts)
+                or (name.startswith(_PICTURES) and getattr(value, "ndim", 4) < 4)
+            ):
                 return None
             if len(value) == prompts:
                 values[name] = [value[i] for i in chosen] if isinstance(value, list | tuple) else value[chosen]

@@ -177,7 +177,7 @@ def _alone(name: str, spec: Mapping[str, Any] | None, size: int) -> str:
     if own:
         imports, encoder = (
             "FASTSafetyChecker, FilterEncoder",
-            f", encoder=FilterEncoder.own(encode, name={json.dumps(spec['name'])})",
+            f", encoder={_own(spec)}",
         )
     lines = [f"from hf_unlearn import {imports}", ""]
     if own:
@@ -198,6 +198,16 @@ def _alone(name: str, spec: Mapping[str, Any] | None, size: int) -> str:
     return "\n".join([*lines, "output.flags, output.scores  # True: not released"])
 
 
+def _own(spec: Mapping[str, Any]) -> str:
+    """The encoder of the user's own, with the settings that it was fitted with."""
+    prepared = spec.get("preprocessing") or {}
+    arguments = {"name": spec["name"], "size": prepared.get("size"), "channels": prepared.get("channels")}
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    arguments |= {"normalize": True} if spec.get("normalize") else {}
+    shown = [f"{key}={tuple(value) if isinstance(value, list) else value!r}" for key, value in arguments.items()]
+    return f"FilterEncoder.own(encode, {', '.join(shown)})".replace("'", '"')
+
+
 def _around(name: str, spec: Mapping[str, Any] | None, pipeline_id: str | None) -> str | None:
     if spec is not None and (not _sees_images(spec) or spec.get("kind") == "custom"):
         return None
@@ -216,7 +226,7 @@ def _around(name: str, spec: Mapping[str, Any] | None, pipeline_id: str | None) 
 def _whole(name: str, spec: Mapping[str, Any] | None) -> str:
     """Of a pipeline that is saved with its filter."""
     own = spec is not None and spec.get("kind") == "custom"
-    encoder = f", filter_encoder=FilterEncoder.own(encode, name={json.dumps(spec['name'])})" if own else ""
+    encoder = f", filter_encoder={_own(spec)}" if own else ""
     lines = [f"from hf_unlearn import {'FilteredPipeline, FilterEncoder' if own else 'FilteredPipeline'}", ""]
     if own:
         lines.append("# encode: the module or function that the filter was fitted with")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from ..hub.publish import publish_folder
 from .card import filter_card
-from .checkpoints import first_line
+from .checkpoints import DOWNLOAD_OPTIONS, SUFFIXES, dtype_of, first_line
 from .encoders import FilterEncoder
 from .latents import as_rows
 from .scores import ScoreBank
@@ -37,8 +37,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 ACTIONS = ("blank", "flag")
-FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
+GIVES_OUT = "action='flag': the filter gives out what it flags; the caller has to look at the flags."
 
 
 class Verdict(NamedTuple):
@@ -127,6 +126,8 @@ class FASTSafetyChecker(PreTrainedModel):
             raise ValueError(f"concepts: must have different names, the config has {names}; fit the filter again")
         if config.action not in ACTIONS:
             raise ValueError(f"action={config.action!r}: must be one of {', '.join(ACTIONS)}")
+        if config.action == "flag":
+            logger.warning(GIVES_OUT)
         self.bank = ScoreBank(config.embedding_size, len(config.concepts), config.components, config.directions)
         self.encoder: FilterEncoder | None = None
         spec = config.encoder_spec
@@ -205,7 +206,7 @@ class FASTSafetyChecker(PreTrainedModel):
         if action not in ACTIONS:
             raise ValueError(f"action={action!r}: must be one of {', '.join(ACTIONS)}")
         if action == "flag":
-            logger.warning("action='flag': the filter gives out what it flags; the caller has to look at the flags.")
+            logger.warning(GIVES_OUT)
         self.config.action = action
 
     # Judging
@@ -277,11 +278,11 @@ class FASTSafetyChecker(PreTrainedModel):
             raise ValueError("push_to_hub=True: save with save_pretrained, publish with push_to_hub()")
         self._check_encoder()
         encoder = self.encoder
-        self.config.fingerprint = _fingerprint(self.bank)
         if encoder is not None:
             self.config.encoder_spec = encoder.spec
             has_weights = not encoder.stored and any(True for _ in encoder.model.state_dict())
             self.config.encoder_fingerprint = encoder.fingerprint() if has_weights else None
+        self.config.fingerprint = _fingerprint(self.bank, self.config)
         state = self.state_dict()
         if encoder is not None and not encoder.stored:
             state = {name: value for name, value in state.items() if not name.startswith("encoder.")}
@@ -309,7 +310,8 @@ class FASTSafetyChecker(PreTrainedModel):
             ValueError: weights that are missing, unexpected, broken or not finite, another version, or another encoder.
         """
         name = str(pretrained_model_name_or_path)
-        hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+        hub = {key: kwargs.pop(key) for key in DOWNLOAD_OPTIONS if key in kwargs}
+        wanted = [kwargs.pop(key, None) for key in ("torch_dtype", "dtype")]
         subfolder = kwargs.pop("subfolder", None) or ""
         info_wanted = kwargs.pop("output_loading_info", False)
         for key in ("ignore_mismatched_sizes", "use_safetensors", "state_dict", "config"):
@@ -317,14 +319,20 @@ class FASTSafetyChecker(PreTrainedModel):
                 raise ValueError(f"{key}: a filter is loaded as it was saved")
         folder = Path(name)
         if not folder.is_dir():
-            patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in FILES]
+            patterns = [f"{subfolder}/*.{suffix}" if subfolder else f"*.{suffix}" for suffix in SUFFIXES]
             folder = Path(snapshot_download(name, allow_patterns=patterns, **hub))
         folder = folder / subfolder
         if not (folder / "config.json").is_file():
             raise OSError(f"{name}: has no config.json of a filter{f' in {subfolder}' if subfolder else ''}")
         try:
             checker, info = super().from_pretrained(
-                folder, *model_args, use_safetensors=True, output_loading_info=True, local_files_only=True, **kwargs
+                folder,
+                *model_args,
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=True,
+                dtype=torch.float32,  # exact for any narrower one; the encoder gets its own below
+                **kwargs,
             )
         except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{name}: the filter's files are broken ({first_line(error)}); save it again") from error
@@ -340,12 +348,13 @@ class FASTSafetyChecker(PreTrainedModel):
         checker._attach(
             encoder, folder, {key: value for key, value in hub.items() if key not in ("revision", "proxies")}
         )
+        checker._cast_encoder(next((dtype for dtype in wanted if dtype not in (None, "auto")), None))
         return (checker, info) if info_wanted else checker
 
     def _check_weights(self, name: str) -> None:
-        if self.config.fingerprint != _fingerprint(self.bank):
+        if self.config.fingerprint != _fingerprint(self.bank, self.config):
             raise ValueError(
-                f"{name}: scores and thresholds are not those that its config.json was written for; save it again"
+                f"{name}: scores, thresholds or encoder are not those that its config.json was written for; save it again"
             )
         for key, value in self.state_dict().items():
             if value.is_floating_point() and not value.isfinite().all():
@@ -366,12 +375,24 @@ class FASTSafetyChecker(PreTrainedModel):
                     f"encoder: the filter was fitted with the user's own, {self._encoder_name()}; pass encoder=FilterEncoder.own(…)"
                 )
             self.encoder = given if given is not None else FilterEncoder.from_reference(spec, **hub)
+            if given is not None and (other := _differing(given.spec, spec)):
+                raise ValueError(
+                    f"encoder: has another {other} than the one the filter was fitted with, {spec.get(other)!r}; pass the same"
+                )
             expected = self.config.encoder_fingerprint
             if given is not None and expected is not None and given.fingerprint() != expected:
                 raise ValueError(
                     f"encoder: has other weights than the one the filter was fitted with, {self._encoder_name()}"
                 )
         self._check_encoder()
+
+    def _cast_encoder(self, dtype: torch.dtype | str | None) -> None:
+        """To the precision asked for, or to the one that it was saved in."""
+        if self.encoder is not None and (dtype is not None or self.encoder.stored):
+            own = (self.config.encoder_spec or {}).get("config", {}).get("dtype")
+            self.encoder.to(
+                dtype if isinstance(dtype, torch.dtype) else dtype_of(str(dtype or own).removeprefix("torch."))
+            )
 
     def _check_encoder(self) -> None:
         spec, encoder = self.config.encoder_spec, self.encoder
@@ -411,6 +432,13 @@ class FASTSafetyChecker(PreTrainedModel):
             )
 
 
+def _differing(given: dict[str, Any], saved: dict[str, Any]) -> str | None:
+    """The first setting in which two encoders see inputs differently."""
+    settings = ["kind", "preprocessing", "layer", "pooling", "normalize", "max_length"]
+    settings += [] if saved.get("kind") == "custom" else ["architecture"]
+    return next((name for name in settings if given.get(name) != saved.get(name)), None)
+
+
 def _blanked(images: Any, flags: Tensor, black: float) -> Any:
     """Copies, black (or empty) where flagged."""
     if isinstance(images, Tensor):
@@ -419,15 +447,19 @@ def _blanked(images: Any, flags: Tensor, black: float) -> Any:
         images = images.copy()
         images[flags.numpy()] = 0.0
         return images
-    blank: Sequence[Any] = [
-        (Image.new("RGB", item.size) if isinstance(item, Image.Image) else "") if flag else item
-        for item, flag in zip(images, flags.tolist(), strict=True)
-    ]
-    return list(blank)
+    return [_blank(item) if flag else item for item, flag in zip(images, flags.tolist(), strict=True)]
 
 
-def _fingerprint(bank: ScoreBank) -> str:
-    digest = hashlib.sha256()
+def _blank(item: Any) -> Any:
+    if isinstance(item, Image.Image):
+        return Image.new("RGB", item.size)
+    return "" if isinstance(item, str) else torch.zeros_like(torch.as_tensor(item))
+
+
+def _fingerprint(bank: ScoreBank, config: FASTConfig) -> str:
+    """Of scores, thresholds, names, and how the encoder sees."""
+    seen = [[concept["name"] for concept in config.concepts], config.encoder_spec, config.encoder_fingerprint]
+    digest = hashlib.sha256(json.dumps(seen, sort_keys=True).encode())
     for name, value in sorted(bank.state_dict().items()):
         digest.update(f"{name} {list(value.shape)}\n".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())

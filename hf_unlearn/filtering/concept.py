@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ FEWEST = 2  # undesired marks
 FEWEST_UNMARKED = 100  # for a covariance
 LARGEST = 4096  # dimensions whose covariance is computed
 FOLDS = 10
+ROUNDING = 1e-5  # of the largest score
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class FilterFigures:
         prevalence ([`Rate`], *optional*): share of undesired samples among unmarked ones, as given or from the three above.
         release ([`Rate`], *optional*): share of all samples that is released.
         residual ([`Rate`], *optional*): share of undesired samples among those that are released.
-        recall_from, false_alarm_from (`str`, *optional*): `"calibration"` or `"cross-validation"`.
+        recall_from, false_alarm_from (`str`, *optional*): `"calibration"` or `"cross-validation"`. What the threshold was
+            calibrated on is at that threshold what the promise allows it to be, by construction: its interval holds, its value
+            is a little low (false alarms) or high (recall).
     """
 
     undesired: int
@@ -147,27 +150,18 @@ class ConceptFit:
             self.undesired, self.held_undesired = self._parted(samples.undesired, 1)
             if len(self.undesired) < FEWEST:
                 raise ValueError(f"{self.name}: min_recall needs marks for fitting and for calibration; mark more")
-        self.stand_ins = self._needed_stand_ins()
 
     def _parted(self, rows: Array, which: int) -> tuple[Array, Array]:
         order = np.random.default_rng([self.settings.seed, 3 + which]).permutation(len(rows))
         held = round(self.settings.calibration_share * len(rows))
         return rows[np.sort(order[held:])], rows[np.sort(order[:held])]
 
-    def _needed_stand_ins(self) -> Array:
+    def _stand_ins(self, undesired: Array) -> Array:
         """The paper's, for clean marks that a linear score or the paper's threshold needs and nobody gave."""
-        linear = self.settings.score != "quadratic"
-        wanted = linear or (self.settings.threshold == "pooled_mean" and not len(self.samples.clean))
-        if len(self.clean) or not wanted:
-            return self.clean[:0]
         if self.samples.pool is None or not len(self.samples.pool.fitting):
             raise ValueError(f"{self.name}: has no clean marks; pass clean=, or unmarked= to draw stand-ins from")
-        return forms.pseudo_clean(
-            self.undesired,
-            self.samples.pool.fitting.rows,
-            factor=0.5 if self.samples.latents else 1.0,
-            seed=self.settings.seed,
-        )
+        factor = 0.5 if self.samples.latents else 1.0
+        return forms.pseudo_clean(undesired, self.samples.pool.fitting.rows, factor=factor, seed=self.settings.seed)
 
     def _background_basis(self) -> Basis:
         if self.samples.basis is not None:
@@ -186,6 +180,8 @@ class ConceptFit:
     def _fitted(self, undesired: Array, clean: Array) -> Score:
         if self._basis is not None:
             return forms.quadratic(undesired, self._basis)
+        if not len(clean):
+            clean = self._stand_ins(undesired)
         if self.settings.augment:
             undesired = forms.augmented(undesired, self.settings.augment, seed=self.settings.seed)
             clean = forms.augmented(clean, self.settings.augment, seed=self.settings.seed + 1)
@@ -193,27 +189,26 @@ class ConceptFit:
 
     def result(self) -> FilteredConcept:
         """The score, its threshold and its figures."""
-        clean = self.clean if len(self.clean) else self.stand_ins
-        score = self._fitted(self.undesired, clean)
+        score = self._fitted(self.undesired, self.clean)
         bank = ScoreBank.of([score])
 
         def scored(rows: Array) -> Array:
             # In fp32, by the very code that will judge.
             return bank(torch.from_numpy(np.asarray(rows, np.float32)))[:, 0].double().numpy()
 
-        threshold = self._threshold(scored, clean)
-        crossed = _cross_validated(self._fitted, self.undesired, clean, self.settings.seed)
+        threshold = self._threshold(scored)
+        crossed = _cross_validated(self._fitted, self.undesired, self.clean, self.settings.seed)
         figures = self._figures(scored, threshold, *crossed)
         return FilteredConcept(self.name, self.description, score, threshold, figures)
 
-    def _threshold(self, scored: Callable[[Array], Array], clean: Array) -> Threshold:
+    def _threshold(self, scored: Callable[[Array], Array]) -> Threshold:
         rule, pool = self.settings, self.samples.pool
         if rule.threshold == "pooled_mean":
-            return pooled_mean(
-                scored(self.undesired), scored(clean if len(clean) else self.samples.clean), concept=self.name
-            )
+            clean = self.samples.clean if len(self.samples.clean) else self._stand_ins(self.undesired)
+            return pooled_mean(scored(self.undesired), scored(clean), concept=self.name)
         if rule.threshold == "min_recall":
-            return min_recall(scored(self.held_undesired), rule.rate, rule.confidence, concept=self.name)
+            scores = scored(self.held_undesired)
+            return _outwards(min_recall(scores, rule.rate, rule.confidence, concept=self.name), -_rounding(scores))
         held = self.held_clean
         if rule.max_prevalence is not None:
             held = held[:0] if pool is None else pool.calibration.rows
@@ -222,16 +217,18 @@ class ConceptFit:
                 f"{self.name}: max_false_alarm is calibrated on clean marks, and there are none; pass clean=, or "
                 "max_prevalence= to calibrate on unmarked samples, or another threshold"
             )
-        return max_false_alarm(
-            scored(held), rule.rate, rule.confidence, max_prevalence=rule.max_prevalence, concept=self.name
+        scores = scored(held)
+        threshold = max_false_alarm(
+            scores, rule.rate, rule.confidence, max_prevalence=rule.max_prevalence, concept=self.name
         )
+        return _outwards(threshold, _rounding(scores))
 
     def _figures(
         self, scored: Callable[[Array], Array], threshold: Threshold, crossed_undesired: Array, crossed_clean: Array
     ) -> FilterFigures:
         tau, pool = threshold.value, self.samples.pool
         undesired = scored(self.held_undesired) if len(self.held_undesired) else crossed_undesired
-        clean = scored(self.held_clean) if len(self.held_clean) else crossed_clean[: len(self.clean)]  # no stand-ins
+        clean = scored(self.held_clean) if len(self.held_clean) else crossed_clean
         unmarked = np.zeros(0) if pool is None else scored(pool.calibration.rows)
         recall, false_alarm, blocked = (
             Rate.counted((values > tau).sum(), len(values)) for values in (undesired, clean, unmarked)
@@ -278,11 +275,24 @@ def _cross_validated(fitted, undesired: Array, clean: Array, seed: int) -> tuple
         rows = [kind[~out] for kind, out in zip((undesired, clean), left_out, strict=True)]
         if len(rows[0]) < FEWEST or (len(clean) and not len(rows[1])):
             continue
-        score = fitted(*rows)
+        try:
+            score = fitted(*rows)
+        except ValueError:  # no stand-ins for so few marks
+            continue
         for values, kind, out in zip(scores, (undesired, clean), left_out, strict=True):
             if out.any():
                 values[out] = score(kind[out])
     return tuple(values[np.isfinite(values)] for values in scores)
+
+
+def _rounding(scores: Array) -> float:
+    """What scores in fp32 may differ by from one batch, or number of concepts, to another."""
+    return ROUNDING * float(np.abs(scores).max()) if len(scores) else 0.0
+
+
+def _outwards(threshold: Threshold, margin: float) -> Threshold:
+    """Moved so far to the side on which the promise holds that rounding cannot take a tie across the line."""
+    return replace(threshold, value=float(np.float32(threshold.value + margin)))
 
 
 def _refuse_contradictions(undesired: Array, clean: Array, name: str) -> None:

@@ -260,6 +260,7 @@ class FilterEncoder(nn.Module):
             ValueError: the spec is not one of [`FilterEncoder.spec`], or of the user's own encoder.
         """
         model_class, config, arguments = read_spec(spec)
+        config.dtype = None  # of the weights, which reaches some parts of a model only; who fills them casts the whole
         return cls(model_class(config, **pooler_of(spec)).eval().requires_grad_(False), **arguments)
 
     @classmethod

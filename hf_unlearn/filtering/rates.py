@@ -1,4 +1,4 @@
-"""What a filter does to a generator's output, in numbers, with exact intervals.
+"""What a filter does to a generator's output, in numbers: exact intervals of what is counted, wider ones of what follows from it.
 
 π is the prevalence of what is undesired among the generator's samples, r the recall (share of it that is blocked), a the false
 alarms (share of the rest that is blocked), q the share of all samples that is blocked:
@@ -22,7 +22,7 @@ class Rate:
     Args:
         value, low, high (`float`): in [0, 1].
         count, total (`int`, *optional*): what it was counted from.
-        confidence (`float`): of the interval.
+        confidence (`float`): of the interval; of a rate that follows from others, of the intervals that it is the hull of.
     """
 
     value: float

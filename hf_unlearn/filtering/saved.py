@@ -16,21 +16,22 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
+from ..hub.allowed import FILTERED as CLASS_NAME
+from ..hub.allowed import INNER as PIPELINE
+from ..hub.allowed import PIPELINE as INDEX
+from .checkpoints import DOWNLOAD_OPTIONS, SUFFIXES
 
-INDEX = "model_index.json"
-CLASS_NAME = "FilteredPipeline"
+
 SCHEMA_VERSION = 1
-PIPELINE, FILTER = "pipeline", "safety_checker"
+FILTER = "safety_checker"
 FILTER_CLASS = ["hf_unlearn", "FASTSafetyChecker"]
 # Settings of the pipeline that are written into the index.
 SETTINGS = ("action", "max_tries")
 _LIBRARIES = ("diffusers", "hf_unlearn")
-_SUFFIXES = ("json", "safetensors", "txt", "model", "jinja")
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    return {name: kwargs[name] for name in DOWNLOAD_OPTIONS if name in kwargs}
 
 
 def class_of(pipeline: DiffusionPipeline) -> list[str]:
@@ -86,7 +87,7 @@ def fetch_all(name_or_path: str | Path, folder: Path, **hub) -> Path:
     """The folder of a saved filtered pipeline, of the commit that its index came from."""
     if Path(name_or_path).is_dir():
         return folder
-    patterns = [f"{part}/*.{suffix}" for part in (PIPELINE, FILTER) for suffix in _SUFFIXES]
+    patterns = [f"{part}/*.{suffix}" for part in (PIPELINE, FILTER) for suffix in SUFFIXES]
     hub = {**hub, "revision": folder.name}
     return Path(snapshot_download(str(name_or_path), allow_patterns=[INDEX, *patterns], **hub))
 

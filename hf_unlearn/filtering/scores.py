@@ -4,7 +4,7 @@ Every score here is one of
 
 $$ s(x) = b + \langle w, x - m\rangle + \sum_j q_j\, y_j^2 + \sum_r g_r\, \langle v_r, y\rangle^2, \qquad y = (x - m) W, $$
 
-the linear ones without the squares. So many concepts are scored by three matrix products, in fp32: [`ScoreBank`].
+the linear ones without the squares. So many concepts are scored by a few matrix products, in fp32: [`ScoreBank`].
 """
 
 from __future__ import annotations
@@ -217,6 +217,8 @@ class ScoreBank(nn.Module):
         # Parameters, since Transformers 5.23 cannot save a model that has buffers only.
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False))
+        if not self.threshold.is_meta:
+            self.threshold.fill_(-torch.inf)  # until somebody sets it, everything is blocked
         self.components = components
 
     @classmethod

@@ -45,7 +45,7 @@ class Threshold:
             return None
         sample = f"{self.calibration_samples} {self.calibrated_on} samples that were not used in fitting"
         if self.calibrated_on == "unmarked":
-            sample += f", of which at most {100 * self.max_prevalence:g} % are undesired"
+            sample += f", if at most {100 * self.max_prevalence:g} % of what is drawn is undesired"
         what = (
             f"at most {100 * self.rate:g} % of clean samples are blocked"
             if self.rule == "max_false_alarm"

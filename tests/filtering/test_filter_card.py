@@ -250,4 +250,7 @@ class TestOfAFilteredPipeline:
         fitter = FASTFitter(encoder, score="mean_difference").update(undesired=noise[:20], clean=noise[20:] - 1)
         content = filter_card(fitter.fit(threshold="pooled_mean").checker(), "me/it", inside="DDPMPipeline")
         (code,) = blocks(content)
-        assert 'from_pretrained("me/it", filter_encoder=FilterEncoder.own(encode, name="mean colours"))' in code
+        assert (
+            'from_pretrained("me/it", filter_encoder=FilterEncoder.own(encode, name="mean colours", channels=3))'
+            in code
+        )

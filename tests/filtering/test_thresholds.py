@@ -139,7 +139,7 @@ class TestMaxFalseAlarm:
         threshold = max_false_alarm(np.arange(100.0), 0.05, 0.9, max_prevalence=0.2)
         assert threshold.promise == (
             "at most 5 % of clean samples are blocked, with confidence 90 % over the draw of 100 unmarked samples "
-            "that were not used in fitting, of which at most 20 % are undesired"
+            "that were not used in fitting, if at most 20 % of what is drawn is undesired"
         )
         assert max_false_alarm(np.arange(100.0), 0.05, 0.9).promise == (
             "at most 5 % of clean samples are blocked, with confidence 90 % over the draw of 100 clean samples that "
