@@ -137,7 +137,8 @@ def case(name, request):
         return Case(stable_diffusion, **text)
     if name == "sdxl":
         return Case(tiny_sdxl(stable_diffusion), **text)
-    images = torch.rand(2, 3, 8, 8, generator=seeded(7))
+    images = torch.rand(4, 3, 8, 8, generator=seeded(7))
+    text |= {"prompt": ["a photo", "hot p"] * 2, "num_images_per_prompt": 1}
     return Case(tiny_image_to_image(stable_diffusion), **text, image=images, strength=0.9)
 
 

@@ -23,7 +23,7 @@ from checker_data import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from hf_unlearn import FASTConfig, FASTFitter, FASTSafetyChecker, FilterEncoder, FilterOutput
 
@@ -745,5 +745,79 @@ class TestPool:
         fitter = FASTFitter().update(undesired=undesired_latents(20), unmarked=unmarked_latents(400))
         checker = fitter.fit(max_prevalence=0.25, rate=0.1).checker()
         assert "unmarked samples" in checker.config.concepts[0]["threshold"]["promise"]
-        assert "at most 25 % are undesired" in checker.config.concepts[0]["threshold"]["promise"]
+        assert "at most 25 % of what is drawn is undesired" in checker.config.concepts[0]["threshold"]["promise"]
         assert checker.config.concepts[0]["threshold"]["max_prevalence"] == 0.25
+
+
+class TestPrecision:
+    @pytest.fixture
+    def of_clip(self):
+        config = CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+            projection_dim=8,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            encoder = FilterEncoder(CLIPVisionModelWithProjection(config).eval(), kind="image")
+            images = torch.rand(40, 3, 8, 8) * 2 - 1
+        fitter = FASTFitter(encoder, score="mean_difference").update(
+            undesired=images[:20] / 5 + 0.8, clean=images[20:]
+        )
+        return fitter.fit(threshold="pooled_mean").checker(), images
+
+    @pytest.mark.parametrize("asked", [torch.float16, torch.bfloat16, "bfloat16"])
+    def test_the_whole_encoder_is_cast_at_load(self, of_clip, asked, tmp_path):
+        checker, images = of_clip
+        expected = checker.judge(images).scores
+        checker.save_pretrained(tmp_path)
+        loaded = FASTSafetyChecker.from_pretrained(tmp_path, dtype=asked)
+        wanted = torch.bfloat16 if asked == "bfloat16" else asked
+        assert {parameter.dtype for parameter in loaded.encoder.parameters()} == {wanted}
+        assert {parameter.dtype for parameter in loaded.bank.parameters()} == {torch.float32}
+        torch.testing.assert_close(loaded.judge(images).scores, expected, atol=0.05, rtol=0.05)
+
+    def test_it_comes_back_as_it_was_saved(self, of_clip, tmp_path):
+        checker, images = of_clip
+        checker.bfloat16()
+        expected = checker.judge(images).scores
+        checker.save_pretrained(tmp_path)
+        loaded = FASTSafetyChecker.from_pretrained(tmp_path)
+        assert {parameter.dtype for parameter in loaded.encoder.parameters()} == {torch.bfloat16}
+        assert loaded.judge(images).scores.equal(expected)
+
+
+class TestEncoderOfTheUsersOwn:
+    @pytest.mark.parametrize(
+        ("change", "name"), [({"normalize": False}, "normalize"), ({"size": (8, 8)}, "preprocessing")]
+    )
+    def test_another_setting_is_refused(self, change, name, tmp_path):
+        module = torch.nn.Flatten()
+        settings = {"name": "pixels", "normalize": True}
+        images = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        fitter = FASTFitter(FilterEncoder.own(module, **settings), score="mean_difference")
+        fitter.update(undesired=images[:20] / 5 + 0.8, clean=images[20:])
+        fitter.fit(threshold="pooled_mean").checker().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"^encoder: has another {name} than the one"):
+            FASTSafetyChecker.from_pretrained(tmp_path, encoder=FilterEncoder.own(module, **settings | change))
+        same = FASTSafetyChecker.from_pretrained(tmp_path, encoder=FilterEncoder.own(module, **settings))
+        assert len(same.judge(images).flags) == 40
+
+
+def test_from_a_config_alone_everything_is_blocked():
+    checker = FASTSafetyChecker(FASTConfig(schema_version=1, concepts=[{"name": "a"}], embedding_size=4))
+    assert checker.judge(torch.randn(50, 4, generator=torch.Generator().manual_seed(0))).flags.all()
+
+
+def test_a_filter_that_flags_only_says_so_when_it_is_loaded(tmp_path, caplog):
+    checker = FASTFitter(score="mean_difference").update(undesired=undesired_latents(20), clean=clean_latents(20))
+    checker = checker.fit(threshold="pooled_mean").checker()
+    checker.action = "flag"
+    checker.save_pretrained(tmp_path)
+    caplog.clear()
+    FASTSafetyChecker.from_pretrained(tmp_path)
+    assert "the filter gives out what it flags" in caplog.text

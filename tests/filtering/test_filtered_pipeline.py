@@ -336,10 +336,11 @@ class TestRegenerate:
         states = [generator.get_state() for generator in generators]
         part = {"batch_size": 1, "num_images": 1, "num_images_per_prompt": 1}
         part = {name: value for name, value in part.items() if name in given.arguments}
+        each = given.arguments.get("num_images_per_prompt")
         if "prompt" in given.arguments:
-            part["prompt"] = given.arguments["prompt"][place // 2]
+            part["prompt"] = given.arguments["prompt"][place // each]
         if "image" in given.arguments:
-            part["image"] = given.arguments["image"][[place // 2]]
+            part["image"] = given.arguments["image"][[place // each]]
         expected = given.draw(output_type="pt", generator=generators[place], **part).images[0]
 
         generators = [seeded(number) for number in range(4)]
@@ -350,6 +351,19 @@ class TestRegenerate:
         torch.testing.assert_close((seen[1][0] + 1) / 2, expected, rtol=1e-4, atol=1e-5)
         for number, generator in enumerate(generators):
             assert generator.get_state().equal(states[number]) == (number != place)
+
+    def test_several_images_of_several_pictures(self, request):
+        """Then diffusers has the pictures in another order than the prompts: nobody guesses which is whose."""
+        given = case("image-to-image", request)
+        given.arguments["num_images_per_prompt"] = 2
+        pipe = filtered(given, 2, action="regenerate", max_tries=1)
+        out = given.draw(pipe, output_type="pt")
+        first, second = pipe.safety_checker.seen
+        assert len(first) == len(second) == 8
+        drawn_again = torch.tensor(out.filter_tries) == 2
+        assert drawn_again.sum() == 2
+        for place in drawn_again.nonzero().flatten().tolist():
+            assert out.filtered[place] or torch.allclose(out.images[place], (second[place] + 1) / 2)
 
     def test_of_one_prompt(self, stable_diffusion):
         stable_diffusion.arguments |= {"prompt": "a photo", "num_images_per_prompt": 3}
