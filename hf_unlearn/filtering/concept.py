@@ -137,9 +137,8 @@ class ConceptFit:
         """Hold out what the threshold is calibrated on, and give the rest to the score."""
         samples, rule = self.samples, self.settings
         none = samples.clean[:0]
-        if (
-            samples.basis is not None
-        ):  # the score is fitted against the pool, so that every clean mark is left for calibration
+        # A score that is fitted against the pool leaves every clean mark for calibration.
+        if samples.basis is not None:
             self.clean, self.held_clean = none, samples.clean
         elif rule.threshold == "max_false_alarm" and rule.max_prevalence is None:
             self.clean, self.held_clean = self._parted(samples.clean, 0)
