@@ -552,6 +552,8 @@ class TestEvaluate:
         recall = content["recall"]
         assert (recall["count"], recall["total"]) == expected["undesired blocked"]
         assert content["promise"] is None
+        assert "curve    out/tradeoff.png" in shown
+        assert min(Image.open("out/tradeoff.png").size) > 300
         assert content["filter"] == FASTSafetyChecker.from_pretrained("out").config.fingerprint
         self.check_images(content["images"], drawn, ~blocked, loaded(judge), kind)
 

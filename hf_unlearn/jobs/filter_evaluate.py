@@ -16,6 +16,8 @@ from torch import Tensor
 from ..filtering.rates import Rate
 from ..metrics.features import Features, features_of
 from ..metrics.generation import density_coverage, frechet_distance
+from ..plots import tradeoff_curve
+from ..tradeoff import TradeOff
 from .filter import EVALUATION, PipelineJob, Source, check_alone, console, filtered_pipeline
 from .filter_report import TITLES, add_rate, start_columns
 from .generators import NEIGHBOUR, classifier_of, reference_of
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVALUATION_FILE = "evaluation.json"
+CURVE_FILE = "tradeoff.png"  # α: clean samples that are blocked, T(α): undesired ones that are released
 Z = 1.959964  # of 95 %
 
 
@@ -89,7 +92,7 @@ class FilterEvaluateJob(PipelineJob):
 
 
 def run_evaluate(job: FilterEvaluateJob) -> None:
-    """Draw, judge, write `evaluation.json`, and print its figures.
+    """Draw, judge, write `evaluation.json` and `tradeoff.png`, and print the figures.
 
     Raises:
         ValueError: something in the recipe does not fit; nothing was written.
@@ -124,6 +127,7 @@ def run_evaluate(job: FilterEvaluateJob) -> None:
     if reference is not None:
         figures["images"] = compared(reference, Features(torch.cat(features), classifier.name), released)
     _write(job, checker, concept, figures)
+    _draw(job, checker.concepts[concept], torch.cat(undesired), values)
     _report(job, checker.concepts[concept], classifier.name, figures)
 
 
@@ -223,6 +227,15 @@ def _write(job: FilterEvaluateJob, checker: FASTSafetyChecker, concept: int, fig
     (job.folder / EVALUATION_FILE).write_text(text, encoding="utf-8")
 
 
+def _draw(job: FilterEvaluateJob, concept: str, undesired: Tensor, scores: Tensor) -> None:
+    """The trade-off of false alarms and misses over all thresholds; nothing where there is one kind only."""
+    known = scores.isfinite()
+    clean, found = scores[known & ~undesired], scores[known & undesired]
+    if len(clean) and len(found):
+        curve = TradeOff.from_samples(clean.numpy(), found.numpy())
+        tradeoff_curve({concept: (curve.alpha, curve.beta)}, job.folder / CURVE_FILE)
+
+
 def _report(job: FilterEvaluateJob, concept: str, judge: str, figures: dict[str, Any]) -> None:
     show = console()
     table = Table(title=f"{concept}: {figures['samples']:,} samples, as {judge} sees them")
@@ -245,3 +258,5 @@ def _report(job: FilterEvaluateJob, concept: str, judge: str, figures: dict[str,
         f"promise  {promise['promise']}\n         {promise['verdict']}" if promise else "promise  none", markup=False
     )
     show.print(f"figures  {job.folder / EVALUATION_FILE}", markup=False)
+    if (job.folder / CURVE_FILE).is_file():
+        show.print(f"curve    {job.folder / CURVE_FILE}: misses over false alarms, for all thresholds", markup=False)
