@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from .images import image_column, pixels
+from .modes import in_eval_mode
 
 
 if TYPE_CHECKING:
@@ -186,14 +187,11 @@ def some_prompts(dataset: Any, count: int) -> list[str]:
 def _quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Eval mode without progress bars, and afterwards as before."""
     shown = getattr(pipeline, "_progress_bar_config", None)
-    in_training = [module for module in pipeline.unet.modules() if module.training]
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.unet.eval()
     try:
-        yield
+        with in_eval_mode(pipeline.unet):
+            yield
     finally:
-        for module in in_training:
-            module.training = True
         if shown is None:
             del pipeline._progress_bar_config
         else:

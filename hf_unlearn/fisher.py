@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 
+from .modes import in_eval_mode
 from .parameters import trainable_parameters
 
 
@@ -58,11 +59,9 @@ def diagonal_fisher(
         raise ValueError(f"method={method!r}: must be 'exact' or 'monte_carlo'")
     if not parameters:
         raise ValueError("model: nothing is trainable, so there is no Fisher information to compute")
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
     totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     count = 0
-    try:
+    with in_eval_mode(model):
         for batch in batches:
             inputs = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
             with torch.no_grad():
@@ -70,9 +69,6 @@ def diagonal_fisher(
             cotangents = _cotangents(logits.float(), targets, method, samples, generator)
             _add_squared_gradients_(totals, model, parameters, inputs, cotangents.to(logits.dtype), predictions)
             count += len(logits)
-    finally:
-        for module in in_training:
-            module.training = True
     if count == 0:
         raise ValueError("batches: no examples to compute the Fisher information on")
     torch._foreach_div_(list(totals.values()), count * (samples if method == "monte_carlo" else 1))
@@ -177,21 +173,16 @@ def scalar_fisher(
         raise ValueError(
             "inputs, model: no examples or nothing trainable, so there is no Fisher information to compute"
         )
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
     totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     chunk = max(1, min(batch_size, CHUNK_ELEMENTS // sum(p.numel() for p in parameters.values())))
 
     def example_score(values: dict[str, Tensor], z: Tensor) -> Tensor:
         return score(functional_call(model, values, (z.unsqueeze(0),))).squeeze()
 
-    try:
+    with in_eval_mode(model):
         for part in inputs.split(chunk):
             for name, gradient in vmap(grad(example_score), (None, 0))(parameters, part).items():
                 totals[name] += gradient.float().square().sum(0)
-    finally:
-        for module in in_training:
-            module.training = True
     return {name: total / len(inputs) for name, total in totals.items()}
 
 

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .modes import in_eval_mode
+
 
 Parameters = Mapping[str, Tensor]
 # Anchors work through the parameters in runs of so many elements: small enough for a core's cache, or large enough to
@@ -70,13 +72,8 @@ class ReferencePoint:
     @torch.no_grad()
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run `model` as it was at this point: in eval mode, without gradients, changing nothing in it."""
-        in_training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
+        with in_eval_mode(model):
             return torch.func.functional_call(model, {**self.parameters, **self.buffers}, args, kwargs)
-        finally:
-            for module in in_training:
-                module.training = True
 
     def save(self, path: str | Path) -> None:
         """Write to one `.safetensors` file, complete or not at all."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..modes import in_eval_mode
 from .checkpoints import (
     KINDS,
     NOT_IN_SPEC,
@@ -377,7 +377,7 @@ class FilterEncoder(nn.Module):
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size: must be a positive whole number, got {batch_size!r}")
         embed = self._embed_texts if self.kind == "text" else self._embed_images
-        with self._in_eval_mode(), torch.autocast(self.device.type, enabled=False):
+        with in_eval_mode(self.model), torch.autocast(self.device.type, enabled=False):
             embeddings = torch.cat([self._checked(embed(batch), len(batch)) for batch in _batches(inputs, batch_size)])
         return F.normalize(embeddings, dim=-1) if self.normalize else embeddings
 
@@ -471,17 +471,6 @@ class FilterEncoder(nn.Module):
     @property
     def _dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
-
-    @contextmanager
-    def _in_eval_mode(self) -> Iterator[None]:
-        in_training = [module for module in self.model.modules() if module.training]
-        for module in in_training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in in_training:
-                module.training = True
 
 
 class _Function(nn.Module):

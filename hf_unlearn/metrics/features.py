@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..modes import in_eval_mode
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,7 @@ def features_of(
     name = name or getattr(extractor, "name", None)
     if not isinstance(name, str):
         raise ValueError(f"name: {type(extractor).__name__} has no `name`, pass one")
-    with _in_eval_mode(extractor):
+    with in_eval_mode(extractor) if isinstance(extractor, nn.Module) else nullcontext():
         return Features(torch.cat([extractor(batch).cpu() for batch in _batches(images, extractor, batch_size)]), name)
 
 
@@ -152,7 +154,7 @@ class ClassifierFeatures(nn.Module):
         Returns:
             `Tensor`: `[n]`, int64, in the CPU's memory.
         """
-        with _in_eval_mode(self):
+        with in_eval_mode(self):
             logits = (self._features_and_logits(batch)[1] for batch in _batches(images, self, batch_size))
             return torch.cat([batch.argmax(-1).cpu() for batch in logits])
 
@@ -216,16 +218,3 @@ def _batches(images: Tensor, extractor: Callable, batch_size: int) -> Iterator[T
     parameter = next(extractor.parameters(), None) if isinstance(extractor, nn.Module) else None
     for batch in images.split(batch_size):
         yield batch if parameter is None else batch.to(parameter.device)
-
-
-@contextmanager
-def _in_eval_mode(extractor: Callable) -> Iterator[None]:
-    modules = extractor.modules() if isinstance(extractor, nn.Module) else ()
-    in_training = [module for module in modules if module.training]
-    for module in in_training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in in_training:
-            module.training = True

@@ -8,6 +8,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..modes import in_eval_mode
+
 
 class GANPipeline(DiffusionPipeline):
     """A generator, and the discriminator it was trained against, where that is there.
@@ -62,9 +64,7 @@ class GANPipeline(DiffusionPipeline):
             raise ValueError(
                 f"latents: have shape {list(latents.shape)}, must be [n, {str([*network.latent_shape])[1:]}"
             )
-        in_training = [module for module in network.modules() if module.training]
-        network.eval()
-        try:
+        with in_eval_mode(network):
             parts = [
                 network(part.to(network.device, network.dtype), truncation=truncation)
                 .sample.float()
@@ -72,9 +72,6 @@ class GANPipeline(DiffusionPipeline):
                 .cpu()
                 for part in latents.split(batch_size)
             ]
-        finally:
-            for module in in_training:
-                module.training = True
         return torch.cat(parts)
 
     def __call__(

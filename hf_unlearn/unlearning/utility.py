@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
+from ..modes import in_eval_mode
 from .objective import Batch
 
 
@@ -27,14 +28,8 @@ class UtilityMixin:
     @contextmanager
     def _looking(self) -> Iterator[None]:
         """Eval mode, no gradients, and afterwards the random state and training flags of before."""
-        in_training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            with torch.no_grad(), torch.random.fork_rng(self._random_devices):
-                yield
-        finally:
-            for module in in_training:
-                module.training = True
+        with in_eval_mode(self.model), torch.no_grad(), torch.random.fork_rng(self._random_devices):
+            yield
 
     @property
     def _random_devices(self) -> list[torch.device]:
