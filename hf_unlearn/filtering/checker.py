@@ -109,7 +109,6 @@ class FASTSafetyChecker(PreTrainedModel):
     config_class = FASTConfig
     config: FASTConfig
     main_input_name = "images"
-    _keep_in_fp32_modules_strict = {"bank"}
     _no_split_modules: list[str] = []
 
     def __init__(self, config: FASTConfig):
@@ -280,7 +279,7 @@ class FASTSafetyChecker(PreTrainedModel):
         encoder = self.encoder
         if encoder is not None:
             self.config.encoder_spec = encoder.spec
-            has_weights = not encoder.stored and any(True for _ in encoder.model.state_dict())
+            has_weights = not encoder.stored and encoder.model.state_dict()
             self.config.encoder_fingerprint = encoder.fingerprint() if has_weights else None
         self.config.fingerprint = _fingerprint(self.bank, self.config)
         state = self.state_dict()

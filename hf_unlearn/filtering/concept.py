@@ -165,12 +165,11 @@ class ConceptFit:
     def _background_basis(self) -> Basis:
         if self.samples.basis is not None:
             return self.samples.basis
-        found = len(self.clean)
-        if found < FEWEST_UNMARKED:
+        if len(self.clean) < FEWEST_UNMARKED:
+            found = max(len(self.clean), len(self.samples.pool.fitting) if self.samples.pool else 0)
             raise ValueError(
-                f"unmarked: score='quadratic' needs {FEWEST_UNMARKED} samples to fit against, there are "
-                f"{max(found, 0 if self.samples.pool is None else len(self.samples.pool.fitting))} for it; let the generator "
-                "draw more, or choose score='lda'"
+                f"unmarked: score='quadratic' needs {FEWEST_UNMARKED} samples to fit against, there are {found} for it; let "
+                "the generator draw more, or choose score='lda'"
             )
         moments = Moments(self.clean.shape[1])
         moments.update(self.clean)

@@ -17,13 +17,14 @@ from checker_data import (
     dark_images,
     fitter_of_latents,
     of_brightness,
+    seeded,
     tiny_clip,
     undesired_latents,
     unmarked_latents,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor
 
 from hf_unlearn import FASTConfig, FASTFitter, FASTSafetyChecker, FilterEncoder, FilterOutput
 
@@ -488,12 +489,13 @@ class TestBrokenFiles:
         return copied
 
     @pytest.mark.parametrize("kind", ["linear", "quadratic", "encoder"])
-    def test_untouched_copies_load(self, kind, copy):
+    def test_untouched_copies_load(self, kind, copy, saved):
         """So that it is the break that the other tests see."""
         folder = copy(kind)
         change_config(folder)
         change_weights(folder, lambda weights: None)
-        FASTSafetyChecker.from_pretrained(folder)
+        loaded, whole = (FASTSafetyChecker.from_pretrained(path) for path in (folder, saved[kind]))
+        assert loaded.thresholds == whole.thresholds
 
     @pytest.mark.parametrize("how", BROKEN)
     def test_any_filter(self, how, copy):
@@ -582,7 +584,7 @@ def drawn(pipeline, output_type="np", return_dict=True):
         num_images_per_prompt=2,
         num_inference_steps=2,
         output_type=output_type,
-        generator=torch.Generator().manual_seed(0),
+        generator=seeded(),
         return_dict=return_dict,
     )
 
@@ -752,20 +754,8 @@ class TestPool:
 class TestPrecision:
     @pytest.fixture
     def of_clip(self):
-        config = CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-            projection_dim=8,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            encoder = FilterEncoder(CLIPVisionModelWithProjection(config).eval(), kind="image")
-            images = torch.rand(40, 3, 8, 8) * 2 - 1
-        fitter = FASTFitter(encoder, score="mean_difference").update(
+        images = torch.rand(40, 3, 8, 8, generator=seeded()) * 2 - 1
+        fitter = FASTFitter(tiny_clip(), score="mean_difference").update(
             undesired=images[:20] / 5 + 0.8, clean=images[20:]
         )
         return fitter.fit(threshold="pooled_mean").checker(), images
@@ -798,7 +788,7 @@ class TestEncoderOfTheUsersOwn:
     def test_another_setting_is_refused(self, change, name, tmp_path):
         module = torch.nn.Flatten()
         settings = {"name": "pixels", "normalize": True}
-        images = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        images = torch.rand(40, 3, 4, 4, generator=seeded()) * 2 - 1
         fitter = FASTFitter(FilterEncoder.own(module, **settings), score="mean_difference")
         fitter.update(undesired=images[:20] / 5 + 0.8, clean=images[20:])
         fitter.fit(threshold="pooled_mean").checker().save_pretrained(tmp_path)
@@ -810,7 +800,7 @@ class TestEncoderOfTheUsersOwn:
 
 def test_from_a_config_alone_everything_is_blocked():
     checker = FASTSafetyChecker(FASTConfig(schema_version=1, concepts=[{"name": "a"}], embedding_size=4))
-    assert checker.judge(torch.randn(50, 4, generator=torch.Generator().manual_seed(0))).flags.all()
+    assert checker.judge(torch.randn(50, 4, generator=seeded())).flags.all()
 
 
 def test_a_filter_that_flags_only_says_so_when_it_is_loaded(tmp_path, caplog):
