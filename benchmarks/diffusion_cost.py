@@ -9,19 +9,15 @@ defaults (32 forget images and 32 of the original's own samples).
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
-from step_cost import Steps, measure
+from step_cost import Steps, compare
 from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from hf_unlearn import VDUConfig, VDUTrainer
 from hf_unlearn.diffusion import EncodedImages
@@ -111,19 +107,5 @@ def steppers(side: int, channels: tuple[int, ...], folder: str) -> dict[str, Ste
     return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds; writes nothing")
-    rounds = 4 if parser.parse_args().quick else 40
-    transformers_logging.set_verbosity_error()
-    result = {"rounds": rounds, "threads": torch.get_num_threads(), "workloads": {}}
-    for name, workload in WORKLOADS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            result["workloads"][name] = measure(steppers(*workload, folder), rounds)
-    print(json.dumps(result, indent=1))
-    if rounds == 40:
-        (HERE / "results" / "diffusion_cost.json").write_text(json.dumps(result, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    compare("diffusion_cost", __doc__, WORKLOADS, steppers, 40)

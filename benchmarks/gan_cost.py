@@ -9,14 +9,10 @@ the penalty R1, for all of them at once.
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
 from pathlib import Path
 
 import torch
-from step_cost import Steps, measure
-from transformers.utils import logging as transformers_logging
+from step_cost import Steps, compare
 
 from hf_unlearn import (
     AdaptThenUnlearnConfig,
@@ -84,19 +80,5 @@ def steppers(side: int, channels: int, folder: str) -> dict[str, Steps]:
     return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds; writes nothing")
-    rounds = 4 if parser.parse_args().quick else 120
-    transformers_logging.set_verbosity_error()
-    result = {"rounds": rounds, "threads": torch.get_num_threads(), "workloads": {}}
-    for name, workload in WORKLOADS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            result["workloads"][name] = measure(steppers(*workload, folder), rounds)
-    print(json.dumps(result, indent=1))
-    if rounds == 120:
-        (HERE / "results" / "gan_cost.json").write_text(json.dumps(result, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    compare("gan_cost", __doc__, WORKLOADS, steppers, 120)

@@ -15,6 +15,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import report
@@ -148,6 +149,21 @@ def measure(steppers: dict[str, Steps], rounds: int) -> dict:
             "extra_memory_in_parameters": (stepper.held() + stepper.peak() - plain) / size,
         }
     return {"parameters": size // 4, "rows": rows}
+
+
+def compare(name: str, description: str, workloads: dict[str, tuple], steppers: Callable, full: int) -> None:
+    """The script of a comparison of `full` rounds: `results/<name>.json`."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds; writes nothing")
+    rounds = 4 if parser.parse_args().quick else full
+    transformers_logging.set_verbosity_error()
+    result = {"rounds": rounds, "threads": torch.get_num_threads(), "workloads": {}}
+    for workload, values in workloads.items():
+        with tempfile.TemporaryDirectory() as folder:
+            result["workloads"][workload] = measure(steppers(*values, folder), rounds)
+    print(json.dumps(result, indent=1))
+    if rounds == full:
+        (HERE / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
