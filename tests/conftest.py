@@ -4,13 +4,18 @@ import json
 import os
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
+# All read when a library is imported, so before anything else.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# MKL's sums depend on where in memory their operands lie, on some CPUs, unless it is told that they must not. `make test-slow`
+# runs everything once without: HF_UNLEARN_TESTS_MKL=default.
+if os.environ.get("HF_UNLEARN_TESTS_MKL") != "default":
+    os.environ["MKL_CBWR"] = "COMPATIBLE"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("HF_UNLEARN_TESTS_THREADS", 1)))
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
