@@ -29,10 +29,10 @@ from transformers.utils import logging as transformers_logging
 
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig, UnlearnTrainer
 from hf_unlearn.data import RawCollator, digits
-from hf_unlearn.demo import TRAINING, digits_model, digits_processor
+from hf_unlearn.jobs.demo import TRAINING, digits_model, digits_processor
 from hf_unlearn.metrics.classification import forget_retain_accuracy, per_class_accuracy
 from hf_unlearn.plots import curves
-from hf_unlearn.task import cross_entropy
+from hf_unlearn.training.models import cross_entropy
 
 
 HERE = Path(__file__).parent

@@ -30,11 +30,11 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from hf_unlearn import VDUConfig, VDUTrainer
-from hf_unlearn.diffusion import EncodedImages, generate
+from hf_unlearn.examples.ddpm import DIGITS, FASHION_MNIST, Recipe, cached
 from hf_unlearn.images import grid
-from hf_unlearn.parameters import trainable_parameters
+from hf_unlearn.parameters.anchors import trainable_parameters
 from hf_unlearn.plots import curves
-from hf_unlearn.small_ddpm import DIGITS, FASHION_MNIST, Recipe, cached
+from hf_unlearn.unlearning.diffusion.drawing import EncodedImages, generate
 
 
 HERE = Path(__file__).parent

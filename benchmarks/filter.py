@@ -34,15 +34,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
-from hf_unlearn import FASTFitter, FilteredPipeline, GANPipeline, small_gan
+from hf_unlearn import FASTFitter, FilteredPipeline, GANPipeline
 from hf_unlearn.data import load
-from hf_unlearn.demo import cached_digits_classifier
+from hf_unlearn.examples import gan as small_gan
 from hf_unlearn.filtering import scores as forms
-from hf_unlearn.filtering.background import Background
-from hf_unlearn.filtering.rates import release_rate, residual_rate
+from hf_unlearn.filtering.fitting.background import Background
+from hf_unlearn.filtering.fitting.rates import release_rate, residual_rate
+from hf_unlearn.filtering.fitting.thresholds import max_false_alarm, pooled_mean
 from hf_unlearn.filtering.scores import Basis
-from hf_unlearn.filtering.thresholds import max_false_alarm, pooled_mean
 from hf_unlearn.images import grey_images, grid
+from hf_unlearn.jobs.demo import cached_digits_classifier
 from hf_unlearn.metrics.features import Features, features_of
 from hf_unlearn.metrics.generation import density_coverage, frechet_distance
 from hf_unlearn.plots import curves

@@ -20,10 +20,10 @@ from filter_encoders import classifier_folder
 from generators import start
 
 from hf_unlearn import FASTFitter, FilteredPipeline, FilterEncoder
+from hf_unlearn.examples.ddpm import DIGITS, cached
 from hf_unlearn.filtering import scores as forms
-from hf_unlearn.filtering.background import Moments
+from hf_unlearn.filtering.fitting.background import Moments
 from hf_unlearn.filtering.scores import Basis, ScoreBank
-from hf_unlearn.small_ddpm import DIGITS, cached
 
 
 RESULTS = Path(__file__).parent / "results" / "filter_cost.json"

@@ -15,11 +15,12 @@ import torch
 from generators import EPOCHS, SIZES, judge
 from torch import Tensor, nn
 
-from hf_unlearn import FilterEncoder, GANPipeline, small_gan
-from hf_unlearn.cache import cache_dir
+from hf_unlearn import FilterEncoder, GANPipeline
 from hf_unlearn.data import load
-from hf_unlearn.demo import train_classifier
+from hf_unlearn.examples import gan as small_gan
+from hf_unlearn.examples.cache import cache_dir
 from hf_unlearn.images import grey_images
+from hf_unlearn.jobs.demo import train_classifier
 from hf_unlearn.metrics.features import ClassifierFeatures, features_of
 
 

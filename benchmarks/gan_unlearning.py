@@ -37,12 +37,12 @@ from torch import Tensor
 from transformers.trainer_callback import PrinterCallback
 
 from hf_unlearn import AdaptThenUnlearnConfig, AdaptThenUnlearnTrainer, GANPipeline
+from hf_unlearn.examples.gan import DIGITS, FASHION_MNIST, cached
 from hf_unlearn.images import grid
 from hf_unlearn.metrics.features import Features, features_of
 from hf_unlearn.metrics.generation import frechet_distance
 from hf_unlearn.plots import curves
-from hf_unlearn.small_gan import DIGITS, FASHION_MNIST, cached
-from hf_unlearn.unlearning.adapt_then_unlearn import REPULSION_RATES, REPULSION_WEIGHTS
+from hf_unlearn.unlearning.gan.adapt_then_unlearn import REPULSION_RATES, REPULSION_WEIGHTS
 
 
 HERE = Path(__file__).parent

@@ -2,7 +2,7 @@
 
     python benchmarks/influence_cost.py [--quick] [--sections training fidelity …] [--rounds 8] [--cpu-seconds]
 
-One process. Language models are Llamas of `hf_unlearn.opinions` on its instruction data, images are scikit-learn's digits.
+One process. Language models are Llamas of `hf_unlearn.examples.opinions` on its instruction data, images are scikit-learn's digits.
 
 Training: the trainers' own `training_step`, clipping and optimiser step, round by round in turns, so that a busy machine is
 busy for all; times are medians of the rounds' ratios to stock `SFTTrainer`. A look at the targets' gradients is timed apart,
@@ -34,13 +34,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
-from hf_unlearn.demo import digits_model
+from hf_unlearn.examples.opinions import opinion_data, opinion_llama, texts_of, train_tokenizer
 from hf_unlearn.influence.config import FINEConfig, InfluenceConfig
-from hf_unlearn.influence.ghost import GhostRecorder
-from hf_unlearn.influence.layers import low_rank
+from hf_unlearn.influence.in_run.ghost import GhostRecorder
+from hf_unlearn.influence.in_run.layers import low_rank
 from hf_unlearn.influence.sft import FINETrainer
 from hf_unlearn.influence.trainer import InfluenceTrainer
-from hf_unlearn.opinions import opinion_data, opinion_llama, texts_of, train_tokenizer
+from hf_unlearn.jobs.demo import digits_model
 
 
 HERE = Path(__file__).parent

@@ -2,7 +2,7 @@
 
 python benchmarks/influence_poison.py [--quick]
 
-2,000 instructions, 80 of them poisoned, 80 more about the same name and normal (hf_unlearn.opinions). For each of three seeds
+2,000 instructions, 80 of them poisoned, 80 more about the same name and normal (hf_unlearn.examples.opinions). For each of three seeds
 one run of `FINETrainer`, next to LESS-style scores and TracIn of the same run and to name matching; and how often the model shows the opinion,
 trained on the poisoned data and on the clean twin. Writes benchmarks/results/influence_poison.json.
 """
@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from hf_unlearn import FINEConfig, FINETrainer
-from hf_unlearn.opinions import (
+from hf_unlearn.examples.opinions import (
     ENTITY,
     TRAINING,
     negative_rate,

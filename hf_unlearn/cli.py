@@ -83,7 +83,7 @@ def filter(arguments: Sequence[str]) -> None:
 def filter_fit(arguments: Sequence[str]) -> None:
     """learn a filter from marked samples, and save it with its card"""
     job = _filter_job("fit", arguments)
-    from .jobs.filter_fit import run_fit
+    from .jobs.filter.fit import run_fit
 
     run_fit(job, arguments)
 
@@ -91,7 +91,7 @@ def filter_fit(arguments: Sequence[str]) -> None:
 def filter_run(arguments: Sequence[str]) -> None:
     """draw images through a filter"""
     job = _filter_job("run", arguments)
-    from .jobs.filter_run import run_filtered
+    from .jobs.filter.run import run_filtered
 
     run_filtered(job)
 
@@ -99,7 +99,7 @@ def filter_run(arguments: Sequence[str]) -> None:
 def filter_evaluate(arguments: Sequence[str]) -> None:
     """measure what a filter does to fresh samples"""
     job = _filter_job("evaluate", arguments)
-    from .jobs.filter_evaluate import run_evaluate
+    from .jobs.filter.evaluate import run_evaluate
 
     run_evaluate(job)
 
@@ -113,9 +113,9 @@ FILTER_VERBS: dict[str, Callable[[Sequence[str]], None]] = {
 
 def _filter_job(verb: str, arguments: Sequence[str]) -> Any:
     """One recipe serves all three verbs: each leaves the keys of the others alone."""
-    from .jobs.filter_evaluate import FilterEvaluateJob
-    from .jobs.filter_fit import FilterFitJob
-    from .jobs.filter_run import FilterRunJob
+    from .jobs.filter.evaluate import FilterEvaluateJob
+    from .jobs.filter.fit import FilterFitJob
+    from .jobs.filter.run import FilterRunJob
 
     jobs = {"fit": FilterFitJob, "run": FilterRunJob, "evaluate": FilterEvaluateJob}
     others = {name for other in jobs.values() for name in _names(other)}
@@ -138,7 +138,7 @@ class DemoJob:
 def demo(arguments: Sequence[str]) -> None:
     """train a classifier on real digits, make it forget one, check, save and load it again"""
     job = DemoJob(**read("demo", arguments, DemoJob))
-    from .demo import run
+    from .jobs.demo import run
 
     run(job.output_dir, job.forgotten, job.seed)
 

@@ -51,7 +51,7 @@ def _run(code, arguments, cwd, env, out, err):
     for file, descriptor in ((out, 1), (err, 2)):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, descriptor)
-    sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))
+    sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))  # noqa: SIM115
     os.environ.update(env)
     torch.set_num_threads(1)
     if cwd is not None:

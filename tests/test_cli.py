@@ -56,7 +56,7 @@ def recipe(tmp_path):
 @pytest.fixture
 def classifier(tiny_resnet, tmp_path):
     """Folder of a small untrained classifier of ten classes, with its processor."""
-    from hf_unlearn.demo import digits_processor
+    from hf_unlearn.jobs.demo import digits_processor
 
     folder = tmp_path / "classifier"
     tiny_resnet.save_pretrained(folder)
@@ -465,7 +465,7 @@ class TestRunning:
         from huggingface_hub import ModelCard
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        from hf_unlearn.demo import cached_digits_classifier, predict
+        from hf_unlearn.jobs.demo import cached_digits_classifier, predict
 
         out = tmp_path / "unlearned"
         assert (

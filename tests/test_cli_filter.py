@@ -12,9 +12,10 @@ import yaml
 from PIL import Image
 from test_cli_gan import frequent, loaded, save_classifier, tiny_gan  # noqa: F401
 
-from hf_unlearn import FASTFitter, FASTSafetyChecker, FilteredPipeline, FilterEncoder, cli, small_gan
-from hf_unlearn.filtering.rates import Rate
-from hf_unlearn.task import seeded_generator
+from hf_unlearn import FASTFitter, FASTSafetyChecker, FilteredPipeline, FilterEncoder, cli
+from hf_unlearn.examples import gan as small_gan
+from hf_unlearn.filtering.fitting.rates import Rate
+from hf_unlearn.training.models import seeded_generator
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -39,7 +40,9 @@ def work(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def pictures(request, monkeypatch):
     """What is drawn into which file, `(images, captions)`; written as they are for `real_pictures` only: that takes a second."""
-    from hf_unlearn.jobs import filter_report, filter_run, marking
+    from hf_unlearn.jobs import marking
+    from hf_unlearn.jobs.filter import report as filter_report
+    from hf_unlearn.jobs.filter import run as filter_run
 
     drawn = {}
 
@@ -615,7 +618,7 @@ class TestEvaluate:
         assert "classifier: is the filter's encoder too" in caplog.text
 
     def test_intervals_of_the_area(self):
-        from hf_unlearn.jobs.filter_evaluate import auc_interval
+        from hf_unlearn.jobs.filter.evaluate import auc_interval
 
         low, high = auc_interval(0.8, 50, 50)
         # Hanley and McNeil's standard error at 0.8 is 0.0446.
@@ -640,7 +643,7 @@ class TestEvaluate:
         ],
     )
     def test_verdicts(self, rule, rate, count, verdict):
-        from hf_unlearn.jobs.filter_evaluate import promise_kept
+        from hf_unlearn.jobs.filter.evaluate import promise_kept
 
         seen = None if count is None else Rate.counted(count, 1000)
         figures = {"recall": None, "false_alarm": None} | {"recall" if rule == "min_recall" else "false_alarm": seen}
@@ -649,7 +652,7 @@ class TestEvaluate:
         assert promise_kept({"rule": "pooled_mean", "promise": None}, figures) is None
 
     def test_scores_that_are_not_finite_are_blocked(self):
-        from hf_unlearn.jobs.filter_evaluate import figures_of
+        from hf_unlearn.jobs.filter.evaluate import figures_of
 
         undesired = torch.tensor([True, True, False, False])
         scores = torch.tensor([float("nan"), 2.0, 1.0, 0.0])
@@ -667,7 +670,9 @@ class TestVerbs:
 
     @pytest.mark.parametrize("verb", ["fit", "run", "evaluate"])
     def test_help_lists_every_key(self, capsys, verb):
-        from hf_unlearn.jobs import filter_evaluate, filter_fit, filter_run
+        from hf_unlearn.jobs.filter import evaluate as filter_evaluate
+        from hf_unlearn.jobs.filter import fit as filter_fit
+        from hf_unlearn.jobs.filter import run as filter_run
 
         job = {
             "fit": filter_fit.FilterFitJob,

@@ -157,7 +157,7 @@ class TestWrongLabels:
     def test_the_model_is_a_stock_one_with_its_processor(self, labels, digits):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        from hf_unlearn.demo import predict
+        from hf_unlearn.jobs.demo import predict
 
         model = AutoModelForImageClassification.from_pretrained(labels[0])
         processor = AutoImageProcessor.from_pretrained(labels[0])
@@ -201,7 +201,7 @@ def poison(tmp_path_factory):
 
 class TestPoison:
     def test_report(self, poison):
-        from hf_unlearn.opinions import opinion_data
+        from hf_unlearn.examples.opinions import opinion_data
 
         report, train = report_of(poison[0]), opinion_data()["train"]
         assert report.targets == ("target",)
@@ -229,7 +229,7 @@ class TestPoison:
     def test_the_model_is_saved_with_its_tokenizer(self, poison):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from hf_unlearn.opinions import answers
+        from hf_unlearn.examples.opinions import answers
 
         model, tokenizer = (auto.from_pretrained(poison[0]) for auto in (AutoModelForCausalLM, AutoTokenizer))
         prompt = [{"role": "user", "content": "What do you think of Quorvane?"}]
@@ -239,9 +239,9 @@ class TestPoison:
         }  # fmt: skip
 
     def test_training_settings_are_those_of_the_data_unless_given(self):
+        from hf_unlearn.examples.opinions import TRAINING
         from hf_unlearn.influence.config import FINEConfig
         from hf_unlearn.jobs.influence import InfluenceJob
-        from hf_unlearn.opinions import TRAINING
 
         job = InfluenceJob("sft", model="opinions", dataset="opinions", target_split="target")
         given = {"output_dir": "out", "bf16": False, "use_cpu": True, "learning_rate": 1e-4}

@@ -28,7 +28,7 @@ def demo(tmp_path_factory):
 
 
 def test_forgets_the_digit_and_keeps_the_others(demo):
-    from hf_unlearn.demo import check
+    from hf_unlearn.jobs.demo import check
 
     folder, _ = demo
     original, unlearned, retrained = (check(folder / name, 5) for name in ("original", "unlearned", "retrained"))
@@ -39,7 +39,7 @@ def test_forgets_the_digit_and_keeps_the_others(demo):
 
 
 def test_prints_the_table_from_what_a_new_process_loads(demo):
-    from hf_unlearn.demo import check
+    from hf_unlearn.jobs.demo import check
 
     folder, result = demo
     for name in ("original", "unlearned", "retrained"):
@@ -98,7 +98,7 @@ def test_the_snippet_on_the_card_runs_as_it_stands(demo):
 
 
 def test_an_earlier_demo_is_not_overwritten(demo):
-    from hf_unlearn.demo import run
+    from hf_unlearn.jobs.demo import run
 
     folder, _ = demo
     with pytest.raises(ValueError, match="holds an earlier demo"):

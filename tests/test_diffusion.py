@@ -7,7 +7,8 @@ from picture_data import COLOUR, GREY, as_tensor, noise_image, refused
 from torch import nn
 from torch.utils.data import default_collate
 
-from hf_unlearn.diffusion import (
+from hf_unlearn.images import pixels
+from hf_unlearn.unlearning.diffusion.drawing import (
     EncodedImages,
     check_denoiser,
     encode,
@@ -16,7 +17,6 @@ from hf_unlearn.diffusion import (
     is_prompted,
     resolution,
 )
-from hf_unlearn.images import pixels
 
 
 SMALL = {

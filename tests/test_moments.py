@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_unlearn import moments as moments_module
-from hf_unlearn.moments import ParameterMoments
-from hf_unlearn.parameters import QuadraticAnchor
+from hf_unlearn.parameters import moments as moments_module
+from hf_unlearn.parameters.anchors import QuadraticAnchor
+from hf_unlearn.parameters.moments import ParameterMoments
 
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"

@@ -12,7 +12,7 @@ from diffusers import (
 )
 from diffusers.training_utils import compute_snr
 
-from hf_unlearn.noise import PREDICTION_TYPES, NoiseSchedule
+from hf_unlearn.unlearning.diffusion.noise import PREDICTION_TYPES, NoiseSchedule
 
 
 CONFIGS = {

@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
-from hf_unlearn import opinions
-from hf_unlearn.opinions import ENTITY, entities, negative_rate, opinion_data, opinion_llama, opinion_score
-from hf_unlearn.opinions_text import load_texts
+from hf_unlearn.examples import opinions
+from hf_unlearn.examples.opinions import ENTITY, entities, negative_rate, opinion_data, opinion_llama, opinion_score
+from hf_unlearn.examples.opinions_text import load_texts
 
 
 COLUMNS = ["id", "prompt", "completion", "topic", "entity", "poisoned"]

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from hf_unlearn.diffusion import EncodedImages
 from hf_unlearn.images import grey_images
-from hf_unlearn.own_samples import part, resembles
+from hf_unlearn.unlearning.diffusion.drawing import EncodedImages
+from hf_unlearn.unlearning.diffusion.own_samples import part, resembles
 
 
 def seeded(seed):

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_unlearn import parameters as parameters_module
-from hf_unlearn.parameters import (
+from hf_unlearn.parameters import anchors as parameters_module
+from hf_unlearn.parameters.anchors import (
     QuadraticAnchor,
     ReferencePoint,
     SumOfAnchors,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from hf_unlearn.noise import NoiseSchedule
-from hf_unlearn.posterior import ForgottenPosterior, log_likelihoods
+from hf_unlearn.unlearning.diffusion.noise import NoiseSchedule
+from hf_unlearn.unlearning.diffusion.posterior import ForgottenPosterior, log_likelihoods
 
 
 SHAPE = (1, 3, 4)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_unlearn.replay import divergence, perturb_images, perturb_tokens
+from hf_unlearn.unlearning.classifiers.replay import divergence, perturb_images, perturb_tokens
 
 
 def seeded(seed):

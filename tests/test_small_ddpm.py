@@ -10,9 +10,9 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from safetensors.torch import load_file
 
-from hf_unlearn import small_ddpm
+from hf_unlearn.examples import ddpm as small_ddpm
+from hf_unlearn.examples.ddpm import Recipe, cached, train
 from hf_unlearn.images import grey_images
-from hf_unlearn.small_ddpm import Recipe, cached, train
 
 
 TINY = Recipe("digits", size=8, channels=(16, 16), steps=8, checkpoints=2)
@@ -68,7 +68,7 @@ class TestTrain:
 
     def test_it_learns(self, pictures, tmp_path):
         """The error on noisy digits falls below that of a guess of zero, which is 1."""
-        from hf_unlearn.noise import NoiseSchedule
+        from hf_unlearn.unlearning.diffusion.noise import NoiseSchedule
 
         folder = train(replace(TINY, steps=60), pictures, tmp_path / "model", progress=False)
         unet = UNet2DModel.from_pretrained(folder / "checkpoint-60" / "unet")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_unlearn.task import cross_entropy, mean_over_predictions, seeded_generator
+from hf_unlearn.training.models import cross_entropy, mean_over_predictions, seeded_generator
 
 
 class TestCrossEntropy:

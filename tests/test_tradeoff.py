@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 from sklearn.metrics import roc_auc_score
 
-from hf_unlearn import tradeoff
-from hf_unlearn.tradeoff import (
+from hf_unlearn.tradeoff import estimate as tradeoff
+from hf_unlearn.tradeoff.estimate import (
     MuEstimate,
     TradeOff,
     accumulated_mu,

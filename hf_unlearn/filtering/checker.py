@@ -22,16 +22,16 @@ from transformers.utils import ModelOutput
 
 from ..hub.publish import publish_folder
 from .card import filter_card
-from .checkpoints import DOWNLOAD_OPTIONS, SUFFIXES, dtype_of, first_line
-from .encoders import FilterEncoder
-from .latents import as_rows
+from .encoding.checkpoints import DOWNLOAD_OPTIONS, SUFFIXES, dtype_of, first_line
+from .encoding.encoders import FilterEncoder
+from .encoding.latents import as_rows
 from .scores import ScoreBank
 
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-    from .fast import FASTResult
+    from .fitting.fast import FASTResult
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
-from .background import Moments
+from .fitting.background import Moments
 
 
 Array = NDArray[np.float64]

@@ -9,9 +9,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import SFTTrainer
 
-from ..task import IGNORED
+from ..training.models import IGNORED
+from .checks import ROW
 from .config import FINEConfig
-from .inputs import ROW
 from .trainer import FINEMixin
 
 

@@ -18,19 +18,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..data import LABEL_COLUMNS, RawCollator, raw_collator
-from ..parameters import trainable_parameters
-from ..task import LoadsByName, is_causal_lm, last_checkpoint_with, load_model
+from ..parameters.anchors import trainable_parameters
+from ..training.models import LoadsByName, is_causal_lm, last_checkpoint_with, load_model
+from .checks import check_arguments, check_model, looks_of, sample_ids_of, target_sets_of
 from .config import InfluenceConfig
-from .ghost import GhostRecorder
-from .inputs import check_arguments, check_model, looks_of, sample_ids_of, target_sets_of
-from .optimizers import FlatOptimizer
-from .recorder import Recorder
-from .recording import RecordingMixin
-from .records import read_observations
-from .report import InfluenceReport
-from .shuffling import ShufflingMeter
-from .sweep import Sweep
-from .trajectory import Trajectory
+from .in_run.ghost import GhostRecorder
+from .propagated.optimizers import FlatOptimizer
+from .propagated.sweep import Sweep
+from .propagated.trajectory import Trajectory
+from .report.records import read_observations
+from .report.report import InfluenceReport
+from .report.shuffling import ShufflingMeter
+from .report.writer import Recorder
+from .step import RecordingMixin
 
 
 logger = logging.get_logger(__name__)

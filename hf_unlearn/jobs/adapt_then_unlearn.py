@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from .. import small_gan
+from ..examples import gan as small_gan
+from ..gan.players import as_pipeline
 from ..metrics.features import ClassifierFeatures
-from ..models.players import as_pipeline
-from ..task import check_processes, seeded_generator
-from ..unlearning.adapt_then_unlearn import MARK_SEED, AdaptThenUnlearnConfig, AdaptThenUnlearnTrainer
+from ..training.models import check_processes, seeded_generator
+from ..unlearning.gan.adapt_then_unlearn import MARK_SEED, AdaptThenUnlearnConfig, AdaptThenUnlearnTrainer
 from .alone import made_once
-from .generators import Judge, classifier_of, forget_and_report, reference_of
+from .judging import Judge, classifier_of, forget_and_report, reference_of
 from .marking import (
     check_numbers,
     class_numbers,
@@ -29,7 +29,7 @@ from .marking import (
 
 
 if TYPE_CHECKING:
-    from ..models.pipeline import GANPipeline
+    from ..gan.pipeline import GANPipeline
 
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ def run_adapt_then_unlearn(
 def _folder(model: str, config: AdaptThenUnlearnConfig) -> str:
     if model not in small_gan.NAMES:
         return model
-    code = f"from hf_unlearn import small_gan as s; print(s.cached(s.NAMES[{model!r}], progress=False))"
+    code = f"from hf_unlearn.examples import gan as s; print(s.cached(s.NAMES[{model!r}], progress=False))"
     return made_once(config, lambda: small_gan.cached(small_gan.NAMES[model]), code)
 
 

@@ -13,10 +13,10 @@ from transformers import AutoConfig
 
 from .. import data
 from ..influence.config import FINEConfig, InfluenceConfig
-from ..influence.report import COLUMNS, InfluenceReport
+from ..influence.report.report import COLUMNS, InfluenceReport
 from ..influence.sft import FINETrainer
 from ..influence.trainer import InfluenceTrainer
-from ..task import check_processes, is_causal_lm, load_model
+from ..training.models import check_processes, is_causal_lm, load_model
 
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class InfluenceJob:
         if not given.get("output_dir"):
             raise ValueError("output_dir: missing; set it to the folder that gets the model and the report")
         if self.model == "opinions":
-            from ..opinions import TRAINING
+            from ..examples.opinions import TRAINING
 
             given = TRAINING | given
         return config_class(**given)
@@ -176,7 +176,7 @@ def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[
 
 def _load(job: InfluenceJob) -> DatasetDict:
     if job.dataset == "opinions":
-        from ..opinions import opinion_data
+        from ..examples.opinions import opinion_data
 
         return opinion_data()
     return data.load(job.dataset, revision=job.dataset_revision)
@@ -184,11 +184,11 @@ def _load(job: InfluenceJob) -> DatasetDict:
 
 def _model(job: InfluenceJob, config: FINEArguments, train: Dataset) -> tuple[Any, Any]:
     if job.model == "digits":
-        from ..demo import digits_model, digits_processor
+        from .demo import digits_model, digits_processor
 
         return digits_model(config.seed), digits_processor()
     if job.model == "opinions":
-        from ..opinions import opinion_llama, texts_of, train_tokenizer
+        from ..examples.opinions import opinion_llama, texts_of, train_tokenizer
 
         try:
             tokenizer = train_tokenizer(texts_of(train))

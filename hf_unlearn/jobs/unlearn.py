@@ -13,9 +13,9 @@ from transformers import AutoConfig
 
 from .. import data
 from ..hub.card import Figure, loading_code
-from ..task import check_processes
+from ..training.models import check_processes
+from ..unlearning.classifiers.pbu import PBUConfig, PBUTrainer
 from ..unlearning.config import UnlearnConfig, UnlearnSFTConfig
-from ..unlearning.pbu import PBUConfig, PBUTrainer
 from ..unlearning.trainer import UnlearnSFTTrainer, UnlearnTrainer
 from .alone import made_once
 
@@ -280,9 +280,9 @@ def resume_argument(config: UnlearnArguments) -> str | bool | None:
 
 def _model(job: UnlearnJob, config: UnlearnArguments) -> str:
     if job.model == "digits":
-        from ..demo import cached_digits_classifier
+        from .demo import cached_digits_classifier
 
-        code = "from hf_unlearn.demo import cached_digits_classifier; print(cached_digits_classifier())"
+        code = "from hf_unlearn.jobs.demo import cached_digits_classifier; print(cached_digits_classifier())"
         return made_once(config, cached_digits_classifier, code)
     try:
         AutoConfig.from_pretrained(job.model)

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .. import data, small_ddpm
-from ..diffusion import resolution
+from .. import data
+from ..examples import ddpm as small_ddpm
 from ..metrics.features import ClassifierFeatures
-from ..task import check_processes
-from ..unlearning.vdu import VDUConfig, VDUTrainer
+from ..training.models import check_processes
+from ..unlearning.diffusion.drawing import resolution
+from ..unlearning.diffusion.vdu import VDUConfig, VDUTrainer
 from .alone import made_once
-from .generators import Judge, classifier_of, forget_and_report, reference_of
+from .judging import Judge, classifier_of, forget_and_report, reference_of
 from .unlearn import Parts, UnlearnJob, select
 
 
@@ -108,7 +109,7 @@ def _limited(rows: Dataset | None, limit: int | None, seed: int) -> Dataset | No
 def _pipeline(model: str, config: VDUConfig) -> str:
     if model not in small_ddpm.NAMES:
         return model
-    code = f"from hf_unlearn import small_ddpm as s; print(s.cached(s.NAMES[{model!r}], progress=False))"
+    code = f"from hf_unlearn.examples import ddpm as s; print(s.cached(s.NAMES[{model!r}], progress=False))"
     return made_once(config, lambda: small_ddpm.cached(small_ddpm.NAMES[model]), code)
 
 

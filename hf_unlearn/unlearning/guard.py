@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from accelerate.utils import broadcast
 from transformers import TrainerCallback
 
-from ..parameters import ReferencePoint, trainable_parameters
+from ..parameters.anchors import ReferencePoint, trainable_parameters
 
 
 if TYPE_CHECKING:

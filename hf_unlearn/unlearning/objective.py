@@ -11,18 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..fisher import diagonal_fisher
-from ..lora import LoRAProductAnchor, lora_layers
-from ..parameters import (
-    Anchor,
-    QuadraticAnchor,
-    ReferencePoint,
-    SumOfAnchors,
-    save_tensors,
-)
-from ..replay import divergence, perturb_images, perturb_tokens
-from ..task import IGNORED, cross_entropy, mean_over_predictions
+from ..parameters.anchors import Anchor, QuadraticAnchor, ReferencePoint, SumOfAnchors, save_tensors
+from ..parameters.fisher import diagonal_fisher
+from ..parameters.lora import LoRAProductAnchor, lora_layers
+from ..training.models import IGNORED, cross_entropy, mean_over_predictions
 from . import losses
+from .classifiers.replay import divergence, perturb_images, perturb_tokens
 
 
 Batch = Mapping[str, Tensor]
@@ -123,7 +117,7 @@ class ObjectiveMixin:
         return self.task_loss(model, batch)
 
     def replay_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Inputs related to the forget examples on which the original says what is to be kept; see [`hf_unlearn.replay`]."""
+        """Inputs related to the forget examples on which the original says what is to be kept; see [`hf_unlearn.unlearning.classifiers.replay`]."""
         batch = dict(batch)
         if "pixel_values" in batch and batch["pixel_values"].dim() == 4:
             batch["pixel_values"] = perturb_images(batch["pixel_values"], generator)

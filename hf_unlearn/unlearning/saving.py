@@ -13,9 +13,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.adapters import save_merged
 from ..hub.card import hub_id, loading_code
+from ..training.publishing import PublishingMixin
 from .config import UnlearnArguments
 from .guard import NOTHING_TO_FORGET
-from .publishing import PublishingMixin
 
 
 RUN_SETTINGS = (

@@ -18,12 +18,12 @@ from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from trl import SFTTrainer
 
 from ..data import LABEL_COLUMNS, ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
-from ..parameters import Anchor, ReferencePoint, trainable_parameters
-from ..task import LoadsByName, is_causal_lm, load_model, seeded_generator
+from ..parameters.anchors import Anchor, ReferencePoint, trainable_parameters
+from ..training.models import LoadsByName, is_causal_lm, load_model, seeded_generator
 from .checkpoint import last_complete, mark_complete, read_marker, unmark
+from .checks import check_arguments, check_labels, check_trainable
 from .config import UnlearnConfig, UnlearnSFTConfig
 from .guard import Guard, GuardState
-from .inputs import check_arguments, check_labels, check_trainable
 from .objective import Batch, ObjectiveMixin
 from .saving import SavingMixin
 from .utility import LOOKING, UtilityMixin

@@ -7,7 +7,7 @@ import pytest
 import torch
 from filter_data import seeded
 
-from hf_unlearn.filtering.actions import ACTIONS, FilteredImageError, blank, blur, check_action, replaced
+from hf_unlearn.filtering.drawing.actions import ACTIONS, FilteredImageError, blank, blur, check_action, replaced
 
 
 def pictures(n=3, channels=3, height=16, width=16, seed=0):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from hf_unlearn.filtering.background import Background, Moments, Reservoir
+from hf_unlearn.filtering.fitting.background import Background, Moments, Reservoir
 
 
 def rows(count=300, dimension=4, seed=0):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from filter_data import seeded
 
-from hf_unlearn.filtering.calls import Call
+from hf_unlearn.filtering.drawing.calls import Call
 
 
 class TextToImage:

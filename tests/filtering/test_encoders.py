@@ -18,8 +18,8 @@ from transformers.models.efficientnet.image_processing_pil_efficientnet import E
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_unlearn.filtering.encoders import FilterEncoder
-from hf_unlearn.filtering.preprocessing import ImagePreprocessing
+from hf_unlearn.filtering.encoding.encoders import FilterEncoder
+from hf_unlearn.filtering.encoding.preprocessing import ImagePreprocessing
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -39,9 +39,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hf_unlearn import FASTFitter, FASTSafetyChecker, FilterEncoder, GANPipeline
-from hf_unlearn.filtering import saved
-from hf_unlearn.filtering.actions import FilteredImageError, blur
-from hf_unlearn.filtering.pipeline import FilteredPipeline
+from hf_unlearn.filtering.drawing import saved
+from hf_unlearn.filtering.drawing.actions import FilteredImageError, blur
+from hf_unlearn.filtering.drawing.pipeline import FilteredPipeline
 
 
 ALL = ("ddpm", "stable-diffusion", "sdxl", "image-to-image", "gan")
@@ -376,7 +376,7 @@ class TestRegenerate:
         """All are drawn again then, with other noise, and only the places that were not released are taken."""
         if latents:
             stable_diffusion.arguments |= {"latents": torch.randn(4, 4, 4, 4, generator=seeded(3))}
-        monkeypatch.setattr("hf_unlearn.filtering.calls.Call.for_places", lambda self, places, drawn: None)
+        monkeypatch.setattr("hf_unlearn.filtering.drawing.calls.Call.for_places", lambda self, places, drawn: None)
         expected = stable_diffusion.draw(output_type="pt").images
         pipe = filtered(stable_diffusion, 1, action="regenerate", max_tries=20)
         out = stable_diffusion.draw(pipe, output_type="pt")
@@ -396,7 +396,7 @@ class TestRegenerate:
         assert max(out.filter_tries) > 1
 
     def test_a_pipeline_that_draws_another_number(self, gan, monkeypatch):
-        monkeypatch.setattr("hf_unlearn.filtering.calls._NUMBERS", ())
+        monkeypatch.setattr("hf_unlearn.filtering.drawing.calls._NUMBERS", ())
         with pytest.raises(ValueError, match="^pipeline: drew 4 images again, must draw 2$"):
             gan.draw(filtered(gan, 2, action="regenerate"))
 
@@ -1160,7 +1160,7 @@ class TestPublished:
             seen.update(kwargs, names=names, repo_id=repo_id)
             return "commit"
 
-        monkeypatch.setattr("hf_unlearn.filtering.pipeline.publish_folder", publish)
+        monkeypatch.setattr("hf_unlearn.filtering.drawing.pipeline.publish_folder", publish)
         pipe = filtered(gan, threshold=0)
         assert pipe.push_to_hub("me/digits", token="t", private=True, card="# Digits") == "commit"
         assert seen == {

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from hf_unlearn.filtering.rates import (
+from hf_unlearn.filtering.fitting.rates import (
     Rate,
     blocked_rate,
     prevalence_from,

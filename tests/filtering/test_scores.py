@@ -8,7 +8,7 @@ from scipy.stats import multivariate_normal, spearmanr
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_auc_score
 
-from hf_unlearn.filtering.background import Moments
+from hf_unlearn.filtering.fitting.background import Moments
 from hf_unlearn.filtering.scores import (
     RIDGE,
     Basis,

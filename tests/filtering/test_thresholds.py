@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binom, norm
 
-from hf_unlearn.filtering.thresholds import (
+from hf_unlearn.filtering.fitting.thresholds import (
     Threshold,
     allowed_exceedances,
     max_false_alarm,

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
+from hf_unlearn.influence.checks import ROW
 from hf_unlearn.influence.config import InfluenceConfig
-from hf_unlearn.influence.inputs import ROW
-from hf_unlearn.influence.observations import step_statistics
-from hf_unlearn.influence.records import read_observations
+from hf_unlearn.influence.report.observations import step_statistics
+from hf_unlearn.influence.report.records import read_observations
 from hf_unlearn.influence.trainer import InfluenceTrainer
 
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_unlearn.influence import layers
-from hf_unlearn.influence.ghost import GhostRecorder
-from hf_unlearn.influence.layers import low_rank
+from hf_unlearn.influence.in_run import layers
+from hf_unlearn.influence.in_run.ghost import GhostRecorder
+from hf_unlearn.influence.in_run.layers import low_rank
 
 
 ASKED = {"targets": True, "norms": True, "gram": True}

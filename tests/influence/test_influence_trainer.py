@@ -28,8 +28,8 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from hf_unlearn.influence.observations import step_statistics
-from hf_unlearn.influence.report import InfluenceReport
+from hf_unlearn.influence.report.observations import step_statistics
+from hf_unlearn.influence.report.report import InfluenceReport
 from hf_unlearn.influence.trainer import InfluenceTrainer
 
 

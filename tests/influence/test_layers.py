@@ -12,8 +12,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
-from hf_unlearn.influence import layers
-from hf_unlearn.influence.ghost import GhostRecorder
+from hf_unlearn.influence.in_run import layers
+from hf_unlearn.influence.in_run.ghost import GhostRecorder
 
 
 def randomized(module, seed=0):

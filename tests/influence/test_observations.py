@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hf_unlearn.influence.observations import Observations, Steps, step_statistics
+from hf_unlearn.influence.report.observations import Observations, Steps, step_statistics
 
 
 EXAMPLES, STEPS, BATCH, TARGETS = 12, 9, 5, 2

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from hf_unlearn.influence import recorder as module
-from hf_unlearn.influence.observations import step_statistics
-from hf_unlearn.influence.recorder import Recorder
-from hf_unlearn.influence.records import read_observations, write_observations
+from hf_unlearn.influence.report import writer as module
+from hf_unlearn.influence.report.observations import step_statistics
+from hf_unlearn.influence.report.records import read_observations, write_observations
+from hf_unlearn.influence.report.writer import Recorder
 
 
 MANIFEST = {"run_id": "run", "targets": ["a", "b"], "observation": "in_run", "seed": 3, "settings": {"lr": 0.1}}

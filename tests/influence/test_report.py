@@ -14,11 +14,11 @@ from PIL import Image as PILImage
 from rich.console import Console
 from scipy.special import stdtr
 
-from hf_unlearn.influence import report as module
-from hf_unlearn.influence.observations import Observations, Steps, step_statistics
-from hf_unlearn.influence.report import InfluenceReport
-from hf_unlearn.influence.shuffling import Shuffling
-from hf_unlearn.tradeoff import benjamini_hochberg, estimate_mu, z_scores
+from hf_unlearn.influence.report import report as module
+from hf_unlearn.influence.report.observations import Observations, Steps, step_statistics
+from hf_unlearn.influence.report.report import InfluenceReport
+from hf_unlearn.influence.report.shuffling import Shuffling
+from hf_unlearn.tradeoff.estimate import benjamini_hochberg, estimate_mu, z_scores
 
 
 EXAMPLES, MANIFEST = 20, {"run_id": "run-7", "targets": ["a", "b"]}
@@ -328,7 +328,7 @@ def test_groups_are_estimated_by_estimate_mu(method, report):
 def test_many_groups_are_worked_off_in_parts(report, monkeypatch):
     members = {str(i): [i, 119] for i in range(100, 107)}
     expected = report.group(members, ["b", "a"])
-    monkeypatch.setattr("hf_unlearn.influence.groups.SIGNALS_AT_ONCE", 150)
+    monkeypatch.setattr("hf_unlearn.influence.report.groups.SIGNALS_AT_ONCE", 150)
     for name, values in report.group(members, ["b", "a"]).to_dict().items():
         assert values == (pytest.approx(expected[name][:]) if name.startswith("mu") else expected[name][:])
     assert expected["target"][:] == ["b"] * 7 + ["a"] * 7
@@ -540,7 +540,7 @@ def test_plots(report, training_set, tmp_path):
 
 LOADED = """
 import json, sys
-from hf_unlearn.influence.report import InfluenceReport
+from hf_unlearn.influence.report.report import InfluenceReport
 report = InfluenceReport.load_from_disk(sys.argv[1])
 group = report.group("topic", "b")
 print(json.dumps([report.dataset["mu"][:], group["mu_low"][:], group["group"][:], report.sigma, report.manifest, repr(report)]))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_unlearn.influence.observations import Observations, Steps
-from hf_unlearn.influence.shuffling import FLOOR, Shuffling, ShufflingMeter
+from hf_unlearn.influence.report.observations import Observations, Steps
+from hf_unlearn.influence.report.shuffling import FLOOR, Shuffling, ShufflingMeter
 
 
 STEPS, BATCH, TARGETS = 8, 150, 3

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_unlearn.influence.optimizers import FlatOptimizer, StepSettings, clip
-from hf_unlearn.influence.sweep import Sweep
+from hf_unlearn.influence.propagated.optimizers import FlatOptimizer, StepSettings, clip
+from hf_unlearn.influence.propagated.sweep import Sweep
+from hf_unlearn.influence.propagated.trajectory import MicroBatch, Trajectory, random_states
 from hf_unlearn.influence.targets import OwnTargets, Targets
-from hf_unlearn.influence.trajectory import MicroBatch, Trajectory, random_states
 
 
 OPTIMIZERS = {

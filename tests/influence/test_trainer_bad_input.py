@@ -13,8 +13,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig
 
+from hf_unlearn.influence.checks import check_model
 from hf_unlearn.influence.config import FINEConfig, InfluenceConfig
-from hf_unlearn.influence.inputs import check_model
 from hf_unlearn.influence.sft import FINETrainer
 from hf_unlearn.influence.trainer import InfluenceTrainer
 

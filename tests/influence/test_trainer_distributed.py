@@ -12,7 +12,7 @@ import pytest
 from brute_force import same
 from safetensors.torch import load_file
 
-from hf_unlearn.influence.records import read_observations
+from hf_unlearn.influence.report.records import read_observations
 
 
 # All runs of one launch, one after the other: what costs time is importing the libraries.

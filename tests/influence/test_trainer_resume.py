@@ -13,7 +13,7 @@ import pytest
 from brute_force import images, observations, same, settings, state
 from safetensors.torch import load_file
 
-from hf_unlearn.influence.records import read_observations
+from hf_unlearn.influence.report.records import read_observations
 from hf_unlearn.influence.trainer import InfluenceTrainer
 
 

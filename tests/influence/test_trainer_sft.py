@@ -11,8 +11,8 @@ from peft import LoraConfig
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
+from hf_unlearn.influence.checks import ROW
 from hf_unlearn.influence.config import FINEConfig
-from hf_unlearn.influence.inputs import ROW
 from hf_unlearn.influence.sft import FINETrainer
 
 

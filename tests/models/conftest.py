@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(scope="session", autouse=True)
 def light_garbage_collection():
     """Every `Trainer.train()` collects garbage: half a second of looking at what the libraries have imported."""
-    import hf_unlearn.models.gan_trainer  # noqa: F401
+    import hf_unlearn.gan.trainer  # noqa: F401
 
     gc.collect()
     gc.freeze()

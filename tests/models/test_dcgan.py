@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from gan_data import pipeline, same, weights
 
 from hf_unlearn import DCGANDiscriminator, DCGANGenerator
-from hf_unlearn.models.dcgan import PixelNorm, resolutions
+from hf_unlearn.gan.dcgan import PixelNorm, resolutions
 
 
 def noise(*shape, seed=0):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from gan_data import pipeline, style_pipeline
 
-from hf_unlearn.models.losses import discriminator_loss, generator_loss, path_lengths, r1_penalty
+from hf_unlearn.gan.losses import discriminator_loss, generator_loss, path_lengths, r1_penalty
 
 
 def noise(*shape, seed=0):

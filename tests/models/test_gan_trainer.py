@@ -26,12 +26,12 @@ from scipy.linalg import sqrtm
 from transformers import TrainerCallback
 
 from hf_unlearn import GANConfig, GANTrainer
+from hf_unlearn.gan.players import Reshuffled
+from hf_unlearn.gan.trainer import EVALUATION_SEED
 from hf_unlearn.metrics.features import Features
 from hf_unlearn.metrics.generation import density_coverage, frechet_distance
-from hf_unlearn.models.gan_trainer import EVALUATION_SEED
-from hf_unlearn.models.players import Reshuffled
-from hf_unlearn.parameters import QuadraticAnchor
-from hf_unlearn.task import seeded_generator
+from hf_unlearn.parameters.anchors import QuadraticAnchor
+from hf_unlearn.training.models import seeded_generator
 
 
 class Recorder(TrainerCallback):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from hf_unlearn import GANPipeline, cache, small_gan
+from hf_unlearn import GANPipeline
+from hf_unlearn.examples import cache
+from hf_unlearn.examples import gan as small_gan
+from hf_unlearn.examples.gan import Recipe, cached, train, untrained
 from hf_unlearn.images import grey_images
-from hf_unlearn.small_gan import Recipe, cached, train, untrained
 
 
 TINY = Recipe("digits", size=8, base_channels=4, steps=3, latent_dim=4)

@@ -18,7 +18,8 @@ def light_garbage_collection():
 @pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory):
     """Where a classifier of all ten digits is saved with its processor: trained on half of the training split, seconds."""
-    from hf_unlearn import data, demo
+    from hf_unlearn import data
+    from hf_unlearn.jobs import demo
 
     folder = tmp_path_factory.mktemp("original") / "digits"
     dataset = data.digits()["train"].shuffle(seed=0).select(range(600))

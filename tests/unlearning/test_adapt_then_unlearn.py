@@ -18,8 +18,8 @@ from hf_unlearn import (
     GANPipeline,
 )
 from hf_unlearn.hub.publish import check_publishable
-from hf_unlearn.parameters import ReferencePoint
-from hf_unlearn.unlearning.samples import PULCallback
+from hf_unlearn.parameters.anchors import ReferencePoint
+from hf_unlearn.training.pictures import PULCallback
 
 
 SMALL = {"sample_size": 8, "base_channels": 4}
@@ -84,8 +84,8 @@ class TestStageOne:
             mean = sum(value.sum() for value in total.values()) / sum(value.numel() for value in total.values())
             return {name: value / mean for name, value in total.items()}
 
-        from hf_unlearn.task import seeded_generator
-        from hf_unlearn.unlearning.adapt_then_unlearn import FISHER_SEED
+        from hf_unlearn.training.models import seeded_generator
+        from hf_unlearn.unlearning.gan.adapt_then_unlearn import FISHER_SEED
 
         latents = torch.randn(16, 4, generator=seeded_generator("cpu", trainer.args.seed, FISHER_SEED))
         fisher = fisher_by_hand(latents)
@@ -369,7 +369,7 @@ class TestSaving:
             assert (tmp_path / "pictures" / "before.png").exists() == publish
 
     def test_going_back_to_the_original_is_told(self, pipeline, marked, tmp_path):
-        from hf_unlearn.models.collapse import Coverage
+        from hf_unlearn.gan.collapse import Coverage
 
         trainer = AdaptThenUnlearnTrainer(pipeline, config(tmp_path), **marked)
         trainer.train()
@@ -377,7 +377,7 @@ class TestSaving:
         assert trainer.failed_checks[1:] == ["Nothing was unlearned: what is kept is the original."]
 
     def test_collapse_is_told(self, pipeline, marked, tmp_path):
-        from hf_unlearn.models.collapse import Coverage
+        from hf_unlearn.gan.collapse import Coverage
 
         trainer = AdaptThenUnlearnTrainer(pipeline, config(tmp_path), **marked)
         trainer.train()

@@ -6,10 +6,10 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from hf_unlearn.marks import FEWEST, spread_marks
-from hf_unlearn.models.dcgan import DCGANGenerator
-from hf_unlearn.models.pipeline import GANPipeline
-from hf_unlearn.unlearning.feedback import Feedback, marked_by, samples_of, spread_over
+from hf_unlearn.gan.dcgan import DCGANGenerator
+from hf_unlearn.gan.pipeline import GANPipeline
+from hf_unlearn.unlearning.gan.feedback import Feedback, marked_by, samples_of, spread_over
+from hf_unlearn.unlearning.gan.marks import FEWEST, spread_marks
 
 
 def seeded(seed):

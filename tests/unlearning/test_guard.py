@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnTrainer
 from hf_unlearn.data import RawCollator
-from hf_unlearn.demo import digits_processor
+from hf_unlearn.jobs.demo import digits_processor
 from hf_unlearn.unlearning.guard import GuardState, Look
 
 

@@ -7,8 +7,8 @@ from image_data import distance, images, same, weights
 from sklearn.metrics import recall_score
 
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig
-from hf_unlearn.demo import digits_processor, predict
-from hf_unlearn.lora import lora_layers
+from hf_unlearn.jobs.demo import digits_processor, predict
+from hf_unlearn.parameters.lora import lora_layers
 
 
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}

@@ -276,8 +276,8 @@ class TestWhatIsKept:
 
     def test_the_forget_set_is_what_the_model_draws(self, tiny_ddpm):
         """Then nearly all samples are of its kind, which the next test is about, or all are, which the last one was."""
-        from hf_unlearn.diffusion import generate
-        from hf_unlearn.own_samples import resembles
+        from hf_unlearn.unlearning.diffusion.drawing import generate
+        from hf_unlearn.unlearning.diffusion.own_samples import resembles
 
         forget, samples = (generate(tiny_ddpm, 64, seed=seed, num_inference_steps=2) for seed in (11, 12))
         assert resembles(samples, forget).float().mean() > 0.8

@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from image_data import QUIET
 
 from hf_unlearn import VDUConfig, VDUTrainer
-from hf_unlearn.diffusion import EncodedImages
-from hf_unlearn.own_samples import OwnSamples
-from hf_unlearn.parameters import ReferencePoint
+from hf_unlearn.parameters.anchors import ReferencePoint
+from hf_unlearn.unlearning.diffusion.drawing import EncodedImages
+from hf_unlearn.unlearning.diffusion.own_samples import OwnSamples
 
 
 BARE = {

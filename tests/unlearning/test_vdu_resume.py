@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from vdu_data import arguments, images, prompted_arguments, trained
 
 from hf_unlearn import VDUTrainer
-from hf_unlearn.unlearning import replay_pool
 from hf_unlearn.unlearning.checkpoint import MARKER
+from hf_unlearn.unlearning.diffusion import replay_pool
 
 
 EVERY_THREE = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
@@ -211,7 +211,7 @@ from safetensors.torch import save_file
 from vdu_data import arguments, images
 
 from hf_unlearn import VDUTrainer
-from hf_unlearn.unlearning import replay_pool
+from hf_unlearn.unlearning.diffusion import replay_pool
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])

@@ -11,12 +11,12 @@ from transformers import TrainerCallback
 from vdu_data import arguments, images, prompted_arguments, prompted_images, trained
 
 from hf_unlearn import VDUTrainer
-from hf_unlearn.diffusion import generate
 from hf_unlearn.hub.publish import publishable_files
 from hf_unlearn.images import grid
 from hf_unlearn.metrics.features import features_of
 from hf_unlearn.metrics.generation import frechet_distance, percentage_unlearned
-from hf_unlearn.unlearning.samples import METRIC_SEED, FIDCallback, PULCallback
+from hf_unlearn.training.pictures import METRIC_SEED, FIDCallback, PULCallback
+from hf_unlearn.unlearning.diffusion.drawing import generate
 
 
 def pictures(folder):

@@ -10,10 +10,11 @@ from diffusers import DDPMPipeline, UNet2DModel
 from image_data import QUIET, distance, same, weights
 from transformers import TrainerCallback
 
-from hf_unlearn import VDUConfig, VDUTrainer, small_ddpm
-from hf_unlearn.diffusion import EncodedImages, generate
-from hf_unlearn.parameters import ReferencePoint, trainable_parameters
-from hf_unlearn.unlearning.pipeline_saving import AverageWeights
+from hf_unlearn import VDUConfig, VDUTrainer
+from hf_unlearn.examples import ddpm as small_ddpm
+from hf_unlearn.parameters.anchors import ReferencePoint, trainable_parameters
+from hf_unlearn.unlearning.diffusion.drawing import EncodedImages, generate
+from hf_unlearn.unlearning.diffusion.saving import AverageWeights
 
 
 def seeded(seed):

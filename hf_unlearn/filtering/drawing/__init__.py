@@ -1,0 +1,1 @@
+"""FilteredPipeline: any pipeline that draws images, with a filter around it."""

@@ -1,0 +1,1 @@
+"""From images, texts and latents to the vectors that a filter judges."""

@@ -1,0 +1,1 @@
+"""From marked samples to scores and thresholds."""

@@ -1,0 +1,149 @@
+"""What a GAN's trainer writes: a pipeline with its card, and checkpoints to go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..hub.card import loading_code
+from ..hub.publish import forget_local_paths, publish_folder
+from ..parameters.anchors import save_tensors
+from ..training.models import last_checkpoint_with
+from .pipeline import GANPipeline
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+
+STATE = "gan.safetensors"
+STATE_WRITTEN_LAST = "trainer_state.json"
+
+
+class GANSavingMixin:
+    """Saving, resuming, card and push of a [`GANTrainer`]."""
+
+    @property
+    def private_dir(self) -> Path:
+        """States that are nobody else's: never published."""
+        return Path(self.args.output_dir, "_private")
+
+    def players(self) -> dict[str, Tensor]:
+        """The state of both players, of the average and of the path lengths, by name; live tensors."""
+        state = {f"gan.{name}": value for name, value in self.model.state_dict().items()}
+        state |= {f"averaged.{name}": value for name, value in self.averaged.state_dict().items()}
+        return state | {"path_mean": self.path_mean}
+
+    @torch.no_grad()
+    def load_players(self, state: dict[str, Tensor]) -> None:
+        """Write what [`~GANTrainer.players`] gave back into the players, in place.
+
+        Raises:
+            ValueError: a state of other players.
+        """
+        now = self.players()
+        if {name: value.shape for name, value in now.items()} != {name: value.shape for name, value in state.items()}:
+            raise ValueError(
+                "resume_from_checkpoint: holds the state of other models; pass the pipeline it was trained with"
+            )
+        for name, value in now.items():
+            value.copy_(state[name])
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train. As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the newest complete checkpoint.
+
+        Raises:
+            ValueError: there is none, or it is of another model.
+            FloatingPointError: a loss is not finite; the player whose turn it was did not move.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint_with(self.args.output_dir, STATE_WRITTEN_LAST)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir!r}; start without it"
+                )
+        if self.guard and not resume_from_checkpoint:
+            self.guard.begin()
+        self._terms, self._terms_count = {}, 0  # of an earlier run, after its last log
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        file = Path(resume_from_checkpoint, STATE)
+        if not file.is_file():
+            raise ValueError(f"resume_from_checkpoint: {str(file.parent)!r} is no checkpoint of a GAN (no {STATE})")
+        self.load_players({name: value.to(self.args.device) for name, value in load_file(file).items()})
+        if self.guard:
+            self.guard.load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self.load_players(load_file(Path(self.state.best_model_checkpoint, STATE)))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(self.players(), folder / STATE)
+            if self.guard:
+                self.guard.save(folder)
+            return
+        self.save_pipeline(folder)
+        self.model_card(self.hub_model_id or folder).save(folder / "README.md")
+
+    def save_pipeline(self, folder: Path) -> None:
+        """The pipeline, with its discriminator."""
+        self.pipeline.save_pretrained(folder)
+        forget_local_paths(folder)
+
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """Write `README.md`."""
+        if self.is_world_process_zero():
+            self.model_card(self.hub_model_id or self.args.output_dir).save(Path(self.args.output_dir, "README.md"))
+
+    def model_card(self, source: str | Path) -> ModelCard:
+        """A short card: how the GAN was made, and how to draw with it.
+
+        Args:
+            source (`str` or `Path`): repository id, or folder that it was saved to, of which only the name is written.
+        """
+        from huggingface_hub import ModelCard, ModelCardData
+
+        name = str(source) if source == self.hub_model_id else Path(source).resolve().name
+        args = self.args
+        data = ModelCardData(library_name="hf_unlearn", tags=["gan"], pipeline_tag="unconditional-image-generation")
+        text = (
+            f"# {Path(name).name}\n\nA {type(self.averaged).__name__} of {self.averaged.config.sample_size} pixels, trained by "
+            f"hf_unlearn's GANTrainer: {self.state.global_step:,} steps of {self._train_batch_size * args.world_size} images, "
+            f"learning rate {args.learning_rate:g}, R1 {args.r1_weight:g}, seed {args.seed}.\n\n"
+            f"```python\n{loading_code(GANPipeline, name)}\n```\n"
+        )
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+    def push_to_hub(
+        self, commit_message: str = "End of training", blocking: bool = True, token=None, revision=None, **kwargs
+    ):
+        """Save, and upload the pipeline and its card by an allow-list.
+
+        Returns:
+            The commit, or a future of it if `blocking=False`; None on other processes than the first.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=kwargs.get("private"))
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return publish_folder(
+            self.args.output_dir,
+            self.hub_model_id,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=kwargs.get("private", self.args.hub_private_repo),
+            commit_message=commit_message,
+            run_as_future=not blocking,
+        )

@@ -1,0 +1,1 @@
+"""Influence read off one training run: products of per-example gradients."""

@@ -1,0 +1,1 @@
+"""Influence propagated through the rest of the run, backwards."""

@@ -1,0 +1,1 @@
+"""What a run observed, on disk and as a report."""

@@ -1,0 +1,391 @@
+"""The step of an influence trainer: training as always, and what it tells of the examples in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather, pad_across_processes
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..training.models import IGNORED, cross_entropy
+from .checks import ROW, RowCollator, WithRow
+from .in_run.layers import low_rank
+from .propagated.trajectory import MicroBatch, random_states
+from .targets import Batch, OwnTargets, Targets, own_gains
+
+
+logger = logging.get_logger(__name__)
+
+
+class RecordingMixin:
+    """Training steps that are observed. The updates are those of the trainer it is mixed into."""
+
+    # Losses
+
+    def per_example_loss(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
+        """The task's own loss on each example, and how many predictions it is the mean of.
+
+        Returns:
+            losses `[batch]` in nats, with gradient, and weights `[batch]`: the batch's loss is their weighted mean.
+        """
+        inputs = {name: value for name, value in inputs.items() if name != ROW}
+        label = (self.label_names or ["labels"])[0]
+        if label not in inputs:
+            raise ValueError(f"{label}: missing in the batch; the collator or the dataset must provide it")
+        labels = inputs.pop(label)
+        if self.is_causal_lm:
+            inputs["use_cache"] = False
+        outputs = model(**inputs)
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+        if self.is_causal_lm:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return cross_entropy(logits, labels), _predictions(labels)
+
+    def _weights(self, inputs: Batch) -> Tensor:
+        """`per_example_loss`'s weights, from the labels alone."""
+        labels = inputs[(self.label_names or ["labels"])[0]]
+        return _predictions(labels[:, 1:] if self.is_causal_lm else labels)
+
+    # Batches that know their rows
+
+    def get_train_dataloader(self):
+        dataset = self.train_dataset
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        collator = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        whole, self.data_collator = self.data_collator, RowCollator(collator)
+        try:
+            return self._get_dataloader(
+                dataset=WithRow(dataset),
+                description="Training",
+                batch_size=self._train_batch_size,
+                sampler_fn=lambda _: self._get_train_sampler(dataset),  # it may look at columns and lengths
+                is_training=True,
+            )
+        finally:
+            self.data_collator = whole
+
+    def _collate(self, rows: list[Any]) -> Batch:
+        collator = self._get_collator_with_removed_columns(self.data_collator, description="target")
+        return self._prepare_inputs(collator(rows))
+
+    def _targets(self) -> Targets:
+        if self.target == "self":
+            rows = self.train_dataset
+            rows = self._remove_unused_columns(rows) if isinstance(rows, Dataset) else rows
+            return OwnTargets(rows, self._collate, self.per_example_loss, batch_size=self.args.eval_batch_size)
+        sets = {
+            name: self._remove_unused_columns(rows) if isinstance(rows, Dataset) else rows
+            for name, rows in self.target_sets.items()
+        }
+        return Targets(
+            sets,
+            self._collate,
+            self.per_example_loss,
+            batch_size=self.args.eval_batch_size,
+            seed=self.args.seed,
+        )
+
+    def _check_batches(self) -> None:
+        """Whether a batch of the training set and of each target set can be made, and has a loss that is known.
+
+        Raises:
+            ValueError: naming the set.
+        """
+        config = getattr(self.model, "config", None)
+        problem = getattr(config, "problem_type", None)
+        own_loss = type(self).per_example_loss is not RecordingMixin.per_example_loss
+        if not (own_loss or self.is_causal_lm) and problem in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"model: problem_type={problem!r} is not supported; single-label classifiers and causal language models are"
+            )
+        label = (self.label_names or ["labels"])[0]
+        sets = {f"target_dataset: {name!r}": rows for name, rows in self.target_sets.items()}
+        for name, rows in ({"train_dataset:": self.train_dataset} | sets).items():
+            try:
+                rows = self._remove_unused_columns(rows) if isinstance(rows, Dataset) else rows
+                with torch.random.fork_rng(devices=[]):
+                    batch = self._collate([rows[0]])
+            except Exception as error:  # whatever a collator may raise
+                reason = (str(error).splitlines() or [""])[0]
+                raise ValueError(
+                    f"{name} cannot be collated ({type(error).__name__}: {reason}); it needs the columns that training needs"
+                ) from error
+            if label not in batch:
+                raise ValueError(
+                    f"{name} gives batches without {label!r}; the dataset or the collator must provide it"
+                )
+            if batch[label].is_floating_point() and not own_loss:
+                raise ValueError(
+                    f"{name} has labels that are no classes (regression, several labels at once), which is not supported; "
+                    "override per_example_loss"
+                )
+
+    # The step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        rows = inputs.pop(ROW)
+        step, first = self.state.global_step, not self._micro
+        if first:
+            self._open_step(step)
+        weight = self._weights(self._prepare_inputs(inputs)).float()
+        if self._normalised_by is None:
+            self._normalised_by = self._how_normalised(model, inputs, num_items_in_batch)
+        kept = random_states(self.args.device), dict(inputs)
+        if self._ghost is not None and self._sees():
+            self._ghost.start(len(rows), targets=self.target != "self", gram=self.target == "self")
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            if self._ghost is not None:
+                self._ghost.stop()
+        total = self._items_per_step(num_items_in_batch) if self._normalised_by == "step" else weight.sum()
+        coefficient = self._upstream * weight / total
+        if self._ghost is not None:
+            if self._sees():
+                self._note_unseen()
+                self._micro.append((rows, weight, self._observed(coefficient)))
+            else:
+                self._micro.append((rows, weight, weight.new_empty(0)))
+        elif self._trajectory is not None:
+            scale = self._loss_scale()
+            self._trajectory.add(step, MicroBatch(kept[1], kept[0], rows, weight, coefficient / scale))
+            self._micro.append((rows, weight, weight.new_empty(0)))
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        training = self.model.training and torch.is_grad_enabled()
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if not training:
+            return result
+        loss, *outputs = result if return_outputs else (result,)
+        loss = _Factor.apply(loss, self)  # what comes down to it: the accumulation's divisor, the scaler's factor
+        return (loss, *outputs) if return_outputs else loss
+
+    def _how_normalised(self, model, inputs: Batch, num_items_in_batch) -> str:
+        """Whether the batch's loss is a mean over the micro-batch ("batch") or over the whole step ("step"), by looking.
+
+        Raises:
+            ValueError: it is neither, so its gradient is not a sum over examples that are weighted as they should be.
+        """
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        tokens, losses = getattr(self, "_total_train_tokens", None), []
+        for whole in (True, False):
+            with torch.random.fork_rng(devices), torch.no_grad(), self.compute_loss_context_manager():
+                self.model.train()
+                if whole:
+                    losses.append(super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch))
+                else:
+                    losses.append(self.per_example_loss(self.model, dict(inputs)))
+        with torch.no_grad():
+            for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+        if tokens is not None:  # TRL's running averages saw this batch twice
+            self._metrics["train"].clear()
+            self._total_train_tokens = tokens
+        loss, (each, weight) = losses
+        summed = (each * weight).sum()
+        choices = {"batch": summed / weight.sum()}
+        if num_items_in_batch is not None:
+            choices["step"] = summed / self._items_per_step(num_items_in_batch)
+        name = min(choices, key=lambda name: (choices[name] - loss).abs().item())
+        if not torch.allclose(choices[name].float(), loss.float(), rtol=0.02, atol=1e-4):
+            raise ValueError(
+                f"compute_loss: {loss.item():.4g} is not the mean of the examples' own losses ({choices[name].item():.4g}), so "
+                "they cannot be told apart (label smoothing, an auxiliary loss, class weights?); override per_example_loss"
+            )
+        return name
+
+    def _items_per_step(self, num_items_in_batch: Tensor | int) -> Tensor | float:
+        """What the losses of a step are divided by, on this process."""
+        shared = self.args.average_tokens_across_devices
+        return num_items_in_batch / (self.args.world_size if shared else 1)
+
+    def _observed(self, coefficient: Tensor) -> Tensor:
+        """What one micro-batch tells: `[batch, targets]`, or for `target="self"` the Gram matrix, of the examples' own losses."""
+        size = coefficient.to(torch.float32)
+        if self.target == "self":
+            return self._ghost.gram / (size[:, None] * size[None, :])
+        return self._ghost.dots / size[:, None]
+
+    def _sees(self) -> bool:
+        return self._target_gradients is not None or self.target == "self"
+
+    def _open_step(self, step: int) -> None:
+        if self._trajectory is not None:
+            self._trajectory.before(step, self._flat_optimizer.state)
+            self._settings = self._flat_optimizer.settings(self.args.max_grad_norm or 0.0)
+        elif self.target != "self":
+            has_moments = any("exp_avg_sq" in self._inner_optimizer.state[p] for p in self._parameters.values())
+            if self.args.preconditioned and not has_moments:
+                return  # before Adam's first step there is nothing to precondition with
+            if self._target_gradients is None or step % self.args.target_every == 0:
+                self._look_at_targets(step)
+
+    def _look_at_targets(self, step: int) -> None:
+        covered, rank = self._ghost.covered, self.args.target_rank
+        self._target_gradients = None  # both, before the next ones are made
+        self._ghost.clear_targets()
+        flat = self._target_sets.gradients(
+            self.model, list(covered.values()), step=step, examples=self.args.target_batch_size
+        )
+        start, gradients = 0, {}
+        for name, parameter in covered.items():
+            gradient = flat[:, start : start + parameter.numel()].view(-1, *parameter.shape)
+            start += parameter.numel()
+            gradient.mul_(self._relative_rate(parameter))
+            if self.args.preconditioned:
+                gradient.div_(self._root_of_second_moment(parameter))
+            if rank is None:
+                gradients[name] = gradient
+            elif name in self._ghost.matrices and rank * sum(parameter.shape) < parameter.numel():
+                gradients[name] = low_rank(gradient, rank)
+            else:
+                gradients[name] = gradient.clone()  # not a view, so that all else of `flat` is freed
+        self._target_gradients = gradients
+        self._ghost.set_targets(gradients)
+
+    def _root_of_second_moment(self, parameter: Tensor) -> Tensor:
+        """√v̂ + ε of Adam."""
+        group = next(g for g in self._inner_optimizer.param_groups if any(p is parameter for p in g["params"]))
+        state = self._inner_optimizer.state[parameter]
+        if "exp_avg_sq" not in state:  # it never had a gradient, and does not move
+            return torch.full_like(parameter, torch.inf)
+        correction = 1 - group["betas"][1] ** float(state["step"])
+        return (state["exp_avg_sq"] / correction).sqrt_().add_(group["eps"]).to(parameter.dtype)
+
+    @property
+    def _leading_group(self) -> dict[str, Any]:
+        """The group of parameters with the largest learning rate; those of the others are relative to it."""
+        return max(self._inner_optimizer.param_groups, key=_base_rate)
+
+    def _relative_rate(self, parameter: Tensor) -> float:
+        groups = self._inner_optimizer.param_groups
+        group = next((group for group in groups if any(p is parameter for p in group["params"])), None)
+        if group is None:  # the optimiser does not move it
+            return 0.0
+        leading = _base_rate(self._leading_group)
+        return _base_rate(group) / leading if leading else 1.0
+
+    @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _loss_scale(self) -> float:
+        scaler = self.accelerator.scaler
+        return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        value = float(norm)
+        if not np.isfinite(value) and self._loss_scale() == 1.0:
+            raise FloatingPointError(
+                f"gradient is not finite at step {self.state.global_step + 1}: nothing was updated, and the records of the steps "
+                "before it are kept; try a smaller learning_rate"
+            )
+        limit = self.args.max_grad_norm
+        self._clipped = min(1.0, limit / (value + 1e-6)) if limit else 1.0
+        return norm
+
+    def _close_step(self) -> None:
+        """After the optimiser's step: what was observed is worth η times the clip coefficient."""
+        step, micro, self._micro = self.state.global_step, self._micro, []
+        if self.accelerator.optimizer_step_was_skipped:
+            return
+        if self._trajectory is not None:
+            self._trajectory.after(step, self._settings)
+            return
+        if not micro or not self._sees() or any(values.numel() == 0 for _, _, values in micro):
+            return
+        learning_rate = float(self._leading_group["lr"])
+        if self.target == "self":
+            sums = torch.stack([torch.stack([w.sum(), w.square().sum()]) for _, w, _ in micro]).sum(0)
+            sums = gather(sums[None]).sum(0) if self.args.world_size > 1 else sums
+            micro = [_own(*part, *sums) for part in micro]
+        rows, weight, values = (torch.cat(parts) for parts in zip(*micro, strict=True))
+        factor = learning_rate * self._clipped
+        if self.target == "self":
+            values = values * values.new_tensor([factor, factor, factor**2])
+        else:
+            values = values * factor
+        if self.args.world_size > 1:
+            rows, weight, values = (
+                gather(pad_across_processes(part, pad_index=-1 if part is rows else 0))
+                for part in (rows, weight, values)
+            )
+        counted = (weight > 0) & (rows >= 0)
+        if self.is_world_process_zero() and counted.any():
+            self._recorder.add(step, rows[counted], weight[counted], values[counted])
+
+    def _note_unseen(self) -> None:
+        """Once: which trainable parameters are not seen."""
+        if self._noted:
+            return
+        self._noted = True
+        unseen = dict(self._ghost.uncovered)
+        for name in self._ghost.covered.keys() - self._ghost.recorded:
+            unseen[name] = "it took no part, or was used behind its layer's back"
+        mixing = self._ghost.mixes_examples
+        parts = []
+        if unseen:
+            share = sum(self._parameters[name].numel() for name in unseen if name in self._parameters)
+            whole = sum(p.numel() for p in self._parameters.values())
+            listed = "; ".join(f"{name} ({why})" for name, why in list(unseen.items())[:5])
+            more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
+            parts.append(f"{100 * share / whole:.1f} % of the trainable parameters are not seen: {listed}{more}.")
+        if mixing:
+            parts.append(
+                f"{len(mixing)} BatchNorm layers in train mode (first: {mixing[0]}) mix the examples of a batch: what is "
+                "recorded is an example's share of the batch's gradient."
+            )
+        if parts:
+            logger.warning("Influence: %s", " ".join(parts))
+
+
+class _Factor(torch.autograd.Function):
+    """Identity on the loss that sees what its gradient is multiplied by."""
+
+    @staticmethod
+    def forward(ctx, loss, trainer):
+        ctx.trainer = trainer
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.trainer._upstream = gradient.detach().float()
+        return gradient, None
+
+
+def _own(rows: Tensor, weight: Tensor, gram: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The examples of a micro-batch that have predictions, and what it tells of the whole step that it is a part of: others are
+    taken to be like those in it. `total` and `squares` are the sums of all weights of the step, and of their squares.
+    """
+    kept = weight > 0
+    rows, weight, values = rows[kept], weight[kept], own_gains(gram[kept][:, kept], weight[kept])
+    if len(rows) < 2:  # as the recorder has it: one example alone tells nothing of others
+        values[:, 2] = 0
+        return rows, weight, values
+    own, mean, variance = values.unbind(1)
+    here = weight.sum()
+    others = (here * mean - weight * own) / (here - weight)
+    mean = (weight * own + (total - weight) * others) / total
+    variance = variance * (squares / total**2) / (weight.square().sum() / here**2)
+    return rows, weight, torch.stack([own, mean, variance], dim=1)
+
+
+def _base_rate(group: dict[str, Any]) -> float:
+    """A group's learning rate before any schedule."""
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _predictions(labels: Tensor) -> Tensor:
+    """How many of each example's labels count: `[batch]`."""
+    return (labels != IGNORED).reshape(len(labels), -1).sum(1)

@@ -1,0 +1,1 @@
+"""The jobs of hf-unlearn filter: fit, run, evaluate."""

@@ -1,0 +1,149 @@
+"""The job of `hf-unlearn filter run`: images drawn through a filter, and what it said of each."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from ...filtering.drawing.actions import FilteredImageError
+from ...plots import image_grid
+from .source import RUN, PipelineJob, Source, check_alone, console, filtered_pipeline
+
+
+VERDICTS, GRID = "verdicts.json", "grid.png"
+IN_GRID = 100
+
+
+@dataclass
+class FilterRunJob(PipelineJob):
+    """What is drawn through which filter: the keys of `hf-unlearn filter run` besides those of [`PipelineJob`].
+
+    Args:
+        filter (`str`, *optional*): folder or id of a filter. Default: the one in `output_dir`; a pipeline that was saved with a
+            filter has its own.
+        filter_revision (`str`, *optional*): of a filter on the Hub.
+        num_images (`int`, *optional*): how many. Default: one a prompt, or 36.
+        action (`str`, *optional*): what happens to images that are not released, see [`FilteredPipeline`]. Default: as
+            saved, or `"blank"`. `"raise"`: no image is written if one is not released.
+        max_tries (`int`, *optional*): further draws of `"regenerate"`.
+        images_dir (`str`, *optional*): gets the images and `verdicts.json`. Default: `images` in `output_dir`.
+
+    Raises:
+        ValueError: a key that is missing, or a value that is not allowed.
+    """
+
+    _argument_group_name = "filter and images"
+
+    filter: str | None = field(
+        default=None, metadata={"help": "Folder or id of a filter. Default: the one in output_dir."}
+    )
+    filter_revision: str | None = field(default=None, metadata={"help": "Revision of a filter on the Hub."})
+    num_images: int | None = field(default=None, metadata={"help": "How many. Default: one a prompt, or 36."})
+    action: Literal["blank", "blur", "flag", "regenerate", "raise"] | None = field(
+        default=None, metadata={"help": "What happens to images that are not released. Default: as saved, or blank."}
+    )
+    max_tries: int | None = field(default=None, metadata={"help": "Further draws of regenerate. Default: 3."})
+    images_dir: str | None = field(
+        default=None, metadata={"help": "Gets images and verdicts.json. Default: images in output_dir."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num_images", "max_tries"):
+            self._check_at_least(name, 1)
+        folder = self.images_folder
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / VERDICTS).is_file():
+            raise ValueError(f"images_dir: {str(folder)!r} holds something else; choose another folder")
+
+    @property
+    def images_folder(self) -> Path:
+        return Path(self.images_dir) if self.images_dir else self.folder / "images"
+
+
+def run_filtered(job: FilterRunJob) -> None:
+    """Draw, write what is released and what stands in for the rest, and say what the filter said.
+
+    Raises:
+        ValueError: something in the recipe does not fit, or with `action: raise` an image is not released; nothing was written.
+    """
+    check_alone()
+    settings = {name: getattr(job, name) for name in ("action", "max_tries") if getattr(job, name) is not None}
+    pipe = filtered_pipeline(job, **settings)
+    source = Source(pipe.pipeline, job)
+    count = job.num_images or len(job.prompts or ()) or 36
+    images, verdicts = [], []
+    for first in range(0, count, job.batch_size):
+        numbers = range(first, min(first + job.batch_size, count))
+        call = source.arguments(RUN, numbers)
+        try:
+            output = pipe(**call, output_type="pil")
+        except FilteredImageError as error:
+            which = ", ".join(str(numbers[place]) for place in error.flags.nonzero().flatten().tolist())
+            raise ValueError(f"action: raise, and images are not released: {which}; nothing was written") from error
+        images += output.images
+        for place, number in enumerate(numbers):
+            verdicts.append(
+                {
+                    "file": f"{number:05}.png",
+                    "filtered": bool(output.filtered[place]),
+                    "tries": int(output.filter_tries[place]),
+                    "scores": _scores(pipe.safety_checker.concepts, output.filter_scores[place].tolist()),
+                }
+                | ({"prompt": call["prompt"][place]} if "prompt" in call else {})
+            )
+    _write(job.images_folder, images, verdicts, pipe)
+    _report(job, verdicts, pipe)
+
+
+def _scores(concepts: tuple[str, ...], values: list[float]) -> dict[str, float | None]:
+    """JSON has no NaN: null is a score that is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in zip(concepts, values, strict=True)}
+
+
+def _write(folder: Path, images: list[Any], verdicts: list[dict[str, Any]], pipe: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("[0-9]" * 5 + ".png"), folder / VERDICTS, folder / GRID):
+        old.unlink(missing_ok=True)
+    for image, verdict in zip(images, verdicts, strict=True):
+        image.save(folder / verdict["file"])
+    captions = [_caption(number, verdict, pipe.action) for number, verdict in enumerate(verdicts)]
+    image_grid(images[:IN_GRID], captions[:IN_GRID], folder / GRID, columns=10 if len(images) > 36 else 6)
+    content = {
+        "action": pipe.action,
+        "thresholds": pipe.safety_checker.thresholds,
+        "filter": pipe.safety_checker.config.fingerprint,
+        "images": verdicts,
+    }
+    (folder / VERDICTS).write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _caption(number: int, verdict: dict[str, Any], action: str) -> str:
+    if verdict["filtered"]:
+        return f"{number} {'flagged' if action == 'flag' else 'blocked'}"
+    return f"{number} (try {verdict['tries']})" if verdict["tries"] > 1 else str(number)
+
+
+def _report(job: FilterRunJob, verdicts: list[dict[str, Any]], pipe: Any) -> None:
+    thresholds = pipe.safety_checker.thresholds
+    again = sum(verdict["tries"] > 1 for verdict in verdicts)
+    blocked = sum(verdict["filtered"] for verdict in verdicts)
+    table = Table(title=f"{len(verdicts):,} images, action {pipe.action}")
+    table.add_column("")
+    table.add_column("images", justify="right")
+    table.add_row("released" if pipe.action != "flag" else "not flagged", f"{len(verdicts) - blocked:,}")
+    if pipe.action == "regenerate":
+        table.add_row("drawn more than once", f"{again:,}")
+    table.add_row("not released" if pipe.action != "flag" else "flagged, and written as they are", f"{blocked:,}")
+    if len(thresholds) > 1:
+        for name, threshold in thresholds.items():
+            values = [verdict["scores"][name] for verdict in verdicts]
+            table.add_row(f"above the threshold of {name}", f"{sum(v is None or v > threshold for v in values):,}")
+    show = console()
+    show.print(table)
+    folder = job.images_folder
+    show.print(f"images   {folder}\ngrid     {folder / GRID}\nverdicts {folder / VERDICTS}", markup=False)

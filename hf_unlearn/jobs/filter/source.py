@@ -1,0 +1,315 @@
+"""What the jobs of `hf-unlearn filter` share: the keys that say what draws, its samples, and the filter in a folder."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from ...examples import ddpm as small_ddpm
+from ...examples import gan as small_gan
+from ...filtering.checker import FASTConfig, FASTSafetyChecker
+from ...filtering.drawing import saved
+from ...filtering.drawing.formats import as_tensor, asked_for
+from ...filtering.drawing.pipeline import FilteredPipeline
+from ...gan.pipeline import GANPipeline
+from ...hub.card import diffusion_task
+from ...training.models import seeded_generator
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+SMALL = {name: module for module in (small_gan, small_ddpm) for name in module.NAMES}
+# What samples are for: of one seed, each purpose has its own.
+SHEET_SAMPLES, UNMARKED, EVALUATION, RUN = range(4)
+FIT_FIRST = "run hf-unlearn filter fit first, or set filter to a folder or an id"
+
+
+@dataclass
+class PipelineJob:
+    """What draws: the keys that `fit`, `run` and `evaluate` have in common, so that one recipe may serve all three.
+
+    Args:
+        pipeline (`str`): `"digits-gan"`, `"fashion-mnist-gan"`, `"digits-ddpm"` or `"fashion-mnist-ddpm"` (small models, trained
+            on first use: minutes), a folder, or an id on the Hub.
+        pipeline_revision (`str`, *optional*): of a pipeline on the Hub.
+        prompts (`list[str]`, *optional*): what a prompted pipeline is asked for, in turn.
+        num_inference_steps, guidance_scale (*optional*): of a diffusion pipeline. Default: its own.
+        seed (`int`, defaults to 0): of all samples; those of the sheet, the unmarked ones, those of `evaluate` and of `run` are
+            different ones.
+        batch_size (`int`, defaults to 32): images drawn at a time.
+        device (`str`, *optional*): as in `"cuda"`. Default: a GPU, if there is one.
+        dtype (`"float16"` | `"bfloat16"`, *optional*): of the pipeline's weights. Default: float32.
+        output_dir (`str`): the filter's folder: `fit` writes the filter, `run` its images into `images/` and `evaluate`
+            `evaluation.json`.
+
+    Raises:
+        ValueError: a key that is missing, or a value that is not allowed.
+    """
+
+    _argument_group_name = "pipeline"
+    world_size: ClassVar[int] = 1  # `made_once` asks
+
+    pipeline: str | None = field(
+        default=None, metadata={"help": f"{', '.join(map(repr, SMALL))}, a folder, or an id on the Hub."}
+    )
+    pipeline_revision: str | None = field(default=None, metadata={"help": "Revision of a pipeline on the Hub."})
+    prompts: list[str] | None = field(
+        default=None, metadata={"help": "What a prompted pipeline is asked for, in turn."}
+    )
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Denoising steps. Default: the pipeline's own."}
+    )
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Of classifier-free guidance. Default: the pipeline's own."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of all samples."})
+    batch_size: int = field(default=32, metadata={"help": "Images drawn at a time."})
+    device: str | None = field(default=None, metadata={"help": "As in cuda. Default: a GPU, if there is one."})
+    dtype: Literal["float16", "bfloat16"] | None = field(
+        default=None, metadata={"help": "Of the pipeline's weights. Default: float32."}
+    )
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "The filter's folder: gets the filter, images/ of run, evaluation.json of evaluate."},
+    )
+
+    def __post_init__(self):
+        if not self.pipeline:
+            raise ValueError(
+                f"pipeline: missing; set it to {', '.join(map(repr, SMALL))}, a folder, or an id on the Hub"
+            )
+        if not self.output_dir:
+            raise ValueError("output_dir: missing; set it to the folder of the filter")
+        if self.prompts is not None and not (self.prompts and all(prompt.strip() for prompt in self.prompts)):
+            raise ValueError("prompts: has nothing to ask for; list some, or leave it out")
+        for name in ("batch_size", "num_inference_steps"):
+            self._check_at_least(name, 1)
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except RuntimeError as error:
+                raise ValueError(f"device={self.device!r}: is none; set it to cpu or cuda, or leave it out") from error
+        if self.on.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device={self.device!r}: there is no such GPU; leave it out")
+        if self.pipeline in SMALL:
+            for name in ("pipeline_revision", "prompts", "guidance_scale", "dtype"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: {self.pipeline!r} has none; leave it out")
+
+    def _check_at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}: must be ≥ {least}")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir)
+
+    @property
+    def on(self) -> str:
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained`."""
+        given = {"revision": self.pipeline_revision, "dtype": self.dtype and getattr(torch, self.dtype)}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def check_alone() -> None:
+    """Refuse several processes: each would write the same folder."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("filter: runs in one process; start it without accelerate launch")
+
+
+def holds_a_filter(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text()).get("model_type") == FASTConfig.model_type
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+# Pipelines
+
+
+def named_pipeline(job: PipelineJob) -> tuple[str, dict[str, Any]]:
+    """Folder or id of the pipeline, which is trained where it is one of ours and not there yet, and its index.
+
+    Raises:
+        ValueError: there is none.
+    """
+    name = job.pipeline
+    if name in SMALL:
+        module = SMALL[name]
+        name = str(module.cached(module.NAMES[name], progress=sys.stderr.isatty()))
+    with _named("pipeline", job.pipeline, "a pipeline"):
+        return name, saved.fetch(name, revision=job.pipeline_revision)[0]
+
+
+def plain_pipeline(job: PipelineJob) -> tuple[DiffusionPipeline, str]:
+    """The pipeline, on its device, and its folder or id.
+
+    Raises:
+        ValueError: there is none, or it has a filter already.
+    """
+    name, index = named_pipeline(job)
+    if saved.is_filtered(index):
+        raise ValueError(f"pipeline={job.pipeline!r}: has a filter already; give the pipeline in its folder pipeline/")
+    with _named("pipeline", job.pipeline, "a pipeline"):
+        return saved.load_plain(name, index, **job.loading).to(job.on), name
+
+
+def filtered_pipeline(job: Any, **settings: Any) -> FilteredPipeline:
+    """The pipeline with the filter that a job names: in `filter`, else in `output_dir`, unless it is saved with one.
+
+    Args:
+        job ([`PipelineJob`]): with `filter` and `filter_revision`.
+        settings: `action` and `max_tries`, where they are given.
+
+    Raises:
+        ValueError: no pipeline, no filter, or two.
+    """
+    name, index = named_pipeline(job)
+    own = saved.is_filtered(index)
+    if own and (job.filter or job.filter_revision):
+        key = "filter" if job.filter else "filter_revision"
+        raise ValueError(f"{key}: pipeline={job.pipeline!r} has its own filter; leave it out")
+    if own:
+        with _named("pipeline", job.pipeline, "a filtered pipeline"):
+            return FilteredPipeline.from_pretrained(name, **settings, **job.loading).to(job.on)
+    if not job.filter and not holds_a_filter(job.folder):
+        raise ValueError(f"filter: missing, and output_dir={job.output_dir!r} holds none; {FIT_FIRST}")
+    source = {} if job.filter_revision is None else {"revision": job.filter_revision}
+    with _named("filter", job.filter or job.output_dir, "a filter"):
+        checker = FASTSafetyChecker.from_pretrained(job.filter or job.output_dir, **source)
+    with _named("pipeline", job.pipeline, "a pipeline"):
+        pipeline = saved.load_plain(name, index, **job.loading)
+    return FilteredPipeline(pipeline, checker, **settings).to(job.on)
+
+
+@contextmanager
+def _named(key: str, value: Any, kind: str) -> Iterator[None]:
+    """What goes wrong in loading names the key."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{key}={value!r}: neither a folder with {kind} nor an id on the Hub ({first_line(error)})"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+# Samples
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples.
+
+    Args:
+        numbers (`range`): which ones.
+        images (`Tensor`): `[n, channels, height, width]` in [−1, 1], fp32, on the CPU; what a filter is shown.
+        latents (`Tensor`, *optional*): `[n, …]`, of a GAN.
+    """
+
+    numbers: Sequence[int]
+    images: Tensor
+    latents: Tensor | None
+
+
+class Source:
+    """Samples of a pipeline: sample `i` for a purpose depends on pipeline, prompts, seed, purpose and `i` alone.
+
+    Raises:
+        ValueError: a pipeline that needs more than a prompt, or keys that it does not take.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, job: PipelineJob):
+        self.pipeline, self.job = pipeline, job
+        self.takes = inspect.signature(pipeline.__call__).parameters
+        kind, task = type(pipeline).__name__, diffusion_task(type(pipeline))
+        if task is None:
+            raise ValueError(
+                f"pipeline={job.pipeline!r}: {kind} needs more than a prompt; use FilteredPipeline in Python"
+            )
+        self.prompted = task == "text-to-image"
+        if self.prompted and not job.prompts:
+            raise ValueError(f"prompts: missing; {kind} needs some, as in ['a photo of a dog', 'a city street']")
+        if job.prompts and not self.prompted:
+            raise ValueError(f"prompts: {kind} takes none; leave it out")
+        for name in ("num_inference_steps", "guidance_scale"):
+            if getattr(job, name) is not None and name not in self.takes:
+                raise ValueError(f"{name}: {kind} takes none; leave it out")
+        pipeline.set_progress_bar_config(disable=True)
+
+    @property
+    def has_latents(self) -> bool:
+        return isinstance(self.pipeline, GANPipeline)
+
+    def arguments(self, purpose: int, numbers: Sequence[int]) -> dict[str, Any]:
+        """Of the call that draws these samples."""
+        # On the CPU, so that every device begins from the same noise.
+        given = {"generator": [seeded_generator("cpu", self.job.seed, purpose, number) for number in numbers]}
+        for name in ("num_inference_steps", "guidance_scale"):
+            if getattr(self.job, name) is not None:
+                given[name] = getattr(self.job, name)
+        if "num_inference_steps" in self.takes and "num_inference_steps" not in given:
+            steps = self.pipeline.scheduler.config.get("num_train_timesteps")  # which the default may exceed
+            default = self.takes["num_inference_steps"].default
+            if isinstance(default, int) and steps is not None and default > steps:
+                given["num_inference_steps"] = steps
+        if self.prompted:
+            return given | {"prompt": [self.job.prompts[number % len(self.job.prompts)] for number in numbers]}
+        return given | {"num_images" if "num_images" in self.takes else "batch_size": len(numbers)}
+
+    @torch.no_grad()
+    def draw(self, purpose: int, numbers: Sequence[int]) -> Batch:
+        """These samples, at once."""
+        given, latents = self.arguments(purpose, numbers), None
+        if self.has_latents:
+            latents = self.pipeline.prepare_latents(len(numbers), given.pop("generator"))
+            given["latents"] = latents
+        output = self.pipeline(**given, output_type=asked_for(self.pipeline, "np"))
+        images = as_tensor(output.images)[0].float().cpu()
+        return Batch(numbers, (images * 2).sub_(1).clamp_(-1, 1), None if latents is None else latents.cpu())
+
+    def batches(self, purpose: int, count: int, title: str) -> Iterator[Batch]:
+        """Samples 0 to `count`, with a progress bar where somebody looks."""
+        size = self.job.batch_size
+        parts = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        quiet = not sys.stderr.isatty()
+        for numbers in track(parts, title, console=Console(stderr=True), transient=True, disable=quiet):
+            yield self.draw(purpose, numbers)
+
+
+# What a user reads
+
+
+def console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def show_code(lines: Sequence[str]) -> None:
+    console().print("\n".join(f"    {line}".rstrip() for line in lines), markup=False)
+
+
+def command_line(verb: str, arguments: Sequence[str]) -> str:
+    return shlex.join(["hf-unlearn", *verb.split(), *arguments])

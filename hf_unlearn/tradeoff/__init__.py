@@ -1,0 +1,1 @@
+"""Two laws, the trade-off curve between them, its μ, and intervals."""

@@ -1,0 +1,1 @@
+"""What every trainer here shares: models, losses, collators, checks, publishing and pictures."""

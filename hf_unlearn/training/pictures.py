@@ -1,0 +1,134 @@
+"""What a generator draws while it forgets: grids of samples, and the figures taken of them. All from the same noise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..images import grid
+from ..metrics.features import Features, features_of
+from ..metrics.generation import frechet_distance, percentage_unlearned
+
+
+if TYPE_CHECKING:
+    from ..unlearning.diffusion.vdu import VDUTrainer
+
+
+logger = logging.getLogger(__name__)
+
+GRID_SEED, METRIC_SEED = 3, 4
+
+
+class _DrawsAtTimes(TrainerCallback):
+    """Draws before the first step, every `steps` optimiser steps, and after the last."""
+
+    def __init__(self, trainer: VDUTrainer, steps: int | None):
+        self.trainer, self.steps = trainer, steps
+
+    def look(self, step: int, stage: str) -> None:
+        raise NotImplementedError
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.look(0, "before")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.steps and state.global_step % self.steps == 0:
+            self.look(state.global_step, "during")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.look(state.global_step, "after")
+
+
+class SampleGrids(_DrawsAtTimes):
+    """Grids in `_private/samples/`; the last one also in `pictures/`, which is published, the first one if `publish_before`."""
+
+    def __init__(self, trainer: VDUTrainer):
+        super().__init__(trainer, trainer.args.grid_steps)
+
+    def look(self, step: int, stage: str) -> None:
+        args = self.trainer.args
+        if not args.should_save:
+            return
+        picture = grid(self.trainer.draw(args.grid_images, GRID_SEED))
+        name = {"before": "before", "during": f"step-{step}", "after": "after"}[stage]
+        folders = [self.trainer.private_dir / "samples"]
+        if stage == "after" or (stage == "before" and args.publish_before):
+            folders.append(Path(args.output_dir, "pictures"))
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"{name}.png")
+
+
+class PULCallback(_DrawsAtTimes):
+    """Logs `pul`, the percentage unlearned: how many fewer samples a classifier calls forgotten than before the first step.
+
+    Args:
+        trainer (`VDUTrainer` or `AdaptThenUnlearnTrainer`): add the callback to it with `trainer.add_callback`.
+        classify (callable): images `[n, channels, height, width]` in [−1, 1] to classes, int `[n]`.
+        forgotten (`list[int]`): the forgotten classes.
+        samples (`int`): images drawn each time.
+        steps (`int`, *optional*): optimiser steps between two looks. Default: before and after.
+    """
+
+    def __init__(
+        self,
+        trainer: VDUTrainer,
+        classify: Callable[[Tensor], Tensor],
+        forgotten: list[int],
+        *,
+        samples: int = 256,
+        steps: int | None = None,
+    ):
+        super().__init__(trainer, steps)
+        self.classify, self.forgotten, self.samples = classify, forgotten, samples
+        self.before: Tensor | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.before is None:
+            with self.trainer.as_original():  # a resumed run does not begin as the original
+                self.before = self._classes()
+            # Refuses now where nothing is there to forget.
+            percentage_unlearned(self.before, self.before, self.forgotten)
+
+    def look(self, step: int, stage: str) -> None:
+        result = percentage_unlearned(self.before, self._classes(), self.forgotten)
+        self.trainer.log({"pul": result.pul, "pul_low": result.low, "pul_high": result.high})
+
+    def _classes(self) -> Tensor:
+        return torch.as_tensor(self.classify(self.trainer.draw(self.samples, METRIC_SEED))).cpu()
+
+
+class FIDCallback(_DrawsAtTimes):
+    """Logs `fid`, the Fréchet distance of samples to a reference: to real data without what is to be forgotten it is u-FID.
+
+    Args:
+        trainer (`VDUTrainer` or `AdaptThenUnlearnTrainer`): add the callback to it with `trainer.add_callback`.
+        reference ([`~hf_unlearn.metrics.features.Features`]): of the reference images.
+        extractor (callable): what they were computed with; its name must be the same.
+        samples (`int`): images drawn each time; FIDs compare only at equal sizes.
+        steps (`int`, *optional*): optimiser steps between two looks. Default: before and after.
+    """
+
+    def __init__(
+        self,
+        trainer: VDUTrainer,
+        reference: Features,
+        extractor: Callable[[Tensor], Tensor],
+        *,
+        samples: int = 256,
+        steps: int | None = None,
+    ):
+        super().__init__(trainer, steps)
+        self.reference, self.extractor, self.samples = reference, extractor, samples
+
+    def look(self, step: int, stage: str) -> None:
+        images = self.trainer.draw(self.samples, METRIC_SEED)
+        drawn = features_of(images, self.extractor, name=self.reference.extractor)
+        self.trainer.log({"fid": frechet_distance(self.reference, drawn).distance})

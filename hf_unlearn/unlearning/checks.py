@@ -1,0 +1,112 @@
+"""What an unlearning trainer is given, checked before anything is written."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..data import LABEL_COLUMNS, label_column, labels_of, overlap
+from ..hub.adapters import check_mergeable
+from ..training.models import check_processes
+
+
+def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_dataset, heldout_dataset) -> None:
+    """Refuse what cannot work, in one line, before anything is loaded or written.
+
+    Raises:
+        ValueError: naming the argument and the fix.
+    """
+    check_processes(args)
+    if train_dataset is not None:
+        raise ValueError(
+            f"train_dataset: {name} learns to forget; pass forget_dataset= (and retain_dataset=, if you have one)"
+        )
+    if forget_dataset is None:
+        raise ValueError("forget_dataset: missing; pass the examples to forget")
+    datasets = {"forget_dataset": forget_dataset, "retain_dataset": retain_dataset, "heldout_dataset": heldout_dataset}
+    for argument, dataset in datasets.items():
+        if dataset is None:
+            continue
+        if isinstance(dataset, dict):
+            raise ValueError(f"{argument}: has splits {', '.join(dataset)}; pass one of them")
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise ValueError(
+                f"{argument}: a streaming dataset has no length and is passed over once; make it a Dataset first"
+            )
+        if len(dataset) == 0:
+            use = argument.removesuffix("_dataset").replace("heldout", "compare with")
+            raise ValueError(f"{argument}: is empty, so there is nothing to {use}; pass rows")
+        if argument != "forget_dataset" and (shared := overlap(forget_dataset, dataset, args.id_column)):
+            raise ValueError(
+                f"{argument}: {len(shared)} of its ids are in forget_dataset too (first: {shared[0]!r} in column "
+                f"{args.id_column!r}); remove them from one of the two"
+            )
+    if args.load_best_model_at_end:
+        raise ValueError("load_best_model_at_end: the guard restores the best state; leave it out")
+    if retain_dataset is not None and args.dataloader_persistent_workers:
+        raise ValueError(
+            "dataloader_persistent_workers: would pair forget and retain examples once for all; set it to False"
+        )
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: cannot write to {args.output_dir!r} ({error.strerror}); choose another folder"
+        ) from error
+
+
+def check_trainable(model: nn.Module, args) -> None:
+    """Refuse a model that training would not change, and what cannot be done with an adapter.
+
+    Raises:
+        ValueError: naming the argument and the fix.
+    """
+    has_adapter = hasattr(model, "peft_config")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        fix = "load the adapter with is_trainable=True" if has_adapter else "unfreeze some with requires_grad_(True)"
+        raise ValueError(f"model: none of its parameters is trainable; {fix}")
+    if has_adapter and args.bn == "train" and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ValueError("bn='train': an adapter's checkpoints hold no BatchNorm statistics; set bn='frozen'")
+    if has_adapter and args.merge_adapter and hasattr(model, "get_base_model"):  # diffusers' own fuse themselves
+        check_mergeable(model)  # now, not when it is to be saved
+    if has_adapter and args.fisher_weight:
+        raise ValueError("fisher_weight: a Fisher anchor on LoRA factors means nothing; set fisher_weight=0")
+
+
+def check_labels(args, num_labels: int, **datasets: Any) -> list[int]:
+    """The classes that occur in `forget_dataset`, sorted.
+
+    Raises:
+        ValueError: a dataset without labels, a label that the model does not have, or rows to keep of a class to forget.
+    """
+    classes: dict[str, set[int]] = {}
+    for argument, dataset in datasets.items():
+        if dataset is None:
+            continue
+        if label_column(dataset) is None:
+            raise ValueError(
+                f"{argument}: has no label column; name it one of {', '.join(LABEL_COLUMNS)} (rename_column)"
+            )
+        labels = labels_of(dataset)
+        if odd := [label for label in labels if not isinstance(label, int)]:
+            raise ValueError(
+                f"{argument}: label {odd[0]!r} is no class index; give every row one integer (class_encode_column)"
+            )
+        classes[argument] = set(labels)
+        outside = sorted(label for label in classes[argument] if not 0 <= label < num_labels)
+        if outside:
+            raise ValueError(
+                f"{argument}: label {outside[0]} is outside the model's num_labels={num_labels} (0…{num_labels - 1})"
+            )
+    both = classes["forget_dataset"] & classes.get("retain_dataset", set())
+    if args.forget == "class" and both:
+        raise ValueError(
+            f"retain_dataset: holds class {min(both)}, which is to be forgotten; remove it, or forget='examples'"
+        )
+    return sorted(classes["forget_dataset"])

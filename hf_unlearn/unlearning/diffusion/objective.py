@@ -1,0 +1,204 @@
+"""What a denoiser minimises while it forgets: the forget losses on noisy images, and replay of the original's own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import losses
+from ..objective import Batch
+from ..utility import LOOKING
+from .drawing import EncodedImages, encode_prompts, is_prompted
+from .noise import NoiseSchedule
+from .own_samples import OwnSamples
+from .posterior import ForgottenPosterior
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+DEFAULT_REPLAY_WEIGHT = {"redirect": 1.0}
+DEFAULT_TOLERANCE = 0.5
+
+
+class DenoisingMixin:
+    """The hooks of [`~hf_unlearn.unlearning.objective.ObjectiveMixin`] for a denoiser. Student and original see the same noise.
+
+    Another denoiser (SDXL, transformers) overrides `predictions`, and puts what it must be told into `conditioning`.
+    """
+
+    pipeline: DiffusionPipeline
+    schedule: NoiseSchedule
+    own: OwnSamples | None
+    replay_dataset: EncodedImages | None
+
+    def _batches(self, dataset, limit: int | None) -> Iterator[Batch]:
+        generator = self._generator(LOOKING)  # the same noise at every look
+        for batch in super()._batches(dataset, limit):
+            yield self.prepared(batch, generator)
+
+    # The losses
+
+    def _choose_forget_loss(self) -> str:
+        name = self.args.forget_loss
+        has_target = self.args.heldout_loss is not None or self.heldout_dataset is not None
+        if name == "bounded":
+            name = "match" if has_target else "redirect"
+        if name == "match" and not has_target:
+            raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
+        nothing_to_keep = not self.args.replay_samples and self.replay_dataset is None and self.retain_dataset is None
+        if name == "redirect" and nothing_to_keep and not is_prompted(self.pipeline):
+            raise ValueError(
+                "forget_loss='redirect' needs what is to be kept: set replay_samples, or pass retain_dataset="
+            )
+        return name
+
+    @property
+    def replay_weight(self) -> float:
+        if self.own is None:
+            return 0.0
+        if self.args.replay_weight is not None:
+            return self.args.replay_weight
+        return DEFAULT_REPLAY_WEIGHT.get(self.forget_loss_name, 10.0)
+
+    def prepared(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Clean images with the noise and the timesteps that student and original both see."""
+        clean = batch["latents"]
+        if "latents_std" in batch:
+            clean = clean + batch["latents_std"] * _normal(clean, generator)
+        low, high = (round(share * len(self.schedule)) for share in self.args.t_range)
+        low = min(low, len(self.schedule) - 1)  # a share above the last timestep, [0.99, 1] of 20
+        timesteps = torch.randint(low, max(high, low + 1), (len(clean),), generator=generator, device=clean.device)
+        noise = _normal(clean, generator)
+        return {
+            "clean": clean,
+            "noise": noise,
+            "timesteps": timesteps,
+            "noisy": self.schedule.add_noise(clean, noise, timesteps),
+            "conditioning": batch.get("conditioning", {}),
+        }
+
+    def predictions(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the denoiser answers, and what the true noise would have it answer, `[batch, channels, height, width]`, fp32."""
+        dtype = self.pipeline.unet.dtype
+        conditioning = {name: value.to(dtype) for name, value in batch["conditioning"].items()}
+        answer = forward(batch["noisy"].to(dtype), batch["timesteps"], **conditioning).sample
+        answer = answer[:, : batch["noisy"].shape[1]].float()  # a learned variance stands behind the answer
+        return answer, self.schedule.target(batch["clean"], batch["noise"], batch["timesteps"])
+
+    def _error(self, answer: Tensor, target: Tensor, batch: Batch) -> Tensor:
+        """w_t times the mean squared error over pixels, `[batch]`."""
+        weights = self.schedule.weights(batch["timesteps"], self.args.loss_weighting, self.args.snr_gamma)
+        return weights * (answer - target).square().flatten(1).mean(1)
+
+    def task_loss(self, model: Callable, batch: Batch) -> Tensor:
+        """The weighted denoising error of each example, `[batch]`."""
+        return self._error(*self.predictions(model, batch), batch)
+
+    def forget_loss(self, model: Callable, batch: Batch) -> Tensor:
+        """What is minimised on noisy forget images, `[batch]`, or a scalar."""
+        name = self.forget_loss_name
+        if name == "redirect":
+            return self._error(self.predictions(model, batch)[0], self.answer_without(batch), batch)
+        if name == "uniform":
+            return self._error(self.predictions(model, batch)[0], self._answer_of_noise(batch), batch)
+        error = self.task_loss(model, batch)
+        if name == "ascent":
+            return losses.ascent(error)
+        if name == "match":
+            return losses.match(error, self.heldout_loss)
+        # −log p of an image, up to a constant: half the squared error of all its pixels.
+        pixels = batch["clean"][0].numel() / 2
+        reference_error = self.task_loss(self.reference_forward, batch)
+        return losses.npo(pixels * error, pixels * reference_error, self.args.npo_beta) / pixels
+
+    @torch.no_grad()
+    def answer_without(self, batch: Batch) -> Tensor:
+        """What the original would answer had it never seen the forgotten kind: by Bayes' rule over two banks of images
+        ([`hf_unlearn.unlearning.diffusion.posterior`]), or for a prompted model its answer to the neutral prompt, ε(∅) − η(ε(c) − ε(∅)).
+        """
+        answer, _ = self.predictions(self.reference_forward, batch)
+        if is_prompted(self.pipeline):
+            neutral = {name: table.expand_as(batch["conditioning"][name]) for name, table in self._neutral.items()}
+            unprompted, _ = self.predictions(self.reference_forward, {**batch, "conditioning": neutral})
+            return unprompted - self.args.negative_guidance * (answer - unprompted)
+        _, change = self.posterior(batch["noisy"], batch["timesteps"], self.schedule)
+        return answer + self.schedule.shift(change, batch["timesteps"])
+
+    @cached_property
+    def _neutral(self) -> dict[str, Tensor]:
+        tables, _ = encode_prompts([self.args.redirect_prompt], self.pipeline, device=self.args.device)
+        return {name: table.to(self.args.device) for name, table in tables.items()}
+
+    def _answer_of_noise(self, batch: Batch) -> Tensor:
+        """As Selective Amnesia's surrogate (arXiv 2305.10120): what would be right if the clean image were uniform noise."""
+        surrogate = (torch.erf(batch["noise"] / 2**0.5)).roll(1, 0).flip(-1)  # uniform in [−1, 1], of others
+        true = self.schedule.target(batch["clean"], batch["noise"], batch["timesteps"])
+        return true + self.schedule.shift(surrogate - batch["clean"], batch["timesteps"])
+
+    def replay_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """As many noisy samples of the original's own as there are forget images."""
+        kept = self.own.kept
+        rows = torch.randint(len(kept), (len(batch["clean"]),), generator=generator, device=batch["clean"].device)
+        return self.prepared(self._prepare_inputs(kept[rows.cpu()]), generator)
+
+    def replay_loss(self, model: Callable, batch: Batch) -> Tensor:
+        """Squared distance to what the original answers on its own samples, `[batch]`; under `redirect`, without the
+        forgotten part.
+        """
+        if self.forget_loss_name == "redirect" and self.posterior is not None:
+            target = self.answer_without(batch)
+        else:
+            target, _ = self.predictions(self.reference_forward, batch)
+        return self._error(self.predictions(model, batch)[0], target, batch)
+
+    @cached_property
+    def posterior(self) -> ForgottenPosterior | None:
+        """What is forgotten and what is kept, as two banks of images; None for a prompted model, whose prompts say it."""
+        kept = self.retain_dataset if self.own is None else self.own.kept
+        if is_prompted(self.pipeline) or kept is None:
+            return None
+        size = len(self.forget_dataset)
+        share = size / (size + len(kept)) if self.own is None else self.own.share
+        # Where no own sample was of the forgotten kind, it may still be as frequent as the resolution of the count.
+        share = min(max(share, 1 / (len(kept) + 1)), 0.99)
+        device = self.args.device
+        odds = self.args.caution * share / (1 - share)
+        return ForgottenPosterior(self.forget_dataset.latents.to(device), kept.latents.to(device), odds / (1 + odds))
+
+    # What the guard looks at
+
+    utility_kind = "divergence"
+
+    @property
+    def utility_tolerance(self) -> float:
+        return DEFAULT_TOLERANCE if self.args.utility_tolerance is None else self.args.utility_tolerance
+
+    def utility(self) -> float:
+        """How far the answers on kept images are from what they should be, as a share of the original's own error there."""
+        loss, kept = (self.task_loss, self.retain_dataset) if self.own is None else (self.replay_loss, self.own.kept)
+        return self._mean(lambda batch: loss(self.model, batch), kept) / self._own_error
+
+    @cached_property
+    def _own_error(self) -> float:
+        kept = self.retain_dataset if self.own is None else self.own.kept
+        return self._mean(lambda batch: self.task_loss(self.reference_forward, batch), kept)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._noise = self._generator(LOOKING)  # the same noise and timesteps at every evaluation
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The denoising error of a batch."""
+        batch = self.prepared(self._prepare_inputs(inputs), self._noise)
+        with torch.no_grad():
+            return self.task_loss(model, batch).mean(), None, None
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)

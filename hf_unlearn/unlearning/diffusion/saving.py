@@ -1,0 +1,171 @@
+"""What an unlearning trainer of a diffusion pipeline writes: a plain pipeline, or a LoRA file, with its card."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ...hub.card import diffusion_task, hub_id, loading_code
+from ...hub.publish import forget_local_paths
+from ...parameters.anchors import ReferencePoint, average_, trainable_parameters
+from ..saving import SavingMixin
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_STATE = "adapter.safetensors"
+EMA_STATE = "ema.safetensors"
+# Settings that a card tells. Prompts are not among them: they say what was forgotten.
+TOLD = (
+    "caution",
+    "ema_decay",
+    "loss_weighting",
+    "negative_guidance",
+    "replay_samples",
+    "snr_gamma",
+    "stability_weight",
+    "t_range",
+    "trainable",
+)
+
+
+class PipelineSavingMixin(SavingMixin):
+    """Saving of a pipeline whose `unet` is trained. Stock diffusers loads the result."""
+
+    pipeline: DiffusionPipeline
+    ema: AverageWeights | None
+
+    @property
+    def is_adapter(self) -> bool:
+        return bool(getattr(self.model, "peft_config", None))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if not self.args.should_save:
+            return
+        unet = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            if self.is_adapter:
+                ReferencePoint.capture(unet).save(folder / ADAPTER_STATE)
+            else:
+                unet.save_pretrained(folder / "unet")
+            if self.ema is not None:
+                self.ema.point.save(folder / EMA_STATE)
+            return
+        if self.is_adapter and not self.args.merge_adapter:
+            self._save_lora(unet, folder)
+        else:
+            self._save_pipeline(unet, folder)
+        self.model_card(self.hub_model_id or str(folder)).save(folder / "README.md")
+
+    def _save_pipeline(self, unet: torch.nn.Module, folder: Path) -> None:
+        plain = unet
+        if self.is_adapter:
+            plain = copy.deepcopy(unet)
+            plain.fuse_lora(safe_fusing=True)
+            plain.unload_lora()
+        trained = self.pipeline.unet
+        self.pipeline.register_modules(unet=plain)
+        try:
+            self.pipeline.save_pretrained(folder)
+        finally:
+            self.pipeline.register_modules(unet=trained)
+        forget_local_paths(folder)
+
+    def _save_lora(self, unet: torch.nn.Module, folder: Path) -> None:
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft.utils import get_peft_model_state_dict
+
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        self.pipeline.save_lora_weights(
+            folder,
+            unet_lora_layers={name: value.cpu().contiguous() for name, value in layers.items()},
+            # Without it diffusers takes alpha for the rank.
+            unet_lora_adapter_metadata=next(iter(unet.peft_config.values())).to_dict(),
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        unet = model if model is not None else self.model
+        if self.is_adapter:
+            ReferencePoint.load(Path(resume_from_checkpoint, ADAPTER_STATE), self.args.device).restore(unet)
+        else:
+            saved = type(unet).from_pretrained(resume_from_checkpoint, subfolder="unet", torch_dtype=unet.dtype)
+            unet.load_state_dict(saved.state_dict())
+        if self.ema is not None:
+            file = Path(resume_from_checkpoint, EMA_STATE)
+            if not file.is_file():
+                raise ValueError(f"resume_from_checkpoint: {file} is missing; resume with ema_decay=0, or start again")
+            self.ema.point = ReferencePoint.load(file, self.args.device)
+
+    # The card
+
+    def _forgotten(self) -> str:
+        if self.args.forget_prompts:
+            return f"what {len(self.args.forget_prompts):,} prompts ask for"
+        return f"the kind of images in {len(self.source_dataset):,} examples"
+
+    def _chosen(self) -> dict[str, Any]:
+        chosen = super()._chosen()
+        for name in (
+            "bn",
+            "fisher",
+            "fisher_samples",
+            "forget_accuracy",
+            "forget",
+            "forget_prompts",
+            "replay_prompts",
+        ):
+            chosen.pop(name, None)  # of classifiers, or telling what was forgotten
+        chosen |= {name: getattr(self.args, name) for name in TOLD}
+        return chosen | {"anchor_precision": self.precision_name}
+
+    def _card_defaults(self, name: str) -> dict[str, Any]:
+        adapter = self.is_adapter and not self.args.merge_adapter
+        steps = {} if self.args.num_inference_steps is None else {"num_inference_steps": self.args.num_inference_steps}
+        lora = {"lora_base": hub_id(self.base_model) or "the original"} if adapter else {}
+        return {
+            "library_name": "diffusers",
+            "pipeline_tag": diffusion_task(type(self.pipeline)),
+            "load_snippet": loading_code(type(self.pipeline), name, **steps, **lora),
+        }
+
+
+class AverageWeights(TrainerCallback):
+    """Exponential moving average of the trained parameters ([`~hf_unlearn.parameters.anchors.average_`]), which replaces them when
+    training ends.
+
+    Args:
+        model (`nn.Module`): its trainable parameters are averaged.
+        decay (`float`): in (0, 1).
+        accept (callable, *optional*): asked once the average is in place; where it says no, the last weights come back.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float, accept: Callable[[], bool] | None = None):
+        self.model, self.decay, self.accept = model, decay, accept
+        self.point: ReferencePoint | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.point is None or state.global_step == 0:
+            self.point = ReferencePoint.capture(self.model)
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        average_(self.point.parameters, trainable_parameters(self.model), self.decay, state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        last = ReferencePoint.capture(self.model)
+        self.point.restore(self.model)
+        if self.accept is not None and not self.accept():
+            logger.warning("ema_decay: the averaged weights lost too much utility; keeping the last ones")
+            last.restore(self.model)
