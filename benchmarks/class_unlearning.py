@@ -28,11 +28,12 @@ from transformers import AutoModelForImageClassification, Trainer, TrainerCallba
 from transformers.utils import logging as transformers_logging
 
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig, UnlearnTrainer
-from hf_unlearn.data import RawCollator, digits
-from hf_unlearn.jobs.demo import TRAINING, digits_model, digits_processor
+from hf_unlearn.examples.classifier import TRAINING, digits_model, digits_processor
+from hf_unlearn.examples.datasets import digits
 from hf_unlearn.metrics.classification import forget_retain_accuracy, per_class_accuracy
 from hf_unlearn.plots import curves
-from hf_unlearn.training.models import cross_entropy
+from hf_unlearn.training.collators import RawCollator
+from hf_unlearn.training.losses import cross_entropy
 
 
 HERE = Path(__file__).parent

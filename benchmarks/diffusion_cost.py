@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
 
 from hf_unlearn import VDUConfig, VDUTrainer
-from hf_unlearn.unlearning.diffusion.drawing import EncodedImages
+from hf_unlearn.unlearning.diffusion.encoded import EncodedImages
 from hf_unlearn.unlearning.diffusion.noise import NoiseSchedule
 
 

@@ -32,9 +32,10 @@ from transformers.trainer_callback import PrinterCallback
 from hf_unlearn import VDUConfig, VDUTrainer
 from hf_unlearn.examples.ddpm import DIGITS, FASHION_MNIST, Recipe, cached
 from hf_unlearn.images import grid
-from hf_unlearn.parameters.anchors import trainable_parameters
+from hf_unlearn.parameters.reference import trainable_parameters
 from hf_unlearn.plots import curves
-from hf_unlearn.unlearning.diffusion.drawing import EncodedImages, generate
+from hf_unlearn.unlearning.diffusion.drawing import generate
+from hf_unlearn.unlearning.diffusion.encoded import EncodedImages
 
 
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments, set_seed
 
-from hf_unlearn.data import FASHION_MNIST, read_idx
+from hf_unlearn.examples.datasets import FASHION_MNIST, read_idx
 
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf_unlearn", "benchmarks")

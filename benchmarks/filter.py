@@ -35,15 +35,14 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
 from hf_unlearn import FASTFitter, FilteredPipeline, GANPipeline
-from hf_unlearn.data import load
 from hf_unlearn.examples import gan as small_gan
-from hf_unlearn.filtering import scores as forms
+from hf_unlearn.examples.classifier import cached_digits_classifier
+from hf_unlearn.examples.datasets import load
+from hf_unlearn.filtering.fitting import forms
 from hf_unlearn.filtering.fitting.background import Background
 from hf_unlearn.filtering.fitting.rates import release_rate, residual_rate
 from hf_unlearn.filtering.fitting.thresholds import max_false_alarm, pooled_mean
-from hf_unlearn.filtering.scores import Basis
 from hf_unlearn.images import grey_images, grid
-from hf_unlearn.jobs.demo import cached_digits_classifier
 from hf_unlearn.metrics.features import Features, features_of
 from hf_unlearn.metrics.generation import density_coverage, frechet_distance
 from hf_unlearn.plots import curves
@@ -99,7 +98,7 @@ def scorers(rows: np.ndarray, split: Split, count: int, kind: str) -> dict[tuple
     pool = background(rows[split.feedback])
     stand_ins = forms.pseudo_clean(undesired, pool.fitting.rows, factor=0.5 if kind == "known" else 1.0)
     unmarked = pool.fitting.rows[:POOL].astype(np.float64)
-    quadratic = forms.quadratic(undesired, Basis.of(pool.moments, COMPONENTS))
+    quadratic = forms.quadratic(undesired, forms.basis_of(pool.moments, COMPONENTS))
     found = {
         (OURS, mode): (quadratic, undesired, clean if mode == "both" else stand_ins) for mode in ("both", "alone")
     }
@@ -185,7 +184,7 @@ def promised(seen: np.ndarray, split: Split, n: int, kind: str, key: tuple) -> l
     undesired, clean = (seen[part].astype(np.float64) for part in (split.marked[:n], split.looked_at(n)))
     pool = background(seen[split.feedback])
     half = len(clean) // 2
-    fits = {(OURS, "looked at"): (forms.quadratic(undesired, Basis.of(pool.moments, COMPONENTS)), clean, None)}
+    fits = {(OURS, "looked at"): (forms.quadratic(undesired, forms.basis_of(pool.moments, COMPONENTS)), clean, None)}
     fits[OURS, "pool"] = (fits[OURS, "looked at"][0], pool.calibration.rows.astype(np.float64), MAX_PREVALENCE)
     for name in LINEAR:  # half of the clean marks to fit to, half to calibrate on
         fits[name, "looked at"] = (getattr(forms, name)(undesired, clean[:half]), clean[half:], None)

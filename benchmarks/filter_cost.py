@@ -21,9 +21,9 @@ from generators import start
 
 from hf_unlearn import FASTFitter, FilteredPipeline, FilterEncoder
 from hf_unlearn.examples.ddpm import DIGITS, cached
-from hf_unlearn.filtering import scores as forms
+from hf_unlearn.filtering.fitting import forms
 from hf_unlearn.filtering.fitting.background import Moments
-from hf_unlearn.filtering.scores import Basis, ScoreBank
+from hf_unlearn.filtering.scores import ScoreBank
 
 
 RESULTS = Path(__file__).parent / "results" / "filter_cost.json"
@@ -51,7 +51,7 @@ def scoring(dimension: int, samples: int, repeats: int) -> dict[str, float]:
     marks = [torch.randn(MARKS, dimension, generator=generator).double().numpy() + 0.5 for _ in range(CONCEPTS)]
     moments = Moments(dimension)
     moments.update(pool)
-    basis = Basis.of(moments, 64)
+    basis = forms.basis_of(moments, 64)
     quadratic = ScoreBank.of([forms.quadratic(rows, basis) for rows in marks])
     linear = ScoreBank.of([forms.mean_difference(rows, pool[:MARKS]) for rows in marks])
     times = medians(lambda: quadratic(embeddings), lambda: linear(embeddings), repeats=repeats)

@@ -16,11 +16,11 @@ from generators import EPOCHS, SIZES, judge
 from torch import Tensor, nn
 
 from hf_unlearn import FilterEncoder, GANPipeline
-from hf_unlearn.data import load
 from hf_unlearn.examples import gan as small_gan
 from hf_unlearn.examples.cache import cache_dir
+from hf_unlearn.examples.classifier import train_classifier
+from hf_unlearn.examples.datasets import load
 from hf_unlearn.images import grey_images
-from hf_unlearn.jobs.demo import train_classifier
 from hf_unlearn.metrics.features import ClassifierFeatures, features_of
 
 

@@ -13,10 +13,10 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
-from hf_unlearn.data import load
 from hf_unlearn.examples.cache import cache_dir
+from hf_unlearn.examples.classifier import cached_digits_classifier, train_classifier
+from hf_unlearn.examples.datasets import load
 from hf_unlearn.images import grey_images
-from hf_unlearn.jobs.demo import cached_digits_classifier, train_classifier
 from hf_unlearn.metrics.features import ClassifierFeatures, Features, features_of
 from hf_unlearn.metrics.generation import class_shift, density_coverage, frechet_distance, percentage_unlearned
 

@@ -34,13 +34,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
+from hf_unlearn.examples.classifier import digits_model
 from hf_unlearn.examples.opinions import opinion_data, opinion_llama, texts_of, train_tokenizer
 from hf_unlearn.influence.config import FINEConfig, InfluenceConfig
 from hf_unlearn.influence.in_run.ghost import GhostRecorder
 from hf_unlearn.influence.in_run.layers import low_rank
 from hf_unlearn.influence.sft import FINETrainer
 from hf_unlearn.influence.trainer import InfluenceTrainer
-from hf_unlearn.jobs.demo import digits_model
 
 
 HERE = Path(__file__).parent

@@ -26,7 +26,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, Trainer, Tr
 from transformers.utils import logging as transformers_logging
 
 from hf_unlearn import UnlearnConfig, UnlearnTrainer
-from hf_unlearn.jobs.demo import digits_model
+from hf_unlearn.examples.classifier import digits_model
 
 
 HERE = Path(__file__).parent

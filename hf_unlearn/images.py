@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 IMAGE_COLUMNS = ("pixel_values", "image", "images")
@@ -103,3 +107,15 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     ]
     framed = [ImageOps.expand(image.convert("RGB"), border=2, fill="#868e96") for image in pictures]
     return make_image_grid(framed, rows=len(framed) // columns, cols=columns)
+
+
+@torch.no_grad()
+def decode(latents: Tensor, pipeline: DiffusionPipeline, *, batch_size: int = 8) -> Tensor:
+    """Images of VAE latents, `[n, channels, height, width]` in [−1, 1], fp32 on the CPU."""
+    vae = pipeline.vae
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    out = [
+        vae.decode((part / vae.config.scaling_factor + shift).to(vae.device, vae.dtype)).sample.float().cpu()
+        for part in latents.split(batch_size)
+    ]
+    return torch.cat(out).clamp(-1, 1)

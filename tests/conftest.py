@@ -14,6 +14,8 @@ if os.environ.get("HF_UNLEARN_TESTS_MKL") != "default":
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from hf_unlearn.examples import datasets as example_data
+
 
 torch.set_num_threads(int(os.environ.get("HF_UNLEARN_TESTS_THREADS", 1)))
 
@@ -197,9 +199,8 @@ def tiny_stable_diffusion(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def digits():
-    from hf_unlearn import data
 
-    return data.digits()
+    return example_data.digits()
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def recipe(tmp_path):
 @pytest.fixture
 def classifier(tiny_resnet, tmp_path):
     """Folder of a small untrained classifier of ten classes, with its processor."""
-    from hf_unlearn.jobs.demo import digits_processor
+    from hf_unlearn.examples.classifier import digits_processor
 
     folder = tmp_path / "classifier"
     tiny_resnet.save_pretrained(folder)
@@ -382,7 +382,7 @@ class TestBadData:
     def test_class_name_that_is_another_class_number(self):
         from datasets import ClassLabel, Dataset, Features
 
-        from hf_unlearn.jobs.unlearn import _as_in_column
+        from hf_unlearn.jobs.selecting import _as_in_column
 
         rows = Dataset.from_dict({"label": [0, 1]}, features=Features({"label": ClassLabel(names=["1", "0"])}))
         with pytest.raises(ValueError, match="forget_values: '0' is the name of class 1, and class 0 is '1'"):
@@ -404,7 +404,7 @@ class TestSelection:
 
     @staticmethod
     def parts(recipe, **keys):
-        from hf_unlearn.jobs.unlearn import select
+        from hf_unlearn.jobs.selecting import select
 
         job, config = job_and_config("--config", recipe(**keys))
         return select(job, config.id_column)
@@ -465,7 +465,7 @@ class TestRunning:
         from huggingface_hub import ModelCard
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        from hf_unlearn.jobs.demo import cached_digits_classifier, predict
+        from hf_unlearn.examples.classifier import cached_digits_classifier, predict
 
         out = tmp_path / "unlearned"
         assert (

@@ -15,7 +15,7 @@ from test_cli_gan import frequent, loaded, save_classifier, tiny_gan  # noqa: F4
 from hf_unlearn import FASTFitter, FASTSafetyChecker, FilteredPipeline, FilterEncoder, cli
 from hf_unlearn.examples import gan as small_gan
 from hf_unlearn.filtering.fitting.rates import Rate
-from hf_unlearn.training.models import seeded_generator
+from hf_unlearn.modes import seeded_generator
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -561,7 +561,7 @@ class TestEvaluate:
         self.check_images(content["images"], drawn, ~blocked, loaded(judge), kind)
 
     def check_images(self, found, drawn, released, judge, kind):
-        from hf_unlearn.data import digits
+        from hf_unlearn.examples.datasets import digits
         from hf_unlearn.images import grey_images
         from hf_unlearn.metrics.features import features_of
         from hf_unlearn.metrics.generation import density_coverage, frechet_distance

@@ -53,7 +53,7 @@ def gan(tmp_path):
 @pytest.fixture
 def save_classifier(tiny_resnet, tmp_path):
     """Saves a classifier of ten classes that sees several of them in what the untrained GAN draws, with its processor."""
-    from hf_unlearn.jobs.demo import digits_processor
+    from hf_unlearn.examples.classifier import digits_processor
     from hf_unlearn.metrics.features import ClassifierFeatures, features_of
 
     def save(name, seed):
@@ -118,7 +118,7 @@ def fails(capsys, work):
 def loaded(folder):
     from transformers import AutoModelForImageClassification
 
-    from hf_unlearn.jobs.demo import digits_processor
+    from hf_unlearn.examples.classifier import digits_processor
     from hf_unlearn.metrics.features import ClassifierFeatures
 
     return ClassifierFeatures(AutoModelForImageClassification.from_pretrained(folder).eval(), digits_processor())
@@ -126,14 +126,14 @@ def loaded(folder):
 
 def marked_samples(count):
     """The samples that are looked at, one after another."""
-    from hf_unlearn.training.models import seeded_generator
+    from hf_unlearn.modes import seeded_generator
 
     latents = [torch.randn(4, generator=seeded_generator("cpu", 0, 12, number)) for number in range(count)]
     return tiny_gan().draw(torch.stack(latents), batch_size=16)
 
 
 def measured_samples(pipeline, count):
-    from hf_unlearn.training.models import seeded_generator
+    from hf_unlearn.modes import seeded_generator
 
     return pipeline.draw(torch.randn(count, 4, generator=seeded_generator("cpu", 0, 5)))
 

@@ -18,6 +18,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from hf_unlearn import InfluenceReport, cli, data
+from hf_unlearn.examples import datasets as example_data
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -124,7 +125,7 @@ class TestWrongLabels:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         rows = json.loads(done.stdout)
-        expected = data.with_wrong_labels(digits["train"], 0.2, seed=0)
+        expected = example_data.with_wrong_labels(digits["train"], 0.2, seed=0)
         assert len(rows["sample_id"]) == 1077
         assert set(rows["target"]) == {"self"}
         assert rows["sample_id"] == expected["id"][:]
@@ -157,7 +158,7 @@ class TestWrongLabels:
     def test_the_model_is_a_stock_one_with_its_processor(self, labels, digits):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        from hf_unlearn.jobs.demo import predict
+        from hf_unlearn.examples.classifier import predict
 
         model = AutoModelForImageClassification.from_pretrained(labels[0])
         processor = AutoImageProcessor.from_pretrained(labels[0])

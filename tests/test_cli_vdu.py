@@ -38,7 +38,7 @@ def ddpm(tiny_ddpm, tmp_path):
 @pytest.fixture
 def classifier(tiny_resnet, tmp_path):
     """Folder of a small untrained classifier of ten classes, with its processor."""
-    from hf_unlearn.jobs.demo import digits_processor
+    from hf_unlearn.examples.classifier import digits_processor
 
     tiny_resnet.save_pretrained(tmp_path / "classifier")
     digits_processor().save_pretrained(tmp_path / "classifier")
@@ -87,7 +87,7 @@ class TestRuns:
         from huggingface_hub import ModelCard
         from transformers import AutoModelForImageClassification
 
-        from hf_unlearn.jobs.demo import digits_processor
+        from hf_unlearn.examples.classifier import digits_processor
         from hf_unlearn.metrics.features import ClassifierFeatures
         from hf_unlearn.metrics.generation import percentage_unlearned
         from hf_unlearn.unlearning.diffusion.drawing import generate
@@ -250,7 +250,7 @@ class TestBadData:
     def test_a_classifier_of_other_classes(self, recipe, fails, tiny_resnet, tmp_path, work):
         from transformers import ResNetForImageClassification
 
-        from hf_unlearn.jobs.demo import digits_processor
+        from hf_unlearn.examples.classifier import digits_processor
 
         tiny_resnet.config.num_labels = 3
         ResNetForImageClassification(tiny_resnet.config).save_pretrained(tmp_path / "three")

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_unlearn import data
-from hf_unlearn.data import ForgetRetainDataset, NestedCollator, RawCollator, fingerprint
+from hf_unlearn.data import fingerprint
+from hf_unlearn.examples import datasets as example_data
+from hf_unlearn.training.collators import ForgetRetainDataset, NestedCollator, RawCollator
 
 
 KEY = b"a private key"
@@ -43,18 +45,18 @@ class TestDigits:
                 np.testing.assert_array_equal(np.rint(pixels.astype(float) * 16 / 255), source.images[row["id"]])
 
     def test_always_the_same_and_stratified(self, digits):
-        again = data.load("digits")
+        again = example_data.load("digits")
         for name, part in digits.items():
             assert again[name]["id"][:] == part["id"][:]
             shares = np.bincount(part["label"]) / len(part)
             assert np.abs(shares - 0.1).max() < 0.01
 
 
-@pytest.mark.skipif(not data.FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+@pytest.mark.skipif(not example_data.FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 class TestFashionMNIST:
     @pytest.fixture(scope="class")
     def clothes(self):
-        return data.load("fashion_mnist")
+        return example_data.load("fashion_mnist")
 
     def test_all_of_it(self, clothes):
         assert {name: len(part) for name, part in clothes.items()} == {"train": 60_000, "test": 10_000}
@@ -78,7 +80,7 @@ def test_fashion_mnist_of_the_hub_where_the_package_is_not_installed(monkeypatch
     asked = []
     monkeypatch.setattr(data, "FASHION_MNIST", tmp_path / "nothing")
     monkeypatch.setattr("datasets.load_dataset", lambda name, revision: asked.append(name) or DatasetDict())
-    data.load("fashion_mnist")
+    example_data.load("fashion_mnist")
     assert asked == ["zalando-datasets/fashion_mnist"]
 
 
@@ -87,10 +89,10 @@ class TestLoad:
         few = DatasetDict({"train": digits["train"].select(range(3)), "test": digits["test"].select(range(2))})
         few.save_to_disk(tmp_path / "both")
         few["test"].save_to_disk(tmp_path / "one")
-        assert {k: v["id"][:] for k, v in data.load(str(tmp_path / "both")).items()} == {
+        assert {k: v["id"][:] for k, v in example_data.load(str(tmp_path / "both")).items()} == {
             k: v["id"][:] for k, v in few.items()
         }
-        one = data.load(str(tmp_path / "one"))
+        one = example_data.load(str(tmp_path / "one"))
         assert set(one) == {"train"}
         assert one["train"]["id"][:] == few["test"]["id"][:]
 
@@ -98,7 +100,7 @@ class TestLoad:
         for name, grey in (("cat", 10), ("dog", 200)):
             (tmp_path / "images" / name).mkdir(parents=True)
             Image.new("L", (4, 4), grey).save(tmp_path / "images" / name / "0.png")
-        loaded = data.load(str(tmp_path / "images"))["train"]
+        loaded = example_data.load(str(tmp_path / "images"))["train"]
         assert {loaded.features["label"].int2str(row["label"]): row["image"].getpixel((0, 0)) for row in loaded} == {
             "cat": 10,
             "dog": 200,
@@ -106,10 +108,10 @@ class TestLoad:
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(ValueError, match="dataset="):
-            data.load("nobody/has-such-a-dataset")
+            example_data.load("nobody/has-such-a-dataset")
         (tmp_path / "empty").mkdir()
         with pytest.raises(ValueError, match="dataset="):
-            data.load(str(tmp_path / "empty"))
+            example_data.load(str(tmp_path / "empty"))
 
 
 class TestWrongLabels:
@@ -120,7 +122,7 @@ class TestWrongLabels:
         labels = [(row * row + row // 5) % 4 for row in range(n)]
         rows = {"id": [f"row {row}" for row in range(n)], "label": labels, "n": [row % 7 for row in range(n)]}
         dataset = Dataset.from_dict(rows, features=features)
-        changed = data.with_wrong_labels(dataset, share, seed=seed)
+        changed = example_data.with_wrong_labels(dataset, share, seed=seed)
         assert sum(changed["wrong"]) == round(share * n)
         for before, after, wrong in zip(labels, changed["label"], changed["wrong"], strict=True):
             assert (after != before) == wrong
@@ -133,16 +135,16 @@ class TestWrongLabels:
 
     def test_a_function_of_the_seed(self, digits):
         def labels(seed):
-            return tuple(data.with_wrong_labels(digits["test"], 0.2, seed=seed)["label"][:])
+            return tuple(example_data.with_wrong_labels(digits["test"], 0.2, seed=seed)["label"][:])
 
         assert labels(1) == labels(1)
         assert len({labels(seed) for seed in range(4)}) == 4
-        assert labels(0) == tuple(data.with_wrong_labels(digits["test"], 0.2)["label"][:])
+        assert labels(0) == tuple(example_data.with_wrong_labels(digits["test"], 0.2)["label"][:])
 
     def test_every_other_class_is_as_likely(self):
         n = 9000
         rows = Dataset.from_dict({"label": [row % 3 for row in range(n)], "n": range(n)})
-        changed = data.with_wrong_labels(rows, 1.0)["label"][:]
+        changed = example_data.with_wrong_labels(rows, 1.0)["label"][:]
         counts = np.bincount([3 * (row % 3) + label for row, label in enumerate(changed)], minlength=9).reshape(3, 3)
         assert np.diag(counts).tolist() == [0, 0, 0]
         off = counts[~np.eye(3, dtype=bool)]
@@ -153,14 +155,16 @@ class TestWrongLabels:
         [("labels", [7, 2, 40, 7, 40, 2]), ("label", [-1, 5, 5, -1, 5, 5]), ("label_ids", [3, 4] * 3)],
     )
     def test_labels_that_do_not_count_from_zero(self, name, labels):
-        changed = data.with_wrong_labels(Dataset.from_dict({"text": list("abcdef"), name: labels}), 0.5, seed=3)
+        changed = example_data.with_wrong_labels(
+            Dataset.from_dict({"text": list("abcdef"), name: labels}), 0.5, seed=3
+        )
         assert sum(changed["wrong"]) == 3
         assert set(changed[name]) <= set(labels)
         assert [a != b for a, b in zip(changed[name], labels, strict=True)] == changed["wrong"][:]
 
     def test_classes_that_do_not_occur_are_classes_too(self):
         cats = data.split_by_values(animals(), "label", ["cat"])[0].select([0, 1] * 25)
-        changed = data.with_wrong_labels(cats, 1.0)
+        changed = example_data.with_wrong_labels(cats, 1.0)
         assert set(changed["label"]) == {1, 2}
 
     @pytest.mark.parametrize(
@@ -172,25 +176,25 @@ class TestWrongLabels:
     )
     def test_images_stay_images_in_every_format(self, digits, form):
         few = digits["train"].select([5, 3, 8, 1])
-        changed = data.with_wrong_labels(few.with_format(form), 0.5).with_format(None)
+        changed = example_data.with_wrong_labels(few.with_format(form), 0.5).with_format(None)
         assert changed["id"][:] == few["id"][:]
-        assert changed["label"][:] == data.with_wrong_labels(few, 0.5)["label"][:]
+        assert changed["label"][:] == example_data.with_wrong_labels(few, 0.5)["label"][:]
         assert changed.features["image"] == few.features["image"]
         assert all(a.tobytes() == b.tobytes() for a, b in zip(changed["image"], few["image"], strict=True))
 
     def test_nothing_but_labels(self):
-        assert data.with_wrong_labels(Dataset.from_dict({"label": [0, 1]}), 1.0)["label"][:] == [1, 0]
+        assert example_data.with_wrong_labels(Dataset.from_dict({"label": [0, 1]}), 1.0)["label"][:] == [1, 0]
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="wrong_labels: the dataset has no label column; name it one of labels"):
-            data.with_wrong_labels(animals().remove_columns("label"), 0.1)
+            example_data.with_wrong_labels(animals().remove_columns("label"), 0.1)
         with pytest.raises(ValueError, match="wrong_labels: the dataset has a column 'wrong' already"):
-            data.with_wrong_labels(data.with_wrong_labels(animals(), 0.1), 0.1)
+            example_data.with_wrong_labels(example_data.with_wrong_labels(animals(), 0.1), 0.1)
         for share in (-0.5, 1.5):
             with pytest.raises(ValueError):
-                data.with_wrong_labels(animals(), share)
+                example_data.with_wrong_labels(animals(), share)
         with pytest.raises(ValueError):  # there is no other class
-            data.with_wrong_labels(Dataset.from_dict({"label": [1, 1], "n": [0, 1]}), 0.5)
+            example_data.with_wrong_labels(Dataset.from_dict({"label": [1, 1], "n": [0, 1]}), 0.5)
 
 
 class TestSplits:

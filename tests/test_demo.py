@@ -77,7 +77,7 @@ def test_leaves_a_model_a_card_and_a_picture(demo):
 
 
 def test_the_snippet_on_the_card_runs_as_it_stands(demo):
-    from hf_unlearn.data import digits
+    from hf_unlearn.examples.datasets import digits
 
     folder, _ = demo
     card = (folder / "unlearned" / "README.md").read_text()

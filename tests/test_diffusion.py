@@ -8,15 +8,9 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from hf_unlearn.images import pixels
-from hf_unlearn.unlearning.diffusion.drawing import (
-    EncodedImages,
-    check_denoiser,
-    encode,
-    encode_prompts,
-    generate,
-    is_prompted,
-    resolution,
-)
+from hf_unlearn.unlearning.diffusion.denoiser import check_denoiser, is_prompted, resolution
+from hf_unlearn.unlearning.diffusion.drawing import generate
+from hf_unlearn.unlearning.diffusion.encoded import EncodedImages, encode, encode_prompts
 
 
 SMALL = {

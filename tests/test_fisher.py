@@ -8,8 +8,8 @@ from torch import nn
 
 from hf_unlearn.gan.dcgan import DCGANDiscriminator, DCGANGenerator
 from hf_unlearn.parameters import fisher as fisher_module
-from hf_unlearn.parameters.anchors import trainable_parameters
 from hf_unlearn.parameters.fisher import diagonal_fisher, gaussian_fisher, scalar_fisher, scaled_to_mean_one
+from hf_unlearn.parameters.reference import trainable_parameters
 
 
 def seeded(seed):

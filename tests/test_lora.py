@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_unlearn.parameters.anchors import ReferencePoint, trainable_parameters
 from hf_unlearn.parameters.lora import LoRAProductAnchor, lora_layers
+from hf_unlearn.parameters.reference import ReferencePoint, trainable_parameters
 
 
 class Mixed(nn.Module):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_unlearn.images import grey_images
-from hf_unlearn.unlearning.gan.marks import FEWEST, spread_marks
+from hf_unlearn.unlearning.gan.feedback import FEWEST, spread_marks
 
 
 def blobs(random, count, gap=0.0, width=4):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_unlearn.images import grey_images
-from hf_unlearn.unlearning.diffusion.drawing import EncodedImages
+from hf_unlearn.unlearning.diffusion.encoded import EncodedImages
 from hf_unlearn.unlearning.diffusion.own_samples import part, resembles
 
 

@@ -6,14 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from hf_unlearn.files import save_tensors
 from hf_unlearn.parameters import anchors as parameters_module
-from hf_unlearn.parameters.anchors import (
-    QuadraticAnchor,
-    ReferencePoint,
-    SumOfAnchors,
-    save_tensors,
-    trainable_parameters,
-)
+from hf_unlearn.parameters.anchors import QuadraticAnchor, SumOfAnchors
+from hf_unlearn.parameters.reference import ReferencePoint, trainable_parameters
 
 
 SHAPES = {"weight": (4, 3), "scalar": (), "bias": (5,), "kernel": (2, 3, 2, 2)}

@@ -4,7 +4,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_unlearn.unlearning.classifiers.replay import divergence, perturb_images, perturb_tokens
+from hf_unlearn.unlearning.classifiers.replay import perturb_images
+from hf_unlearn.unlearning.language.replay import perturb_tokens
+from hf_unlearn.unlearning.losses import divergence
 
 
 def seeded(seed):

@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_unlearn.parameters import anchors as parameters_module
-from hf_unlearn.parameters.anchors import (
-    DISTANCES,
-    REPULSIONS,
-    QuadraticAnchor,
-    Repulsion,
-    SumOfAnchors,
-    average_,
-    extrapolate,
-)
+from hf_unlearn.parameters.anchors import QuadraticAnchor, SumOfAnchors
+from hf_unlearn.parameters.reference import average_
+from hf_unlearn.parameters.repulsion import DISTANCES, REPULSIONS, Repulsion, extrapolate
 
 
 SHAPES = {"weight": (7, 3), "scalar": (), "bias": (5,), "kernel": (4, 3, 2, 2)}

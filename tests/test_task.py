@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_unlearn.training.models import cross_entropy, mean_over_predictions, seeded_generator
+from hf_unlearn.modes import seeded_generator
+from hf_unlearn.training.losses import cross_entropy, mean_over_predictions
 
 
 class TestCrossEntropy:

@@ -11,26 +11,19 @@ from scipy import integrate, stats
 from sklearn.metrics import roc_auc_score
 
 from hf_unlearn.tradeoff import estimate as tradeoff
-from hf_unlearn.tradeoff.estimate import (
-    MuEstimate,
+from hf_unlearn.tradeoff.bootstrap import detrended_std, moving_block_bootstrap, moving_block_indices
+from hf_unlearn.tradeoff.curve import (
     TradeOff,
-    accumulated_mu,
     auc_of,
-    benjamini_hochberg,
     compose,
-    composed_mu,
     delta_of,
-    detrended_std,
-    empirical_null,
     epsilon_of,
-    estimate_mu,
     gaussian_tradeoff,
-    moving_block_bootstrap,
-    moving_block_indices,
     mu_of_auc,
     total_variation_of,
-    z_scores,
 )
+from hf_unlearn.tradeoff.discoveries import benjamini_hochberg, empirical_null, z_scores
+from hf_unlearn.tradeoff.estimate import MuEstimate, accumulated_mu, composed_mu, estimate_mu
 
 
 METHODS = ("accumulated", "composed", "max_abs", "gaussian", "auc")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
@@ -12,11 +11,11 @@ from diffusers.training_utils import EMAModel
 from rich.progress import track
 from torch import Tensor
 
-from ..data import load
-from ..images import grey_images
+from ..files import complete_or_not_there
 from ..unlearning.diffusion.noise import NoiseSchedule
 from . import cache
-from .cache import complete_or_not_there, write_recipe
+from .cache import write_recipe
+from .datasets import images_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Recipe:
     """How a small model is trained.
 
     Attributes:
-        dataset (`str`): as [`hf_unlearn.data.load`] takes it; the split `train` is used.
+        dataset (`str`): as [`hf_unlearn.examples.datasets.load`] takes it; the split `train` is used.
         size (`int`): pixels in a row; the images are scaled to it.
         channels (`tuple[int, int]`): of the U-Net's two levels.
         steps (`int`): of AdamW, batches of 64, learning rate up to 3e-3 and down to 0.
@@ -115,11 +114,3 @@ def cached(recipe: Recipe, *, without: int | None = None, progress: bool = True)
     return cache.cached(
         name, recipe, lambda folder: train(recipe, images_of(recipe, without), folder, progress=progress)
     )
-
-
-def images_of(recipe: Any, without: int | None = None) -> Tensor:
-    """The training images of a recipe, all or without a class."""
-    rows = load(recipe.dataset)["train"]
-    if without is not None:
-        rows = rows.select([row for row, label in enumerate(rows["label"]) if label != without])
-    return grey_images(rows, recipe.size)

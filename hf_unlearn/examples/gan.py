@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import complete_or_not_there
 from ..gan.config import GANConfig
 from ..gan.dcgan import DCGANDiscriminator, DCGANGenerator
 from ..gan.pipeline import GANPipeline
 from ..gan.trainer import GANTrainer
 from . import cache
-from .ddpm import images_of
+from .datasets import images_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Recipe:
     """How a small GAN is trained.
 
     Attributes:
-        dataset (`str`): as [`hf_unlearn.data.load`] takes it; the split `train` is used.
+        dataset (`str`): as [`hf_unlearn.examples.datasets.load`] takes it; the split `train` is used.
         size (`int`): pixels in a row; the images are scaled to it.
         base_channels (`int`): of both players.
         steps (`int`): of [`GANTrainer`] with its defaults.
@@ -62,7 +63,7 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
         folder: gets the pipeline; complete or not there.
         progress (`bool`): show a progress bar.
     """
-    with cache.complete_or_not_there(folder) as scratch, tempfile.TemporaryDirectory() as run:
+    with complete_or_not_there(folder) as scratch, tempfile.TemporaryDirectory() as run:
         args = GANConfig(
             run,
             max_steps=recipe.steps,

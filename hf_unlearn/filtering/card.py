@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..hub.card import hub_id
+from ..hub.loading import hub_id
 from ..hub.provenance import library_versions
 
 

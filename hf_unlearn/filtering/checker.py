@@ -6,10 +6,10 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +17,11 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import PreTrainedModel
 
 from ..hub.publish import publish_folder
 from .card import filter_card
+from .config import ACTIONS, SCHEMA_VERSION, FASTConfig, FilterOutput, Verdict
 from .encoding.checkpoints import DOWNLOAD_OPTIONS, SUFFIXES, dtype_of, first_line
 from .encoding.encoders import FilterEncoder
 from .encoding.latents import as_rows
@@ -35,59 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-ACTIONS = ("blank", "flag")
 GIVES_OUT = "action='flag': the filter gives out what it flags; the caller has to look at the flags."
-
-
-class Verdict(NamedTuple):
-    """What a filter says: `flags`, bool `[n]`, True where an input is not released; `scores`, fp32 `[n, concepts]`."""
-
-    flags: Tensor
-    scores: Tensor
-
-
-@dataclass
-class FilterOutput(ModelOutput):
-    """What a filter gives back.
-
-    Args:
-        images: as they were given, those that are not released blanked (unless `action="flag"`).
-        flags (`list[bool]`): True where an input is not released.
-        scores (`Tensor`): fp32 `[n, concepts]`, on the CPU.
-    """
-
-    images: Any = None
-    flags: list[bool] | None = None
-    scores: Tensor | None = None
-
-
-class FASTConfig(PreTrainedConfig):
-    """What [`FASTSafetyChecker`] consists of, and how it was made.
-
-    Args:
-        schema_version (`int`): of this file; another one is refused.
-        concepts (`list[dict]`): of each: `name`, `description`, `score`, `shrinkage`, `threshold` (with its promise) and
-            `figures`. The thresholds that count are in the weights.
-        embedding_size (`int`): numbers an embedding.
-        components, directions (`int`): of the quadratic forms; 0 without.
-        encoder_spec (`dict`, *optional*): see [`FilterEncoder.spec`]; None: the inputs are a generator's latents.
-        encoder_fingerprint (`str`, *optional*): of an encoder that is not stored.
-        fingerprint (`str`, *optional*): of scores and thresholds.
-        action (`str`): `"blank"` or `"flag"`: what a call does to what is not released.
-    """
-
-    model_type = "fast_safety_checker"
-
-    schema_version: int = 0  # a file without it is no file of ours
-    concepts: list | None = None
-    embedding_size: int = 0
-    components: int = 0
-    directions: int = 0
-    encoder_spec: dict | None = None
-    encoder_fingerprint: str | None = None
-    fingerprint: str | None = None
-    action: str = "blank"
 
 
 class FASTSafetyChecker(PreTrainedModel):

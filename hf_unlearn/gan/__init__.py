@@ -1,17 +1,6 @@
 """Generators that no library of Hugging Face has: GANs as diffusers models, with their pipeline and their trainer."""
 
-from diffusers.pipelines import pipeline_loading_utils
-
-
-def register_with_diffusers(*components: str) -> None:
-    """Let `model_index.json` name classes that `hf_unlearn` exports as `["hf_unlearn", "DCGANGenerator"]`.
-
-    diffusers 0.42 writes the full module path of a class that it does not know, and then loads it only if that very module
-    has been imported, from the Hub never. Its table of libraries is private, so this is the one place that knows it.
-    """
-    methods = {name: ["save_pretrained", "from_pretrained"] for name in components}
-    pipeline_loading_utils.LOADABLE_CLASSES.setdefault("hf_unlearn", {}).update(methods)
-    pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(methods)
+from ..hub.registering import register_with_diffusers
 
 
 register_with_diffusers("DCGANDiscriminator", "DCGANGenerator")

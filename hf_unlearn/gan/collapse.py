@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from ..files import save_tensors
 from ..metrics.features import Features
 from ..metrics.generation import density_coverage
-from ..parameters.anchors import save_tensors
 
 
 if TYPE_CHECKING:

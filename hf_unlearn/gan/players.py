@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-from ..training.models import seeded_generator
+from ..modes import seeded_generator
 from .losses import path_lengths
 from .pipeline import GANPipeline
 

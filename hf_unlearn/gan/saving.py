@@ -10,10 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..hub.card import loading_code
+from ..files import last_checkpoint_with, save_tensors
+from ..hub.loading import loading_code
 from ..hub.publish import forget_local_paths, publish_folder
-from ..parameters.anchors import save_tensors
-from ..training.models import last_checkpoint_with
 from .pipeline import GANPipeline
 
 

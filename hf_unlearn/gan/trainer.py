@@ -15,8 +15,9 @@ from transformers import Trainer, TrainerCallback
 from ..images import IMAGE_COLUMNS, image_column, pixels
 from ..metrics.features import Features, features_of
 from ..metrics.generation import density_coverage, frechet_distance
-from ..parameters.anchors import Anchor, average_
-from ..training.models import seeded_generator
+from ..modes import seeded_generator
+from ..parameters.anchors import Anchor
+from ..parameters.reference import average_
 from .collapse import CollapseGuard
 from .config import GANConfig
 from .losses import discriminator_loss, generator_loss, r1_penalty

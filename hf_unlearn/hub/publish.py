@@ -25,7 +25,7 @@ from .allowed import (
     unreadable,
     weights_of,
 )
-from .card import hub_id
+from .loading import hub_id
 
 
 if TYPE_CHECKING:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from datasets import Dataset
-from torch.utils.data import Dataset as TorchDataset
 
 from ..data import fingerprint
-from ..training.models import check_processes
+from ..training.checks import check_processes
 
 
 LOOKED_AT = 64  # rows of a training set, to recognise it
-ROW = "sample_index"  # in a batch: which rows of the training set it was made of
 
 
 def check_arguments(args, train_dataset, target_dataset, target, kwargs) -> None:
@@ -120,31 +117,3 @@ def looks_of(dataset, key: str) -> str | None:
     except Exception:
         # A value of a kind that has no fingerprint, or one that cannot be decoded and that training may not need.
         return None
-
-
-class WithRow(TorchDataset):
-    """A dataset whose rows come with their number."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> tuple[int, Any]:
-        return row, self.dataset[row]
-
-    def __getitems__(self, rows: list[int]) -> list[tuple[int, Any]]:  # a `Dataset` reads a batch in one go
-        at_once = getattr(self.dataset, "__getitems__", None)
-        return list(zip(rows, at_once(rows) if at_once else map(self.dataset.__getitem__, rows), strict=True))
-
-
-class RowCollator:
-    """Collates the rows, and their numbers beside them."""
-
-    def __init__(self, collator: Callable):
-        self.collator = collator
-
-    def __call__(self, rows: list[tuple[int, Any]]) -> dict[str, Any]:
-        numbers, rows = zip(*rows, strict=True)
-        return {**self.collator(list(rows)), ROW: torch.tensor(numbers)}

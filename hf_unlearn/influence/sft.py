@@ -9,8 +9,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import SFTTrainer
 
-from ..training.models import IGNORED
-from .checks import ROW
+from ..training.collators import ROW
+from ..training.losses import IGNORED
 from .config import FINEConfig
 from .trainer import FINEMixin
 

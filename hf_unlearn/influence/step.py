@@ -12,8 +12,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..training.models import IGNORED, cross_entropy
-from .checks import ROW, RowCollator, WithRow
+from ..training.collators import ROW, RowCollator, WithRow
+from ..training.losses import IGNORED, cross_entropy
 from .in_run.layers import low_rank
 from .propagated.trajectory import MicroBatch, random_states
 from .targets import Batch, OwnTargets, Targets, own_gains

@@ -17,9 +17,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..data import LABEL_COLUMNS, RawCollator, raw_collator
-from ..parameters.anchors import trainable_parameters
-from ..training.models import LoadsByName, is_causal_lm, last_checkpoint_with, load_model
+from ..data import LABEL_COLUMNS
+from ..files import last_checkpoint_with
+from ..parameters.reference import trainable_parameters
+from ..training.collators import RawCollator, raw_collator
+from ..training.models import LoadsByName, is_causal_lm, load_model
 from .checks import check_arguments, check_model, looks_of, sample_ids_of, target_sets_of
 from .config import InfluenceConfig
 from .in_run.ghost import GhostRecorder

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..examples import gan as small_gan
 from ..gan.players import as_pipeline
 from ..metrics.features import ClassifierFeatures
-from ..training.models import check_processes, seeded_generator
+from ..modes import seeded_generator
+from ..training.checks import check_processes
 from ..unlearning.gan.adapt_then_unlearn import MARK_SEED, AdaptThenUnlearnConfig, AdaptThenUnlearnTrainer
 from .alone import made_once
 from .judging import Judge, classifier_of, forget_and_report, reference_of

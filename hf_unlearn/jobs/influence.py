@@ -12,11 +12,13 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from .. import data
+from ..examples.datasets import load, one_split, with_wrong_labels
 from ..influence.config import FINEConfig, InfluenceConfig
 from ..influence.report.report import COLUMNS, InfluenceReport
 from ..influence.sft import FINETrainer
 from ..influence.trainer import InfluenceTrainer
-from ..training.models import check_processes, is_causal_lm, load_model
+from ..training.checks import check_processes
+from ..training.models import is_causal_lm, load_model
 
 
 if TYPE_CHECKING:
@@ -145,11 +147,11 @@ def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[
     """
     check_processes(config)
     splits = _load(job)
-    train = data.one_split(splits, "split", job.split)
+    train = one_split(splits, "split", job.split)
     if config.id_column not in train.column_names:
         train = train.add_column(config.id_column, list(range(len(train))))
     if job.wrong_labels:
-        train = data.with_wrong_labels(train, job.wrong_labels, seed=config.seed)
+        train = with_wrong_labels(train, job.wrong_labels, seed=config.seed)
     check = job.check_column or ("wrong" if job.wrong_labels else None)
     _check_column(train, "check_column", check, ("bool", "int", "uint"))
     _check_column(train, "group_column", job.group_column, ("bool", "int", "uint", "string", "large_string"))
@@ -179,12 +181,12 @@ def _load(job: InfluenceJob) -> DatasetDict:
         from ..examples.opinions import opinion_data
 
         return opinion_data()
-    return data.load(job.dataset, revision=job.dataset_revision)
+    return load(job.dataset, revision=job.dataset_revision)
 
 
 def _model(job: InfluenceJob, config: FINEArguments, train: Dataset) -> tuple[Any, Any]:
     if job.model == "digits":
-        from .demo import digits_model, digits_processor
+        from ..examples.classifier import digits_model, digits_processor
 
         return digits_model(config.seed), digits_processor()
     if job.model == "opinions":
@@ -236,14 +238,14 @@ def _adapter(job: InfluenceJob):
 
 def _targets(job: InfluenceJob, splits: DatasetDict) -> Dataset:
     if job.target_split:
-        rows = data.one_split(splits, "target_split", job.target_split)
+        rows = one_split(splits, "target_split", job.target_split)
     else:
         try:
-            loaded = data.load(job.target_dataset)
+            loaded = load(job.target_dataset)
         except ValueError as error:
             raise ValueError(f"target_{error}") from error
         one = len(loaded) == 1
-        rows = next(iter(loaded.values())) if one else data.one_split(loaded, "target_dataset: split", job.split)
+        rows = next(iter(loaded.values())) if one else one_split(loaded, "target_dataset: split", job.split)
     if job.target_column:
         if job.target_column not in rows.column_names:
             raise ValueError(

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..examples.classifier import cached_digits_classifier
 from ..hub.card import Figure
 from ..images import image_column, pixels
 from ..metrics.features import ClassifierFeatures, Features, features_of
 from ..metrics.generation import UnlearnedResult, class_shift, density_coverage, frechet_distance, percentage_unlearned
 from .alone import made_once
-from .demo import cached_digits_classifier
-from .unlearn import resume_argument
+from .keys import resume_argument
 
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def classifier_of(
     """
     folder = name
     if name == "digits":
-        code = f"from hf_unlearn.jobs.demo import cached_digits_classifier; print(cached_digits_classifier({seed}))"
+        code = f"from hf_unlearn.examples.classifier import cached_digits_classifier; print(cached_digits_classifier({seed}))"
         folder = made_once(config, lambda: cached_digits_classifier(seed), code)
     try:
         return ClassifierFeatures.from_pretrained(folder)

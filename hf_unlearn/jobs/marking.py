@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import data
+from ..examples.datasets import load, one_split
 from ..plots import image_grid
 
 
@@ -111,7 +112,7 @@ def other_real_images(dataset: str | None, revision: str | None, split: str | No
     Raises:
         ValueError: no such dataset or split, or no labels that are numbers.
     """
-    rows = data.one_split(data.load(dataset, revision=revision), "eval_split", split)
+    rows = one_split(load(dataset, revision=revision), "eval_split", split)
     if data.label_column(rows) is None:
         raise ValueError(
             "eval_split: has no labels, so which images are of other classes is not known; name the column one of "
@@ -140,7 +141,7 @@ def saved_dataset(folder: str, argument: str) -> Dataset:
     """
     if not is_saved_dataset(Path(folder)):
         raise ValueError(f"{argument}: {folder!r} is no dataset saved with save_to_disk")
-    saved = data.load(folder)
+    saved = load(folder)
     if len(saved) > 1:
         raise ValueError(f"{argument}: {folder!r} has the splits {', '.join(saved)}; save one of them alone")
     return next(iter(saved.values()))

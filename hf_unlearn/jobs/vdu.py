@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Literal
 from .. import data
 from ..examples import ddpm as small_ddpm
 from ..metrics.features import ClassifierFeatures
-from ..training.models import check_processes
-from ..unlearning.diffusion.drawing import resolution
+from ..training.checks import check_processes
+from ..unlearning.diffusion.denoiser import resolution
 from ..unlearning.diffusion.vdu import VDUConfig, VDUTrainer
 from .alone import made_once
 from .judging import Judge, classifier_of, forget_and_report, reference_of
-from .unlearn import Parts, UnlearnJob, select
+from .selecting import Parts, select
+from .unlearn import UnlearnJob
 
 
 if TYPE_CHECKING:

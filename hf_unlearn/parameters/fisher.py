@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 
 from ..modes import in_eval_mode
-from .anchors import trainable_parameters
+from .reference import trainable_parameters
 
 
 Forward = Callable[..., Any]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .anchors import Parameters
+from .reference import Parameters
 
 
 class LoRAProductAnchor:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.trainer_utils import sort_checkpoints
 
-from .anchors import save_tensors
+from ..files import save_tensors
 
 
 # Where weights are looked for. Each library prefers one of its two files when a folder holds both; so do we.

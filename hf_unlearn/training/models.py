@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import re
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-from transformers.trainer_utils import sort_checkpoints
 from transformers.utils.generic import find_labels
 
 
 CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
-IGNORED = -100  # targets that do not count, as everywhere in PyTorch and Transformers
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each example's predictions, in nats.
-
-    Args:
-        logits (`Tensor`): `[batch, …, classes]`; computed in fp32.
-        targets (`Tensor`): `[batch, …]`, −100 where a prediction does not count.
-
-    Returns:
-        `Tensor`: `[batch]`; 0 for an example without predictions.
-    """
-    losses = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none", ignore_index=IGNORED)
-    return mean_over_predictions(losses.view(targets.shape), targets)
-
-
-def mean_over_predictions(values: Tensor, targets: Tensor) -> Tensor:
-    """Mean of `values` over the predictions of each example that count: `[batch, …] -> [batch]`."""
-    counted = (targets != IGNORED).flatten(1) if targets.dim() > 1 else (targets != IGNORED).unsqueeze(1)
-    values = values.reshape(counted.shape)
-    return values.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp(min=1)
 
 
 def load_model(model: str | nn.Module, args, processing_class: Any) -> tuple[nn.Module, Any, str | None]:
@@ -105,13 +77,6 @@ def _load_processor(name: str, text_first: bool):
     return None
 
 
-def last_checkpoint_with(folder: str | Path, file: str) -> str | None:
-    """The newest `checkpoint-<step>` in a folder that holds `file`, which is written last; None if there is none."""
-    found = [Path(path) for path in sort_checkpoints(str(folder))]
-    whole = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and (path / file).is_file()]
-    return str(whole[-1]) if whole else None
-
-
 class LoadsByName:
     """Gives a Trainer a resume that loads a checkpoint's weights through `from_pretrained`.
 
@@ -125,19 +90,3 @@ class LoadsByName:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
-
-
-def seeded_generator(device: torch.device | str, *key: int) -> torch.Generator:
-    """Randomness as a function of `key` alone, so that a resumed run draws the same."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-
-def check_processes(args) -> None:
-    """Refuse processes that were launched together and do not know of each other: each would write the same folder.
-
-    Raises:
-        ValueError: as when `accelerate launch` starts several on a machine without a GPU, which it does not tell them.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != args.world_size:
-        raise ValueError(f"use_cpu: {launched} processes were launched, but there is no GPU; set use_cpu=True")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from ..data import fingerprint
-from ..hub.card import hub_id, unlearning_card
+from ..hub.card import unlearning_card
+from ..hub.loading import hub_id
 from ..hub.provenance import Provenance, library_versions
 from ..hub.publish import publish_folder
 

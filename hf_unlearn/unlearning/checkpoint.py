@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from ..training.models import last_checkpoint_with
+from ..files import last_checkpoint_with
 
 
 MARKER = "unlearning.json"  # written last: a checkpoint without it is half of one

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import LABEL_COLUMNS, label_column, labels_of, overlap
 from ..hub.adapters import check_mergeable
-from ..training.models import check_processes
+from ..training.checks import check_processes
 
 
 def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_dataset, heldout_dataset) -> None:

@@ -61,3 +61,22 @@ def match(loss: Tensor, target: float) -> Tensor:
         `Tensor`: a scalar, since it is the mean that has to match.
     """
     return (loss.mean() - target).abs()
+
+
+def divergence(logits: Tensor, reference_logits: Tensor, excluded: Tensor | None = None) -> Tensor:
+    r"""KL(p* ‖ p) from the original's distribution to the student's, over the classes that are to be kept.
+
+    Args:
+        logits, reference_logits (`Tensor`): `[…, classes]`; computed in fp32.
+        excluded (`Tensor`, *optional*): `[classes]` bool, forgotten classes: both distributions are renormalised
+            without them, so that replay says nothing about what is to be forgotten.
+
+    Returns:
+        `Tensor`: `[…]`, nats, ≥ 0 up to rounding.
+    """
+    logits, reference_logits = logits.float(), reference_logits.float()
+    if excluded is not None:
+        logits, reference_logits = logits[..., ~excluded], reference_logits[..., ~excluded]
+    log_p, log_q = reference_logits.log_softmax(-1), logits.log_softmax(-1)
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(-1)

@@ -11,12 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..parameters.anchors import Anchor, QuadraticAnchor, ReferencePoint, SumOfAnchors, save_tensors
+from ..files import save_tensors
+from ..parameters.anchors import Anchor, QuadraticAnchor, SumOfAnchors
 from ..parameters.fisher import diagonal_fisher
 from ..parameters.lora import LoRAProductAnchor, lora_layers
-from ..training.models import IGNORED, cross_entropy, mean_over_predictions
+from ..parameters.reference import ReferencePoint
+from ..training.losses import IGNORED, cross_entropy, mean_over_predictions
 from . import losses
-from .classifiers.replay import divergence, perturb_images, perturb_tokens
+from .classifiers.replay import perturb_images
+from .language.replay import perturb_tokens
+from .losses import divergence
 
 
 Batch = Mapping[str, Tensor]

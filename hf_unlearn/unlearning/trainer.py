@@ -17,16 +17,18 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from trl import SFTTrainer
 
-from ..data import LABEL_COLUMNS, ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
-from ..parameters.anchors import Anchor, ReferencePoint, trainable_parameters
-from ..training.models import LoadsByName, is_causal_lm, load_model, seeded_generator
+from ..data import LABEL_COLUMNS
+from ..modes import seeded_generator
+from ..parameters.anchors import Anchor
+from ..parameters.reference import ReferencePoint, trainable_parameters
+from ..training.collators import ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
+from ..training.models import LoadsByName, is_causal_lm, load_model
 from .checkpoint import last_complete, mark_complete, read_marker, unmark
 from .checks import check_arguments, check_labels, check_trainable
 from .config import UnlearnConfig, UnlearnSFTConfig
-from .guard import Guard, GuardState
+from .guard import LOOKING, Guard, GuardState, UtilityMixin
 from .objective import Batch, ObjectiveMixin
 from .saving import SavingMixin
-from .utility import LOOKING, UtilityMixin
 
 
 class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):

@@ -24,7 +24,7 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 from hf_unlearn import FASTFitter, FilterEncoder
-from hf_unlearn.filtering.scores import SCORES
+from hf_unlearn.filtering.fitting.forms import SCORES
 
 
 LINEAR = ("lda", "linear_svc", "mean_difference")

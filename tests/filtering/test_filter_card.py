@@ -126,7 +126,7 @@ class TestWhatItSays:
 
     def test_no_local_paths(self, tiny_resnet, tmp_path):
         """Neither of the encoder, nor of the filter."""
-        from hf_unlearn.jobs.demo import digits_processor
+        from hf_unlearn.examples.classifier import digits_processor
 
         for part in (tiny_resnet, digits_processor()):
             part.save_pretrained(tmp_path / "an encoder")

@@ -9,18 +9,17 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_auc_score
 
 from hf_unlearn.filtering.fitting.background import Moments
-from hf_unlearn.filtering.scores import (
+from hf_unlearn.filtering.fitting.forms import (
     RIDGE,
-    Basis,
-    Score,
-    ScoreBank,
     augmented,
+    basis_of,
     lda,
     linear_svc,
     mean_difference,
     pseudo_clean,
     quadratic,
 )
+from hf_unlearn.filtering.scores import Score, ScoreBank
 
 
 def gaussian(count, dimension, seed, shift=0.0):
@@ -74,7 +73,7 @@ class TestQuadratic:
     @pytest.mark.parametrize("marks", [3, 5, 8, 40, 200])  # fewer and more than dimensions: C⁻¹ in closed form
     def test_is_a_ratio_of_two_densities(self, marks):
         undesired, pool = two_kinds(marks, 500, dimension=8)
-        score = quadratic(undesired, Basis.of(moments_of(pool)))
+        score = quadratic(undesired, basis_of(moments_of(pool)))
         x = points(8)
         differences = score(x) - ratio_of_densities(x, undesired, pool, score.shrinkage)
         np.testing.assert_allclose(differences, differences[0], rtol=1e-8)
@@ -82,7 +81,7 @@ class TestQuadratic:
     def test_constant_is_that_of_the_background(self):
         """½‖y‖² − ½ (y − μ)ᵀ C⁻¹ (y − μ), without constants: at y = μ it is ½‖μ‖²."""
         undesired, pool = two_kinds(20, 500)
-        basis = Basis.of(moments_of(pool))
+        basis = basis_of(moments_of(pool))
         score = quadratic(undesired, basis)
         centre = undesired.mean(0)
         y = (centre - basis.mean) @ basis.whitening
@@ -91,18 +90,18 @@ class TestQuadratic:
     @pytest.mark.parametrize("marks", [3, 4, 10, 100])
     def test_shrinkage_against_loops(self, marks):
         undesired, pool = two_kinds(marks, 300, dimension=5)
-        basis = Basis.of(moments_of(pool))
+        basis = basis_of(moments_of(pool))
         expected = shrinkage_by_loops((undesired - basis.mean) @ basis.whitening, basis.variances)
         assert quadratic(undesired, basis).shrinkage == pytest.approx(expected)
 
     def test_shrinkage_vanishes_with_many_marks(self):
-        lambdas = [quadratic(two_kinds(n)[0], Basis.of(moments_of(two_kinds()[1]))).shrinkage for n in (10, 100, 800)]
+        lambdas = [quadratic(two_kinds(n)[0], basis_of(moments_of(two_kinds()[1]))).shrinkage for n in (10, 100, 800)]
         assert lambdas[0] > lambdas[1] > lambdas[2]
         assert lambdas[2] < 0.02
 
     def test_two_marks_give_a_linear_score(self):
         undesired, pool = two_kinds(2, 500)
-        score = quadratic(undesired, Basis.of(moments_of(pool)))
+        score = quadratic(undesired, basis_of(moments_of(pool)))
         assert score.shrinkage == 1.0
         assert score.directions.shape == (6, 0)
         np.testing.assert_allclose(score.squares, 0, atol=1e-12)
@@ -120,8 +119,8 @@ class TestQuadratic:
         def moved(rows):
             return 7 * rows @ rotation + 11
 
-        score = quadratic(undesired, Basis.of(moments_of(pool), components))
-        other = quadratic(moved(undesired), Basis.of(moments_of(moved(pool)), components))
+        score = quadratic(undesired, basis_of(moments_of(pool), components))
+        other = quadratic(moved(undesired), basis_of(moments_of(moved(pool)), components))
         assert other.shrinkage == pytest.approx(score.shrinkage)
         np.testing.assert_allclose(other(moved(points(6))), score(points(6)), rtol=1e-7, atol=1e-8)
 
@@ -132,8 +131,8 @@ class TestQuadratic:
         values, vectors = np.linalg.eigh(covariance)
         top = vectors[:, np.argsort(values)[::-1][:3]]
         ridge = RIDGE * values.mean() / np.sort(values)[::-1][:3].mean()
-        inside = Basis.of(moments_of(pool @ top), ridge=ridge)
-        score, projected = quadratic(undesired, Basis.of(moments_of(pool), 3)), quadratic(undesired @ top, inside)
+        inside = basis_of(moments_of(pool @ top), ridge=ridge)
+        score, projected = quadratic(undesired, basis_of(moments_of(pool), 3)), quadratic(undesired @ top, inside)
         assert projected.shrinkage == pytest.approx(score.shrinkage)
         np.testing.assert_allclose(score(points(6)), projected(points(6) @ top), rtol=1e-8)
 
@@ -141,13 +140,13 @@ class TestQuadratic:
     def test_rank(self, marks, rank):
         """Of centred marks; no direction is there twice."""
         undesired, pool = two_kinds(marks, 300)
-        score = quadratic(undesired, Basis.of(moments_of(pool)))
+        score = quadratic(undesired, basis_of(moments_of(pool)))
         assert score.directions.shape == (6, rank)
         assert len(score.gains) == rank
 
     def test_background_is_white_up_to_the_ridge(self):
         pool = two_kinds(2, 500)[1]
-        basis = Basis.of(moments_of(pool))
+        basis = basis_of(moments_of(pool))
         y = (pool - basis.mean) @ basis.whitening
         np.testing.assert_allclose(np.cov(y.T), np.diag(basis.variances), atol=1e-10)
         assert (np.diff(basis.variances) <= 0).all()
@@ -160,17 +159,17 @@ class TestQuadratic:
         pool = two_kinds(2, 500)[1]
         pool[:, 3:] = 5.0
         undesired = pool[:10] + np.array([0, 0, 0, 1.0, 0, 0])
-        score = quadratic(undesired, Basis.of(moments_of(pool)))
+        score = quadratic(undesired, basis_of(moments_of(pool)))
         assert np.isfinite(score(points(6))).all()
         assert score(undesired).min() > score(pool[10:]).max()
 
     def test_background_of_one_point(self):
         with pytest.raises(ValueError, match=r"^unmarked: all samples have the same[^\n]*$"):
-            Basis.of(moments_of(np.ones((200, 3))))
+            basis_of(moments_of(np.ones((200, 3))))
 
     def test_equal_marks(self):
         undesired, pool = np.ones((20, 6)), two_kinds(2, 500)[1]
-        score = quadratic(undesired, Basis.of(moments_of(pool)))
+        score = quadratic(undesired, basis_of(moments_of(pool)))
         x = points(6)
         differences = score(x) - ratio_of_densities(x, undesired, pool, score.shrinkage)
         np.testing.assert_allclose(differences, differences[0])
@@ -190,9 +189,9 @@ class TestQuadratic:
         exact = multivariate_normal.logpdf(tests, mean_u, covariance_u) - multivariate_normal.logpdf(
             tests, mean_p, covariance_p
         )
-        plain = quadratic(undesired, Basis.of(moments_of(pool), ridge=1e-9))(tests)
+        plain = quadratic(undesired, basis_of(moments_of(pool), ridge=1e-9))(tests)
         assert spearmanr(plain, exact).statistic > 0.999
-        ridged = quadratic(undesired, Basis.of(moments_of(pool)))(tests)
+        ridged = quadratic(undesired, basis_of(moments_of(pool)))(tests)
         best = roc_auc_score(marks, exact)
         assert 0.7 < best < 1
         assert roc_auc_score(marks, plain) == pytest.approx(best, abs=1e-3)
@@ -306,7 +305,7 @@ class TestAugmented:
 def mixed_scores():
     """Linear and quadratic, of different ranks and origins."""
     undesired, pool = two_kinds(12, 400)
-    basis = Basis.of(moments_of(pool), 4)
+    basis = basis_of(moments_of(pool), 4)
     random = np.random.default_rng(4)
     moved = Score("mean_difference", random.standard_normal(6), random.standard_normal(6), bias=0.7)
     return [
@@ -341,7 +340,7 @@ class TestScoreBank:
         """The bank has one basis, so it takes no scores that were fitted against others."""
         undesired, pool = two_kinds(12, 400)
         other = two_kinds(12, 400, seed=7)[1] * 2
-        scores = [quadratic(undesired, Basis.of(moments_of(rows))) for rows in (pool, other)]
+        scores = [quadratic(undesired, basis_of(moments_of(rows))) for rows in (pool, other)]
         with pytest.raises(ValueError, match="^scores: quadratic ones of one bank must have one background$"):
             bank_of(scores)
 

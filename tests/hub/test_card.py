@@ -19,7 +19,8 @@ from transformers import (
     ViTModel,
 )
 
-from hf_unlearn.hub.card import Figure, diffusion_task, loading_code, unlearning_card
+from hf_unlearn.hub.card import Figure, unlearning_card
+from hf_unlearn.hub.loading import diffusion_task, loading_code
 from hf_unlearn.hub.provenance import Provenance
 
 

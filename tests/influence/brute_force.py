@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
-from hf_unlearn.influence.checks import ROW
 from hf_unlearn.influence.config import InfluenceConfig
 from hf_unlearn.influence.report.observations import step_statistics
 from hf_unlearn.influence.report.records import read_observations
 from hf_unlearn.influence.trainer import InfluenceTrainer
+from hf_unlearn.training.collators import ROW
 
 
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}

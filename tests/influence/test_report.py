@@ -18,7 +18,8 @@ from hf_unlearn.influence.report import report as module
 from hf_unlearn.influence.report.observations import Observations, Steps, step_statistics
 from hf_unlearn.influence.report.report import InfluenceReport
 from hf_unlearn.influence.report.shuffling import Shuffling
-from hf_unlearn.tradeoff.estimate import benjamini_hochberg, estimate_mu, z_scores
+from hf_unlearn.tradeoff.discoveries import benjamini_hochberg, z_scores
+from hf_unlearn.tradeoff.estimate import estimate_mu
 
 
 EXAMPLES, MANIFEST = 20, {"run_id": "run-7", "targets": ["a", "b"]}

@@ -11,9 +11,9 @@ from peft import LoraConfig
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from hf_unlearn.influence.checks import ROW
 from hf_unlearn.influence.config import FINEConfig
 from hf_unlearn.influence.sft import FINETrainer
+from hf_unlearn.training.collators import ROW
 
 
 WORDS = [

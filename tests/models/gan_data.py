@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from hf_unlearn import DCGANDiscriminator, DCGANGenerator, GANConfig, GANPipeline, GANTrainer
 from hf_unlearn.gan.dcgan import GeneratorOutput
-from hf_unlearn.training.models import seeded_generator
+from hf_unlearn.modes import seeded_generator
 
 
 def pipeline(*, seed=0, channels=1, latent_dim=4, dtype=torch.float32, norm="pixel", size=8):

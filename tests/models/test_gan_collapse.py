@@ -22,7 +22,7 @@ from gan_data import (
 
 from hf_unlearn import GANPipeline, GANTrainer
 from hf_unlearn.gan.collapse import DRAWN_SEED
-from hf_unlearn.training.models import seeded_generator
+from hf_unlearn.modes import seeded_generator
 
 
 SLOW = {"guard": True, "guard_steps": 1, "learning_rate": 1e-4, "max_steps": 6}

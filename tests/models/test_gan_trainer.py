@@ -30,8 +30,8 @@ from hf_unlearn.gan.players import Reshuffled
 from hf_unlearn.gan.trainer import EVALUATION_SEED
 from hf_unlearn.metrics.features import Features
 from hf_unlearn.metrics.generation import density_coverage, frechet_distance
+from hf_unlearn.modes import seeded_generator
 from hf_unlearn.parameters.anchors import QuadraticAnchor
-from hf_unlearn.training.models import seeded_generator
 
 
 class Recorder(TrainerCallback):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_unlearn import GANPipeline
+from hf_unlearn import GANPipeline, files
 from hf_unlearn.examples import cache
 from hf_unlearn.examples import gan as small_gan
 from hf_unlearn.examples.gan import Recipe, cached, train, untrained
@@ -156,7 +156,7 @@ class TestCached:
 
 class TestCompleteOrNotThere:
     def test_there_at_the_end_only(self, tmp_path):
-        with cache.complete_or_not_there(tmp_path / "deep" / "model") as scratch:
+        with files.complete_or_not_there(tmp_path / "deep" / "model") as scratch:
             (scratch / "file").write_text("x")
             assert not (tmp_path / "deep" / "model").exists()
         assert (tmp_path / "deep" / "model" / "file").read_text() == "x"
@@ -164,7 +164,7 @@ class TestCompleteOrNotThere:
 
     def test_a_place_that_is_taken_by_a_file(self, tmp_path):
         (tmp_path / "model").write_text("mine")
-        with pytest.raises(OSError), cache.complete_or_not_there(tmp_path / "model") as scratch:  # noqa: PT012
+        with pytest.raises(OSError), files.complete_or_not_there(tmp_path / "model") as scratch:  # noqa: PT012
             (scratch / "file").write_text("x")
         assert (tmp_path / "model").read_text() == "mine"
         assert [path.name for path in tmp_path.iterdir()] == ["model"]

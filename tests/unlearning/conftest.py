@@ -5,6 +5,9 @@ import gc
 
 import pytest
 
+from hf_unlearn.examples import classifier
+from hf_unlearn.examples import datasets as example_data
+
 
 @pytest.fixture(scope="session", autouse=True)
 def light_garbage_collection():
@@ -18,12 +21,10 @@ def light_garbage_collection():
 @pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory):
     """Where a classifier of all ten digits is saved with its processor: trained on half of the training split, seconds."""
-    from hf_unlearn import data
-    from hf_unlearn.jobs import demo
 
     folder = tmp_path_factory.mktemp("original") / "digits"
-    dataset = data.digits()["train"].shuffle(seed=0).select(range(600))
-    demo.train_classifier(dataset, folder, progress=False, num_train_epochs=8)
+    dataset = example_data.digits()["train"].shuffle(seed=0).select(range(600))
+    classifier.train_classifier(dataset, folder, progress=False, num_train_epochs=8)
     return folder
 
 

@@ -18,7 +18,7 @@ from hf_unlearn import (
     GANPipeline,
 )
 from hf_unlearn.hub.publish import check_publishable
-from hf_unlearn.parameters.anchors import ReferencePoint
+from hf_unlearn.parameters.reference import ReferencePoint
 from hf_unlearn.training.pictures import PULCallback
 
 
@@ -84,7 +84,7 @@ class TestStageOne:
             mean = sum(value.sum() for value in total.values()) / sum(value.numel() for value in total.values())
             return {name: value / mean for name, value in total.items()}
 
-        from hf_unlearn.training.models import seeded_generator
+        from hf_unlearn.modes import seeded_generator
         from hf_unlearn.unlearning.gan.adapt_then_unlearn import FISHER_SEED
 
         latents = torch.randn(16, 4, generator=seeded_generator("cpu", trainer.args.seed, FISHER_SEED))

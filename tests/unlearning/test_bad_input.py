@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 from transformers import ResNetConfig, ResNetModel, TrainingArguments, ViTForMaskedImageModeling
 
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig, UnlearnSFTConfig, UnlearnTrainer
-from hf_unlearn.jobs.demo import digits_processor
+from hf_unlearn.examples.classifier import digits_processor
 
 
 FORGET, RETAIN = images(4, [3]), images(4, [0, 1], seed=1)

@@ -8,8 +8,7 @@ from PIL import Image
 
 from hf_unlearn.gan.dcgan import DCGANGenerator
 from hf_unlearn.gan.pipeline import GANPipeline
-from hf_unlearn.unlearning.gan.feedback import Feedback, marked_by, samples_of, spread_over
-from hf_unlearn.unlearning.gan.marks import FEWEST, spread_marks
+from hf_unlearn.unlearning.gan.feedback import FEWEST, Feedback, marked_by, samples_of, spread_marks, spread_over
 
 
 def seeded(seed):

@@ -8,8 +8,8 @@ from image_data import arguments, images, same, weights
 from safetensors.torch import load_file
 
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnTrainer
-from hf_unlearn.data import RawCollator
-from hf_unlearn.jobs.demo import digits_processor
+from hf_unlearn.examples.classifier import digits_processor
+from hf_unlearn.training.collators import RawCollator
 from hf_unlearn.unlearning.guard import GuardState, Look
 
 

@@ -7,7 +7,7 @@ from image_data import distance, images, same, weights
 from sklearn.metrics import recall_score
 
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig
-from hf_unlearn.jobs.demo import digits_processor, predict
+from hf_unlearn.examples.classifier import digits_processor, predict
 from hf_unlearn.parameters.lora import lora_layers
 
 

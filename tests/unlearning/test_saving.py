@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from image_data import QUIET, arguments, images, same, weights
 
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnTrainer
+from hf_unlearn.examples.classifier import digits_processor
 from hf_unlearn.hub.publish import publishable_files
-from hf_unlearn.jobs.demo import digits_processor
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ import torch
 from image_data import arguments, images
 from transformers import ViTConfig, ViTForImageClassification
 from hf_unlearn import UnlearnTrainer
-from hf_unlearn.jobs.demo import digits_processor
+from hf_unlearn.examples.classifier import digits_processor
 
 torch.manual_seed(0)
 model = ViTForImageClassification(ViTConfig(

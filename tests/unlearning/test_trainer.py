@@ -13,7 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback
 
 from hf_unlearn import UnlearnTrainer
-from hf_unlearn.jobs.demo import digits_processor
+from hf_unlearn.examples.classifier import digits_processor
 
 
 class Recorder(UnlearnTrainer):

@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from image_data import QUIET
 
 from hf_unlearn import VDUConfig, VDUTrainer
-from hf_unlearn.parameters.anchors import ReferencePoint
-from hf_unlearn.unlearning.diffusion.drawing import EncodedImages
+from hf_unlearn.parameters.reference import ReferencePoint
+from hf_unlearn.unlearning.diffusion.encoded import EncodedImages
 from hf_unlearn.unlearning.diffusion.own_samples import OwnSamples
 
 

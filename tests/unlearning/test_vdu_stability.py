@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 
 from hf_unlearn import VDUConfig, VDUTrainer
 from hf_unlearn.examples import ddpm as small_ddpm
-from hf_unlearn.parameters.anchors import ReferencePoint, trainable_parameters
-from hf_unlearn.unlearning.diffusion.drawing import EncodedImages, generate
+from hf_unlearn.parameters.reference import ReferencePoint, trainable_parameters
+from hf_unlearn.unlearning.diffusion.drawing import generate
+from hf_unlearn.unlearning.diffusion.encoded import EncodedImages
 from hf_unlearn.unlearning.diffusion.saving import AverageWeights
 
 

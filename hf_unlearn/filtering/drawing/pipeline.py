@@ -21,9 +21,8 @@ from ..checker import FASTSafetyChecker
 from . import saved
 from .actions import Action, FilteredImageError, check_action, replaced
 from .calls import Call
-from .drawn import Drawn
 from .formats import as_tensor, asked_for, check_output_type, converted, decoded
-from .outputs import as_tuple, with_verdict
+from .outputs import Drawn, as_tuple, with_verdict
 from .wrapper import PipelineWrapper
 
 

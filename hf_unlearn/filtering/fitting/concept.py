@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from .. import scores as forms
 from ..scores import Basis, Score, ScoreBank
+from . import forms
 from .background import Background, Moments
 from .rates import Rate, prevalence_from, release_of, residual_of
 from .thresholds import Threshold, max_false_alarm, min_recall, pooled_mean
@@ -173,7 +173,7 @@ class ConceptFit:
             )
         moments = Moments(self.clean.shape[1])
         moments.update(self.clean)
-        return Basis.of(moments, self.settings.components)
+        return forms.basis_of(moments, self.settings.components)
 
     def _fitted(self, undesired: Array, clean: Array) -> Score:
         if self._basis is not None:

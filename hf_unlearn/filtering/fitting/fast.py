@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from ...images import IMAGE_COLUMNS
 from ..encoding.encoders import FilterEncoder
 from ..encoding.latents import as_rows
-from ..scores import SCORES, Basis
+from ..scores import Basis
 from .background import Background
 from .concept import FEWEST_UNMARKED, LARGEST, ConceptFit, FilteredConcept, Samples, Settings
+from .forms import SCORES, basis_of
 from .thresholds import RULES
 
 
@@ -247,7 +248,7 @@ class FASTFitter:
             prevalence,
             augment,
         )
-        basis = Basis.of(self._background.moments, self.components) if pooled and self._background.moments else None
+        basis = basis_of(self._background.moments, self.components) if pooled and self._background.moments else None
         fits = [ConceptFit(name, text, self._samples(name, basis), settings) for name, text in self.concepts.items()]
         return FASTResult(tuple(fit.result() for fit in fits), self.encoder)
 

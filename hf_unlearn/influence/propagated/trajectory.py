@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...parameters.anchors import save_tensors
+from ...files import save_tensors
 from .optimizers import State, StepSettings
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...tradeoff.estimate import MIN_OBSERVATIONS, Method, accumulated_mu, estimate_mu, moving_block_bootstrap
+from ...tradeoff.bootstrap import moving_block_bootstrap
+from ...tradeoff.estimate import MIN_OBSERVATIONS, Method, accumulated_mu, estimate_mu
 from .observations import Observations
 
 

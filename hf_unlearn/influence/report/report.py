@@ -17,7 +17,9 @@ import pyarrow as pa
 from scipy.special import stdtr
 
 from ... import plots
-from ...tradeoff.estimate import MIN_OBSERVATIONS, Method, TradeOff, benjamini_hochberg, z_scores
+from ...tradeoff.curve import TradeOff
+from ...tradeoff.discoveries import benjamini_hochberg, z_scores
+from ...tradeoff.estimate import MIN_OBSERVATIONS, Method
 from .groups import Groups, gains_with_and_without, group_mu, members_of, positions_of
 from .observations import Observations
 from .records import read_observations, write_observations

@@ -17,11 +17,12 @@ from ...filtering.fitting.rates import Rate
 from ...metrics.features import Features, features_of
 from ...metrics.generation import density_coverage, frechet_distance
 from ...plots import tradeoff_curve
-from ...tradeoff.estimate import TradeOff
+from ...tradeoff.curve import TradeOff
 from ..judging import NEIGHBOUR, classifier_of, reference_of
+from ..keys import console
 from ..marking import class_numbers, other_real_images
 from .report import TITLES, add_rate, start_columns
-from .source import EVALUATION, PipelineJob, Source, check_alone, console, filtered_pipeline
+from .source import EVALUATION, PipelineJob, Source, check_alone, filtered_pipeline
 
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...examples.classifier import cached_digits_classifier
 from ...filtering.card import filter_card
 from ...filtering.drawing.actions import ACTIONS
 from ...filtering.drawing.pipeline import FilteredPipeline
@@ -17,9 +18,9 @@ from ...filtering.drawing.saved import CLASS_NAME, INDEX, read_index
 from ...filtering.encoding.encoders import FilterEncoder
 from ...filtering.fitting.fast import RATES, FASTFitter
 from ...filtering.fitting.thresholds import samples_needed
-from ...hub.card import hub_id
-from ..demo import cached_digits_classifier
+from ...hub.loading import hub_id
 from ..judging import classifier_of
+from ..keys import command_line, console, first_line, show_code
 from ..marking import check_numbers, class_numbers, images_in, where_the_sheet_is, write_sheet
 from .report import as_bytes, keep, pictures_of, report
 from .source import (
@@ -30,12 +31,8 @@ from .source import (
     PipelineJob,
     Source,
     check_alone,
-    command_line,
-    console,
-    first_line,
     holds_a_filter,
     plain_pipeline,
-    show_code,
 )
 
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ...plots import image_grid
-from .source import UNMARKED, Batch, Source, console, show_code
+from ..keys import console, show_code
+from .source import UNMARKED, Batch, Source
 
 
 if TYPE_CHECKING:

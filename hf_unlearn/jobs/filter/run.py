@@ -12,7 +12,8 @@ from rich.table import Table
 
 from ...filtering.drawing.actions import FilteredImageError
 from ...plots import image_grid
-from .source import RUN, PipelineJob, Source, check_alone, console, filtered_pipeline
+from ..keys import console
+from .source import RUN, PipelineJob, Source, check_alone, filtered_pipeline
 
 
 VERDICTS, GRID = "verdicts.json", "grid.png"

@@ -5,10 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,13 +18,15 @@ from torch import Tensor
 
 from ...examples import ddpm as small_ddpm
 from ...examples import gan as small_gan
-from ...filtering.checker import FASTConfig, FASTSafetyChecker
+from ...filtering.checker import FASTSafetyChecker
+from ...filtering.config import FASTConfig
 from ...filtering.drawing import saved
 from ...filtering.drawing.formats import as_tensor, asked_for
 from ...filtering.drawing.pipeline import FilteredPipeline
 from ...gan.pipeline import GANPipeline
-from ...hub.card import diffusion_task
-from ...training.models import seeded_generator
+from ...hub.loading import diffusion_task
+from ...modes import seeded_generator
+from ..keys import _named
 
 
 if TYPE_CHECKING:
@@ -202,21 +202,6 @@ def filtered_pipeline(job: Any, **settings: Any) -> FilteredPipeline:
     return FilteredPipeline(pipeline, checker, **settings).to(job.on)
 
 
-@contextmanager
-def _named(key: str, value: Any, kind: str) -> Iterator[None]:
-    """What goes wrong in loading names the key."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{key}={value!r}: neither a folder with {kind} nor an id on the Hub ({first_line(error)})"
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-
-
 # Samples
 
 
@@ -301,15 +286,3 @@ class Source:
 
 
 # What a user reads
-
-
-def console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
-
-
-def show_code(lines: Sequence[str]) -> None:
-    console().print("\n".join(f"    {line}".rstrip() for line in lines), markup=False)
-
-
-def command_line(verb: str, arguments: Sequence[str]) -> str:
-    return shlex.join(["hf-unlearn", *verb.split(), *arguments])

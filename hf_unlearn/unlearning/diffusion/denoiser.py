@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from ...hub.card import diffusion_task
-from .drawing import check_denoiser, is_prompted
+from ...hub.loading import diffusion_task
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -136,3 +139,42 @@ def choose_trainable(unet: nn.Module, trainable: Sequence[str], peft_config: Any
         )
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in chosen))
+
+
+def check_denoiser(unet: Any) -> None:
+    """Refuse what is no denoiser that can be trained here.
+
+    Raises:
+        ValueError: another architecture, or one that must be told more than a prompt.
+    """
+    if not isinstance(unet, (UNet2DModel, UNet2DConditionModel)):
+        raise ValueError(
+            f"model: {type(unet).__name__} is not supported; pass a UNet2DModel, a UNet2DConditionModel or their pipeline"
+        )
+    needs = next(
+        (key for key in ("class_embed_type", "num_class_embeds", "addition_embed_type") if unet.config.get(key)), None
+    )
+    if needs:
+        raise ValueError(
+            f"model: its {needs}={unet.config[needs]!r} needs more than an image and a prompt, which is not supported yet"
+        )
+    channels, answered = unet.config.in_channels, unet.config.out_channels
+    if answered not in (channels, 2 * channels):  # inpainting, upscaling, depth; twice as many: a learned variance
+        raise ValueError(
+            f"model: it sees {channels} channels and answers {answered}; only denoisers of an image alone are supported"
+        )
+
+
+def is_prompted(pipeline: DiffusionPipeline) -> bool:
+    """Whether its denoiser is told what to draw."""
+    return isinstance(pipeline.unet, UNet2DConditionModel)
+
+
+def resolution(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
+    """`(channels, height, width)` of the images that a pipeline makes."""
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    if is_prompted(pipeline):
+        scale = pipeline.vae_scale_factor
+        return pipeline.vae.config.in_channels, height * scale, width * scale
+    return pipeline.unet.config.in_channels, height, width

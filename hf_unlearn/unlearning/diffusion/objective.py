@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import losses
+from ..guard import LOOKING
 from ..objective import Batch
-from ..utility import LOOKING
-from .drawing import EncodedImages, encode_prompts, is_prompted
+from .denoiser import is_prompted
+from .encoded import EncodedImages, encode_prompts
 from .noise import NoiseSchedule
 from .own_samples import OwnSamples
 from .posterior import ForgottenPosterior

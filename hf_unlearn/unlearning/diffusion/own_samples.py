@@ -13,7 +13,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from .drawing import EncodedImages
+from .encoded import EncodedImages
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...parameters.anchors import ReferencePoint, save_tensors
-from .drawing import EncodedImages, decode, encode_prompts, generate, is_prompted
+from ...files import save_tensors
+from ...images import decode
+from ...parameters.reference import ReferencePoint
+from .denoiser import is_prompted
+from .drawing import generate
+from .encoded import EncodedImages, encode_prompts
 from .own_samples import OwnSamples, part
 
 

@@ -12,9 +12,9 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...hub.card import diffusion_task, hub_id, loading_code
+from ...hub.loading import diffusion_task, hub_id, loading_code
 from ...hub.publish import forget_local_paths
-from ...parameters.anchors import ReferencePoint, average_, trainable_parameters
+from ...parameters.reference import ReferencePoint, average_, trainable_parameters
 from ..saving import SavingMixin
 
 
@@ -142,7 +142,7 @@ class PipelineSavingMixin(SavingMixin):
 
 
 class AverageWeights(TrainerCallback):
-    """Exponential moving average of the trained parameters ([`~hf_unlearn.parameters.anchors.average_`]), which replaces them when
+    """Exponential moving average of the trained parameters ([`~hf_unlearn.parameters.reference.average_`]), which replaces them when
     training ends.
 
     Args:

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import Trainer, set_seed
 
-from ...parameters.anchors import ReferencePoint
+from ...parameters.reference import ReferencePoint
 from ...training.pictures import SampleGrids
 from ..checkpoint import last_complete
 from ..checks import check_arguments
 from ..config import UnlearnConfig
 from ..trainer import UnlearnMixin
-from .denoiser import as_pipeline, choose_trainable
-from .drawing import EncodedImages, encode, is_prompted, some_prompts
+from .denoiser import as_pipeline, choose_trainable, is_prompted
+from .encoded import EncodedImages, encode, some_prompts
 from .noise import NoiseSchedule
 from .objective import DenoisingMixin
 from .own_samples import OwnSamples

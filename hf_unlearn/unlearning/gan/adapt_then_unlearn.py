@@ -20,9 +20,11 @@ from ...gan.pipeline import GANPipeline
 from ...gan.players import as_pipeline, check_players
 from ...gan.trainer import GANTrainer
 from ...metrics.features import features_of
-from ...parameters.anchors import DISTANCES, REPULSIONS, QuadraticAnchor, ReferencePoint, Repulsion, extrapolate
+from ...modes import seeded_generator
+from ...parameters.anchors import QuadraticAnchor
 from ...parameters.fisher import scalar_fisher, scaled_to_mean_one
-from ...training.models import seeded_generator
+from ...parameters.reference import ReferencePoint
+from ...parameters.repulsion import DISTANCES, REPULSIONS, Repulsion, extrapolate
 from ...training.pictures import SampleGrids
 from .feedback import Feedback, marked_by, samples_of, spread_over
 from .saving import GANPublishingMixin
@@ -64,7 +66,7 @@ class AdaptThenUnlearnConfig(GANConfig):
         repulsion (`"el2"` | `"il2"` | `"nl2"` | `"none"`, defaults to `"el2"`): g; `"none"` leaves stage 1 out.
         repulsion_weight (`float`, *optional*): γ ≥ 0. Default: by repulsion and distance.
         repulsion_rate (`float`, *optional*): α > 0 of `"el2"`. Default: by distance.
-        distance (`"relative"` | `"mean_mse"` | `"sum_squares"`, defaults to `"relative"`): see [`~hf_unlearn.parameters.anchors.Repulsion`].
+        distance (`"relative"` | `"mean_mse"` | `"sum_squares"`, defaults to `"relative"`): see [`~hf_unlearn.parameters.repulsion.Repulsion`].
         negative_share (`float`, defaults to 0.2): share of negatives in what the discriminator is shown as drawn, in [0, 1).
 
     > Feedback

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...gan.config import GANConfig
-from ...hub.card import diffusion_task, loading_code
+from ...hub.loading import diffusion_task, loading_code
 from ...hub.publish import forget_local_paths
 from ...training.publishing import PublishingMixin
 

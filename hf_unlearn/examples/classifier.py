@@ -1,0 +1,128 @@
+"""A small classifier of digits, trained on first use."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessorPil,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..training.collators import RawCollator
+from .cache import cache_dir
+from .datasets import digits
+
+
+CLASSES = [str(digit) for digit in range(10)]
+
+
+TRAINING = {"num_train_epochs": 15, "learning_rate": 2e-3, "per_device_train_batch_size": 64, "weight_decay": 0.01}
+
+
+SIZE = 16
+
+
+def digits_processor() -> ViTImageProcessorPil:
+    """Grey 8 × 8 images to `[1, 16, 16]` in [−1, 1]."""
+    return ViTImageProcessorPil(
+        size={"height": SIZE, "width": SIZE}, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]
+    )
+
+
+def digits_model(seed: int = 0) -> ResNetForImageClassification:
+    """A ResNet of 171,000 parameters, untrained."""
+    set_seed(seed)
+    names = dict(enumerate(CLASSES))
+    return ResNetForImageClassification(
+        ResNetConfig(
+            num_channels=1,
+            embedding_size=32,
+            hidden_sizes=[32, 64],
+            depths=[2, 2],
+            layer_type="basic",
+            id2label=names,
+            label2id={name: index for index, name in names.items()},
+        )
+    )
+
+
+def train_classifier(dataset, output_dir: str | Path, *, seed: int = 0, progress: bool = True, **overrides: Any):
+    """Train [`digits_model`] with stock [`~transformers.Trainer`] and save it with its processor.
+
+    Args:
+        dataset (`Dataset`): with `image` and `label`.
+        output_dir: folder for `from_pretrained`; complete or not there.
+        seed (`int`): of initialisation and order.
+        progress (`bool`): show a progress bar.
+        overrides: training arguments in place of [`TRAINING`].
+    """
+    output_dir = Path(output_dir)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    processor = digits_processor()
+    with tempfile.TemporaryDirectory(dir=output_dir.parent) as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            seed=seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            disable_tqdm=not progress,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            **(TRAINING | overrides),
+        )
+        model = digits_model(seed)
+        trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=RawCollator(processor, "image"))
+        _quiet_bar(trainer)
+        trainer.train()
+        unfinished = Path(scratch, "model")
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        try:
+            os.replace(unfinished, output_dir)
+        except OSError:
+            if not (output_dir / "config.json").exists():  # else another process was faster
+                raise
+    return model.eval()
+
+
+class _Bar(ProgressCallback):
+    """A progress bar without the logs printed between its lines."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
+
+
+def _quiet_bar(trainer: Trainer) -> None:
+    for callback in (ProgressCallback, PrinterCallback):
+        if trainer.pop_callback(callback) is not None and callback is ProgressCallback:
+            trainer.add_callback(_Bar())
+
+
+def cached_digits_classifier(seed: int = 0) -> Path:
+    """Folder of a classifier of all ten digits, trained on first use (seconds)."""
+    folder = cache_dir() / f"digits-resnet-{seed}"
+    if not (folder / "config.json").exists():
+        train_classifier(digits()["train"], folder, seed=seed)
+    return folder
+
+
+@torch.no_grad()
+def predict(model, processor, dataset, batch_size: int = 256) -> np.ndarray:
+    """Logits of a classifier on a dataset with `image`: `[n, classes]`."""
+    collate = RawCollator(processor, "image")
+    model.eval()
+    rows = dataset.select_columns(["image"])
+    batches = (rows.select(range(i, min(i + batch_size, len(rows)))) for i in range(0, len(rows), batch_size))
+    return np.concatenate([model(**collate(list(batch))).logits.float().cpu().numpy() for batch in batches])

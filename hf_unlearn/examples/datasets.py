@@ -1,0 +1,193 @@
+"""Small real data sets as `datasets.DatasetDict`, and labels made wrong on purpose."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..data import LABEL_COLUMNS, label_column, labels_of
+from ..images import grey_images
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset, DatasetDict
+
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+
+
+def load(name: str, *, revision: str | None = None) -> DatasetDict:
+    """A dataset with its splits.
+
+    Args:
+        name (`str`): `"digits"` (embedded, no network), `"fashion_mnist"` (of the Debian package where it is installed), a
+            folder written by `save_to_disk`, a folder of images, or an id on the Hub.
+        revision (`str`, *optional*): of a dataset on the Hub.
+
+    Raises:
+        ValueError: there is no such dataset.
+    """
+    import datasets
+
+    if name == "digits":
+        return digits()
+    if name == "fashion_mnist":
+        if FASHION_MNIST.is_dir():
+            return fashion_mnist()
+        name = "zalando-datasets/fashion_mnist"
+    path = Path(name)
+    try:
+        if path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(name)
+        elif path.is_dir():
+            loaded = datasets.load_dataset("imagefolder", data_dir=name)
+        else:
+            loaded = datasets.load_dataset(name, revision=revision)
+    except OSError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"dataset={name!r}: neither a folder here nor a dataset that the Hub gives ({reason})"
+        ) from error
+    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
+
+
+def one_split(splits: DatasetDict, key: str, name: str) -> Dataset:
+    """The split `name`; `key` is the setting that asked for it.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if name not in splits:
+        raise ValueError(f"{key}: {name!r} is not in the dataset (it has {', '.join(splits)})")
+    return splits[name]
+
+
+def digits() -> DatasetDict:
+    """The 1,797 real handwritten digits inside scikit-learn: 8 × 8 grey images, ten classes.
+
+    Returns:
+        `DatasetDict`: `train` (1,077), `validation` (270) and `test` (450), stratified and always the same, with columns
+        `id` (the row in scikit-learn's array), `image` and `label`.
+    """
+    import numpy as np
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+    from PIL import Image as PILImage
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    source = load_digits()
+    pixels = (source.images * (255 / 16)).round().astype(np.uint8)
+    rest, test = train_test_split(np.arange(len(pixels)), test_size=0.25, random_state=0, stratify=source.target)
+    train, validation = train_test_split(rest, test_size=0.2, random_state=0, stratify=source.target[rest])
+    features = Features(
+        {"id": Value("int64"), "image": Image(), "label": ClassLabel(names=[str(c) for c in range(10)])}
+    )
+    return DatasetDict(
+        {
+            name: Dataset.from_dict(
+                {
+                    "id": rows,
+                    "image": [PILImage.fromarray(pixels[row]) for row in rows],
+                    "label": source.target[rows],
+                },
+                features=features,
+            )
+            for name, rows in (("train", train), ("validation", validation), ("test", test))
+        }
+    )
+
+
+def fashion_mnist() -> DatasetDict:
+    """Fashion-MNIST from Debian's package `dataset-fashion-mnist`: 28 × 28 grey images of ten kinds of clothes.
+
+    Returns:
+        `DatasetDict`: `train` (60,000) and `test` (10,000) with columns `image` and `label`, as the Hub's.
+    """
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+    from PIL import Image as PILImage
+
+    names = [
+        "T - shirt / top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ]
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    return DatasetDict(
+        {
+            split: Dataset.from_dict(
+                {
+                    "image": [PILImage.fromarray(image) for image in read_idx(f"{prefix}-images-idx3-ubyte.gz")],
+                    "label": read_idx(f"{prefix}-labels-idx1-ubyte.gz"),
+                },
+                features=features,
+            )
+            for split, prefix in (("train", "train"), ("test", "t10k"))
+        }
+    )
+
+
+def read_idx(name: str) -> np.ndarray:
+    """An array of Fashion-MNIST in the IDX format of the MNIST family: magic number, shape (big-endian), bytes."""
+    import numpy as np
+
+    with gzip.open(FASHION_MNIST / name) as file:
+        dimensions = file.read(4)[3]
+        shape = np.frombuffer(file.read(4 * dimensions), ">u4")
+        return np.frombuffer(file.read(), np.uint8).reshape(shape)
+
+
+def with_wrong_labels(dataset: Dataset, share: float, *, seed: int = 0) -> Dataset:
+    """A copy in which a share of the labels is wrong, each one of the other classes at random.
+
+    Args:
+        dataset (`Dataset`): with a label column; classes are those of its `ClassLabel`, or the values that occur.
+        share (`float`): of the rows, from 0 to 1.
+        seed (`int`): which rows, and which labels.
+
+    Returns:
+        `Dataset`: with a column `wrong` (`bool`) beside.
+
+    Raises:
+        ValueError: no label column, a single class, a share out of its range, or a column `wrong` already.
+    """
+    import numpy as np
+
+    column = label_column(dataset)
+    if column is None:
+        raise ValueError(f"wrong_labels: the dataset has no label column; name it one of {', '.join(LABEL_COLUMNS)}")
+    if "wrong" in dataset.column_names:
+        raise ValueError("wrong_labels: the dataset has a column 'wrong' already; rename it")
+    feature, labels = dataset.features[column], np.array(labels_of(dataset))
+    classes = np.arange(len(feature.names)) if hasattr(feature, "names") else np.unique(labels)
+    if not 0 <= share <= 1:
+        raise ValueError(f"wrong_labels: {share} is not a share from 0 to 1")
+    if len(classes) < 2:
+        raise ValueError(f"wrong_labels: column {column!r} has one class, so no label can be wrong")
+    random = np.random.default_rng(seed)
+    rows = random.choice(len(labels), round(share * len(labels)), replace=False)
+    places = np.searchsorted(classes, labels[rows])
+    labels[rows] = classes[(places + random.integers(1, len(classes), len(rows))) % len(classes)]
+    wrong = np.zeros(len(labels), dtype=bool)
+    wrong[rows] = True
+    plain = dataset.with_format(None).add_column("wrong", wrong.tolist()).remove_columns(column)
+    plain = plain.add_column(column, labels.tolist(), feature=feature).select_columns([*dataset.column_names, "wrong"])
+    return plain.with_format(dataset.format["type"], **dataset.format["format_kwargs"])
+
+
+def images_of(recipe: Any, without: int | None = None) -> Tensor:
+    """The training images of a recipe, all or without a class."""
+    rows = load(recipe.dataset)["train"]
+    if without is not None:
+        rows = rows.select([row for row, label in enumerate(rows["label"]) if label != without])
+    return grey_images(rows, recipe.size)

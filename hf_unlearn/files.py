@@ -1,0 +1,47 @@
+"""A file or a folder is whole or not there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.trainer_utils import sort_checkpoints
+
+
+def last_checkpoint_with(folder: str | Path, file: str) -> str | None:
+    """The newest `checkpoint-<step>` in a folder that holds `file`, which is written last; None if there is none."""
+    found = [Path(path) for path in sort_checkpoints(str(folder))]
+    whole = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and (path / file).is_file()]
+    return str(whole[-1]) if whole else None
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a `.safetensors` file through a temporary name, so that a kill never leaves half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, partial, metadata)
+    partial.replace(path)
+
+
+@contextmanager
+def complete_or_not_there(folder: str | Path) -> Iterator[Path]:
+    """A scratch folder that becomes `folder` at the end of a `with` block; nothing is left where the block fails."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        yield Path(scratch)
+        try:
+            shutil.copytree(scratch, unfinished := folder.with_name(f"{folder.name}.{os.getpid()}"))
+            os.replace(unfinished, folder)
+        except OSError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if not folder.is_dir():  # else another process was faster
+                raise

@@ -1,0 +1,134 @@
+"""Which rows a recipe forgets, keeps, and measures on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .. import data
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+from ..examples.datasets import load, one_split
+
+
+class Selection(Protocol):
+    """The keys of a recipe that name rows."""
+
+    dataset: str | None
+    dataset_revision: str | None
+    split: str
+    forget_column: str | None
+    forget_values: list[str] | None
+    forget_ids: list[str] | None
+    forget_dataset: str | None
+    retain: bool
+    eval_split: str | None
+    heldout_split: str | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The rows that a job is about."""
+
+    forget: Dataset
+    retain: Dataset | None
+    heldout: Dataset | None
+    evaluation: dict[str, Dataset]
+
+
+def select(job: Selection, id_column: str) -> Parts:
+    """Load and split the data of a job.
+
+    Raises:
+        ValueError: naming the key that does not fit the data.
+    """
+    splits = load(job.dataset, revision=job.dataset_revision) if job.dataset else None
+    forget, rest = _forget_and_rest(job, splits, id_column)
+    if job.retain and rest is None:
+        raise ValueError(
+            f"retain: forget_dataset has no column {id_column!r} in common with {job.dataset!r}, so what to keep is not "
+            "known; set id_column, or use forget_ids"
+        )
+    evaluation = {}
+    if job.eval_split:
+        rows = one_split(splits, "eval_split", job.eval_split)
+        if job.forget_column:
+            evaluation["forget"], evaluation["retain"] = _by_values(rows, job, key=f"eval_split={job.eval_split!r}: ")
+        else:
+            evaluation = {"forget": forget, "retain": _without(rows, forget, id_column)}
+    return Parts(
+        forget=forget,
+        retain=rest if job.retain else None,
+        heldout=one_split(splits, "heldout_split", job.heldout_split) if job.heldout_split else None,
+        evaluation={name: rows for name, rows in evaluation.items() if rows is not None and len(rows)},
+    )
+
+
+def _forget_and_rest(job: Selection, splits: DatasetDict | None, id_column: str) -> tuple[Dataset, Dataset | None]:
+    if job.forget_dataset:
+        folder = Path(job.forget_dataset)
+        if not any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            raise ValueError(f"forget_dataset: {job.forget_dataset!r} is no dataset saved with save_to_disk")
+        saved = load(job.forget_dataset)
+        forget = next(iter(saved.values())) if len(saved) == 1 else one_split(saved, "split", job.split)
+        return forget, _without(one_split(splits, "split", job.split), forget, id_column) if job.retain else None
+    rows = one_split(splits, "split", job.split)
+    if job.forget_column:
+        return _by_values(rows, job)
+    if id_column not in rows.column_names:
+        raise ValueError(f"id_column: {id_column!r} is not in the dataset (it has {', '.join(rows.column_names)})")
+    ids = [_as_in_column(rows, id_column, value, "forget_ids") for value in job.forget_ids]
+    return data.split_by_ids(rows, ids, column=id_column)
+
+
+def _by_values(rows: Dataset, job: Selection, key: str = "") -> tuple[Dataset, Dataset]:
+    column = job.forget_column
+    if column not in rows.column_names:
+        raise ValueError(
+            f"{key}forget_column: {column!r} is not in the dataset (it has {', '.join(rows.column_names)})"
+        )
+    values = [_as_in_column(rows, column, value, "forget_values") for value in job.forget_values]
+    try:
+        return data.split_by_values(rows, column, values)
+    except ValueError as error:
+        raise ValueError(f"{key}{error}") from error
+
+
+def _without(rows: Dataset, forget: Dataset, id_column: str) -> Dataset | None:
+    """The rows that are not in `forget`; None where no ids tell."""
+    if not all(id_column in part.column_names for part in (rows, forget)):
+        return None
+    gone = set(forget[id_column])
+    return rows.select([row for row, value in enumerate(rows[id_column]) if value not in gone])
+
+
+def _as_in_column(rows: Dataset, column: str, word: str, key: str) -> Any:
+    """A word of a recipe as the value that the column would hold."""
+    feature = rows.features[column]
+    names = getattr(feature, "names", None)
+    if names is not None:
+        if word in names and word.isdecimal() and int(word) < len(names) and names[int(word)] != word:
+            raise ValueError(
+                f"{key}: {word!r} is the name of class {names.index(word)}, and class {word} is {names[int(word)]!r}; "
+                "use forget_dataset to say which"
+            )
+        if word in names:
+            return names.index(word)
+    kind = str(getattr(feature, "dtype", ""))
+    if kind == "bool":
+        known = {"true": True, "false": False}
+        if word.lower() in known:
+            return known[word.lower()]
+    elif "int" in kind or "float" in kind:
+        try:
+            return int(word) if "int" in kind else float(word)
+        except ValueError:
+            pass
+    else:
+        return word
+    allowed = f"one of {', '.join(names[:10])}" if names is not None else f"a value of type {kind}"
+    raise ValueError(f"{key}: {word!r} does not occur in column {column!r}; expected {allowed}")

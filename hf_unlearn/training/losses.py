@@ -1,0 +1,30 @@
+"""Losses by example, in nats."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+IGNORED = -100  # targets that do not count, as everywhere in PyTorch and Transformers
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each example's predictions, in nats.
+
+    Args:
+        logits (`Tensor`): `[batch, …, classes]`; computed in fp32.
+        targets (`Tensor`): `[batch, …]`, −100 where a prediction does not count.
+
+    Returns:
+        `Tensor`: `[batch]`; 0 for an example without predictions.
+    """
+    losses = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    return mean_over_predictions(losses.view(targets.shape), targets)
+
+
+def mean_over_predictions(values: Tensor, targets: Tensor) -> Tensor:
+    """Mean of `values` over the predictions of each example that count: `[batch, …] -> [batch]`."""
+    counted = (targets != IGNORED).flatten(1) if targets.dim() > 1 else (targets != IGNORED).unsqueeze(1)
+    values = values.reshape(counted.shape)
+    return values.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp(min=1)

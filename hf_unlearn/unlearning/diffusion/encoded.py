@@ -1,0 +1,134 @@
+"""Images and prompts in: what a denoiser sees of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from ...images import image_column, pixels
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+from .denoiser import is_prompted, resolution
+
+
+PROMPT_COLUMNS = ("prompt", "text", "caption")
+
+
+class EncodedImages(TorchDataset):
+    """Images as the denoiser sees them, in memory on the CPU, with what it is told about them.
+
+    Args:
+        latents (`Tensor`): clean inputs, `[n, channels, height, width]`: images in [−1, 1], or means of VAE latents, scaled.
+        latents_std (`Tensor`, *optional*): standard deviation of the VAE's posterior, same shape; each use draws from it.
+        conditioning (`dict[str, Tensor]`): keyword arguments of the denoiser's forward, a row of a table each.
+        rows (`Tensor`, *optional*): `[n]`, the row of the tables that belongs to each image.
+    """
+
+    def __init__(
+        self,
+        latents: Tensor,
+        latents_std: Tensor | None = None,
+        conditioning: dict[str, Tensor] | None = None,
+        rows: Tensor | None = None,
+    ):
+        self.latents, self.latents_std = latents, latents_std
+        self.conditioning = conditioning or {}
+        self.rows = torch.arange(len(latents)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int | Tensor) -> dict[str, Any]:
+        """One image, or a batch of those that a tensor of indices names."""
+        item = {"latents": self.latents[index]}
+        if self.latents_std is not None:
+            item["latents_std"] = self.latents_std[index]
+        if self.conditioning:
+            item["conditioning"] = {name: table[self.rows[index]] for name, table in self.conditioning.items()}
+        return item
+
+    def select(self, keep: Tensor) -> EncodedImages:
+        """The images that a mask or a list of indices names."""
+        std = None if self.latents_std is None else self.latents_std[keep]
+        return EncodedImages(self.latents[keep], std, self.conditioning, self.rows[keep])
+
+
+@torch.no_grad()
+def encode(
+    dataset: Any,
+    pipeline: DiffusionPipeline,
+    *,
+    device: torch.device | str,
+    resize: bool = False,
+    batch_size: int = 8,
+    argument: str = "forget_dataset",
+) -> EncodedImages:
+    """What the denoiser sees of a dataset of images (and prompts).
+
+    Args:
+        dataset: rows with `image` (PIL) or `pixel_values` (in [−1, 1]) and, for a prompted model, `prompt`, `text` or
+            `caption`.
+        device: where VAE and text encoder run.
+        argument (`str`): what to call the dataset in an error.
+
+    Raises:
+        ValueError: a column is missing, or an image does not fit the model.
+    """
+    if len(dataset) == 0:
+        raise ValueError(f"{argument}: is empty; pass rows, or leave it out")
+    first = dataset[0]
+    column = image_column(first, argument)
+    prompted, shape = is_prompted(pipeline), resolution(pipeline)
+    prompt_column = next((name for name in PROMPT_COLUMNS if name in first), None)
+    if prompted and prompt_column is None:
+        raise ValueError(
+            f"{argument}: prompts are missing for a prompted model; add a column named one of {', '.join(PROMPT_COLUMNS)}"
+        )
+    means, stds, prompts = [], [], []
+    for begin in range(0, len(dataset), batch_size):
+        rows = [dataset[row] for row in range(begin, min(begin + batch_size, len(dataset)))]
+        for name in (column, prompt_column) if prompted else (column,):
+            if empty := [begin + row for row, values in enumerate(rows) if values[name] is None]:
+                raise ValueError(f"{argument}: row {empty[0]} has no {name}; remove it or fill it in")
+        images = pixels([row[column] for row in rows], shape, resize=resize, argument=argument)
+        if not prompted:
+            means.append(images)
+            continue
+        prompts += [str(row[prompt_column]) for row in rows]
+        vae = pipeline.vae.to(device)
+        posterior = vae.encode(images.to(device, vae.dtype)).latent_dist
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        means.append(((posterior.mean.float() - shift) * vae.config.scaling_factor).cpu())
+        stds.append((posterior.std.float() * vae.config.scaling_factor).cpu())
+    conditioning, rows = encode_prompts(prompts, pipeline, device=device) if prompted else ({}, None)
+    return EncodedImages(torch.cat(means), torch.cat(stds) if stds else None, conditioning, rows)
+
+
+@torch.no_grad()
+def encode_prompts(
+    prompts: Sequence[str], pipeline: DiffusionPipeline, *, device: torch.device | str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`(conditioning, rows)`: each different prompt once, as keyword arguments of the denoiser, and which one each is."""
+    different = sorted(set(prompts))
+    pipeline.text_encoder.to(device)
+    tables = [
+        pipeline.encode_prompt(different[begin : begin + 64], device, 1, do_classifier_free_guidance=False)[0]
+        .float()
+        .cpu()
+        for begin in range(0, len(different), 64)
+    ]
+    place = {prompt: row for row, prompt in enumerate(different)}
+    return {"encoder_hidden_states": torch.cat(tables)}, torch.tensor([place[prompt] for prompt in prompts])
+
+
+def some_prompts(dataset: Any, count: int) -> list[str]:
+    """The first different prompts of a dataset, at most `count` of its first hundred rows."""
+    rows = [dataset[row] for row in range(min(len(dataset), 100))] if not isinstance(dataset, EncodedImages) else []
+    column = next((name for name in PROMPT_COLUMNS if rows and name in rows[0]), None)
+    return [] if column is None else list(dict.fromkeys(str(row[column]) for row in rows))[:count]
