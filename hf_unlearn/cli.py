@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -128,11 +129,17 @@ def _filter_job(verb: str, arguments: Sequence[str]) -> Any:
 
 @dataclass
 class DemoJob:
-    """Settings of `hf-unlearn demo`."""
+    """Settings of `hf-unlearn demo`.
 
-    output_dir: str = field(default="demo", metadata={"help": "Folder for the three models; new or empty."})
-    forgotten: int = field(default=3, metadata={"help": "The digit to forget, 0 to 9."})
-    seed: int = field(default=0, metadata={"help": "Seed of all three trainings."})
+    Args:
+        output_dir (`str`, defaults to `"demo"`): folder for the three models; new or empty.
+        forgotten (`int`, defaults to 3): the digit to forget, 0 to 9.
+        seed (`int`, defaults to 0): of all three trainings.
+    """
+
+    output_dir: str = "demo"
+    forgotten: int = 3
+    seed: int = 0
 
 
 def demo(arguments: Sequence[str]) -> None:
@@ -218,11 +225,25 @@ def read(verb: str, arguments: Sequence[str], *classes: type, others: Collection
         allow_abbrev=False,
         exit_on_error=False,
     )
+    helps = _helps(classes)
+    for action in parser._actions:
+        action.help = helps.get(action.dest, action.help)
     parser.add_argument("--config", metavar="RECIPE", help="flat YAML; the command line overrides it")
     hints = {name: hint for c in classes for name, hint in get_type_hints(c).items() if name in _names(c)}
     given = _parse(parser, arguments, hints)
     path = given.pop("config", None)
     return given if path is None else _parse_recipe(parser, path, hints, others) | given
+
+
+def _helps(classes: Iterable[type]) -> dict[str, str]:
+    """`{field: what its class's docstring says of it}`; a docstring lists fields as "name, other (`type`, …): text."."""
+    helps: dict[str, str] = {}
+    for kind in (kind for c in reversed(classes) for kind in reversed(c.__mro__) if kind is not object):
+        entry = r"^( +)([a-z]\w*(?:, [a-z]\w*)*) ?\((?:`[^\n]*?|\*optional[^\n]*?)\):((?:[^\n]*\n)(?:\1 +\S[^\n]*\n)*)"
+        for _, names, text in re.findall(entry, f"{kind.__doc__ or ''}\n", flags=re.MULTILINE):
+            # argparse reads % as its own.
+            helps |= dict.fromkeys(names.split(", "), " ".join(text.split()).replace("%", "%%"))
+    return helps
 
 
 def _function(verb: str) -> Callable:

@@ -1,4 +1,4 @@
-"""A file or a folder is whole or not there."""
+"""A file or a folder is whole or not there, and what cannot be loaded is named."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,3 +46,23 @@ def complete_or_not_there(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(unfinished, ignore_errors=True)
             if not folder.is_dir():  # else another process was faster
                 raise
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, without the full stop; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+@contextmanager
+def loading(argument: str, name: Any, kind: str) -> Iterator[None]:
+    """Names what is loaded in a `with` block where that fails.
+
+    Raises:
+        ValueError: the block could not load it; as in "model='me/nothing': neither a folder with a model nor an id on the Hub (…)".
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{argument}={str(name)!r}: neither a folder with {kind} nor an id on the Hub ({first_line(error)})"
+        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..files import complete_or_not_there
 from ..training.collators import RawCollator
 from .cache import cache_dir
 from .datasets import digits
@@ -67,12 +67,10 @@ def train_classifier(dataset, output_dir: str | Path, *, seed: int = 0, progress
         progress (`bool`): show a progress bar.
         overrides: training arguments in place of [`TRAINING`].
     """
-    output_dir = Path(output_dir)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
     processor = digits_processor()
-    with tempfile.TemporaryDirectory(dir=output_dir.parent) as scratch:
+    with complete_or_not_there(output_dir) as scratch, tempfile.TemporaryDirectory() as run:
         arguments = TrainingArguments(
-            output_dir=scratch,
+            output_dir=run,
             seed=seed,
             save_strategy="no",
             logging_strategy="no",
@@ -86,14 +84,8 @@ def train_classifier(dataset, output_dir: str | Path, *, seed: int = 0, progress
         trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=RawCollator(processor, "image"))
         _quiet_bar(trainer)
         trainer.train()
-        unfinished = Path(scratch, "model")
-        model.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
-        try:
-            os.replace(unfinished, output_dir)
-        except OSError:
-            if not (output_dir / "config.json").exists():  # else another process was faster
-                raise
+        model.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
     return model.eval()
 
 
@@ -110,11 +102,11 @@ def _quiet_bar(trainer: Trainer) -> None:
             trainer.add_callback(_Bar())
 
 
-def cached_digits_classifier(seed: int = 0) -> Path:
+def cached_digits_classifier(seed: int = 0, *, progress: bool = True) -> Path:
     """Folder of a classifier of all ten digits, trained on first use (seconds)."""
     folder = cache_dir() / f"digits-resnet-{seed}"
     if not (folder / "config.json").exists():
-        train_classifier(digits()["train"], folder, seed=seed)
+        train_classifier(digits()["train"], folder, seed=seed, progress=progress)
     return folder
 
 

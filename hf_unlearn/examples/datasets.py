@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..data import LABEL_COLUMNS, label_column, labels_of
+from ..files import first_line
 from ..images import grey_images
 
 
@@ -48,9 +49,8 @@ def load(name: str, *, revision: str | None = None) -> DatasetDict:
         else:
             loaded = datasets.load_dataset(name, revision=revision)
     except OSError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"dataset={name!r}: neither a folder here nor a dataset that the Hub gives ({reason})"
+            f"dataset={name!r}: neither a folder here nor a dataset that the Hub gives ({first_line(error)})"
         ) from error
     return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
 

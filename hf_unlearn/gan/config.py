@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
+
+from ..training.checks import check_fields, check_hub_strategy
+
+
+RANGES = {
+    "≥ 0": ("r1_weight", "path_length_weight", "discriminator_warmup", "discriminator_learning_rate"),
+    "≥ 1": ("r1_every", "path_length_every", "guard_steps", "sample_batch_size"),
+    "in [0, 1)": ("ema_decay",),
+    "in (0, 1)": ("collapse_tolerance",),
+}
 
 
 @dataclass
@@ -35,36 +45,30 @@ class GANConfig(TrainingArguments):
         sample_batch_size (`int`, defaults to 64): images drawn at a time.
     """
 
-    learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of the generator."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
-    adam_beta1: float = field(default=0.0, metadata={"help": "Beta1 of Adam."})
-    adam_beta2: float = field(default=0.99, metadata={"help": "Beta2 of Adam."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the generator's gradient; 0 for not."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it needs."})
-    max_steps: int = field(default=8_000, metadata={"help": "Steps; in each, both players move once."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per step and device."})
-    save_strategy: str = field(default="no", metadata={"help": "Checkpoints."})
-    logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})
-    hub_strategy: str = field(default="end", metadata={"help": "Only 'end': nothing half-trained is uploaded."})
-    discriminator_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the discriminator. Default: the generator's."}
-    )
-    r1_weight: float = field(default=1.0, metadata={"help": "Weight of the gradient penalty on real images."})
-    r1_every: int = field(default=4, metadata={"help": "Steps between two gradient penalties."})
-    path_length_weight: float = field(default=0.0, metadata={"help": "Weight of the path-length penalty."})
-    path_length_every: int = field(default=4, metadata={"help": "Steps between two path-length penalties."})
-    discriminator_warmup: int = field(default=0, metadata={"help": "First steps of the discriminator alone."})
-    ema_decay: float = field(default=0.999, metadata={"help": "Decay of the average that draws and is saved."})
-    guard: bool = field(default=True, metadata={"help": "Stop at mode collapse and restore the state before it."})
-    guard_steps: int | None = field(
-        default=None, metadata={"help": "Steps between two looks. Default: a tenth of the run."}
-    )
-    guard_samples: int = field(default=256, metadata={"help": "Images drawn at a look, at most."})
-    collapse_tolerance: float = field(
-        default=0.5, metadata={"help": "Share of the best coverage below which training counts as collapsed."}
-    )
-    resize: bool = field(default=False, metadata={"help": "Scale and crop images of another size."})
-    sample_batch_size: int = field(default=64, metadata={"help": "Images drawn at a time."})
+    learning_rate: float = 2e-3
+    lr_scheduler_type: str = "constant"
+    adam_beta1: float = 0.0
+    adam_beta2: float = 0.99
+    max_grad_norm: float = 0.0
+    remove_unused_columns: bool = False
+    max_steps: int = 8_000
+    per_device_train_batch_size: int = 64
+    save_strategy: str = "no"
+    logging_steps: float = 100
+    hub_strategy: str = "end"
+    discriminator_learning_rate: float | None = None
+    r1_weight: float = 1.0
+    r1_every: int = 4
+    path_length_weight: float = 0.0
+    path_length_every: int = 4
+    discriminator_warmup: int = 0
+    ema_decay: float = 0.999
+    guard: bool = True
+    guard_steps: int | None = None
+    guard_samples: int = 256
+    collapse_tolerance: float = 0.5
+    resize: bool = False
+    sample_batch_size: int = 64
 
     def __post_init__(self):
         if self.ddp_find_unused_parameters is None:
@@ -82,21 +86,9 @@ class GANConfig(TrainingArguments):
             )
         if self.fp16:
             raise ValueError("fp16=True: the two players have one loss scaler; use bf16, or fp32")
-        if self.push_to_hub and str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
-            raise ValueError("hub_strategy: uploads half-trained states; use hub_strategy='end'")
-        for name in ("r1_weight", "path_length_weight", "discriminator_warmup"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be ≥ 0")
-        for name in ("r1_every", "path_length_every", "guard_steps", "sample_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be ≥ 1")
+        check_hub_strategy(self)
+        check_fields(self, RANGES)
         if self.gradient_checkpointing:
             raise ValueError("gradient_checkpointing=True: these networks have none; set it to False")
-        if self.discriminator_learning_rate is not None and not self.discriminator_learning_rate >= 0:
-            raise ValueError(f"discriminator_learning_rate={self.discriminator_learning_rate}: must be ≥ 0")
         if self.guard_samples < 16:
             raise ValueError(f"guard_samples={self.guard_samples}: must be ≥ 16, or coverage says nothing")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: must be in [0, 1)")
-        if not 0 < self.collapse_tolerance < 1:
-            raise ValueError(f"collapse_tolerance={self.collapse_tolerance}: must be in (0, 1)")

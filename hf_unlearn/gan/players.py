@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
+from ..files import loading
 from ..modes import seeded_generator
 from .losses import path_lengths
 from .pipeline import GANPipeline
@@ -85,13 +86,8 @@ def as_pipeline(model: Any) -> tuple[GANPipeline, str | None]:
         ValueError: it is none, or not to be had.
     """
     if isinstance(model, str | Path):
-        try:
+        with loading("model", model, "a GANPipeline"):
             return GANPipeline.from_pretrained(str(model)), str(model)
-        except (OSError, ValueError) as error:
-            kind = type(error).__name__
-            raise ValueError(
-                f"model={str(model)!r}: neither a folder with a GANPipeline nor the id of one ({kind})"
-            ) from error
     if not isinstance(model, GANPipeline):
         raise ValueError(
             f"model: {type(model).__name__} is no GANPipeline; pass GANPipeline(generator, discriminator)"

@@ -18,6 +18,7 @@ from ..metrics.generation import density_coverage, frechet_distance
 from ..modes import seeded_generator
 from ..parameters.anchors import Anchor
 from ..parameters.reference import average_
+from ..training.checks import check_parallelism
 from .collapse import CollapseGuard
 from .config import GANConfig
 from .losses import discriminator_loss, generator_loss, r1_penalty
@@ -88,12 +89,7 @@ class GANTrainer(GANSavingMixin, Trainer):
         self.averaged = self.pipeline.generator.requires_grad_(False)
         gan = GAN(copy.deepcopy(self.averaged).requires_grad_(True), self.pipeline.discriminator.requires_grad_(True))
         super().__init__(gan, args, **datasets, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                "several GPUs in one process (nn.DataParallel) are not supported; use `accelerate launch`"
-            )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("DeepSpeed and FSDP are not supported: two players take turns within a step; use DDP")
+        check_parallelism(self, "two players take turns within a step")
         self.averaged.to(self.args.device)
         self.anchor: Anchor | None = None
         self.path_mean = torch.zeros((), device=self.args.device)

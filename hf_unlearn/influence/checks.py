@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..data import fingerprint
-from ..training.checks import check_processes
+from ..training.checks import check_parallelism, check_processes
 
 
 LOOKED_AT = 64  # rows of a training set, to recognise it
@@ -55,10 +55,7 @@ def check_arguments(args, train_dataset, target_dataset, target, kwargs) -> None
 
 
 def check_model(trainer) -> None:
-    if trainer.args.n_gpu > 1:
-        raise ValueError("several GPUs in one process (nn.DataParallel) are not supported; use `accelerate launch`")
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError("DeepSpeed and FSDP are not supported yet: no process sees whole parameters; use DDP")
+    check_parallelism(trainer, "no process would see whole parameters")
     if not any(p.requires_grad for p in trainer.model.parameters()):
         raise ValueError("model: none of its parameters is trainable; unfreeze some with requires_grad_(True)")
 

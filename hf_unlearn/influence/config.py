@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from transformers import TrainingArguments
 from trl import SFTConfig
+
+from ..training.checks import check_fields
+
+
+RANGES = {
+    "> 0": ("trajectory_gigabytes",),
+    "≥ 0": ("n_calibration_runs",),
+    "≥ 1": ("target_every", "target_batch_size", "target_rank", "last_steps"),
+    "in [0, 1)": ("target_window", "burn_in"),
+}
 
 
 @dataclass
@@ -43,43 +53,23 @@ class FINEArguments:
         ValueError: a value out of its range.
     """
 
-    observation: Literal["in_run", "propagated"] | None = field(
-        default=None, metadata={"help": "What is observed: in_run (cheap) or propagated (closer to retraining)."}
-    )
-    preconditioned: bool = field(
-        default=False, metadata={"help": "in_run: fold Adam's 1/(sqrt(v)+eps) into the target."}
-    )
-    target_every: int = field(default=10, metadata={"help": "Steps between two looks at the targets."})
-    target_batch_size: int | None = field(
-        default=8, metadata={"help": "in_run: examples of a target in one look; null: all."}
-    )
-    layers: list[str] | None = field(default=None, metadata={"help": "in_run: names or patterns of modules to see."})
-    target_rank: int | None = field(default=None, metadata={"help": "in_run: rank of the targets' gradients."})
-    target_window: float = field(
-        default=0.2, metadata={"help": "propagated: the target is its mean loss over this last share of steps."}
-    )
-    burn_in: float = field(default=0.1, metadata={"help": "Share of the steps, from the first, that does not count."})
-    last_steps: int | None = field(default=None, metadata={"help": "propagated: keep and sweep the last steps only."})
-    trajectory_gigabytes: float = field(
-        default=2.0, metadata={"help": "propagated: room on disk for states; the rest is computed again."}
-    )
-    n_calibration_runs: int = field(default=0, metadata={"help": "Further trainings that measure sigma directly."})
-    id_column: str = field(default="id", metadata={"help": "Column that identifies training examples."})
+    observation: Literal["in_run", "propagated"] | None = None
+    preconditioned: bool = False
+    target_every: int = 10
+    target_batch_size: int | None = 8
+    layers: list[str] | None = None
+    target_rank: int | None = None
+    target_window: float = 0.2
+    burn_in: float = 0.1
+    last_steps: int | None = None
+    trajectory_gigabytes: float = 2.0
+    n_calibration_runs: int = 0
+    id_column: str = "id"
 
     def __post_init__(self):
         super().__post_init__()
-        if self.observation not in (None, "in_run", "propagated"):
-            raise ValueError(f"observation: {self.observation!r} is not 'in_run' or 'propagated'")
-        for name in ("target_every", "target_batch_size", "target_rank", "last_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value} is below 1")
-        for name in ("target_window", "burn_in"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is not a share from 0 to below 1")
-        if self.trajectory_gigabytes <= 0:
-            raise ValueError(f"trajectory_gigabytes: {self.trajectory_gigabytes} is not above 0")
-        if self.n_calibration_runs < 0 or self.n_calibration_runs == 1:
+        check_fields(self, RANGES)
+        if self.n_calibration_runs == 1:
             raise ValueError(
                 f"n_calibration_runs: {self.n_calibration_runs} runs have no spread; use 0, or 2 and more"
             )

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..files import first_line
 from ..training.collators import ROW, RowCollator, WithRow
 from ..training.losses import IGNORED, cross_entropy
 from .in_run.layers import low_rank
@@ -112,9 +113,8 @@ class RecordingMixin:
                 with torch.random.fork_rng(devices=[]):
                     batch = self._collate([rows[0]])
             except Exception as error:  # whatever a collator may raise
-                reason = (str(error).splitlines() or [""])[0]
                 raise ValueError(
-                    f"{name} cannot be collated ({type(error).__name__}: {reason}); it needs the columns that training needs"
+                    f"{name} cannot be collated ({type(error).__name__}: {first_line(error)}); it needs the columns that training needs"
                 ) from error
             if label not in batch:
                 raise ValueError(

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from ..examples import gan as small_gan
+from ..examples.named import GANS
 from ..gan.players import as_pipeline
 from ..metrics.features import ClassifierFeatures
 from ..modes import seeded_generator
-from ..training.checks import check_processes
+from ..training.checks import check_fields, check_is_not_original, check_processes
 from ..unlearning.gan.adapt_then_unlearn import MARK_SEED, AdaptThenUnlearnConfig, AdaptThenUnlearnTrainer
 from .alone import made_once
 from .judging import Judge, classifier_of, forget_and_report, reference_of
+from .keys import check_needs, console
 from .marking import (
     check_numbers,
     class_numbers,
@@ -75,49 +75,28 @@ class GANJob:
     _argument_group_name = "model, feedback and measuring"
     _methods = METHODS
 
-    method: Literal["adapt_then_unlearn"] | None = field(default=None, metadata={"help": "adapt_then_unlearn"})
-    preset: Literal["paper"] | None = field(
-        default=None, metadata={"help": "The paper's objective alone; keys that are given win."}
-    )
-    model: str | None = field(
-        default=None, metadata={"help": "'digits-gan', 'fashion-mnist-gan', a folder, or an id on the Hub."}
-    )
-    marker: str | None = field(
-        default=None, metadata={"help": "Classifier that marks samples: 'digits', a folder, or an id on the Hub."}
-    )
-    forget_classes: list[str] | None = field(
-        default=None, metadata={"help": "Classes to forget, by name or number, for marker and classifier."}
-    )
-    marks: int | None = field(
-        default=100, metadata={"help": "Negative marks that marker gives; null: it marks all mark_samples."}
-    )
-    negatives: str | None = field(
-        default=None, metadata={"help": "Folder written by save_to_disk: images with what is to be forgotten."}
-    )
-    positives: str | None = field(
-        default=None, metadata={"help": "Folder written by save_to_disk: images without it."}
-    )
-    undesired: list[int] | None = field(
-        default=None, metadata={"help": "Numbers of the samples on the sheet that show what is to be forgotten."}
-    )
-    looked_at: int = field(default=200, metadata={"help": "Samples on the sheet."})
-    classifier: str | None = field(
-        default=None, metadata={"help": "Counts samples before and after: 'digits', a folder, or an id on the Hub."}
-    )
-    measure_samples: int = field(default=500, metadata={"help": "Samples drawn before and after for the classifier."})
-    dataset: str | None = field(
-        default=None, metadata={"help": "Real images to compare with: 'digits', a folder, or an id on the Hub."}
-    )
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the Hub."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split of dataset to compare with."})
+    method: Literal["adapt_then_unlearn"] | None = None
+    preset: Literal["paper"] | None = None
+    model: str | None = None
+    marker: str | None = None
+    forget_classes: list[str] | None = None
+    marks: int | None = 100
+    negatives: str | None = None
+    positives: str | None = None
+    undesired: list[int] | None = None
+    looked_at: int = 200
+    classifier: str | None = None
+    measure_samples: int = 500
+    dataset: str | None = None
+    dataset_revision: str | None = None
+    eval_split: str | None = None
 
     def __post_init__(self):
         if self.method not in self._methods:
             raise ValueError(f"method: {self.method!r} is not one of {', '.join(self._methods)}")
         if not self.model:
-            raise ValueError(
-                f"model: missing; set it to {', '.join(map(repr, small_gan.NAMES))}, a folder, or an id on the Hub"
-            )
+            raise ValueError(f"model: missing; set it to {', '.join(map(repr, GANS))}, a folder, or an id on the Hub")
+        check_fields(self, {"≥ 1": ("marks",), "≥ 2": ("measure_samples",)})
         self._check_feedback()
         self._check_measuring()
 
@@ -130,26 +109,21 @@ class GANJob:
             raise ValueError(f"{given[-1]}: given beside {given[0]}; keep one of them")
         if self.marker is not None and not self.forget_classes:
             raise ValueError("forget_classes: missing; list the classes that marker is to mark, as in [3]")
-        if self.marks is not None and self.marks < 1:
-            raise ValueError(f"marks={self.marks}: must be ≥ 1, or null to mark all mark_samples samples")
         check_numbers(self.undesired, self.looked_at, others="positive")
 
     def _check_measuring(self) -> None:
-        if self.measure_samples < 2:
-            raise ValueError(f"measure_samples={self.measure_samples}: must be ≥ 2")
         if self.forget_classes and not (self.marker or self.classifier):
             raise ValueError(
                 "classifier: missing, which forget_classes needs; set it, or marker, to 'digits', a folder, or an id"
             )
-        for name, needed, example in (
+        check_needs(
+            self,
             ("dataset_revision", "dataset", "an id on the Hub"),
             ("eval_split", "dataset", "'digits', a folder, or an id"),
             ("dataset", "eval_split", "the split to compare with, as in test"),
             ("eval_split", "classifier", "'digits', a folder, or an id"),
             ("eval_split", "forget_classes", "the classes that are not to be compared with, as in [3]"),
-        ):
-            if getattr(self, name) and not getattr(self, needed):
-                raise ValueError(f"{needed}: missing, which {name} needs; set it to {example}")
+        )
 
     def config(self, config_class: type[AdaptThenUnlearnConfig], given: dict[str, Any]) -> AdaptThenUnlearnConfig:
         """The method's config with the keys that were given.
@@ -159,8 +133,7 @@ class GANJob:
         """
         if not given.get("output_dir"):
             raise ValueError("output_dir: missing; set it to the folder that gets the unlearned model")
-        if Path(self.model).is_dir() and Path(self.model).resolve() == Path(given["output_dir"]).resolve():
-            raise ValueError(f"output_dir: {given['output_dir']!r} holds the original model; choose another folder")
+        check_is_not_original(given["output_dir"], self.model)
         return (config_class if self.preset is None else config_class.paper)(**given)
 
 
@@ -188,7 +161,7 @@ def run_adapt_then_unlearn(
     if job.marker is not None and job.marker == job.classifier != "digits":
         logger.warning("classifier: is the one that marks too, so its figures flatter; take another one to count")
 
-    pipeline, _ = as_pipeline(_folder(job.model, config))
+    pipeline, _ = as_pipeline(made_once(config, job.model) if job.model in GANS else job.model)
     judge = None
     if classifier is not None:
         reference = reference_of(others, classifier, pipeline.image_shape, resize=config.resize)
@@ -211,15 +184,8 @@ def run_adapt_then_unlearn(
         trainer.card_values = {"dataset_name": job.dataset, "dataset_type": job.dataset}
     if trainer.is_world_process_zero():
         counts = (len(trainer.feedback.negatives), len(trainer.feedback.positives))
-        Console(highlight=False, soft_wrap=True).print("marks    {:,} negative, {:,} positive".format(*counts))
+        console().print("marks    {:,} negative, {:,} positive".format(*counts))
     forget_and_report(trainer, judge)
-
-
-def _folder(model: str, config: AdaptThenUnlearnConfig) -> str:
-    if model not in small_gan.NAMES:
-        return model
-    code = f"from hf_unlearn.examples import gan as s; print(s.cached(s.NAMES[{model!r}], progress=False))"
-    return made_once(config, lambda: small_gan.cached(small_gan.NAMES[model]), code)
 
 
 # Feedback
@@ -237,7 +203,7 @@ def _draw(pipeline: GANPipeline, config: AdaptThenUnlearnConfig, count: int, fir
 
 def _write_sheet(samples: Tensor, folder: Path) -> None:
     pages = write_sheet(samples, folder)
-    Console(highlight=False, soft_wrap=True).print(
+    console().print(
         f"{where_the_sheet_is(pages, len(samples))}: set undesired to the numbers of those that show what is to be "
         "forgotten, and run again",
         markup=False,

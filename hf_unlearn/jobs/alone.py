@@ -5,28 +5,28 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from ..examples.named import made
 
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def made_once(config: Any, make: Callable[[], Path], code: str) -> str:
-    """Folder of a model that is trained on first use.
+def made_once(config: Any, name: str, *, seed: int = 0) -> str:
+    """Folder of a small model ([`~hf_unlearn.examples.named.made`]).
 
     Of several processes the first one makes it, in a process of its own: its training must not look for the other processes.
 
     Args:
         config (`TrainingArguments`): of the job.
-        make (callable): makes it, and gives its folder.
-        code (`str`): Python that prints the same, as its last line.
+        name, seed: which model.
     """
     if config.world_size == 1:
-        return str(make())
+        return str(made(name, seed=seed))
     with config.main_process_first(desc="training a small model"):
         alone = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
         alone = {name: value for name, value in alone.items() if not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
-        done = subprocess.run([sys.executable, "-c", code], env=alone, check=True, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "hf_unlearn.examples", name, "--seed", str(seed), "--quiet"]
+        done = subprocess.run(command, env=alone, check=True, stdout=subprocess.PIPE, text=True)
         return done.stdout.splitlines()[-1]

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from rich.console import Console
 from transformers import AutoConfig
 
 from .. import data
 from ..examples.datasets import load, one_split, with_wrong_labels
+from ..files import loading
 from ..influence.config import FINEConfig, InfluenceConfig
 from ..influence.report.report import COLUMNS, InfluenceReport
 from ..influence.sft import FINETrainer
 from ..influence.trainer import InfluenceTrainer
-from ..training.checks import check_processes
+from ..training.checks import check_fields, check_processes
 from ..training.models import is_causal_lm, load_model
+from .keys import check_at_most_one, console, resume_argument, show_code
 
 
 if TYPE_CHECKING:
@@ -61,29 +62,22 @@ class InfluenceJob:
 
     _argument_group_name = "model and data"
 
-    method: Literal["classifier", "sft"] | None = field(
-        default=None,
-        metadata={"help": "Trainer. Its own keys are below; `--method sft --help` lists the other one's."},
-    )
-    model: str | None = field(default=None, metadata={"help": "'digits', 'opinions', a folder, or an id on the Hub."})
-    dataset: str | None = field(
-        default=None, metadata={"help": "'digits', 'opinions', a folder, or an id on the Hub."}
-    )
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the Hub."})
-    split: str = field(default="train", metadata={"help": "Split to train on, whose examples are judged."})
-    target: Literal["self"] | None = field(default=None, metadata={"help": "Judge each example on itself."})
-    target_split: str | None = field(default=None, metadata={"help": "Split of dataset that shows the behaviour."})
-    target_dataset: str | None = field(default=None, metadata={"help": "Folder with rows that show the behaviour."})
-    target_column: str | None = field(default=None, metadata={"help": "Column that tells several behaviours apart."})
-    wrong_labels: float = field(default=0.0, metadata={"help": "Share of training labels to be made wrong first."})
-    check_column: str | None = field(default=None, metadata={"help": "Column, true for rows known to be at fault."})
-    group_column: str | None = field(default=None, metadata={"help": "Print influence by the values of this column."})
-    lora_r: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter; default twice the rank."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers of the adapter; default all linear ones."}
-    )
-    top: int = field(default=10, metadata={"help": "Examples to print."})
+    method: Literal["classifier", "sft"] | None = None
+    model: str | None = None
+    dataset: str | None = None
+    dataset_revision: str | None = None
+    split: str = "train"
+    target: Literal["self"] | None = None
+    target_split: str | None = None
+    target_dataset: str | None = None
+    target_column: str | None = None
+    wrong_labels: float = 0.0
+    check_column: str | None = None
+    group_column: str | None = None
+    lora_r: int | None = None
+    lora_alpha: int | None = None
+    lora_target_modules: list[str] | None = None
+    top: int = 10
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -94,26 +88,17 @@ class InfluenceJob:
             if BELONG.get(getattr(self, name), self.method) != self.method:
                 word = getattr(self, name)
                 raise ValueError(f"{name}: {word!r} belongs to method {BELONG[word]!r}, this is {self.method!r}")
-        chosen = [name for name in ("target", "target_split", "target_dataset") if getattr(self, name)]
-        if not chosen:
+        if not check_at_most_one(self, ("target", "target_split", "target_dataset")):
             raise ValueError(
                 "target_split: missing; say what to judge by target_split, target_dataset or target: self"
             )
-        if len(chosen) > 1:
-            raise ValueError(f"{chosen[1]}: given beside {chosen[0]}; keep one of them")
         if self.target and self.target_column:
             raise ValueError("target_column: given beside target: self; keep one of them")
         if self.target and self.group_column:
             raise ValueError("group_column: groups have no influence on target: self; keep one of them")
-        if not 0 <= self.wrong_labels < 1:
-            raise ValueError(f"wrong_labels: {self.wrong_labels} is not a share from 0 to below 1")
-        if self.top < 1:
-            raise ValueError(f"top: {self.top} is below 1")
-        if self.lora_r is not None and self.lora_r < 1:
-            raise ValueError(f"lora_r: {self.lora_r} is below 1")
+        check_fields(self, {"in [0, 1)": ("wrong_labels",), "≥ 1": ("top", "lora_r")})
         if (self.lora_alpha or self.lora_target_modules) and not self.lora_r:
             raise ValueError("lora_r: missing; set the rank of the adapter")
-
         if self.lora_r and self.model in ("digits", "opinions"):
             raise ValueError(
                 f"lora_r: an adapter of the untrained {self.model!r} would have no base to load; leave it out"
@@ -167,7 +152,7 @@ def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[
         processing_class=processing_class,
         peft_config=_adapter(job),
     )
-    trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=resume_argument(config))
     trainer.save_model()
     if trainer.is_world_process_zero():
         columns = {check, job.group_column, data.label_column(train), _shown_column(train)} - {None}
@@ -200,13 +185,8 @@ def _model(job: InfluenceJob, config: FINEArguments, train: Dataset) -> tuple[An
                 "messages"
             ) from error
         return opinion_llama(tokenizer, seed=config.seed), tokenizer
-    try:
+    with loading("model", job.model, "a model"):
         AutoConfig.from_pretrained(job.model)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "").rstrip(".")
-        raise ValueError(
-            f"model={job.model!r}: neither a folder with a model nor an id on the Hub ({reason})"
-        ) from error
     model, processing_class, _ = load_model(job.model, config, None)
     return model, processing_class
 
@@ -258,18 +238,14 @@ def _targets(job: InfluenceJob, splits: DatasetDict) -> Dataset:
     return rows
 
 
-def _resume(word: str | None) -> str | bool | None:
-    return {None: None, "false": None, "true": True}.get(word and word.lower(), word)
-
-
 def _shown_column(train: Dataset) -> str | None:
     """What tells a reader which example it is."""
     return next((name for name in ("image", "text", "completion") if name in train.column_names), None)
 
 
 def _tell(job: InfluenceJob, config: FINEArguments, report: InfluenceReport, check: str | None, private: Path) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(report.summary(job.top))
+    out = console()
+    out.print(report.summary(job.top))
     pictures, label = [], data.label_column(report.dataset)
     for number, target in enumerate(report.targets[:10]):
         word = re.sub(r"[^\w-]+", "_", target)[:50]  # a target may be called anything, "a/b" too
@@ -282,7 +258,7 @@ def _tell(job: InfluenceJob, config: FINEArguments, report: InfluenceReport, che
             ranked = (marked & np.isfinite(mu))[np.argsort(-mu, kind="stable")]
             found, other = ranked[:looked].sum(), ranked[np.isfinite(mu).sum() - looked : np.isfinite(mu).sum()].sum()
             faulty = [value for value, hit in zip(rows["sample_id"][:], marked, strict=True) if hit]
-            console.print(
+            out.print(
                 f"{target}: {found} of {marked.sum()} rows with {check} ({found / max(1, marked.sum()):.0%}) among the {looked} "
                 f"examples with the largest μ ({INSPECTED:.0%}), {other} among those with the smallest",
                 markup=False,
@@ -294,20 +270,17 @@ def _tell(job: InfluenceJob, config: FINEArguments, report: InfluenceReport, che
         if job.group_column and target != "self":
             groups = report.group(job.group_column, target)
             for row in groups:
-                console.print(
+                out.print(
                     f"{target} {job.group_column}={row['group']}: μ {row['mu']:+.2f} [{row['mu_low']:+.2f}, {row['mu_high']:+.2f}], "
                     f"{row['n_examples']} examples",
                     markup=False,
                 )
             path = private / "plots" / f"{name}_groups.png"
             pictures.append(report.plot(path, "groups", target=target, by=job.group_column))
-    console.print(
+    out.print(
         f"\nmodel    {config.output_dir}\nreport   {private / 'report'} (tells of the training data: never pushed)",
         markup=False,
     )
-    console.print(f"plots    {pictures[0].parent} ({len(pictures)})\n\nOpen it:\n", markup=False)
-    console.print(
-        "    from hf_unlearn import InfluenceReport\n"
-        f'    report = InfluenceReport.load_from_disk("{private / "report"}")\n',
-        markup=False,
-    )
+    out.print(f"plots    {pictures[0].parent} ({len(pictures)})\n\nOpen it:\n", markup=False)
+    folder = private / "report"
+    show_code(["from hf_unlearn import InfluenceReport", f'report = InfluenceReport.load_from_disk("{folder}")'])

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..examples.classifier import cached_digits_classifier
+from ..files import loading
 from ..hub.card import Figure
 from ..images import image_column, pixels
 from ..metrics.features import ClassifierFeatures, Features, features_of
 from ..metrics.generation import UnlearnedResult, class_shift, density_coverage, frechet_distance, percentage_unlearned
 from .alone import made_once
-from .keys import resume_argument
+from .keys import resume_argument, tell
 
 
 if TYPE_CHECKING:
@@ -48,15 +46,9 @@ def classifier_of(
     """
     folder = name
     if name == "digits":
-        code = f"from hf_unlearn.examples.classifier import cached_digits_classifier; print(cached_digits_classifier({seed}))"
-        folder = made_once(config, lambda: cached_digits_classifier(seed), code)
-    try:
+        folder = made_once(config, name, seed=seed)
+    with loading(argument, name, "a classifier and its image processor"):
         return ClassifierFeatures.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "").rstrip(".")
-        raise ValueError(
-            f"{argument}={name!r}: neither a folder with a classifier and its image processor nor an id ({reason})"
-        ) from error
 
 
 def reference_of(
@@ -219,18 +211,5 @@ def forget_and_report(trainer: VDUTrainer | AdaptThenUnlearnTrainer, judge: Judg
         trainer.card_values = trainer.card_values | {"picture": "pictures/after.png"}
     trainer.save_model()
     if trainer.is_world_process_zero():
-        _report(trainer, table)
-
-
-def _report(trainer: VDUTrainer | AdaptThenUnlearnTrainer, table: Table | None) -> None:
-    console, folder = Console(highlight=False, soft_wrap=True), trainer.args.output_dir
-    if table is not None:
-        console.print(table)
-    for failed in trainer.failed_checks:
-        console.print(f"[bold red]not passed[/]  {failed}")
-    console.print(f"pipeline {folder}\ncard     {Path(folder, 'README.md')}")
-    if trainer.args.grid_images:
-        console.print(f"grids    {trainer.private_dir / 'samples'}")
-    console.print(f"private  {trainer.private_dir} (could undo the unlearning: never publish it)\n\nLoad it:\n")
-    code = trainer._card_defaults(folder)["load_snippet"]
-    console.print("\n".join(f"    {line}".rstrip() for line in code.splitlines()), markup=False)
+        code = trainer._card_defaults(trainer.args.output_dir)["load_snippet"]
+        tell(trainer, table, code, kind="pipeline", grids=bool(trainer.args.grid_images))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 
 if TYPE_CHECKING:
@@ -20,21 +22,6 @@ def resume_argument(config: UnlearnArguments) -> str | bool | None:
     return {None: None, "false": None, "true": True}.get(word and word.lower(), word)
 
 
-@contextmanager
-def _named(key: str, value: Any, kind: str) -> Iterator[None]:
-    """What goes wrong in loading names the key."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{key}={value!r}: neither a folder with {kind} nor an id on the Hub ({first_line(error)})"
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-
-
 def console() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
@@ -43,5 +30,51 @@ def show_code(lines: Sequence[str]) -> None:
     console().print("\n".join(f"    {line}".rstrip() for line in lines), markup=False)
 
 
+def tell(trainer: Any, table: Table | None, code: str, *, kind: str, grids: bool = False) -> None:
+    """The end of an unlearning job: what was measured, what did not pass, where things are, and how to load them.
+
+    Args:
+        code (`str`): loads what was saved.
+        kind (`str`): what that is, as in `"model"`.
+        grids (`bool`, defaults to `False`): pictures were drawn on the way.
+    """
+    out, folder, private = console(), trainer.args.output_dir, trainer.private_dir
+    if table is not None:
+        out.print(table)
+    for failed in trainer.failed_checks:
+        out.print(f"[bold red]not passed[/]  {escape(failed)}")
+    places = {kind: folder, "card": Path(folder, "README.md")} | ({"grids": private / "samples"} if grids else {})
+    for name, place in (places | {"private": f"{private} (could undo the unlearning: never publish it)"}).items():
+        out.print(f"{name:8} {place}", markup=False)
+    out.print("\nLoad it:\n")
+    show_code(code.splitlines())
+
+
 def command_line(verb: str, arguments: Sequence[str]) -> str:
     return shlex.join(["hf-unlearn", *verb.split(), *arguments])
+
+
+def check_needs(job: Any, *needs: tuple[str, str, str]) -> None:
+    """Refuse a key that stands without another one.
+
+    Args:
+        needs: `(key, the key that it needs, an example of that)`.
+
+    Raises:
+        ValueError: naming the key that is missing.
+    """
+    for name, needed, example in needs:
+        if getattr(job, name) and not getattr(job, needed):
+            raise ValueError(f"{needed}: missing, which {name} needs; set it to {example}")
+
+
+def check_at_most_one(job: Any, names: Sequence[str]) -> list[str]:
+    """Those of the keys that are given: one, or none.
+
+    Raises:
+        ValueError: two that exclude each other.
+    """
+    given = [name for name in names if getattr(job, name) not in (None, [], "")]
+    if len(given) > 1:
+        raise ValueError(f"{given[1]}: given beside {given[0]}; keep one of them")
+    return given

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
+from ..files import loading
 from ..hub.card import Figure
 from ..hub.loading import loading_code
-from ..training.checks import check_processes
+from ..training.checks import check_fields, check_is_not_original, check_processes
 from ..unlearning.classifiers.pbu import PBUConfig, PBUTrainer
 from ..unlearning.config import UnlearnConfig, UnlearnSFTConfig
 from ..unlearning.trainer import UnlearnSFTTrainer, UnlearnTrainer
 from .alone import made_once
-from .keys import resume_argument
-from .selecting import Parts, select
+from .keys import check_at_most_one, resume_argument, tell
+from .selecting import select
 
 
 if TYPE_CHECKING:
@@ -62,32 +62,19 @@ class UnlearnJob:
     _argument_group_name = "model and data"
     _methods = METHODS
 
-    method: Literal["pbu", "unlearn", "sft"] | None = field(
-        default=None, metadata={"help": "Trainer. Its own keys are below; `--method sft --help` lists another one's."}
-    )
-    preset: Literal["paper"] | None = field(
-        default=None,
-        metadata={"help": "With pbu, vdu or adapt_then_unlearn: the paper's settings; keys that are given win."},
-    )
-    model: str | None = field(default=None, metadata={"help": "'digits', a folder, or an id on the Hub."})
-    dataset: str | None = field(default=None, metadata={"help": "'digits', a folder, or an id on the Hub."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the Hub."})
-    split: str = field(default="train", metadata={"help": "Split that holds the forget examples."})
-    forget_column: str | None = field(default=None, metadata={"help": "Forget by the values in this column."})
-    forget_values: list[str] | None = field(default=None, metadata={"help": "Values in forget_column to forget."})
-    forget_ids: list[str] | None = field(default=None, metadata={"help": "Forget the rows with these ids."})
-    forget_dataset: str | None = field(
-        default=None, metadata={"help": "Forget the rows of this dataset: a folder written by save_to_disk."}
-    )
-    retain: bool = field(
-        default=False, metadata={"help": "Hand over the other rows of the split too, as data to keep."}
-    )
-    heldout_split: str | None = field(
-        default=None, metadata={"help": "Split that the model has never seen: the target of forget: examples."}
-    )
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split to measure before and after; training never sees it."}
-    )
+    method: Literal["pbu", "unlearn", "sft"] | None = None
+    preset: Literal["paper"] | None = None
+    model: str | None = None
+    dataset: str | None = None
+    dataset_revision: str | None = None
+    split: str = "train"
+    forget_column: str | None = None
+    forget_values: list[str] | None = None
+    forget_ids: list[str] | None = None
+    forget_dataset: str | None = None
+    retain: bool = False
+    heldout_split: str | None = None
+    eval_split: str | None = None
 
     def __post_init__(self):
         if self.method not in self._methods:
@@ -102,15 +89,14 @@ class UnlearnJob:
             raise ValueError("forget_column: missing; name the column that holds forget_values, as in 'label'")
         if self.forget_column and not self.forget_values:
             raise ValueError("forget_values: missing; list the values of forget_column to forget, as in [3]")
-        chosen = [name for name in ("forget_column", "forget_ids", "forget_dataset") if getattr(self, name)]
+        check_fields(self, {})
+        chosen = check_at_most_one(self, ("forget_column", "forget_ids", "forget_dataset"))
         if not chosen:
             if not self._needs_forget_rows():
                 return
             raise ValueError(
                 "forget_column: missing; say what to forget by forget_column, forget_ids or forget_dataset"
             )
-        if len(chosen) > 1:
-            raise ValueError(f"{chosen[1]}: given beside {chosen[0]}; keep one of them")
         if not self.dataset:
             needs = [name for name in ("retain", "heldout_split", "eval_split") if getattr(self, name)]
             if chosen != ["forget_dataset"] or needs:
@@ -132,8 +118,7 @@ class UnlearnJob:
             raise ValueError(
                 "forget: missing; say 'examples' to forget these rows, or 'class' to forget their classes"
             )
-        if Path(self.model).is_dir() and Path(self.model).resolve() == Path(given["output_dir"]).resolve():
-            raise ValueError(f"output_dir: {given['output_dir']!r} holds the original model; choose another folder")
+        check_is_not_original(given["output_dir"], self.model)
         return (config_class if self.preset is None else config_class.paper)(**given)
 
 
@@ -165,22 +150,15 @@ def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[U
     trainer.results = _figures(job, config, trainer, before, _measure(trainer))
     trainer.save_model()
     if trainer.is_world_process_zero():
-        _report(trainer, parts)
+        code = loading_code(type(trainer.model), config.output_dir, processor=trainer.processor_loader)
+        tell(trainer, _table(trainer, len(parts.forget)), code, kind="model")
 
 
 def _model(job: UnlearnJob, config: UnlearnArguments) -> str:
     if job.model == "digits":
-        from ..examples.classifier import cached_digits_classifier
-
-        code = "from hf_unlearn.examples.classifier import cached_digits_classifier; print(cached_digits_classifier())"
-        return made_once(config, cached_digits_classifier, code)
-    try:
+        return made_once(config, "digits")
+    with loading("model", job.model, "a model"):
         AutoConfig.from_pretrained(job.model)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "").rstrip(".")
-        raise ValueError(
-            f"model={job.model!r}: neither a folder with a model nor an id on the Hub ({reason})"
-        ) from error
     return job.model
 
 
@@ -221,21 +199,14 @@ def _figures(
     ]
 
 
-def _report(trainer: UnlearnTrainer, parts: Parts) -> None:
-    console, folder = Console(highlight=False, soft_wrap=True), trainer.args.output_dir
-    if trainer.results:
-        steps = trainer.provenance().steps
-        table = Table(title=f"{len(parts.forget):,} forget examples, {steps:,} steps")
-        table.add_column("")
-        for heading in ("split", "before", "after"):
-            table.add_column(heading, justify="left" if heading == "split" else "right")
-        for figure in trainer.results:
-            values = (f"{value:.2f} {figure.unit}" for value in (figure.before, figure.after))
-            table.add_row(figure.name, figure.split, *values)
-        console.print(table)
-    for failed in trainer.failed_checks:
-        console.print(f"[bold red]not passed[/]  {failed}")
-    console.print(f"model    {folder}\ncard     {Path(folder, 'README.md')}")
-    console.print(f"private  {trainer.private_dir} (could undo the unlearning: never publish it)\n\nLoad it:\n")
-    code = loading_code(type(trainer.model), folder, processor=trainer.processor_loader)
-    console.print("\n".join(f"    {line}".rstrip() for line in code.splitlines()), markup=False)
+def _table(trainer: UnlearnTrainer, forgotten: int) -> Table | None:
+    if not trainer.results:
+        return None
+    table = Table(title=f"{forgotten:,} forget examples, {trainer.provenance().steps:,} steps")
+    table.add_column("")
+    for heading in ("split", "before", "after"):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for figure in trainer.results:
+        values = (f"{value:.2f} {figure.unit}" for value in (figure.before, figure.after))
+        table.add_row(figure.name, figure.split, *values)
+    return table

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .. import data
-from ..examples import ddpm as small_ddpm
+from ..examples.named import DDPMS
 from ..metrics.features import ClassifierFeatures
-from ..training.checks import check_processes
+from ..training.checks import check_fields, check_processes
 from ..unlearning.diffusion.denoiser import resolution
 from ..unlearning.diffusion.vdu import VDUConfig, VDUTrainer
 from .alone import made_once
 from .judging import Judge, classifier_of, forget_and_report, reference_of
+from .keys import check_needs
 from .selecting import Parts, select
 from .unlearn import UnlearnJob
 
@@ -44,24 +45,16 @@ class VDUJob(UnlearnJob):
 
     _methods = METHODS
 
-    method: Literal["vdu"] | None = field(default=None, metadata={"help": "vdu"})
-    classifier: str | None = field(
-        default=None, metadata={"help": "Counts samples before and after: 'digits', a folder, or an id on the Hub."}
-    )
-    forget_limit: int | None = field(
-        default=None, metadata={"help": "Use at most so many forget rows, drawn by the seed."}
-    )
-    measure_samples: int = field(default=500, metadata={"help": "Samples drawn before and after for the classifier."})
+    method: Literal["vdu"] | None = None
+    classifier: str | None = None
+    forget_limit: int | None = None
+    measure_samples: int = 500
 
     def __post_init__(self):
         super().__post_init__()
-        if self.measure_samples < 2:
-            raise ValueError(f"measure_samples={self.measure_samples}: must be ≥ 2")
-        if self.forget_limit is not None and self.forget_limit < 1:
-            raise ValueError(f"forget_limit={self.forget_limit}: must be ≥ 1")
-        for name in ("retain", "eval_split"):
-            if getattr(self, name) and not self.dataset:
-                raise ValueError(f"dataset: missing, which {name} needs; set it to 'digits', a folder, or an id")
+        check_fields(self, {"≥ 2": ("measure_samples",), "≥ 1": ("forget_limit",)})
+        example = "'digits', a folder, or an id"
+        check_needs(self, ("retain", "dataset", example), ("eval_split", "dataset", example))
 
     def _needs_forget_rows(self) -> bool:
         return False  # forget_prompts may stand in: the config knows
@@ -108,10 +101,7 @@ def _limited(rows: Dataset | None, limit: int | None, seed: int) -> Dataset | No
 
 
 def _pipeline(model: str, config: VDUConfig) -> str:
-    if model not in small_ddpm.NAMES:
-        return model
-    code = f"from hf_unlearn.examples import ddpm as s; print(s.cached(s.NAMES[{model!r}], progress=False))"
-    return made_once(config, lambda: small_ddpm.cached(small_ddpm.NAMES[model]), code)
+    return made_once(config, model) if model in DDPMS else model
 
 
 def _judge(job: VDUJob, parts: Parts, trainer: VDUTrainer, classifier: ClassifierFeatures) -> Judge:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import first_line
 from ..modes import in_eval_mode
 
 
@@ -190,9 +191,8 @@ def inception_features() -> nn.Module:
     try:
         return _Inception(FrechetInceptionDistance(feature=2048).inception)
     except (ImportError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"Inception cannot be had ({reason}): `pip install torch-fidelity`, or pass a ClassifierFeatures"
+            f"Inception cannot be had ({first_line(error)}): `pip install torch-fidelity`, or pass a ClassifierFeatures"
         ) from error
 
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from ..training.checks import check_fields, check_hub_strategy
 
-FORGET_LOSSES = ("bounded", "ascent", "npo", "redirect", "uniform", "match")
+
+RANGES = {
+    "> 0": ("forget_weight", "npo_beta"),
+    "≥ 0": (
+        "retain_weight",
+        "replay_weight",
+        "isotropic_weight",
+        "fisher_weight",
+        "utility_tolerance",
+        "heldout_loss",
+    ),
+    "≥ 1": ("fisher_samples", "fisher_examples", "guard_steps", "guard_examples", "guard_patience"),
+    "in [0, 1)": ("forget_accuracy",),
+}
 
 
 @dataclass
@@ -65,90 +79,50 @@ class UnlearnArguments:
 
     _argument_group_name = "unlearning"
 
-    forget: Literal["class", "examples"] = field(
-        default="class", metadata={"help": "Delete a class, or single examples."}
-    )
-    forget_loss: Literal["bounded", "ascent", "npo", "redirect", "uniform", "match"] = field(
-        default="bounded", metadata={"help": "What the model is asked to say about the forget set."}
-    )
-    forget_weight: float = field(default=1.0, metadata={"help": "Weight of the forget loss."})
-    npo_beta: float = field(default=0.1, metadata={"help": "Inverse temperature of NPO."})
-    heldout_loss: float | None = field(
-        default=None,
-        metadata={"help": "Mean loss of unseen data in nats: the target when single examples are deleted."},
-    )
-    retain_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the retain set, if given."})
-    replay_weight: float | None = field(
-        default=None,
-        metadata={"help": "Weight of data-free replay. Default: 5 (npo 1, match 0.1), 0 with a retain set."},
-    )
-    isotropic_weight: float = field(default=0.1, metadata={"help": "Weight of the squared distance to the original."})
-    fisher_weight: float = field(default=0.0, metadata={"help": "Weight of the Fisher-weighted squared distance."})
-    fisher: Literal["exact", "monte_carlo"] = field(
-        default="exact", metadata={"help": "Sum over all classes, or over labels drawn from the model."}
-    )
-    fisher_samples: int = field(default=1, metadata={"help": "Labels drawn per prediction, Monte-Carlo only."})
-    fisher_examples: int | None = field(default=256, metadata={"help": "Forget examples used for the Fisher."})
-    bn: Literal["frozen", "train"] = field(
-        default="frozen", metadata={"help": "BatchNorm statistics while unlearning."}
-    )
-    guard: bool = field(default=True, metadata={"help": "Stop when forgotten, restore when utility falls."})
-    guard_steps: int | None = field(default=None, metadata={"help": "Steps between two looks. Default: an epoch."})
-    guard_examples: int = field(default=512, metadata={"help": "Forget examples looked at, at most."})
-    guard_patience: int = field(default=3, metadata={"help": "Looks without improvement before stopping."})
-    forget_accuracy: float = field(default=0.01, metadata={"help": "Accuracy at which a class counts as forgotten."})
-    utility_tolerance: float | None = field(
-        default=None, metadata={"help": "How far utility may fall; see the docs for its unit."}
-    )
-    id_column: str = field(default="id", metadata={"help": "Column that identifies examples."})
-    merge_adapter: bool = field(default=True, metadata={"help": "Save the model with the adapter merged into it."})
+    forget: Literal["class", "examples"] = "class"
+    forget_loss: Literal["bounded", "ascent", "npo", "redirect", "uniform", "match"] = "bounded"
+    forget_weight: float = 1.0
+    npo_beta: float = 0.1
+    heldout_loss: float | None = None
+    retain_weight: float = 1.0
+    replay_weight: float | None = None
+    isotropic_weight: float = 0.1
+    fisher_weight: float = 0.0
+    fisher: Literal["exact", "monte_carlo"] = "exact"
+    fisher_samples: int = 1
+    fisher_examples: int | None = 256
+    bn: Literal["frozen", "train"] = "frozen"
+    guard: bool = True
+    guard_steps: int | None = None
+    guard_examples: int = 512
+    guard_patience: int = 3
+    forget_accuracy: float = 0.01
+    utility_tolerance: float | None = None
+    id_column: str = "id"
+    merge_adapter: bool = True
 
     def __post_init__(self):
         super().__post_init__()
         self._check_unlearn_arguments()
 
     def _check_unlearn_arguments(self) -> None:
-        if self.forget not in ("class", "examples"):
-            raise ValueError(f"forget={self.forget!r}: must be 'class' or 'examples'")
-        if self.forget_loss not in FORGET_LOSSES:
-            raise ValueError(f"forget_loss={self.forget_loss!r}: must be one of {', '.join(FORGET_LOSSES)}")
-        if self.fisher not in ("exact", "monte_carlo"):
-            raise ValueError(f"fisher={self.fisher!r}: must be 'exact' or 'monte_carlo'")
-        if self.bn not in ("frozen", "train"):
-            raise ValueError(f"bn={self.bn!r}: must be 'frozen' or 'train'")
-        for name in ("forget_weight", "npo_beta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
-        for name in ("retain_weight", "replay_weight", "isotropic_weight", "fisher_weight", "utility_tolerance"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be ≥ 0")
-        for name in ("fisher_samples", "fisher_examples", "guard_steps", "guard_examples", "guard_patience"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be ≥ 1")
-        if not 0 <= self.forget_accuracy < 1:
-            raise ValueError(f"forget_accuracy={self.forget_accuracy}: must be in [0, 1)")
-        if self.push_to_hub and str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
-            raise ValueError(
-                f"hub_strategy={getattr(self.hub_strategy, 'value', self.hub_strategy)!r}: uploads half-forgotten weights; "
-                "use hub_strategy='end'"
-            )
+        check_fields(self, RANGES)
+        check_hub_strategy(self)
 
 
 @dataclass
 class UnlearnConfig(UnlearnArguments, TrainingArguments):
     __doc__ = f"Configuration of [`UnlearnTrainer`]: [`~transformers.TrainingArguments`] and these.\n{UnlearnArguments.__doc__}"
 
-    hub_strategy: str = field(default="end", metadata={"help": "Only 'end': nothing half-forgotten is uploaded."})
+    hub_strategy: str = "end"
 
 
 @dataclass
 class UnlearnSFTConfig(UnlearnArguments, SFTConfig):
     __doc__ = f"Configuration of [`UnlearnSFTTrainer`]: [`~trl.SFTConfig`] and these.\n{UnlearnArguments.__doc__}"
 
-    hub_strategy: str = field(default="end", metadata={"help": "Only 'end': nothing half-forgotten is uploaded."})
-    forget: Literal["class", "examples"] = field(
-        default="examples", metadata={"help": "Instruction data has no classes: single examples are deleted."}
-    )
+    hub_strategy: str = "end"
+    forget: Literal["class", "examples"] = "examples"
 
     def _check_unlearn_arguments(self) -> None:
         super()._check_unlearn_arguments()

@@ -21,6 +21,7 @@ from ..data import LABEL_COLUMNS
 from ..modes import seeded_generator
 from ..parameters.anchors import Anchor
 from ..parameters.reference import ReferencePoint, trainable_parameters
+from ..training.checks import check_is_not_original, check_parallelism
 from ..training.collators import ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
 from ..training.models import LoadsByName, is_causal_lm, load_model
 from .checkpoint import last_complete, mark_complete, read_marker, unmark
@@ -77,6 +78,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
             ignored = "label_smoothing_factor" if args.label_smoothing_factor else "compute_loss_func"
             raise ValueError(f"{ignored}: would be ignored while unlearning; override task_loss in a subclass")
         model, processing_class, self.base_model = self._load(model, args, processing_class)
+        check_is_not_original(args.output_dir, self.base_model)
         self.is_causal_lm = is_causal_lm(model)
         self.is_classifier = not self.is_causal_lm and hasattr(getattr(model, "config", None), "num_labels")
         self.forgotten_classes: list[int] = []
@@ -94,14 +96,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
             args=args, train_dataset=forget_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
             **stock, **kwargs,
         )  # fmt: skip
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                "several GPUs in one process (nn.DataParallel) are not supported; use `accelerate launch`"
-            )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "DeepSpeed and FSDP are not supported yet: they step or shard out of the anchor's sight; use DDP"
-            )
+        check_parallelism(self, "they step or shard out of the anchor's sight")
         check_trainable(self.model, args)
         self.source_dataset = forget_dataset  # as the caller passed it: what the fingerprint is taken of
         self.forget_dataset = self.train_dataset  # as the trainer prepared it

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from ...files import first_line
 from .preprocessing import ImagePreprocessing
 
 
@@ -162,7 +163,3 @@ def in_one_line(load: Callable[..., Any], name: str, *arguments: Any, **options:
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"name_or_path: {name!r} cannot be loaded ({first_line(error)})") from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ...files import first_line
 from ...modes import in_eval_mode
 from .checkpoints import (
     KINDS,
@@ -21,7 +22,6 @@ from .checkpoints import (
     POOLINGS,
     commit_of,
     dtype_of,
-    first_line,
     has_optional_pooler,
     hub_options_of,
     in_one_line,

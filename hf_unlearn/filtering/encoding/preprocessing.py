@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ...files import first_line
+
 
 RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, which processors are saved with
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, PIL's
@@ -248,9 +250,8 @@ def _pixels(image: Image.Image, number: int) -> Tensor:
         else:
             array = np.asarray(_opaque(image)).astype(np.float32) / 255
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"images: image {number} of mode {image.mode!r} cannot be read ({reason}); convert it to RGB"
+            f"images: image {number} of mode {image.mode!r} cannot be read ({first_line(error)}); convert it to RGB"
         ) from error
     seen = array[np.isfinite(array)]
     if seen.size and (seen.min() < 0 or seen.max() > 1):

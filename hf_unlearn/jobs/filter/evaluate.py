@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from ...metrics.generation import density_coverage, frechet_distance
 from ...plots import tradeoff_curve
 from ...tradeoff.curve import TradeOff
 from ..judging import NEIGHBOUR, classifier_of, reference_of
-from ..keys import console
+from ..keys import check_needs, console
 from ..marking import class_numbers, other_real_images
 from .report import TITLES, add_rate, start_columns
 from .source import EVALUATION, PipelineJob, Source, check_alone, filtered_pipeline
@@ -56,25 +56,18 @@ class FilterEvaluateJob(PipelineJob):
     """
 
     _argument_group_name = "filter and judge"
+    _ranges = {"≥ 2": ("samples",)}
 
-    filter: str | None = field(
-        default=None, metadata={"help": "Folder or id of a filter. Default: the one in output_dir."}
-    )
-    filter_revision: str | None = field(default=None, metadata={"help": "Revision of a filter on the Hub."})
-    concept: str | None = field(default=None, metadata={"help": "Of a filter with several."})
-    classifier: str | None = field(
-        default=None, metadata={"help": "Judges samples: 'digits', a folder, or an id on the Hub."}
-    )
-    undesired_classes: list[str] | None = field(
-        default=None, metadata={"help": "Undesired classes, by name or number, for classifier."}
-    )
-    samples: int = field(default=2000, metadata={"help": "Samples that are drawn; others than those of fit."})
-    dataset: str | None = field(
-        default=None, metadata={"help": "Real images to compare with: 'digits', a folder, or an id on the Hub."}
-    )
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the Hub."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split of dataset to compare with."})
-    resize: bool = field(default=False, metadata={"help": "Fit the real images to what the pipeline draws."})
+    filter: str | None = None
+    filter_revision: str | None = None
+    concept: str | None = None
+    classifier: str | None = None
+    undesired_classes: list[str] | None = None
+    samples: int = 2000
+    dataset: str | None = None
+    dataset_revision: str | None = None
+    eval_split: str | None = None
+    resize: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,14 +75,12 @@ class FilterEvaluateJob(PipelineJob):
             raise ValueError("classifier: missing; set it to 'digits', a folder, or an id of an image classifier")
         if not self.undesired_classes:
             raise ValueError("undesired_classes: missing; list the classes that are undesired, as in [3]")
-        self._check_at_least("samples", 2)
-        for name, needed, example in (
+        check_needs(
+            self,
             ("dataset_revision", "dataset", "an id on the Hub"),
             ("eval_split", "dataset", "'digits', a folder, or an id"),
             ("dataset", "eval_split", "the split to compare with, as in test"),
-        ):
-            if getattr(self, name) and not getattr(self, needed):
-                raise ValueError(f"{needed}: missing, which {name} needs; set it to {example}")
+        )
 
 
 def run_evaluate(job: FilterEvaluateJob) -> None:

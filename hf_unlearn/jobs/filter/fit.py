@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...examples.classifier import cached_digits_classifier
+from ...examples.named import made
+from ...files import first_line
 from ...filtering.card import filter_card
 from ...filtering.drawing.actions import ACTIONS
 from ...filtering.drawing.pipeline import FilteredPipeline
@@ -20,7 +21,7 @@ from ...filtering.fitting.fast import RATES, FASTFitter
 from ...filtering.fitting.thresholds import samples_needed
 from ...hub.loading import hub_id
 from ..judging import classifier_of
-from ..keys import command_line, console, first_line, show_code
+from ..keys import check_at_most_one, check_needs, command_line, console, show_code
 from ..marking import check_numbers, class_numbers, images_in, where_the_sheet_is, write_sheet
 from .report import as_bytes, keep, pictures_of, report
 from .source import (
@@ -52,7 +53,7 @@ class FilterFitJob(PipelineJob):
     Args:
         encoder (`str`, *optional*): sees the images: `"digits"` (a classifier without its head), a folder or an id of an image
             model. `None`: the generator's own latents are filtered, of a [`GANPipeline`].
-        encoder_revision, encoder_layer, encoder_pooling, store_encoder: see [`FilterEncoder.from_pretrained`].
+        encoder_revision, encoder_layer, encoder_pooling, store_encoder (*optional*): see [`FilterEncoder.from_pretrained`].
         concept, description (`str`): what is filtered, for people.
         marker (`str`, *optional*): `"digits"`, a folder or an id of an image classifier: of `looked_at` samples those that it
             sees one of `undesired_classes` in are undesired, all others clean.
@@ -61,7 +62,7 @@ class FilterFitJob(PipelineJob):
         looked_at (`int`, defaults to 200): samples that are looked at, by `marker` or on the sheet.
         undesired_folder, clean_folder (`str`, *optional*): image files, or a dataset written by `save_to_disk`.
         unmarked (`int`, defaults to 2,000): further samples, which nobody looks at.
-        score, threshold, rate, confidence, max_prevalence, prevalence, augment: see [`FASTFitter`] and its `fit`.
+        score, threshold, rate, confidence, max_prevalence, prevalence, augment (*optional*): see [`FASTFitter`] and its `fit`.
         pipeline_dir (`str`, *optional*): gets the pipeline with its filter, to be loaded as one.
         action (`str`, *optional*): of the pipeline there.
 
@@ -70,63 +71,36 @@ class FilterFitJob(PipelineJob):
     """
 
     _argument_group_name = "filter"
+    _ranges = {
+        "≥ 2": ("marks",),
+        "≥ 0": ("unmarked", "augment"),
+        "in (0, 1)": ("rate", "confidence", "max_prevalence", "prevalence"),
+    }
 
-    encoder: str | None = field(
-        default=None, metadata={"help": "'digits', a folder, or an id on the Hub. null: a GAN's latents are filtered."}
-    )
-    encoder_revision: str | None = field(default=None, metadata={"help": "Revision of an encoder on the Hub."})
-    encoder_layer: int | None = field(default=None, metadata={"help": "Hidden state to take. Default: the last."})
-    encoder_pooling: Literal["pooled", "mean", "first"] | None = field(
-        default=None, metadata={"help": "Of the encoder's outputs. Default: by its architecture."}
-    )
-    store_encoder: bool = field(
-        default=True, metadata={"help": "Keep the encoder's weights in the filter, and not just a reference."}
-    )
-    concept: str = field(default="undesired", metadata={"help": "Name of what is filtered."})
-    description: str = field(default="", metadata={"help": "What it is, for the card."})
-    marker: str | None = field(
-        default=None, metadata={"help": "Classifier that marks samples: 'digits', a folder, or an id on the Hub."}
-    )
-    undesired_classes: list[str] | None = field(
-        default=None, metadata={"help": "Undesired classes, by name or number, for marker."}
-    )
-    marks: int | None = field(
-        default=None, metadata={"help": "Undesired marks that marker gives at most. Default: all."}
-    )
-    undesired: list[int] | None = field(
-        default=None, metadata={"help": "Numbers of the samples on the sheet that show what is undesired."}
-    )
-    looked_at: int = field(default=200, metadata={"help": "Samples that are looked at."})
-    undesired_folder: str | None = field(
-        default=None, metadata={"help": "Folder of image files, or written by save_to_disk: what is undesired."}
-    )
-    clean_folder: str | None = field(
-        default=None, metadata={"help": "Likewise: images that do not show it, with undesired_folder."}
-    )
-    unmarked: int = field(default=2000, metadata={"help": "Further samples, which nobody looks at."})
-    score: Literal["quadratic", "lda", "linear_svc", "mean_difference"] = field(
-        default="quadratic", metadata={"help": "Form of the score; the last two are the paper's."}
-    )
-    threshold: Literal["max_false_alarm", "min_recall", "pooled_mean"] = field(
-        default="max_false_alarm", metadata={"help": "How the line is drawn; the last is the paper's."}
-    )
-    rate: float | None = field(
-        default=None, metadata={"help": "What threshold promises. Default: 0.05 false alarms, 0.9 recall."}
-    )
-    confidence: float = field(default=0.95, metadata={"help": "With which it is promised."})
-    max_prevalence: float | None = field(
-        default=None, metadata={"help": "Calibrate on unmarked samples, of which at most this share is undesired."}
-    )
-    prevalence: float | None = field(
-        default=None, metadata={"help": "Share of undesired samples among all, if known: for the figures."}
-    )
-    augment: int = field(default=0, metadata={"help": "Draws that stand for the marks of each kind (paper: 5000)."})
-    pipeline_dir: str | None = field(
-        default=None, metadata={"help": "Folder that gets the pipeline with its filter, to be loaded as one."}
-    )
-    action: Literal["blank", "blur", "flag", "regenerate", "raise"] | None = field(
-        default=None, metadata={"help": "Of the pipeline in pipeline_dir. Default: blank."}
-    )
+    encoder: str | None = None
+    encoder_revision: str | None = None
+    encoder_layer: int | None = None
+    encoder_pooling: Literal["pooled", "mean", "first"] | None = None
+    store_encoder: bool = True
+    concept: str = "undesired"
+    description: str = ""
+    marker: str | None = None
+    undesired_classes: list[str] | None = None
+    marks: int | None = None
+    undesired: list[int] | None = None
+    looked_at: int = 200
+    undesired_folder: str | None = None
+    clean_folder: str | None = None
+    unmarked: int = 2000
+    score: Literal["quadratic", "lda", "linear_svc", "mean_difference"] = "quadratic"
+    threshold: Literal["max_false_alarm", "min_recall", "pooled_mean"] = "max_false_alarm"
+    rate: float | None = None
+    confidence: float = 0.95
+    max_prevalence: float | None = None
+    prevalence: float | None = None
+    augment: int = 0
+    pipeline_dir: str | None = None
+    action: Literal["blank", "blur", "flag", "regenerate", "raise"] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -149,31 +123,21 @@ class FilterFitJob(PipelineJob):
             raise ValueError("store_encoder=False: only an encoder on the Hub can be referred to; leave it out")
 
     def _check_marks(self) -> None:
-        given = [way for way in WAYS if getattr(self, way) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{given[1]}: given beside {given[0]}; keep one of them")
-        for name, needed, example in (
+        check_at_most_one(self, WAYS)
+        check_needs(
+            self,
             ("marker", "undesired_classes", "the classes that it is to mark, as in [3]"),
             ("marks", "marker", "'digits', a folder, or an id"),
             ("clean_folder", "undesired_folder", "a folder of images that show what is undesired"),
             ("undesired_folder", "encoder", "'digits', a folder, or an id: images have no latents"),
-        ):
-            if getattr(self, name) and not getattr(self, needed):
-                raise ValueError(f"{needed}: missing, which {name} needs; set it to {example}")
-        self._check_at_least("marks", 2)
-        self._check_at_least("unmarked", 0)
+        )
         check_numbers(self.undesired, self.looked_at, others="clean")
 
     def _check_threshold(self) -> None:
-        for name in ("rate", "confidence", "max_prevalence", "prevalence"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise ValueError(f"{name}={value}: must be in (0, 1)")
         if self.threshold == "pooled_mean" and self.rate is not None:
             raise ValueError("rate: given beside threshold: pooled_mean, which promises nothing; leave it out")
         if self.max_prevalence is not None and self.threshold != "max_false_alarm":
             raise ValueError("max_prevalence: is for threshold: max_false_alarm only; leave it out")
-        self._check_at_least("augment", 0)
         if self.augment and self.score == "quadratic":
             raise ValueError(
                 "augment: is for linear scores; leave it out, or set score to mean_difference or linear_svc"
@@ -258,7 +222,7 @@ def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
 def _encoder(job: FilterFitJob) -> FilterEncoder | None:
     if job.encoder is None:
         return None
-    name = str(cached_digits_classifier(ENCODER_SEED)) if job.encoder == "digits" else job.encoder
+    name = str(made("digits", seed=ENCODER_SEED)) if job.encoder == "digits" else job.encoder
     try:
         encoder = FilterEncoder.from_pretrained(
             name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,24 +39,17 @@ class FilterRunJob(PipelineJob):
     """
 
     _argument_group_name = "filter and images"
+    _ranges = {"≥ 1": ("num_images", "max_tries")}
 
-    filter: str | None = field(
-        default=None, metadata={"help": "Folder or id of a filter. Default: the one in output_dir."}
-    )
-    filter_revision: str | None = field(default=None, metadata={"help": "Revision of a filter on the Hub."})
-    num_images: int | None = field(default=None, metadata={"help": "How many. Default: one a prompt, or 36."})
-    action: Literal["blank", "blur", "flag", "regenerate", "raise"] | None = field(
-        default=None, metadata={"help": "What happens to images that are not released. Default: as saved, or blank."}
-    )
-    max_tries: int | None = field(default=None, metadata={"help": "Further draws of regenerate. Default: 3."})
-    images_dir: str | None = field(
-        default=None, metadata={"help": "Gets images and verdicts.json. Default: images in output_dir."}
-    )
+    filter: str | None = None
+    filter_revision: str | None = None
+    num_images: int | None = None
+    action: Literal["blank", "blur", "flag", "regenerate", "raise"] | None = None
+    max_tries: int | None = None
+    images_dir: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("num_images", "max_tries"):
-            self._check_at_least(name, 1)
         folder = self.images_folder
         if folder.is_dir() and any(folder.iterdir()) and not (folder / VERDICTS).is_file():
             raise ValueError(f"images_dir: {str(folder)!r} holds something else; choose another folder")

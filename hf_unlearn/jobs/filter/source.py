@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ...examples import ddpm as small_ddpm
-from ...examples import gan as small_gan
+from ...examples.named import DDPMS, GANS, made
+from ...files import loading
 from ...filtering.checker import FASTSafetyChecker
 from ...filtering.config import FASTConfig
 from ...filtering.drawing import saved
@@ -26,14 +26,14 @@ from ...filtering.drawing.pipeline import FilteredPipeline
 from ...gan.pipeline import GANPipeline
 from ...hub.loading import diffusion_task
 from ...modes import seeded_generator
-from ..keys import _named
+from ...training.checks import check_fields
 
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-SMALL = {name: module for module in (small_gan, small_ddpm) for name in module.NAMES}
+SMALL = (*GANS, *DDPMS)
 # What samples are for: of one seed, each purpose has its own.
 SHEET_SAMPLES, UNMARKED, EVALUATION, RUN = range(4)
 FIT_FIRST = "run hf-unlearn filter fit first, or set filter to a folder or an id"
@@ -63,30 +63,18 @@ class PipelineJob:
 
     _argument_group_name = "pipeline"
     world_size: ClassVar[int] = 1  # `made_once` asks
+    _ranges: ClassVar[dict[str, tuple[str, ...]]] = {}
 
-    pipeline: str | None = field(
-        default=None, metadata={"help": f"{', '.join(map(repr, SMALL))}, a folder, or an id on the Hub."}
-    )
-    pipeline_revision: str | None = field(default=None, metadata={"help": "Revision of a pipeline on the Hub."})
-    prompts: list[str] | None = field(
-        default=None, metadata={"help": "What a prompted pipeline is asked for, in turn."}
-    )
-    num_inference_steps: int | None = field(
-        default=None, metadata={"help": "Denoising steps. Default: the pipeline's own."}
-    )
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "Of classifier-free guidance. Default: the pipeline's own."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of all samples."})
-    batch_size: int = field(default=32, metadata={"help": "Images drawn at a time."})
-    device: str | None = field(default=None, metadata={"help": "As in cuda. Default: a GPU, if there is one."})
-    dtype: Literal["float16", "bfloat16"] | None = field(
-        default=None, metadata={"help": "Of the pipeline's weights. Default: float32."}
-    )
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "The filter's folder: gets the filter, images/ of run, evaluation.json of evaluate."},
-    )
+    pipeline: str | None = None
+    pipeline_revision: str | None = None
+    prompts: list[str] | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    batch_size: int = 32
+    device: str | None = None
+    dtype: Literal["float16", "bfloat16"] | None = None
+    output_dir: str | None = None
 
     def __post_init__(self):
         if not self.pipeline:
@@ -97,8 +85,7 @@ class PipelineJob:
             raise ValueError("output_dir: missing; set it to the folder of the filter")
         if self.prompts is not None and not (self.prompts and all(prompt.strip() for prompt in self.prompts)):
             raise ValueError("prompts: has nothing to ask for; list some, or leave it out")
-        for name in ("batch_size", "num_inference_steps"):
-            self._check_at_least(name, 1)
+        check_fields(self, {"≥ 1": ("batch_size", "num_inference_steps")} | self._ranges)
         if self.device is not None:
             try:
                 torch.device(self.device)
@@ -110,11 +97,6 @@ class PipelineJob:
             for name in ("pipeline_revision", "prompts", "guidance_scale", "dtype"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: {self.pipeline!r} has none; leave it out")
-
-    def _check_at_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value}: must be ≥ {least}")
 
     @property
     def folder(self) -> Path:
@@ -155,9 +137,8 @@ def named_pipeline(job: PipelineJob) -> tuple[str, dict[str, Any]]:
     """
     name = job.pipeline
     if name in SMALL:
-        module = SMALL[name]
-        name = str(module.cached(module.NAMES[name], progress=sys.stderr.isatty()))
-    with _named("pipeline", job.pipeline, "a pipeline"):
+        name = str(made(name, progress=sys.stderr.isatty()))
+    with loading("pipeline", job.pipeline, "a pipeline"):
         return name, saved.fetch(name, revision=job.pipeline_revision)[0]
 
 
@@ -170,7 +151,7 @@ def plain_pipeline(job: PipelineJob) -> tuple[DiffusionPipeline, str]:
     name, index = named_pipeline(job)
     if saved.is_filtered(index):
         raise ValueError(f"pipeline={job.pipeline!r}: has a filter already; give the pipeline in its folder pipeline/")
-    with _named("pipeline", job.pipeline, "a pipeline"):
+    with loading("pipeline", job.pipeline, "a pipeline"):
         return saved.load_plain(name, index, **job.loading).to(job.on), name
 
 
@@ -190,14 +171,14 @@ def filtered_pipeline(job: Any, **settings: Any) -> FilteredPipeline:
         key = "filter" if job.filter else "filter_revision"
         raise ValueError(f"{key}: pipeline={job.pipeline!r} has its own filter; leave it out")
     if own:
-        with _named("pipeline", job.pipeline, "a filtered pipeline"):
+        with loading("pipeline", job.pipeline, "a filtered pipeline"):
             return FilteredPipeline.from_pretrained(name, **settings, **job.loading).to(job.on)
     if not job.filter and not holds_a_filter(job.folder):
         raise ValueError(f"filter: missing, and output_dir={job.output_dir!r} holds none; {FIT_FIRST}")
     source = {} if job.filter_revision is None else {"revision": job.filter_revision}
-    with _named("filter", job.filter or job.output_dir, "a filter"):
+    with loading("filter", job.filter or job.output_dir, "a filter"):
         checker = FASTSafetyChecker.from_pretrained(job.filter or job.output_dir, **source)
-    with _named("pipeline", job.pipeline, "a pipeline"):
+    with loading("pipeline", job.pipeline, "a pipeline"):
         pipeline = saved.load_plain(name, index, **job.loading)
     return FilteredPipeline(pipeline, checker, **settings).to(job.on)
 

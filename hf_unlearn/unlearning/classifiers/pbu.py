@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..config import UnlearnConfig
@@ -21,15 +21,13 @@ class PBUConfig(UnlearnConfig):
     The defaults were chosen on the validation split of scikit-learn's digits (docs/methods/pbu.md).
     """
 
-    learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate of Adam."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Forget examples per step and device."})
-    num_train_epochs: float = field(default=20.0, metadata={"help": "Passes over the forget set, at most."})
-    save_strategy: str = field(default="no", metadata={"help": "Checkpoints; a run takes seconds to minutes."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    fisher_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the Fisher-weighted squared distance. Default 0.14, 0 under LoRA."}
-    )
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "constant"
+    per_device_train_batch_size: int = 64
+    num_train_epochs: float = 20.0
+    save_strategy: str = "no"
+    logging_steps: float = 10
+    fisher_weight: float | None = None
 
     @classmethod
     def paper(cls, output_dir: str, **overrides: Any) -> PBUConfig:

@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+from ...files import loading
 from ...hub.loading import diffusion_task
 
 
@@ -67,19 +68,15 @@ def as_pipeline(model: Any, pipeline: Any, noise_scheduler: Any) -> tuple[Diffus
 
 def _loaded(name: str) -> Any:
     folder = Path(name)
-    try:
-        if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
-            kinds = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel)}
-            kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-            if kind not in kinds:
-                raise ValueError(f"model={name!r}: its config names {kind}, not one of {', '.join(kinds)}")
-            return kinds[kind].from_pretrained(name)
-        return DiffusionPipeline.from_pretrained(name)
-    except OSError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-        raise ValueError(
-            f"pipeline={name!r}: neither a folder with a pipeline nor an id on the Hub ({reason})"
-        ) from error
+    with loading("pipeline", name, "a pipeline"):
+        if not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
+            return DiffusionPipeline.from_pretrained(name)
+    kinds = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel)}
+    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    if kind not in kinds:
+        raise ValueError(f"model={name!r}: its config names {kind}, not one of {', '.join(kinds)}")
+    with loading("model", name, "a denoiser"):
+        return kinds[kind].from_pretrained(name)
 
 
 def _around(unet: nn.Module, noise_scheduler: Any) -> DiffusionPipeline:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.utils.data import default_collate
 from transformers import Trainer, set_seed
 
 from ...parameters.reference import ReferencePoint
+from ...training.checks import check_fields, check_is_not_original
 from ...training.pictures import SampleGrids
 from ..checkpoint import last_complete
 from ..checks import check_arguments
@@ -31,8 +31,15 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-STABILITIES = ("auto", "inverse_variance", "fisher", "isotropic")
-WEIGHTINGS = ("simple", "elbo", "min_snr")
+RANGES = {
+    "> 0": ("variance_floor", "snr_gamma", "caution"),
+    "≥ 0": ("stability_weight", "negative_guidance", "replay_samples", "grid_images"),
+    "≥ 1": (
+        "lora_rank", "lora_alpha", "forget_samples", "sample_batch_size", "num_inference_steps", "grid_steps",
+    ),
+    "in (0, 1)": ("gamma",),
+    "in [0, 1)": ("ema_decay",),
+}  # fmt: skip
 
 
 @dataclass
@@ -90,75 +97,49 @@ class VDUConfig(UnlearnConfig):
         publish_before (`bool`, defaults to `False`): put the grid of the original beside the one that is published.
     """
 
-    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Forget examples per step and device."})
-    max_steps: int = field(default=200, metadata={"help": "Optimiser steps."})
-    save_strategy: str = field(default="no", metadata={"help": "Checkpoints; a run takes minutes."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    forget: Literal["class", "examples"] = field(
-        default="examples", metadata={"help": "A generator has no labels: the kind of images that the examples show."}
-    )
-    isotropic_weight: float = field(default=0.0, metadata={"help": "Weight of the squared distance to the original."})
-    guard_steps: int | None = field(default=50, metadata={"help": "Steps between two looks."})
-    gamma: float | None = field(default=None, metadata={"help": "The paper's balance, in (0, 1)."})
-    stability_weight: float = field(default=0.0, metadata={"help": "Weight of the term B."})
-    checkpoints: list[str] | None = field(
-        default=None, metadata={"help": "Checkpoints of the run, for mean and variance."}
-    )
-    variance_floor: float = field(
-        default=0.01, metadata={"help": "Smallest variance, as a share of the mean variance."}
-    )
-    stability: Literal["auto", "inverse_variance", "fisher", "isotropic"] = field(
-        default="auto", metadata={"help": "The precision in B."}
-    )
-    anchor: Literal["original", "checkpoint_mean"] = field(
-        default="original", metadata={"help": "What B attracts to."}
-    )
-    loss_weighting: Literal["simple", "elbo", "min_snr"] = field(
-        default="min_snr", metadata={"help": "Weights over time."}
-    )
-    snr_gamma: float = field(default=1.0, metadata={"help": "Where min_snr goes from clean image to noise."})
-    t_range: list[float] = field(
-        default_factory=lambda: [0.0, 1.0], metadata={"help": "Share of the timesteps that noise is drawn from."}
-    )
-    negative_guidance: float = field(default=0.0, metadata={"help": "With prompts: how far beyond the neutral one."})
-    caution: float = field(default=3.0, metadata={"help": "Without prompts: factor of the odds of what is forgotten."})
-    redirect_prompt: str = field(default="", metadata={"help": "With prompts: the neutral prompt."})
-    ema_decay: float = field(default=0.0, metadata={"help": "Decay of an average of the weights; 0 for none."})
-    trainable: list[str] = field(
-        default_factory=lambda: ["all"], metadata={"help": "all, cross_attention, lora, or patterns of names."}
-    )
-    lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA."})
-    lora_alpha: int = field(default=8, metadata={"help": "Scale of the LoRA, times its rank."})
-    forget_prompts: list[str] | None = field(
-        default=None, metadata={"help": "The original draws the forget images from these prompts."}
-    )
-    forget_samples: int = field(default=100, metadata={"help": "How many images it draws from them."})
-    resize: bool = field(default=False, metadata={"help": "Scale and crop images of another size."})
-    replay_samples: int = field(default=1000, metadata={"help": "Images that the original draws to be kept."})
-    replay_prompts: list[str] | None = field(default=None, metadata={"help": "With prompts: what it draws."})
-    num_inference_steps: int | None = field(default=None, metadata={"help": "Denoising steps of images drawn."})
-    guidance_scale: float | None = field(default=None, metadata={"help": "Guidance of images drawn."})
-    sample_batch_size: int = field(default=64, metadata={"help": "Images drawn at a time."})
-    grid_images: int = field(default=16, metadata={"help": "Images of a grid; 0 for no grids."})
-    grid_steps: int | None = field(default=None, metadata={"help": "Steps between two grids."})
-    publish_before: bool = field(default=False, metadata={"help": "Publish the original's grid too."})
+    learning_rate: float = 3e-4
+    lr_scheduler_type: str = "constant"
+    per_device_train_batch_size: int = 32
+    max_steps: int = 200
+    save_strategy: str = "no"
+    logging_steps: float = 10
+    forget: Literal["class", "examples"] = "examples"
+    isotropic_weight: float = 0.0
+    guard_steps: int | None = 50
+    gamma: float | None = None
+    stability_weight: float = 0.0
+    checkpoints: list[str] | None = None
+    variance_floor: float = 0.01
+    stability: Literal["auto", "inverse_variance", "fisher", "isotropic"] = "auto"
+    anchor: Literal["original", "checkpoint_mean"] = "original"
+    loss_weighting: Literal["simple", "elbo", "min_snr"] = "min_snr"
+    snr_gamma: float = 1.0
+    t_range: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    negative_guidance: float = 0.0
+    caution: float = 3.0
+    redirect_prompt: str = ""
+    ema_decay: float = 0.0
+    trainable: list[str] = field(default_factory=lambda: ["all"])
+    lora_rank: int = 8
+    lora_alpha: int = 8
+    forget_prompts: list[str] | None = None
+    forget_samples: int = 100
+    resize: bool = False
+    replay_samples: int = 1000
+    replay_prompts: list[str] | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    sample_batch_size: int = 64
+    grid_images: int = 16
+    grid_steps: int | None = None
+    publish_before: bool = False
 
     def _check_unlearn_arguments(self) -> None:
         super()._check_unlearn_arguments()
-        for name, allowed in (
-            ("stability", STABILITIES),
-            ("anchor", ("original", "checkpoint_mean")),
-            ("loss_weighting", WEIGHTINGS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        check_fields(self, RANGES)
         if self.forget == "class":
             raise ValueError("forget='class': a generator has no labels; pass that class's images, forget='examples'")
         if self.gamma is not None:
-            if not 0 < self.gamma < 1:
-                raise ValueError(f"gamma={self.gamma}: must be in (0, 1)")
             weights = (self.forget_weight, self.stability_weight)
             if weights not in ((1.0, 0.0), (1 - self.gamma, self.gamma)):
                 raise ValueError("gamma: sets forget_weight and stability_weight; leave those out, or set gamma=None")
@@ -169,30 +150,12 @@ class VDUConfig(UnlearnConfig):
             raise ValueError(
                 "checkpoints: K = 0, so there is no mean and no variance; name at least one, or leave it out"
             )
-        for name in ("variance_floor", "snr_gamma", "caution"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
         if len(self.t_range) != 2 or not 0 <= self.t_range[0] < self.t_range[1] <= 1:
             raise ValueError(f"t_range={self.t_range}: must be two shares, 0 ≤ low < high ≤ 1")
         if self.stability_weight and self.anchor == "checkpoint_mean" and not self.checkpoints:
             raise ValueError(
                 "checkpoints: missing; anchor='checkpoint_mean' (as in the paper preset) needs one or more"
             )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: must be in [0, 1)")
-        for name in ("stability_weight", "negative_guidance", "replay_samples", "grid_images"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be ≥ 0")
-        for name in (
-            "lora_rank",
-            "lora_alpha",
-            "forget_samples",
-            "sample_batch_size",
-            "num_inference_steps",
-            "grid_steps",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be ≥ 1")
         for name in ("trainable", "forget_prompts", "replay_prompts"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
@@ -273,8 +236,7 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
         if not isinstance(args, self._config_class):
             raise ValueError(f"args: {type(self).__name__} needs VDUConfig, got {type(args).__name__}")
         self.pipeline, self.name = as_pipeline(model, pipeline, noise_scheduler)
-        if self.name and Path(args.output_dir).resolve() in _folders_of(Path(self.name)):
-            raise ValueError(f"output_dir: {args.output_dir!r} holds the original model; choose another folder")
+        check_is_not_original(args.output_dir, self.name)
         self.schedule = NoiseSchedule.of(self.pipeline.scheduler).to(args.device)
         self.replay_filter = replay_filter
         if both := set(args.forget_prompts or ()) & set(args.replay_prompts or ()):
@@ -378,11 +340,3 @@ class VDUTrainer(DenoisingMixin, StabilityMixin, ReplayPoolMixin, PipelineSaving
 
     def _is_kept(self) -> bool:
         return self.utility_drop(self.guard.state.baseline) <= self.utility_tolerance
-
-
-def _folders_of(original: Path) -> list[Path]:
-    """Where a model on this machine lies: its folder, and that of the pipeline it is a part of."""
-    if not original.is_dir():
-        return []
-    folder = original.resolve()
-    return [folder, folder.parent] if (folder.parent / "model_index.json").is_file() else [folder]

@@ -7,8 +7,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,7 +23,8 @@ from ...modes import seeded_generator
 from ...parameters.anchors import QuadraticAnchor
 from ...parameters.fisher import scalar_fisher, scaled_to_mean_one
 from ...parameters.reference import ReferencePoint
-from ...parameters.repulsion import DISTANCES, REPULSIONS, Repulsion, extrapolate
+from ...parameters.repulsion import Repulsion, extrapolate
+from ...training.checks import check_fields, check_is_not_original
 from ...training.pictures import SampleGrids
 from .feedback import Feedback, marked_by, samples_of, spread_over
 from .saving import GANPublishingMixin
@@ -42,6 +42,14 @@ REPULSION_WEIGHTS = {
     "sum_squares": {"el2": 0.1, "il2": 1.0, "nl2": 3e-5},
 }
 REPULSION_RATES = {"relative": 1.0, "mean_mse": 3e3, "sum_squares": 0.03}
+
+RANGES = {
+    "> 0": ("adapt_learning_rate", "repulsion_rate"),
+    "≥ 0": ("consolidation_weight", "repulsion_weight", "own_samples", "grid_images"),
+    "≥ 1": ("max_steps", "adapted_models", "adapt_steps", "fisher_samples", "mark_samples", "grid_steps"),
+    "in [0, 1)": ("negative_share",),
+    "in (0, 1)": ("miss_rate",),
+}
 
 
 @dataclass
@@ -85,58 +93,31 @@ class AdaptThenUnlearnConfig(GANConfig):
         publish_before (`bool`, defaults to `False`): put the grid of the original beside the one that is published.
     """
 
-    max_steps: int = field(default=1_000, metadata={"help": "Steps of stage 2; in each, both players move once."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "The scheduler type to use."})
-    ema_decay: float = field(default=0.998, metadata={"help": "Decay of the average that draws and is saved."})
-    adapted_models: int = field(default=1, metadata={"help": "K, how many models are adapted."})
-    adapt_steps: int = field(default=300, metadata={"help": "Steps of stage 1."})
-    adapt_learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of stage 1."})
-    consolidation_weight: float = field(default=0.01, metadata={"help": "Weight of the consolidation in stage 1."})
-    fisher_samples: int = field(default=256, metadata={"help": "Samples for the Fisher information."})
-    repulsion: Literal["el2", "il2", "nl2", "none"] = field(default="el2", metadata={"help": "Form of the repulsion."})
-    repulsion_weight: float | None = field(
-        default=None, metadata={"help": "Its weight. Default: by form and distance."}
-    )
-    repulsion_rate: float | None = field(default=None, metadata={"help": "Rate of el2. Default: by distance."})
-    distance: Literal["relative", "mean_mse", "sum_squares"] = field(
-        default="relative", metadata={"help": "How far from the adapted models."}
-    )
-    negative_share: float = field(default=0.2, metadata={"help": "Share of negatives among what is shown as drawn."})
-    mark_samples: int = field(default=5_000, metadata={"help": "Samples that a marks= callable is shown."})
-    own_samples: int = field(default=10_000, metadata={"help": "Samples that the marks are spread over; 0 for none."})
-    miss_rate: float = field(default=0.05, metadata={"help": "Share of the negatives that may pass for positive."})
-    discriminator: Literal["original", "fresh"] = field(
-        default="original", metadata={"help": "fresh: make a new one, where the pipeline has none."}
-    )
-    save_discriminator: bool = field(default=False, metadata={"help": "Save the discriminator with the pipeline."})
-    grid_images: int = field(default=16, metadata={"help": "Images of a grid; 0 for no grids."})
-    grid_steps: int | None = field(default=None, metadata={"help": "Steps between two grids."})
-    publish_before: bool = field(default=False, metadata={"help": "Publish the original's grid too."})
+    max_steps: int = 1_000
+    lr_scheduler_type: str = "linear"
+    ema_decay: float = 0.998
+    adapted_models: int = 1
+    adapt_steps: int = 300
+    adapt_learning_rate: float = 5e-4
+    consolidation_weight: float = 0.01
+    fisher_samples: int = 256
+    repulsion: Literal["el2", "il2", "nl2", "none"] = "el2"
+    repulsion_weight: float | None = None
+    repulsion_rate: float | None = None
+    distance: Literal["relative", "mean_mse", "sum_squares"] = "relative"
+    negative_share: float = 0.2
+    mark_samples: int = 5_000
+    own_samples: int = 10_000
+    miss_rate: float = 0.05
+    discriminator: Literal["original", "fresh"] = "original"
+    save_discriminator: bool = False
+    grid_images: int = 16
+    grid_steps: int | None = None
+    publish_before: bool = False
 
     def _check_gan_arguments(self) -> None:
         super()._check_gan_arguments()
-        for name, allowed in (
-            ("repulsion", (*REPULSIONS, "none")),
-            ("distance", DISTANCES),
-            ("discriminator", ("original", "fresh")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps}: must be ≥ 1; a few marks have no epochs")
-        for name in ("adapted_models", "adapt_steps", "fisher_samples", "mark_samples", "grid_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be ≥ 1")
-        for name in ("consolidation_weight", "repulsion_weight", "own_samples", "grid_images"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be ≥ 0")
-        for name in ("adapt_learning_rate", "repulsion_rate"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
-        if not 0 <= self.negative_share < 1:
-            raise ValueError(f"negative_share={self.negative_share}: must be in [0, 1)")
-        if not 0 < self.miss_rate < 1:
-            raise ValueError(f"miss_rate={self.miss_rate}: must be in (0, 1)")
+        check_fields(self, RANGES)
         if self.discriminator == "fresh" and not self.discriminator_warmup:
             self.discriminator_warmup = 200
         if self.repulsion != "none" and self.discriminator_warmup >= self.adapt_steps:
@@ -214,7 +195,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
             raise ValueError("train_dataset: this trainer needs none; pass negatives= and positives=, or marks=")
         kwargs.pop("train_dataset", None)
         pipeline, name = as_pipeline(model)
-        _refuse_own_folder(args, name)
+        check_is_not_original(args.output_dir, name)
         if pipeline.discriminator is None:
             if args.discriminator != "fresh":
                 raise ValueError(
@@ -440,11 +421,6 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
         finally:
             for name, value in live.items():
                 value.detach().copy_(now[name])
-
-
-def _refuse_own_folder(args: AdaptThenUnlearnConfig, name: str | None) -> None:
-    if name and Path(name).is_dir() and Path(name).resolve() == Path(args.output_dir).resolve():
-        raise ValueError(f"output_dir: {args.output_dir!r} holds the original model; choose another folder")
 
 
 def _fresh_discriminator(generator: nn.Module, seed: int) -> DCGANDiscriminator:

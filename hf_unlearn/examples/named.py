@@ -1,0 +1,35 @@
+"""The small models by the names that recipes know them by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+
+GANS = ("digits-gan", "fashion-mnist-gan")
+DDPMS = ("digits-ddpm", "fashion-mnist-ddpm")
+NAMES = ("digits", *GANS, *DDPMS)
+
+
+def made(name: str, *, seed: int = 0, progress: bool = True) -> Path:
+    """Folder of a small model, trained on first use: a classifier in seconds, a generator in minutes.
+
+    Args:
+        name (`str`): one of [`NAMES`]; `"digits"` is a classifier.
+        seed (`int`, defaults to 0): of weights, order and noise.
+        progress (`bool`, defaults to `True`): show a progress bar.
+
+    Raises:
+        ValueError: no such model.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name={name!r}: must be one of {', '.join(NAMES)}")
+    if name == "digits":
+        from .classifier import cached_digits_classifier
+
+        return cached_digits_classifier(seed, progress=progress)
+    if name in GANS:
+        from . import gan as module
+    else:
+        from . import ddpm as module
+    return module.cached(replace(module.NAMES[name], seed=seed), progress=progress)
