@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..hub.loading import hub_id
 from ..hub.provenance import library_versions
+from .config import FASTConfig
 
-
-if TYPE_CHECKING:
-    from .checker import FASTSafetyChecker
 
 TAGS = ("hf_unlearn", "safety-checker", "fast")
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -36,7 +34,7 @@ WITHIN = ("hf_unlearn", "torch", "transformers", "diffusers")  # versions that c
 
 
 def filter_card(
-    checker: FASTSafetyChecker,
+    config: FASTConfig,
     repo_id: str | None = None,
     *,
     pipeline_id: str | None = None,
@@ -45,15 +43,15 @@ def filter_card(
     """README.md of a filter, or of a pipeline that is saved with it.
 
     Args:
-        checker ([`FASTSafetyChecker`]): what is published.
+        config ([`FASTConfig`]): of what is published.
         repo_id (`str`, *optional*): where to. Default: the code in the card loads the folder that it is in.
         pipeline_id (`str`, *optional*): id on the Hub of the pipeline that it was made for.
         inside (`str`, *optional*): class of the pipeline that is saved with the filter: then the card is that pipeline's.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    concepts = checker.config.concepts
-    spec = checker.config.encoder_spec
+    concepts = config.concepts
+    spec = config.encoder_spec
     name = repo_id or HERE
     names = ", ".join(_line(concept["name"]) for concept in concepts)
     results = [
@@ -86,7 +84,7 @@ def filter_card(
         encoder=_encoder(spec),
         concepts=[_shown(concept) for concept in concepts],
         inside=inside,
-        alone=None if inside else _alone(name, spec, checker.config.embedding_size),
+        alone=None if inside else _alone(name, spec, config.embedding_size),
         around=_whole(name, spec) if inside else _around(name, spec, pipeline_id),
         slot=_slot(name) if _sees_images(spec) and not inside else None,
         own=spec is not None and spec.get("kind") == "custom",

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -31,8 +30,6 @@ from .scores import ScoreBank
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-
-    from .fitting.fast import FASTResult
 
 logger = logging.getLogger(__name__)
 
@@ -87,29 +84,8 @@ class FASTSafetyChecker(PreTrainedModel):
         pass  # what is missing is refused, never made up
 
     @classmethod
-    def of(cls, result: FASTResult) -> FASTSafetyChecker:
-        """The model of a fitted filter; see [`FASTResult.checker`]."""
-        bank = ScoreBank.of([c.score for c in result.concepts], [c.threshold.value for c in result.concepts])
-        encoder = result.encoder
-        concepts = [
-            {
-                "name": concept.name,
-                "description": concept.description,
-                "score": concept.score.name,
-                "shrinkage": concept.score.shrinkage,
-                "threshold": asdict(concept.threshold) | {"promise": concept.threshold.promise},
-                "figures": asdict(concept.figures),
-            }
-            for concept in result.concepts
-        ]
-        config = FASTConfig(
-            schema_version=SCHEMA_VERSION,
-            concepts=concepts,
-            embedding_size=bank.dimension,
-            components=bank.components,
-            directions=len(bank.gains) if bank.components else 0,
-            encoder_spec=None if encoder is None else encoder.spec,
-        )
+    def around(cls, config: FASTConfig, bank: ScoreBank, encoder: FilterEncoder | None) -> FASTSafetyChecker:
+        """A model of parts that are there already: none of them is made anew."""
         with torch.device("meta"):
             checker = cls(config)
         checker.bank, checker.encoder = bank, encoder
@@ -373,7 +349,7 @@ class FASTSafetyChecker(PreTrainedModel):
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            text = filter_card(self, repo_id) if card is None else card
+            text = filter_card(self.config, repo_id) if card is None else card
             Path(folder, "README.md").write_text(text, encoding="utf-8")
             return publish_folder(
                 folder, repo_id, token=token, revision=revision, private=private, commit_message=commit_message

@@ -6,21 +6,18 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import broadcast
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import TrainerCallback
 
 from ..files import save_tensors
 from ..metrics.features import Features
 from ..metrics.generation import density_coverage
-
-
-if TYPE_CHECKING:
-    from .trainer import GANTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -39,6 +36,20 @@ class Coverage:
     coverage: float
 
 
+class Draws(Protocol):
+    """What the guard needs of a trainer."""
+
+    args: Any
+    train_dataset: Any
+    private_dir: Path
+
+    def draw(self, count: int, seed: int) -> Tensor: ...
+    def real_images(self, dataset: Any, count: int, seed: int) -> Tensor: ...
+    def features(self, images: Tensor) -> Features: ...
+    def players(self) -> dict[str, Tensor]: ...
+    def load_players(self, state: dict[str, Tensor]) -> None: ...
+
+
 class CollapseGuard(TrainerCallback):
     """Draws every `guard_steps` steps, always from the same latents, and asks how much of the training images is covered.
 
@@ -50,7 +61,7 @@ class CollapseGuard(TrainerCallback):
         trainer (`GANTrainer`): what trains.
     """
 
-    def __init__(self, trainer: GANTrainer):
+    def __init__(self, trainer: Draws):
         self.trainer = trainer
         self.real: Features | None = None
         self.begin()
@@ -87,7 +98,9 @@ class CollapseGuard(TrainerCallback):
     def _look(self, step: int) -> None:
         trainer = self.trainer
         if self.real is None:
-            self.real = trainer.features(trainer._images(trainer.train_dataset, trainer.args.guard_samples, REAL_SEED))
+            self.real = trainer.features(
+                trainer.real_images(trainer.train_dataset, trainer.args.guard_samples, REAL_SEED)
+            )
         drawn = trainer.features(trainer.draw(trainer.args.guard_samples, DRAWN_SEED))
         k = min(5, len(self.real) - 1)
         coverage = torch.tensor(

@@ -130,7 +130,7 @@ class GANTrainer(GANSavingMixin, Trainer):
         total = self.args.max_steps * self._train_batch_size * self.args.world_size
         return Reshuffled(len(rows), total, self.args.seed)
 
-    def _images(self, dataset: Any, count: int, seed: int) -> Tensor:
+    def real_images(self, dataset: Any, count: int, seed: int) -> Tensor:
         """At most `count` images of a dataset, drawn by the seed."""
         drawn = torch.randperm(len(dataset), generator=seeded_generator("cpu", self.args.seed, seed))[:count]
         return torch.cat([self._collate([dataset[row]])["pixel_values"] for row in drawn.tolist()])
@@ -267,7 +267,7 @@ class GANTrainer(GANSavingMixin, Trainer):
         rows = self.eval_dataset if eval_dataset is None else self._rows(eval_dataset, "eval_dataset")
         if rows is None:
             raise ValueError("eval_dataset: missing; evaluate() compares what is drawn with real images")
-        real = self.features(self._images(rows, len(rows), EVALUATION_SEED))
+        real = self.features(self.real_images(rows, len(rows), EVALUATION_SEED))
         drawn = self.features(self.draw(len(rows), EVALUATION_SEED))
         spread = density_coverage(real, drawn)
         metrics = {

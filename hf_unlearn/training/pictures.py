@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,19 +17,26 @@ from ..metrics.features import Features, features_of
 from ..metrics.generation import frechet_distance, percentage_unlearned
 
 
-if TYPE_CHECKING:
-    from ..unlearning.diffusion.vdu import VDUTrainer
-
-
 logger = logging.getLogger(__name__)
 
 GRID_SEED, METRIC_SEED = 3, 4
 
 
+class Draws(Protocol):
+    """A trainer of a generator."""
+
+    args: Any
+    private_dir: Path
+
+    def draw(self, count: int, seed: int) -> Tensor: ...
+    def as_original(self) -> AbstractContextManager[None]: ...
+    def log(self, logs: dict[str, float]) -> None: ...
+
+
 class _DrawsAtTimes(TrainerCallback):
     """Draws before the first step, every `steps` optimiser steps, and after the last."""
 
-    def __init__(self, trainer: VDUTrainer, steps: int | None):
+    def __init__(self, trainer: Draws, steps: int | None):
         self.trainer, self.steps = trainer, steps
 
     def look(self, step: int, stage: str) -> None:
@@ -49,7 +57,7 @@ class _DrawsAtTimes(TrainerCallback):
 class SampleGrids(_DrawsAtTimes):
     """Grids in `_private/samples/`; the last one also in `pictures/`, which is published, the first one if `publish_before`."""
 
-    def __init__(self, trainer: VDUTrainer):
+    def __init__(self, trainer: Draws):
         super().__init__(trainer, trainer.args.grid_steps)
 
     def look(self, step: int, stage: str) -> None:
@@ -79,7 +87,7 @@ class PULCallback(_DrawsAtTimes):
 
     def __init__(
         self,
-        trainer: VDUTrainer,
+        trainer: Draws,
         classify: Callable[[Tensor], Tensor],
         forgotten: list[int],
         *,
@@ -118,7 +126,7 @@ class FIDCallback(_DrawsAtTimes):
 
     def __init__(
         self,
-        trainer: VDUTrainer,
+        trainer: Draws,
         reference: Features,
         extractor: Callable[[Tensor], Tensor],
         *,

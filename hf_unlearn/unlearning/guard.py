@@ -8,20 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import broadcast
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..modes import in_eval_mode
 from ..parameters.reference import ReferencePoint, trainable_parameters
 from .objective import Batch
-
-
-if TYPE_CHECKING:
-    from .trainer import UnlearnMixin
 
 
 logger = logging.getLogger(__name__)
@@ -77,6 +73,19 @@ class GuardState:
         return cls(state["baseline"], state["best"] and Look(**state["best"]), state["without_gain"], looks)
 
 
+class Watched(Protocol):
+    """What the guard needs of a trainer."""
+
+    args: Any
+    model: nn.Module
+    private_dir: Path
+    utility_tolerance: float
+
+    def remembered(self) -> float: ...
+    def utility(self) -> float: ...
+    def utility_drop(self, baseline: float) -> float: ...
+
+
 class Guard(TrainerCallback):
     """Looks at forgetting and utility every `guard_steps` steps (default: every epoch).
 
@@ -87,10 +96,10 @@ class Guard(TrainerCallback):
     that remembers least, with a warning. Looking changes nothing: no weight, no random state.
 
     Args:
-        trainer (`UnlearnMixin`): provides `remembered()` and `utility()`.
+        trainer ([`Watched`]): an unlearning trainer.
     """
 
-    def __init__(self, trainer: UnlearnMixin):
+    def __init__(self, trainer: Watched):
         self.trainer = trainer
         self.state = GuardState()
 

@@ -32,7 +32,7 @@ def card():
     """Parsed, as the Hub does."""
 
     def parsed(checker, *args, **kwargs):
-        card = ModelCard(filter_card(checker, *args, **kwargs))
+        card = ModelCard(filter_card(checker.config, *args, **kwargs))
         assert card.data.tags == ["hf_unlearn", "safety-checker", "fast"]
         assert card.data.library_name == "hf_unlearn"
         return card
@@ -234,7 +234,7 @@ class TestOfAFilteredPipeline:
     def test_says_what_it_is_and_loads_it(self, tmp_path, monkeypatch):
         checker = fitted_filter()
         FilteredPipeline(tiny_gan(), checker).save_pretrained(tmp_path)
-        content = filter_card(checker, inside="GANPipeline")
+        content = filter_card(checker.config, inside="GANPipeline")
         assert "A `GANPipeline` with a filter around it" in content
         assert ModelCard(content).data.tags == ["hf_unlearn", "safety-checker", "fast", "diffusers"]
         monkeypatch.chdir(tmp_path)

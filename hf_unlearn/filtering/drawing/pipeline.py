@@ -323,7 +323,7 @@ class FilteredPipeline(PipelineWrapper):
             card (`str`, *optional*): README.md. Default: [`~hf_unlearn.filtering.card.filter_card`].
         """
         if card is None:
-            card = filter_card(self.safety_checker, repo_id, inside=type(self.pipeline).__name__)
+            card = filter_card(self.safety_checker.config, repo_id, inside=type(self.pipeline).__name__)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size, card=card)
             return publish_folder(

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ...images import IMAGE_COLUMNS
+from ..checker import FASTSafetyChecker
+from ..config import SCHEMA_VERSION, FASTConfig
 from ..encoding.encoders import FilterEncoder
 from ..encoding.latents import as_rows
-from ..scores import Basis
+from ..scores import Basis, ScoreBank
 from .background import Background
 from .concept import FEWEST_UNMARKED, LARGEST, ConceptFit, FilteredConcept, Samples, Settings
 from .forms import SCORES, basis_of
 from .thresholds import RULES
 
-
-if TYPE_CHECKING:
-    from ..checker import FASTSafetyChecker
 
 Array = NDArray[np.float64]
 
@@ -44,9 +43,27 @@ class FASTResult:
 
     def checker(self) -> FASTSafetyChecker:
         """The filter as a model: saves, loads, judges."""
-        from ..checker import FASTSafetyChecker
-
-        return FASTSafetyChecker.of(self)
+        bank = ScoreBank.of([c.score for c in self.concepts], [c.threshold.value for c in self.concepts])
+        concepts = [
+            {
+                "name": concept.name,
+                "description": concept.description,
+                "score": concept.score.name,
+                "shrinkage": concept.score.shrinkage,
+                "threshold": asdict(concept.threshold) | {"promise": concept.threshold.promise},
+                "figures": asdict(concept.figures),
+            }
+            for concept in self.concepts
+        ]
+        config = FASTConfig(
+            schema_version=SCHEMA_VERSION,
+            concepts=concepts,
+            embedding_size=bank.dimension,
+            components=bank.components,
+            directions=len(bank.gains) if bank.components else 0,
+            encoder_spec=None if self.encoder is None else self.encoder.spec,
+        )
+        return FASTSafetyChecker.around(config, bank, self.encoder)
 
     def __getitem__(self, name: str) -> FilteredConcept:
         found = {concept.name: concept for concept in self.concepts}

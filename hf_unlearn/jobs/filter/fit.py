@@ -212,7 +212,7 @@ def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
     checker = result.checker()
     checker.save_pretrained(job.folder)
     public = None if job.pipeline in SMALL else hub_id(job.pipeline)
-    (job.folder / "README.md").write_text(filter_card(checker, pipeline_id=public), encoding="utf-8")
+    (job.folder / "README.md").write_text(filter_card(checker.config, pipeline_id=public), encoding="utf-8")
     pictures = pictures_of(job, checker, source, kept)
     if job.pipeline_dir is not None:
         FilteredPipeline(pipeline, checker, action=job.action or ACTIONS[0]).save_pretrained(job.pipeline_dir)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from ...filtering.encoding.encoders import FilterEncoder
     from ...filtering.fitting.concept import FilteredConcept, FilterFigures
     from ...filtering.fitting.rates import Rate
-    from .fit import FilterFitJob
 
 KEPT = 2**28  # bytes of unmarked samples that are kept, to be shown
 SHOWN = 12  # of each kind, in a picture
@@ -33,6 +33,18 @@ TITLES = {
     "prevalence": "undesired before (prevalence)",
     "residual": "undesired after (residual)",
 }
+
+
+class Fit(Protocol):
+    """The keys of a recipe that its report tells of."""
+
+    folder: Path
+    batch_size: int
+    seed: int
+    max_prevalence: float | None
+    pipeline_dir: str | None
+    pipeline_revision: str | None
+    prompts: list[str] | None
 
 
 # Pictures
@@ -50,7 +62,7 @@ def keep(kept: list[Tensor], batch: Batch, encoder: FilterEncoder | None) -> Non
         kept.append(seen)
 
 
-def pictures_of(job: FilterFitJob, checker: FASTSafetyChecker, source: Source, kept: list[Tensor]) -> list[str]:
+def pictures_of(job: Fit, checker: FASTSafetyChecker, source: Source, kept: list[Tensor]) -> list[str]:
     """Unmarked samples on either side of the line, and some that are blocked. Private, since they show what is undesired."""
     folder = job.folder / "_private"
     files = {name: folder / f"{name}.png" for name in ("border", "blocked")}
@@ -92,7 +104,7 @@ def _judged(checker: FASTSafetyChecker, kept: Tensor, batch_size: int) -> tuple[
 # Text
 
 
-def report(job: FilterFitJob, concept: FilteredConcept, source: Source, name: str, pictures: Sequence[str]) -> None:
+def report(job: Fit, concept: FilteredConcept, source: Source, name: str, pictures: Sequence[str]) -> None:
     """Print what was found, where it is, and how to use it.
 
     Args:
@@ -158,7 +170,7 @@ def _origins(figures: FilterFigures) -> str:
     return ", ".join(f"{name}: {origin}" for name, origin in known.items() if origin) or "nothing"
 
 
-def usage(job: FilterFitJob, source: Source, name: str) -> list[str]:
+def usage(job: Fit, source: Source, name: str) -> list[str]:
     """Lines of Python that draw through the filter."""
     given: dict[str, Any] = {"filter": str(job.folder), "action": "regenerate"}
     if job.pipeline_dir is not None:
