@@ -75,8 +75,19 @@ def check_trainable(model: nn.Module, args) -> None:
         raise ValueError("bn='train': an adapter's checkpoints hold no BatchNorm statistics; set bn='frozen'")
     if has_adapter and args.merge_adapter and hasattr(model, "get_base_model"):  # diffusers' own fuse themselves
         check_mergeable(model)  # now, not when it is to be saved
-    if has_adapter and args.fisher_weight:
-        raise ValueError("fisher_weight: a Fisher anchor on LoRA factors means nothing; set fisher_weight=0")
+    if has_adapter:
+        check_anchors(args)
+
+
+def check_anchors(args) -> None:
+    """Refuse an anchor on the factors of a LoRA, which only their product has a meaning of.
+
+    Raises:
+        ValueError: naming the weight.
+    """
+    for name in args.anchors_on_parameters:
+        if getattr(args, name):
+            raise ValueError(f"{name}: an anchor on LoRA factors means nothing; set it to 0 and use isotropic_weight")
 
 
 def check_labels(args, num_labels: int, **datasets: Any) -> list[int]:

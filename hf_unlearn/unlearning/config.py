@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from transformers import TrainingArguments
 from trl import SFTConfig
@@ -78,6 +78,7 @@ class UnlearnArguments:
     """
 
     _argument_group_name = "unlearning"
+    anchors_on_parameters: ClassVar[tuple[str, ...]] = ("fisher_weight",)  # single ones, which a LoRA does not have
 
     forget: Literal["class", "examples"] = "class"
     forget_loss: Literal["bounded", "ascent", "npo", "redirect", "uniform", "match"] = "bounded"

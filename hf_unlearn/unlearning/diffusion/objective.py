@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...parameters.fisher import gaussian_fisher
 from .. import losses
 from ..guard import LOOKING
 from ..objective import Batch
 from .denoiser import is_prompted
-from .encoded import EncodedImages, encode_prompts
+from .encoded import EncodedImages
 from .noise import NoiseSchedule
 from .own_samples import OwnSamples
-from .posterior import ForgottenPosterior
 
 
 if TYPE_CHECKING:
@@ -118,23 +118,9 @@ class DenoisingMixin:
         reference_error = self.task_loss(self.reference_forward, batch)
         return losses.npo(pixels * error, pixels * reference_error, self.args.npo_beta) / pixels
 
-    @torch.no_grad()
     def answer_without(self, batch: Batch) -> Tensor:
-        """What the original would answer had it never seen the forgotten kind: by Bayes' rule over two banks of images
-        ([`hf_unlearn.unlearning.diffusion.posterior`]), or for a prompted model its answer to the neutral prompt, ε(∅) − η(ε(c) − ε(∅)).
-        """
-        answer, _ = self.predictions(self.reference_forward, batch)
-        if is_prompted(self.pipeline):
-            neutral = {name: table.expand_as(batch["conditioning"][name]) for name, table in self._neutral.items()}
-            unprompted, _ = self.predictions(self.reference_forward, {**batch, "conditioning": neutral})
-            return unprompted - self.args.negative_guidance * (answer - unprompted)
-        _, change = self.posterior(batch["noisy"], batch["timesteps"], self.schedule)
-        return answer + self.schedule.shift(change, batch["timesteps"])
-
-    @cached_property
-    def _neutral(self) -> dict[str, Tensor]:
-        tables, _ = encode_prompts([self.args.redirect_prompt], self.pipeline, device=self.args.device)
-        return {name: table.to(self.args.device) for name, table in tables.items()}
+        """What the original would answer had it never seen the forgotten kind: the target of `redirect`. A method's own."""
+        raise NotImplementedError
 
     def _answer_of_noise(self, batch: Batch) -> Tensor:
         """As Selective Amnesia's surrogate (arXiv 2305.10120): what would be right if the clean image were uniform noise."""
@@ -149,28 +135,21 @@ class DenoisingMixin:
         return self.prepared(self._prepare_inputs(kept[rows.cpu()]), generator)
 
     def replay_loss(self, model: Callable, batch: Batch) -> Tensor:
-        """Squared distance to what the original answers on its own samples, `[batch]`; under `redirect`, without the
-        forgotten part.
-        """
-        if self.forget_loss_name == "redirect" and self.posterior is not None:
-            target = self.answer_without(batch)
-        else:
-            target, _ = self.predictions(self.reference_forward, batch)
-        return self._error(self.predictions(model, batch)[0], target, batch)
+        """Squared distance to what the original answers on its own samples ([`kept_answer`]), `[batch]`."""
+        return self._error(self.predictions(model, batch)[0], self.kept_answer(batch), batch)
 
-    @cached_property
-    def posterior(self) -> ForgottenPosterior | None:
-        """What is forgotten and what is kept, as two banks of images; None for a prompted model, whose prompts say it."""
-        kept = self.retain_dataset if self.own is None else self.own.kept
-        if is_prompted(self.pipeline) or kept is None:
-            return None
-        size = len(self.forget_dataset)
-        share = size / (size + len(kept)) if self.own is None else self.own.share
-        # Where no own sample was of the forgotten kind, it may still be as frequent as the resolution of the count.
-        share = min(max(share, 1 / (len(kept) + 1)), 0.99)
-        device = self.args.device
-        odds = self.args.caution * share / (1 - share)
-        return ForgottenPosterior(self.forget_dataset.latents.to(device), kept.latents.to(device), odds / (1 + odds))
+    def kept_answer(self, batch: Batch) -> Tensor:
+        """What the student is to answer on samples of the original that are to be kept. Default: what the original does."""
+        with torch.no_grad():
+            return self.predictions(self.reference_forward, batch)[0]
+
+    def _compute_fisher(self) -> dict[str, Tensor]:
+        return gaussian_fisher(
+            self.model,
+            self._batches(self.forget_dataset, self.args.fisher_examples),
+            lambda batch: self.predictions(self.model, batch)[0],
+            generator=torch.Generator(self.args.device).manual_seed(self.args.seed),
+        )
 
     # What the guard looks at
 

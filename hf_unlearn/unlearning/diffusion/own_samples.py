@@ -6,14 +6,36 @@ to be kept, and no retained data is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from .encoded import EncodedImages
+from ...files import save_tensors
+from ...images import decode
+from ...parameters.reference import ReferencePoint
+from .denoiser import is_prompted
+from .drawing import generate
+from .encoded import EncodedImages, encode_prompts
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+logger = logging.getLogger(__name__)
+
+# Seeds of what is drawn, apart from each other: the grids' noise must not be that of the replay.
+FORGET_SEED, REPLAY_SEED = 1, 2
 
 
 @dataclass(frozen=True)
@@ -93,3 +115,128 @@ def resembles(samples: Tensor, forget: Tensor, *, neighbors: int = 10, crowd: in
     if len(outside):
         among = torch.cat([among, forgotten_share(search.kneighbors(outside, return_distance=False))])
     return among[size:] >= 0.5 * among[:size].median().clamp(min=1 / count)
+
+
+class OwnSamplesMixin:
+    """Draws the original's own samples once and keeps them in `_private/`; and draws from the model as it is."""
+
+    pipeline: DiffusionPipeline
+    replay_filter: Callable[[Tensor], Tensor] | None
+
+    def drawn(self, args: Any, what: int | list[str], seed: int, name: str) -> EncodedImages:
+        """Samples of the original: read from `_private/` where the same model has drawn the same before."""
+        settings = {
+            "what": what,
+            "seed": [args.seed, seed],
+            "steps": args.num_inference_steps,
+            "guidance": args.guidance_scale,
+            "scheduler": {k: v for k, v in self.pipeline.scheduler.config.items() if k[0] != "_"},
+            "model": _fingerprint(self.pipeline.unet),
+        }
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+        file = Path(args.output_dir, "_private", f"{name}.safetensors")
+        with args.main_process_first(desc=f"drawing {name} samples"):
+            latents = _read(file, key)
+            if latents is None:
+                logger.info("drawing %s samples from the original", what if isinstance(what, int) else len(what))
+                latents = generate(
+                    self.pipeline.to(args.device),
+                    what,
+                    seed=1000 * args.seed + seed,
+                    num_inference_steps=args.num_inference_steps,
+                    guidance_scale=args.guidance_scale,
+                    batch_size=args.sample_batch_size,
+                    latents=is_prompted(self.pipeline),
+                )
+                if args.should_save:
+                    save_tensors({"latents": latents}, file, {"key": key})
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                "pipeline: the original's own samples are not finite; its weights or its scheduler are broken"
+            )
+        if not is_prompted(self.pipeline):
+            return EncodedImages(latents)
+        conditioning, rows = encode_prompts(what, self.pipeline, device=args.device)
+        return EncodedImages(latents, None, conditioning, rows)
+
+    def own_samples(self, forget: EncodedImages, given: EncodedImages | None) -> OwnSamples | None:
+        """What the original draws apart from the forgotten kind; None where nothing is to be drawn."""
+        args, prompted = self.args, is_prompted(self.pipeline)
+        if given is None and not args.replay_samples:
+            return None
+        samples = given
+        if samples is None:
+            prompts = args.replay_prompts or []
+            what = [prompts[i % len(prompts)] for i in range(args.replay_samples)] if prompted else args.replay_samples
+            samples = self.drawn(args, what, REPLAY_SEED, "replay")
+        if prompted and self.replay_filter is None:  # the prompts say what is kept
+            return OwnSamples(samples, 0.0)
+        images = decode(samples.latents, self.pipeline, batch_size=args.sample_batch_size) if prompted else None
+        parted = part(samples, forget, self.replay_filter, images)
+        logger.info("%d of %d own samples are kept", len(parted.kept), len(samples))
+        if parted.share == 0:
+            logger.warning(
+                "replay_filter: none of %d own samples was taken for the forgotten kind; if the model draws it, they are replayed; "
+                "pass a classifier as replay_filter",
+                len(samples),
+            )
+        if parted.share > 0.8:
+            logger.warning(
+                "forget_dataset: %.0f %% of what the original draws is of its kind; it looks like the whole data, and little "
+                "is left to keep",
+                100 * parted.share,
+            )
+        return parted
+
+    # What the model draws now
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """Samples of the model as it is now, by the run's settings; with prompts, of the forgotten and the kept ones in turn.
+
+        Args:
+            seed (`int`): of one use; the run's own seed is added. No random state changes.
+
+        Returns:
+            `Tensor`: `[count, channels, height, width]` in [−1, 1], on the CPU.
+        """
+        args, prompts = self.args, self.sample_prompts
+        return generate(
+            self.pipeline.to(args.device),
+            [prompts[i % len(prompts)] for i in range(count)] if is_prompted(self.pipeline) else count,
+            seed=1000 * args.seed + seed,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            batch_size=args.sample_batch_size,
+        )
+
+    @contextmanager
+    def as_original(self) -> Iterator[None]:
+        """The model as it was before the first step, for the time of a `with` block."""
+        now = ReferencePoint.capture(self.model)
+        self.reference.restore(self.model)
+        try:
+            yield
+        finally:
+            now.restore(self.model)
+
+    @property
+    def sample_prompts(self) -> list[str]:
+        """With prompts: what grids and figures show, the forgotten concept beside what is kept."""
+        return [*self.forget_prompts, *(self.args.replay_prompts or [])[:4]] or [""]
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read(file: Path, key: str) -> Tensor | None:
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as stored:
+            return stored.get_tensor("latents") if (stored.metadata() or {}).get("key") == key else None
+    except SafetensorError:  # not what was written
+        return None

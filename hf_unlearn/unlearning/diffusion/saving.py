@@ -27,17 +27,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_STATE = "adapter.safetensors"
 EMA_STATE = "ema.safetensors"
 # Settings that a card tells. Prompts are not among them: they say what was forgotten.
-TOLD = (
-    "caution",
-    "ema_decay",
-    "loss_weighting",
-    "negative_guidance",
-    "replay_samples",
-    "snr_gamma",
-    "stability_weight",
-    "t_range",
-    "trainable",
-)
+TOLD = ("ema_decay", "loss_weighting", "replay_samples", "snr_gamma", "t_range", "trainable")
 
 
 class PipelineSavingMixin(SavingMixin):
@@ -45,6 +35,7 @@ class PipelineSavingMixin(SavingMixin):
 
     pipeline: DiffusionPipeline
     ema: AverageWeights | None
+    _told: tuple[str, ...] = ()  # settings of a method that its card tells too
 
     @property
     def is_adapter(self) -> bool:
@@ -127,8 +118,8 @@ class PipelineSavingMixin(SavingMixin):
             "replay_prompts",
         ):
             chosen.pop(name, None)  # of classifiers, or telling what was forgotten
-        chosen |= {name: getattr(self.args, name) for name in TOLD}
-        return chosen | {"anchor_precision": self.precision_name}
+        chosen |= {name: getattr(self.args, name) for name in (*TOLD, *self._told)}
+        return chosen | {"anchor_precision": getattr(self, "precision_name", None)}
 
     def _card_defaults(self, name: str) -> dict[str, Any]:
         adapter = self.is_adapter and not self.args.merge_adapter

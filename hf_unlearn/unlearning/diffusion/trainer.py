@@ -1,0 +1,185 @@
+"""What every method of making a diffusion model forget stands on: denoising, the original's own samples, saving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils.data import default_collate
+from transformers import Trainer, set_seed
+
+from ...parameters.reference import ReferencePoint
+from ...training.checks import check_is_not_original
+from ...training.pictures import SampleGrids
+from ..checkpoint import last_complete
+from ..checks import check_anchors, check_arguments
+from ..trainer import UnlearnMixin
+from .config import DiffusionUnlearnConfig
+from .denoiser import as_pipeline, choose_trainable, is_prompted
+from .encoded import EncodedImages, encode, some_prompts
+from .noise import NoiseSchedule
+from .objective import DenoisingMixin
+from .own_samples import FORGET_SEED, OwnSamples, OwnSamplesMixin
+from .saving import AverageWeights, PipelineSavingMixin
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMixin, UnlearnMixin, Trainer):
+    """Base of the trainers that make a diffusion model forget. A method overrides the hooks of [`UnlearnMixin`], and
+    `answer_without`, the target of the forget loss `redirect`, and `kept_answer`, that of the replay.
+
+    The pipeline (`trainer.pipeline`) is changed in place, and what is saved is a pipeline that stock diffusers loads.
+
+    Args:
+        model (`UNet2DModel` | `DiffusionPipeline` | `str`, *optional*): a denoiser with `noise_scheduler=`, or what `pipeline` takes.
+        args (`DiffusionUnlearnConfig`, *optional*): the method's config; defaults to its defaults, with `output_dir="unlearned"`.
+        pipeline (`DiffusionPipeline` | `str`, *optional*): one whose `unet` is a `UNet2DModel` (DDPM, DDIM) or, with VAE,
+            text encoder and tokenizer, a `UNet2DConditionModel` (Stable Diffusion 1 and 2).
+        noise_scheduler (*optional*): of a denoiser without a pipeline: any variance-preserving one of diffusers.
+        forget_dataset (`Dataset`, *optional*): rows with `image` (PIL) or `pixel_values` (in [−1, 1]), and for a prompted
+            model `prompt`. Not needed where `forget_prompts` is set.
+        retain_dataset (`Dataset`, *optional*): data to keep, trained on beside; stands in for the replay if there is any.
+        heldout_dataset (`Dataset`, *optional*): never seen; its error is the target of `forget_loss="match"`.
+        replay_dataset (`Dataset`, *optional*): samples of the original, drawn before; stands in for `replay_samples`.
+        replay_filter (callable, *optional*): marks samples of the forgotten kind, images `[n, channels, height, width]` in
+            [−1, 1] to bool `[n]`. Default: those that lie among the forget images; with prompts, none.
+        eval_dataset (`dict[str, Dataset]`, *optional*): for `evaluate()`, which gives denoising errors.
+        peft_config (`peft.LoraConfig`, *optional*): train a LoRA of one's own.
+        kwargs: anything else `Trainer` takes.
+
+    Raises:
+        ValueError: see the message, which names the argument and the fix. No model was written.
+    """
+
+    _config_class = DiffusionUnlearnConfig
+
+    def __init__(
+        self,
+        model=None,
+        args: DiffusionUnlearnConfig | None = None,
+        *,
+        pipeline: DiffusionPipeline | str | None = None,
+        noise_scheduler=None,
+        forget_dataset=None,
+        retain_dataset=None,
+        heldout_dataset=None,
+        replay_dataset=None,
+        replay_filter: Callable[[Tensor], Tensor] | None = None,
+        eval_dataset=None,
+        peft_config=None,
+        **kwargs,
+    ):
+        args = args if args is not None else self._config_class(output_dir="unlearned")
+        if not isinstance(args, self._config_class):
+            raise ValueError(
+                f"args: {type(self).__name__} needs {self._config_class.__name__}, got {type(args).__name__}"
+            )
+        self.pipeline, self.name = as_pipeline(model, pipeline, noise_scheduler)
+        check_is_not_original(args.output_dir, self.name)
+        self.schedule = NoiseSchedule.of(self.pipeline.scheduler).to(args.device)
+        self.replay_filter = replay_filter
+        if both := set(args.forget_prompts or ()) & set(args.replay_prompts or ()):
+            raise ValueError(f"replay_prompts: {min(both)!r} is among forget_prompts too; keep it in one of them")
+        drawn = args.replay_samples and replay_dataset is None and (retain_dataset is None or args.replay_weight)
+        if drawn and is_prompted(self.pipeline) and not args.replay_prompts:
+            raise ValueError(
+                "replay_prompts: missing; name what a prompted model is to keep (without the forgotten concept), or set "
+                "replay_samples=0"
+            )
+        if args.guard and not (drawn or replay_dataset is not None or retain_dataset is not None):
+            raise ValueError(
+                "guard: has nothing to look at without replay_samples or a retain_dataset; set guard=False"
+            )
+        if peft_config is not None or "lora" in args.trainable:
+            check_anchors(args)
+        source = forget_dataset
+        if args.forget_prompts:
+            if forget_dataset is not None:
+                raise ValueError("forget_dataset: given beside forget_prompts; keep one of them")
+            if not is_prompted(self.pipeline):
+                raise ValueError("forget_prompts: this model takes no prompts; pass forget_dataset=")
+            prompts = [args.forget_prompts[i % len(args.forget_prompts)] for i in range(args.forget_samples)]
+            source = [{"prompt": prompt} for prompt in prompts]
+            forget_dataset = self.drawn(args, prompts, FORGET_SEED, "forget")
+        given = {
+            "forget_dataset": forget_dataset,
+            "retain_dataset": retain_dataset,
+            "heldout_dataset": heldout_dataset,
+        }
+        check_arguments(type(self).__name__, args, train_dataset=kwargs.get("train_dataset"), **given)
+        given |= {"replay_dataset": replay_dataset}
+        evaluation = (
+            eval_dataset if isinstance(eval_dataset, dict) else {} if eval_dataset is None else {"": eval_dataset}
+        )
+        given |= {f"eval_dataset[{name!r}]": rows for name, rows in evaluation.items()}
+        encoded = {name: self._encoded(name, rows, args) for name, rows in given.items()}
+        self.replay_dataset = encoded.pop("replay_dataset")
+        datasets = {name: encoded.pop(name) for name in ("forget_dataset", "retain_dataset", "heldout_dataset")}
+        set_seed(args.seed)  # a LoRA begins at random
+        choose_trainable(self.pipeline.unet, args.trainable, peft_config, r=args.lora_rank, lora_alpha=args.lora_alpha)
+        self.own: OwnSamples | None = None
+        self.ema: AverageWeights | None = None
+        super().__init__(
+            self.pipeline.unet,
+            args,
+            **datasets,
+            eval_dataset=dict(zip(evaluation, encoded.values(), strict=True))
+            if isinstance(eval_dataset, dict)
+            else next(iter(encoded.values()), None),
+            **kwargs,
+        )
+        self.source_dataset = source  # as the caller passed it
+        self.forget_prompts = some_prompts(source, 4) if is_prompted(self.pipeline) else []
+        if args.ema_decay:
+            self.ema = AverageWeights(self.model, args.ema_decay, self._is_kept if self.guard else None)
+            self.add_callback(self.ema)
+            if self.guard:  # after the average, so that what it restores stays
+                self.add_callback(self.pop_callback(self.guard))
+        if args.grid_images:
+            self.add_callback(SampleGrids(self))
+
+    # What the stock trainer gets
+
+    def _load(self, model, args, processing_class):
+        return model, processing_class, self.name
+
+    def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
+        return {"model": model, "data_collator": data_collator or default_collate}
+
+    def _encoded(self, argument: str, dataset: Any, args: DiffusionUnlearnConfig) -> EncodedImages | None:
+        if dataset is None or isinstance(dataset, EncodedImages):
+            return dataset
+        return encode(
+            dataset,
+            self.pipeline,
+            device=args.device,
+            resize=args.resize,
+            batch_size=args.per_device_eval_batch_size,
+            argument=argument,
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["latents", "latents_std", "conditioning", "forget", "retain"]
+
+    # Before the first step
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Unlearn. As [`~transformers.Trainer.train`]; the original draws its own samples first, if it has not before."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete(self.args.output_dir)
+        original = self.private_dir / "reference.safetensors"
+        if resume_from_checkpoint and original.is_file():  # the pipeline may be half unlearned already
+            ReferencePoint.load(original, self.args.device).restore(self.model)
+        if not resume_from_checkpoint:
+            self._drop_pictures()
+        replays = self.retain_dataset is None or self.replay_dataset is not None or self.args.replay_weight
+        if self.own is None and replays:
+            self.own = self.own_samples(self.forget_dataset, self.replay_dataset)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _is_kept(self) -> bool:
+        return self.utility_drop(self.guard.state.baseline) <= self.utility_tolerance
