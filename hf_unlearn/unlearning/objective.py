@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..files import save_tensors
 from ..parameters.anchors import Anchor, QuadraticAnchor, SumOfAnchors
@@ -18,9 +17,10 @@ from ..parameters.lora import LoRAProductAnchor, lora_layers
 from ..parameters.reference import ReferencePoint
 from ..training.losses import IGNORED, cross_entropy, mean_over_predictions
 from . import losses
+from .classifiers.objective import ClassifierObjective
 from .classifiers.replay import perturb_images
-from .language.replay import perturb_tokens
-from .losses import divergence
+from .language.objective import LanguageObjective
+from .language.replay import ordinary_tokens, perturb_tokens
 
 
 Batch = Mapping[str, Tensor]
@@ -36,31 +36,22 @@ class ObjectiveMixin:
     reference: ReferencePoint | None
     forgotten_classes: list[int]
 
+    @cached_property
+    def family(self) -> ClassifierObjective | LanguageObjective:
+        """What depends on the kind of model."""
+        if self.is_classifier:
+            return ClassifierObjective(self.args, self.model.config.num_labels, self.forgotten_classes)
+        return LanguageObjective(self.args)
+
     def _choose_forget_loss(self) -> str:
         """Which loss `forget_loss` means here.
 
         Raises:
             ValueError: a choice that this model or these data do not allow.
         """
-        args = self.args
-        has_target = args.heldout_loss is not None or self.heldout_dataset is not None
-        if args.forget == "class" and not self.is_classifier:
-            raise ValueError(
-                "forget='class' needs a classifier; a language model forgets examples: use forget='examples'"
-            )
-        if args.forget == "class" and len(self.forgotten_classes) >= self.model.config.num_labels:
-            raise ValueError("forget_dataset: holds every class of the model, so none is left; use forget='examples'")
-        name = args.forget_loss
-        if name == "bounded":
-            if args.forget == "examples" and has_target:
-                name = "match"
-            else:
-                name = "redirect" if args.forget == "class" else "npo"
-            if self.is_classifier and args.forget == "examples" and not has_target:
-                raise ValueError(
-                    "heldout_dataset: missing; single examples are forgotten when their loss is that of unseen data: pass "
-                    "heldout_dataset= or heldout_loss="
-                )
+        has_target = self.args.heldout_loss is not None or self.heldout_dataset is not None
+        bounded = self.family.choose(has_target)
+        name = bounded if self.args.forget_loss == "bounded" else self.args.forget_loss
         if name == "match" and not has_target:
             raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
         return name
@@ -74,10 +65,9 @@ class ObjectiveMixin:
         if label not in batch:
             raise ValueError(f"{label}: missing in the batch; the collator or the dataset must provide it")
         inputs = {k: v for k, v in batch.items() if k not in self.label_names and k in self._signature_columns}
-        if self.is_classifier:
-            return forward(**inputs).logits, batch[label]
-        inputs.setdefault("attention_mask", batch.get("attention_mask"))  # SFTTrainer's signature leaves it out
-        return forward(**inputs, use_cache=False).logits[:, :-1], batch[label][:, 1:]
+        if self.is_causal_lm:  # SFTTrainer's signature leaves it out
+            inputs.setdefault("attention_mask", batch.get("attention_mask"))
+        return self.family.answers(forward, inputs, batch[label])
 
     def prepared(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The batch with whatever is drawn at random in it, so that student and original see the same. Default: nothing is."""
@@ -105,16 +95,8 @@ class ObjectiveMixin:
             count = (targets != IGNORED).reshape(len(targets), -1).sum(1)  # log π of a text is a sum over tokens
             nll, reference_nll = (cross_entropy(z, targets) * count for z in (logits, reference_logits))
             return losses.npo(nll, reference_nll, self.args.npo_beta)
-        values = losses.redirect(logits, reference_logits, self._excluded(logits, targets))
+        values = losses.redirect(logits, reference_logits, self.family.excluded(logits, targets))
         return mean_over_predictions(values, targets)
-
-    def _excluded(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Which classes `redirect` takes away: the forgotten ones, or each prediction's own target."""
-        excluded = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        if self.args.forget == "class":
-            excluded[self.forgotten_classes] = True
-            return excluded
-        return excluded.expand_as(logits).scatter(-1, targets.clamp(min=0).unsqueeze(-1), True)
 
     def retain_loss(self, model: Callable, batch: Batch) -> Tensor:
         """What is minimised on the retain examples: the task's own loss, if there are any."""
@@ -137,32 +119,13 @@ class ObjectiveMixin:
 
     @cached_property
     def _vocabulary(self) -> Tensor:
-        """Token ids that are no special tokens."""
-        config, size = self.model.config, self.model.get_input_embeddings().weight.shape[0]
-        special = set(getattr(self.processing_class, "all_special_ids", ()))
-        added = getattr(
-            self.processing_class, "added_tokens_decoder", {}
-        )  # chat control tokens have no name of their own
-        special |= {index for index, token in added.items() if token.special}
-        if isinstance(self.processing_class, PreTrainedTokenizerBase):
-            size = min(size, len(self.processing_class))  # embeddings are often padded to a round number
-        for kind in ("pad", "bos", "eos", "unk", "cls", "sep"):
-            token = getattr(config, f"{kind}_token_id", None)
-            special.update(token if isinstance(token, list) else [token])  # Llama 3 has several eos tokens
-        return torch.tensor([i for i in range(size) if i not in special])
+        return ordinary_tokens(self.model, self.processing_class)
 
     def replay_loss(self, model: Callable, batch: Batch) -> Tensor:
         """Divergence from the original on replay inputs, over the classes to be kept: `[batch]`, nats."""
-        reference_logits, targets = self.predictions(self.reference_forward, batch)
+        reference_logits, _ = self.predictions(self.reference_forward, batch)
         logits, _ = self.predictions(model, batch)
-        if self.is_classifier:
-            excluded = self._excluded(logits[0], targets[:1]) if self.args.forget == "class" else None
-            return divergence(logits, reference_logits, excluded)
-        values = divergence(logits, reference_logits)
-        if (mask := batch.get("attention_mask")) is None:
-            return values.mean(1)
-        real = (mask[:, :-1] * mask[:, 1:]).bool()  # a token that predicts a token, wherever the padding is
-        return mean_over_predictions(values, torch.where(real, 0, IGNORED))
+        return self.family.replay_divergence(logits, reference_logits, batch)
 
     @property
     def replay_weight(self) -> float:

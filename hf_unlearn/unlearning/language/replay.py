@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def ordinary_tokens(model: PreTrainedModel, tokenizer: Any) -> Tensor:
+    """Token ids that are no special tokens, `[size]`.
+
+    Args:
+        model (`PreTrainedModel`): its config and its embeddings say which ids there are.
+        tokenizer (*optional*): what is special besides; chat control tokens have no name in a config.
+    """
+    config, size = model.config, model.get_input_embeddings().weight.shape[0]
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    special |= {index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        size = min(size, len(tokenizer))  # embeddings are often padded to a round number
+    for kind in ("pad", "bos", "eos", "unk", "cls", "sep"):
+        token = getattr(config, f"{kind}_token_id", None)
+        special.update(token if isinstance(token, list) else [token])  # Llama 3 has several eos tokens
+    return torch.tensor([i for i in range(size) if i not in special])
 
 
 def perturb_tokens(

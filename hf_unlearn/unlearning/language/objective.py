@@ -1,0 +1,51 @@
+"""What forgetting means for a causal language model: which loss, which token answers which, what replay compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ...training.losses import IGNORED, mean_over_predictions
+from ..losses import divergence
+
+
+class LanguageObjective:
+    """Of a model whose prediction at a token is of the next one.
+
+    Args:
+        args (`UnlearnArguments`): the run's settings.
+    """
+
+    def __init__(self, args):
+        self.args = args
+
+    def choose(self, has_target: bool) -> str:
+        """Which loss `forget_loss="bounded"` means: `match` where the loss of unseen text is known, else `npo`.
+
+        Raises:
+            ValueError: a class is to be forgotten, which a language model does not have.
+        """
+        if self.args.forget == "class":
+            raise ValueError(
+                "forget='class' needs a classifier; a language model forgets examples: use forget='examples'"
+            )
+        return "match" if has_target else "npo"
+
+    def answers(self, forward: Callable, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `[batch, length − 1, vocabulary]` and the tokens `[batch, length − 1]` that they predict."""
+        return forward(**inputs, use_cache=False).logits[:, :-1], labels[:, 1:]
+
+    def excluded(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """What `redirect` takes away: each prediction's own token."""
+        nothing = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device).expand_as(logits)
+        return nothing.scatter(-1, targets.clamp(min=0).unsqueeze(-1), True)
+
+    def replay_divergence(self, logits: Tensor, reference_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Divergence from the original at every token that predicts a token, `[batch]`, nats."""
+        values = divergence(logits, reference_logits)
+        if (mask := batch.get("attention_mask")) is None:
+            return values.mean(1)
+        real = (mask[:, :-1] * mask[:, 1:]).bool()  # wherever the padding is
+        return mean_over_predictions(values, torch.where(real, 0, IGNORED))
