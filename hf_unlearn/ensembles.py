@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
@@ -288,8 +289,7 @@ def brute_force_mu(
 
     Args:
         train (callable): `train(members, seeds) -> losses [len(members), targets]`: `members[i]` holds the rows, in
-            ascending order, that run i trains on with all its randomness from `seeds[i]`. [`one_by_one`] makes one of
-            a function that trains a single model.
+            ascending order, that run i trains on with all its randomness from `seeds[i]`.
         n_rows (`int`): rows of the training set D.
         groups (sequence of row indices): each S to leave out. Groups may overlap.
         n_runs (`int`): R, runs per law; the standard error of a small μ is √(2/R).
@@ -331,15 +331,6 @@ def brute_force_mu(
         losses.append(values)
     losses = torch.cat(losses).unflatten(0, (len(kept), n_runs))
     return BruteForceMu.from_losses(losses[0], losses[1:], seed=seed)
-
-
-def one_by_one(train_one: Callable[[Tensor, int], Tensor | Sequence[float]]) -> Train:
-    """A `train` for [`brute_force_mu`] that calls `train_one(rows, seed) -> losses [targets]` for one run at a time."""
-
-    def train(members: list[Tensor], seeds: list[int]) -> Tensor:
-        return torch.stack([torch.as_tensor(train_one(*run)) for run in zip(members, seeds, strict=True)])
-
-    return train
 
 
 def disattenuated(correlation: float, reliability: float) -> float:
@@ -498,11 +489,5 @@ def _split_half_reliability(
 
 def _spearman(a: Tensor, b: Tensor) -> Tensor:
     if len(a) < 2:
-        return a.new_tensor(float("nan"))  # what corrcoef says too, after a warning
-    return torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1]
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 1, equal values sharing their mean rank."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2).to(values.dtype)[inverse]
+        return a.new_tensor(float("nan"))  # what spearmanr says too, after a warning
+    return a.new_tensor(spearmanr(a.cpu(), b.cpu()).statistic)

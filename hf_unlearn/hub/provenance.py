@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -75,24 +75,3 @@ class Provenance:
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"hyperparameters[{name!r}]={value!r}: must be a finite JSON value") from error
-
-    def to_json(self) -> str:
-        """The same fields as JSON text, in their order."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Provenance:
-        """Reads what [`~Provenance.to_json`] wrote.
-
-        Raises:
-            ValueError: not such a text, or a field that is missing or unknown.
-        """
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"text: must be a JSON object of provenance fields, not {type(values).__name__}")
-        names = {f.name for f in fields(cls)}
-        # versions and created too: a default would claim today's libraries for a model of another day
-        for name in sorted(names.symmetric_difference(values)):
-            problem = "is missing" if name in names else "is no field of Provenance"
-            raise ValueError(f"text: {name!r} {problem}; pass what Provenance.to_json wrote")
-        return cls(**values)

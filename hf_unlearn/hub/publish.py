@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from concurrent.futures import Future
 from fnmatch import fnmatchcase
@@ -21,6 +22,7 @@ from .allowed import (
     components_of,
     indexed_shards,
     is_filtered,
+    left_behind,
     publishable_files,
     unreadable,
     weights_of,
@@ -30,6 +32,9 @@ from .loading import hub_id
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_publishable(folder: str | Path, *, allow_adapter: bool = False) -> list[str]:
@@ -102,6 +107,8 @@ def publish_folder(
 
     from huggingface_hub import HfApi
 
+    if left := left_behind(folder):
+        logger.info("not uploaded: %s", ", ".join(left))
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtri
+from scipy.stats import false_discovery_control
 
 from .curve import (
     Array,
@@ -61,7 +62,4 @@ def benjamini_hochberg(p_values: ArrayLike) -> Array:
     """
     p = _observations("p_values", p_values, at_least=0)
     _require_within("p_values", p, (p >= 0) & (p <= 1), "within [0, 1]")
-    descending = np.argsort(-p, kind="stable")
-    q = np.empty_like(p)
-    q[descending] = np.minimum.accumulate(p[descending] * len(p) / np.arange(len(p), 0, -1))
-    return q
+    return false_discovery_control(p, method="bh") if len(p) else p
