@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 
 if TYPE_CHECKING:
@@ -14,42 +14,56 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def merged(peft_model: PeftModel) -> PreTrainedModel:
-    """The base model with `W + s·BA` for every adapted weight `W`, without any trace of PEFT.
+@torch.no_grad()
+def merged_state_dict(peft_model: PeftModel) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """`W + s·BA` for every adapted weight `W`, under the names that the base model has without PEFT.
 
-    A copy, by PEFT's own `merge_and_unload`: merging and unmerging in place would leave rounding errors in `W`.
+    The model is only read: merging and unmerging in place would leave rounding errors in `W`. Extra memory is one copy
+    of the adapted weights; everything else is shared with the model.
 
     Args:
         peft_model (`PeftModel`): plain LoRA on linear, embedding and convolution layers, with or without
-            `modules_to_save`; not changed. What is active is folded, also inside `disable_adapter()`.
+            `modules_to_save`. What is active is folded, also inside `disable_adapter()`.
+
+    Returns:
+        `tuple`: the base model, which still holds the adapter, and its state dict, which does not.
 
     Raises:
         ValueError: what is there cannot be folded exactly.
     """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
     check_mergeable(peft_model)
-    tied = _tied(peft_model.get_base_model())
-    model = copy.deepcopy(peft_model).merge_and_unload(safe_merge=True)
-    state = model.state_dict(keep_vars=True)
-    for first, *others in tied:
+    base = peft_model.get_base_model()
+    wrappers: dict[str, nn.Module] = {}
+    folded: dict[str, torch.Tensor] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            folded[f"{name}.base_layer.weight"] = _fold(module)
+        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+            wrappers[name] = module
+
+    state: dict[str, torch.Tensor] = {}
+    originals: dict[int, list[str]] = {}  # names that the base model ties to one tensor
+    for key, tensor in base.state_dict(keep_vars=True).items():
+        name, is_original, is_active = _without_wrappers(key, wrappers)
+        if is_original and isinstance(tensor, torch.Tensor):
+            originals.setdefault(id(tensor), []).append(name)
+        if is_active:
+            value = folded.get(key, tensor)
+            state[name] = value.detach() if isinstance(value, torch.Tensor) else value
+
+    for first, *others in originals.values():
         for other in others:
             if state[first] is not state[other] and not torch.equal(state[first], state[other]):
                 raise _cannot_fold(f"a change of {other!r} away from {first!r}, which the base model ties to it,")
-    model.tie_weights()
-    return model
-
-
-def _tied(base: PreTrainedModel) -> list[list[str]]:
-    """Names that the base model ties to one tensor, without PEFT's."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
-        if "lora_" not in name and ".modules_to_save." not in name:
-            plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-            names.setdefault(id(parameter), []).append(plain)
-    return [found for found in names.values() if len(found) > 1]
+            state[other] = state[first]  # one tensor again, which is how save_pretrained sees that they are tied
+    return base, state
 
 
 def check_mergeable(peft_model: PeftModel) -> None:
-    """Refuse what [`merged`] could not fold; cheap, so that it can be asked before training.
+    """Refuse what [`merged_state_dict`] could not fold; cheap, so that it can be asked before training.
 
     Raises:
         ValueError: naming what is in the way, and `merge_adapter=False`.
@@ -80,13 +94,14 @@ def save_merged(peft_model: PeftModel, folder: str | Path) -> None:
     """Saves the base model with the adapter folded in, as `save_pretrained` would save one that was never adapted.
 
     Args:
-        peft_model (`PeftModel`): see [`merged`]; not changed.
+        peft_model (`PeftModel`): see [`merged_state_dict`]; not changed.
         folder (`str` or `Path`): loads with stock `from_pretrained` afterwards.
 
     Raises:
-        ValueError: see [`merged`]; before anything is written.
+        ValueError: see [`merged_state_dict`]; before anything is written.
     """
-    merged(peft_model).save_pretrained(folder)
+    base, state = merged_state_dict(peft_model)
+    base.save_pretrained(folder, state_dict=state)
 
 
 def _check_layer(name: str, layer: Any) -> None:
@@ -107,6 +122,44 @@ def _check_layer(name: str, layer: Any) -> None:
 def _active(layer: Any) -> list[str]:
     """Adapters to add: none where they are merged, since the base weight holds them already."""
     return [] if layer.merged else [adapter for adapter in layer.active_adapters if adapter in layer.r]
+
+
+def _fold(layer: Any) -> torch.Tensor:
+    weight = layer.get_base_layer().weight
+    for adapter in _active(layer):
+        weight = (weight + layer.get_delta_weight(adapter)).to(weight.dtype)
+    return weight
+
+
+def _without_wrappers(key: str, wrappers: dict[str, nn.Module]) -> tuple[str, bool, bool]:
+    """Name of a tensor in the base model, and whether it belongs to the base model, and to the adapted one.
+
+    Decided by the modules on the way, not by the text: a model may have a `base_layer` of its own.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    parts = key.split(".")
+    kept: list[str] = []
+    is_original = is_active = True
+    position = 0
+    while position < len(parts):
+        wrapper = wrappers.get(".".join(parts[:position]))
+        if wrapper is None:
+            kept.append(parts[position])
+            position += 1
+        elif not isinstance(wrapper, ModulesToSaveWrapper):
+            if parts[position] != "base_layer":
+                return key, False, False
+            position += 1
+        else:
+            chosen = wrapper.active_adapters[0] if wrapper.active_adapters else None
+            if parts[position] == "original_module":
+                is_active = is_active and chosen is None
+                position += 1
+            else:  # modules_to_save.<adapter>
+                is_original, is_active = False, is_active and parts[position + 1] == chosen
+                position += 2
+    return ".".join(kept), is_original, is_active
 
 
 def _cannot_fold(what: str) -> ValueError:
