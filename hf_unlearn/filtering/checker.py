@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from ..files import first_line
 from ..hub.publish import publish_folder
 from .card import filter_card
-from .config import ACTIONS, SCHEMA_VERSION, FASTConfig, FilterOutput, Verdict
-from .encoding.checkpoints import DOWNLOAD_OPTIONS, SUFFIXES, dtype_of
+from .config import ACTIONS, DOWNLOAD_OPTIONS, SCHEMA_VERSION, SUFFIXES, FASTConfig, FilterOutput, Verdict
+from .encoding.checkpoints import dtype_of
 from .encoding.encoders import FilterEncoder
 from .encoding.latents import as_rows
 from .scores import ScoreBank

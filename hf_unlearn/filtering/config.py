@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     pass
 
 
+# What a download takes besides a name, and which files of a filter, an encoder or a pipeline it may bring.
+DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
+SUFFIXES = ("json", "safetensors", "txt", "model", "jinja")
 SCHEMA_VERSION = 1
 
 

@@ -28,8 +28,7 @@ from .wrapper import PipelineWrapper
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-
-    from ..encoding.encoders import FilterEncoder
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +215,7 @@ class FilteredPipeline(PipelineWrapper):
         *,
         filter: str | os.PathLike | FASTSafetyChecker | None = None,
         filter_revision: str | None = None,
-        filter_encoder: FilterEncoder | None = None,
+        filter_encoder: nn.Module | None = None,
         action: Action | None = None,
         max_tries: int | None = None,
         **kwargs,

@@ -19,7 +19,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from ...hub.allowed import FILTERED as CLASS_NAME
 from ...hub.allowed import INNER as PIPELINE
 from ...hub.allowed import PIPELINE as INDEX
-from ..encoding.checkpoints import DOWNLOAD_OPTIONS, SUFFIXES
+from ..config import DOWNLOAD_OPTIONS, SUFFIXES
 
 
 SCHEMA_VERSION = 1

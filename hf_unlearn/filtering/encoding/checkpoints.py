@@ -21,8 +21,6 @@ from .preprocessing import ImagePreprocessing
 KINDS = ("image", "text", "custom")
 POOLINGS = ("pooled", "mean", "first")
 # Of a filter or a pipeline on the Hub: what may be asked for, and which files are fetched.
-DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
-SUFFIXES = ("json", "safetensors", "txt", "model", "jinja")
 HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
 # Of a config: where it was loaded, code and kernels to fetch, and what only a head needs.
 NOT_IN_SPEC = re.compile(

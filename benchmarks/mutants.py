@@ -1,0 +1,156 @@
+"""How many deliberate bugs the tests notice: each is put into a copy of the sources, and the tests of its part are run on it.
+
+    python benchmarks/mutants.py [--only WORD] [--jobs 1] [--into results/mutants.json]
+
+A bug counts as caught if a test fails. The suite's share must not fall when the suite is changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug.
+
+    Attributes:
+        file (`str`): below `hf_unlearn/`.
+        right, wrong (`str`): text that occurs there, and what stands in its first place instead.
+        tests (`tuple[str, ...]`): files or folders below `tests/` that should notice.
+    """
+
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+def bug(file: str, right: str, wrong: str, *tests: str) -> Mutant:
+    return Mutant(file, right, wrong, tests)
+
+
+MUTANTS = [
+    # ground
+    bug("images.py", "tensors.abs().max() > 1.01", "tensors.abs().max() > 101", "test_images.py"),
+    bug("files.py", "tensor.detach().clone() for name", "tensor.detach() for name", "parameters"),
+    bug("data.py", "rows = sorted(_digest(row, key)", "rows = list(_digest(row, key)", "test_data.py"),
+    bug("data.py", "digest.update(len(part).to_bytes(8, \"little\") + part)", "digest.update(part)", "test_data.py"),
+    bug("modes.py", "    model.eval()\n", "    pass\n", "unlearning/classifiers", "unlearning/language"),
+    bug("ensembles.py", "m.lerp_(g, 1 - beta1)", "m.lerp_(g, beta1)", "test_ensembles.py"),
+    bug("tradeoff/curve.py", "return np.sqrt(np.square(np.asarray(mus, dtype=np.float64)).sum(axis))", "return np.asarray(mus, dtype=np.float64).sum(axis)", "tradeoff"),
+    bug("tradeoff/estimate.py", "freedom / 2) - gammaln((freedom - 1) / 2)", "freedom / 2) - gammaln((freedom - 2) / 2)", "tradeoff"),
+    bug("tradeoff/bootstrap.py", "(1 - 1 / width)", "(1 + 1 / width)", "tradeoff"),
+    # parameters, metrics, hub
+    bug("parameters/anchors.py", "alpha=2 * self.isotropic * scale", "alpha=self.isotropic * scale", "parameters"),
+    bug("parameters/anchors.py", "value=2 * self.diagonal_weight * scale", "value=2 * self.diagonal_weight", "parameters"),
+    bug("parameters/repulsion.py", "else -1 / d.square()", "else -1 / d", "parameters"),
+    bug("parameters/repulsion.py", "self.spread = self.spread / start", "pass", "parameters"),
+    bug("parameters/fisher.py", "return {name: total / len(inputs) for name, total in totals.items()}", "return totals", "parameters"),
+    bug("parameters/moments.py", "squares / max(count - 1, 1)", "squares / max(count, 1)", "parameters"),
+    bug("metrics/generation.py", "kthvalue(k + 1)", "kthvalue(k)", "metrics"),
+    bug("metrics/generation.py", "low=float(100 * (1 - after_high / before_low))", "low=float(100 * (1 - after_high / before_high))", "metrics"),
+    bug("hub/allowed.py", "for inside in (path for path in folders if not path.is_symlink()):", "for inside in folders:", "hub"),
+    bug("hub/publish.py", "if not allow_adapter:", "if False:", "hub"),
+    bug("hub/publish.py", "allow_patterns=as_patterns(files)", "allow_patterns=None", "hub"),
+    bug("hub/adapters.py", "if layer.lora_bias[adapter]:", "if False:", "hub"),
+    # training and unlearning
+    bug("training/losses.py", ".sum(1) / counted.sum(1).clamp(min=1)", ".mean(1)", "training", "unlearning/language"),
+    bug("training/collators.py", "(self.seed << 20) + epoch", "(self.seed << 20)", "training", "test_data.py"),
+    bug("unlearning/losses.py", "beta * (reference_nll - nll)", "beta * (nll - reference_nll)", "unlearning/test_losses.py"),
+    bug("unlearning/losses.py", "return (loss.mean() - target).abs()", "return (loss - target).abs().mean()", "unlearning/test_losses.py"),
+    bug("unlearning/trainer.py", "scaler.get_scale() if scaled else 1.0", "1.0", "unlearning/test_trainer.py", "contracts"),
+    bug("unlearning/trainer.py", "self.heldout_loss = state[\"heldout_loss\"]", "pass", "contracts", "unlearning/test_trainer.py"),
+    bug("unlearning/trainer.py", "with torch.random.fork_rng(self._random_devices):\n            return super().evaluate", "if True:\n            return super().evaluate", "unlearning/test_trainer.py", "unlearning/test_guard.py"),
+    bug("unlearning/guard.py", "baseline - now if self.utility_kind == \"accuracy\" else now - baseline", "now - baseline", "unlearning/test_guard.py"),
+    bug("unlearning/saving.py", "Path(output_dir, \"training_args.bin\").unlink(missing_ok=True)", "pass", "unlearning/test_saving.py"),
+    bug("unlearning/checkpoint.py", "if state.get(\"method\") != method:", "if False:", "contracts"),
+    # diffusion
+    bug("unlearning/diffusion/noise.py", "return -(alpha / sigma if", "return (alpha / sigma if", "unlearning/diffusion"),
+    bug("unlearning/diffusion/posterior.py", "- sizes[0] + sizes[1]", "+ sizes[0] - sizes[1]", "unlearning/diffusion"),
+    bug("unlearning/diffusion/own_samples.py", "samples.select(~marked)", "samples.select(marked)", "unlearning/diffusion"),
+    bug("unlearning/diffusion/objective.py", "answer[:, : batch[\"noisy\"].shape[1]].float()", "answer[:, -batch[\"noisy\"].shape[1] :].float()", "unlearning/diffusion"),
+    bug("unlearning/diffusion/saving.py", "forget_local_paths(folder)", "pass", "unlearning/diffusion", "hub"),
+    # GANs
+    bug("gan/losses.py", "return 0.5 * slope.square()", "return slope.square()", "gan"),
+    bug("gan/collapse.py", "look.coverage < trainer.args.collapse_tolerance * best", "look.coverage < 0", "gan"),
+    bug("gan/saving.py", "| {\"path_mean\": self.path_mean}", "", "gan", "contracts"),
+    bug("unlearning/gan/feedback.py", "scores >= high, scores < low", "scores >= low, scores < low", "unlearning/gan"),
+    bug("unlearning/gan/saving.py", "self.pipeline.register_modules(discriminator=None)", "pass", "unlearning/gan"),
+    # influence
+    bug("influence/in_run/ghost.py", "return y if ctx.examples is None else y.sum(0, keepdim=True)", "return y if ctx.examples is None else y[:1]", "influence/in_run"),
+    bug("influence/propagated/optimizers.py", "momentum * state[1] + (1 - dampening) * d", "momentum * state[1] + d", "influence/propagated"),
+    bug("influence/propagated/sweep.py", "theta[:count] += self.targets.gradients(self.model, self.parameters) * share", "pass", "influence"),
+    bug("influence/report/shuffling.py", "(1 - 1 / len(examples))", "1", "influence/report"),
+    bug("influence/report/report.py", "np.argsort(mu if harmful else -mu, kind=\"stable\")", "np.argsort(mu, kind=\"stable\")", "influence/report"),
+    bug("influence/report/report.py", "{\"helpful\": z, \"harmful\": -z, \"both\": np.abs(z)}", "{\"helpful\": z, \"harmful\": z, \"both\": np.abs(z)}", "influence/report"),
+    # filtering
+    bug("filtering/scores.py", "ROWS = 512", "ROWS = 0", "filtering"),
+    bug("filtering/fitting/thresholds.py", "binom.cdf(j, samples, rate) > 1 - confidence", "binom.cdf(j, samples, rate) > 1", "filtering/fitting"),
+    bug("filtering/fitting/rates.py", "Rate(1 - self.value, 1 - self.high, 1 - self.low", "Rate(1 - self.value, 1 - self.low, 1 - self.high", "filtering/fitting"),
+    bug("filtering/drawing/actions.py", "whole = images.nan_to_num(0, 0, 0)", "whole = images", "filtering/drawing"),
+    bug("filtering/drawing/formats.py", "return images, least.isfinite() & most.isfinite()", "return images, torch.ones_like(least, dtype=torch.bool)", "filtering"),
+    # jobs and command line
+    bug("cli.py", "_parse_recipe(parser, path, hints, others) | given", "given | _parse_recipe(parser, path, hints, others)", "jobs"),
+    bug("jobs/selecting.py", "if value not in gone", "if value in gone", "jobs"),
+    bug("jobs/judging.py", "100 * density_coverage(self.reference, drawn, k=NEIGHBOUR).coverage for drawn in (before, after)", "100 * density_coverage(self.reference, drawn, k=NEIGHBOUR).coverage for drawn in (after, before)", "jobs"),
+]  # fmt: skip
+
+
+def outcome(mutant: Mutant, root: Path) -> str:
+    """`"caught"`, `"missed"`, or what is wrong with the mutant."""
+    source = root / "hf_unlearn" / mutant.file
+    if not source.is_file() or mutant.right not in source.read_text():
+        return "no such place"
+    tests = [f"tests/{name}" for name in mutant.tests if (root / "tests" / name).exists()]
+    if not tests:
+        return "no such tests"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        shutil.copytree(
+            root, copy, ignore=shutil.ignore_patterns(".git", ".venv", "*.egg-info", "__pycache__", "docs")
+        )
+        path = copy / "hf_unlearn" / mutant.file
+        path.write_text(path.read_text().replace(mutant.right, mutant.wrong, 1))
+        environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1, 2):  # 2: a test file could not be imported, which is noticed too
+        return f"pytest failed: {done.stdout[-300:]}"
+    return "missed" if done.returncode == 0 else "caught"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=ROOT, help="a checkout")
+    parser.add_argument("--only", default="", help="mutants whose file holds this word")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--into", type=Path)
+    given = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if given.only in mutant.file]
+    found = []
+    with ThreadPoolExecutor(given.jobs) as pool:
+        results = pool.map(lambda mutant: outcome(mutant, given.root), chosen)
+        for mutant, result in zip(chosen, results, strict=True):
+            print(f"{result:8}  {mutant.file}: {mutant.right.strip()!r} → {mutant.wrong.strip()!r}", flush=True)
+            found.append(asdict(mutant) | {"result": result})
+            if given.into:
+                given.into.write_text(json.dumps(found, indent=1))
+    caught = sum(one["result"] == "caught" for one in found)
+    print(f"{caught} of {len(found)} caught")
+
+
+if __name__ == "__main__":
+    main()
