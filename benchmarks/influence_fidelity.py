@@ -22,7 +22,7 @@ from influence_judge import CLASSES, JUDGES, Judge, Rows, ekfac, group_scores, l
 from scipy.stats import pearsonr, spearmanr
 from transformers.utils import logging as transformers_logging
 
-from hf_unlearn.ensembles import BruteForceMu, disattenuated
+from hf_unlearn.brute_force import BruteForceMu, disattenuated
 
 
 HERE = Path(__file__).parent

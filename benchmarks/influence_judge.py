@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 
 from hf_unlearn import InfluenceConfig, InfluenceTrainer
-from hf_unlearn.ensembles import BruteForceMu, brute_force_mu, ensemble_losses, train_ensemble
+from hf_unlearn.brute_force import BruteForceMu, brute_force_mu
+from hf_unlearn.ensembles import ensemble_losses, train_ensemble
 
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf_unlearn", "benchmarks")

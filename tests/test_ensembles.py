@@ -3,16 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_unlearn import ensembles
-from hf_unlearn.ensembles import (
-    BruteForceMu,
-    brute_force_mu,
-    disattenuated,
-    ensemble_losses,
-    epoch_orders,
-    one_by_one,
-    train_ensemble,
-)
+from hf_unlearn import brute_force, ensembles
+from hf_unlearn.brute_force import BruteForceMu, brute_force_mu, disattenuated
+from hf_unlearn.ensembles import ensemble_losses, epoch_orders, one_by_one, train_ensemble
 
 
 INPUTS = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
@@ -343,9 +336,9 @@ class TestBruteForceMu:
             return BruteForceMu.from_losses(torch.randn(40, 3, generator=generator), without_losses, splits=20)
 
         first, second = experiment(), experiment()
-        by_target = [ensembles._spearman(a, b) for a, b in zip(first.mu.T, second.mu.T, strict=True)]
+        by_target = [brute_force._spearman(a, b) for a, b in zip(first.mu.T, second.mu.T, strict=True)]
         torch.testing.assert_close(first.target_reliability, torch.stack(by_target), rtol=0, atol=0.07)
-        expected = ensembles._spearman(first.mu.flatten(), second.mu.flatten()).item()
+        expected = brute_force._spearman(first.mu.flatten(), second.mu.flatten()).item()
         assert first.reliability == pytest.approx(expected, abs=0.04)
         assert first.target_reliability[2] > 0.95
 
@@ -440,7 +433,7 @@ class TestCorrelations:
 
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.randint(0, 6, (2, 30), generator=generator)).double()  # with ties
-        assert ensembles._spearman(a, b).item() == pytest.approx(spearmanr(a, b).statistic)
+        assert brute_force._spearman(a, b).item() == pytest.approx(spearmanr(a, b).statistic)
 
     def test_disattenuated(self):
         assert disattenuated(0.6, 0.64) == pytest.approx(0.75)
