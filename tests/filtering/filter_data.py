@@ -1,16 +1,110 @@
-"""What the tests of filters share: a filter that the eye can check, and tiny pipelines that draw something for it."""
+"""What the tests of filters share: Gaussians of which everything is known, tiny encoders and pipelines, filters of brightness."""
 
 import json
 import types
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDIMPipeline, DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionXLPipeline
+from scipy.stats import norm
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, ViTConfig, ViTModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    ViTConfig,
+    ViTModel,
+)
 
 from hf_unlearn import FASTFitter, FASTSafetyChecker, FilterEncoder
+
+
+DIMENSION = 4
+SHIFT = np.array([2.0, 1.0, 0.0, 0.0])  # of what is undesired
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# Latents
+
+
+def clean_latents(count, seed=0):
+    return np.random.default_rng([seed, 1]).standard_normal((count, DIMENSION))
+
+
+def undesired_latents(count, seed=0):
+    return np.random.default_rng([seed, 2]).standard_normal((count, DIMENSION)) + SHIFT
+
+
+def unmarked_latents(count, prevalence=0.1, seed=0):
+    """Undesired ones among clean ones, each with a chance of `prevalence`."""
+    random = np.random.default_rng([seed, 3])
+    rows = random.standard_normal((count, DIMENSION))
+    return rows + SHIFT * (random.random(count) < prevalence)[:, None]
+
+
+def share_above(concept, mean=0.0):
+    """Exactly how much of N(mean, I) a fitted linear score blocks."""
+    score = concept.score
+    return norm.sf(concept.threshold.value - score.bias - score.weight @ (mean - score.mean))
+
+
+def fitter_of_latents(score="quadratic", *, seed=0, undesired=30, clean=150, unmarked=400, **arguments):
+    fitter = FASTFitter(score=score, seed=seed, **arguments)
+    fitter.update(undesired=undesired_latents(undesired, seed), clean=clean_latents(clean, seed))
+    if unmarked:
+        fitter.update(unmarked=unmarked_latents(unmarked, seed=seed))
+    return fitter
+
+
+# Images and encoders
+
+
+class Flatten(nn.Module):
+    """The user's own encoder: pixels, weighted."""
+
+    def __init__(self, count=16, scale=1.0):
+        super().__init__()
+        self.weights = nn.Parameter(torch.full((count,), scale))
+
+    def forward(self, images):
+        return images.flatten(1) * self.weights
+
+
+def tiny_encoder(kind="vit", **settings):
+    """Of images of 8 × 8, always with the same weights."""
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2} | settings
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "clip":
+            config = CLIPVisionConfig(**sizes, projection_dim=8, initializer_range=0.2)
+            return FilterEncoder(CLIPVisionModelWithProjection(config).eval(), kind="image")
+        return FilterEncoder(ViTModel(ViTConfig(**sizes)).eval(), kind="image")
+
+
+def bright_images(count, channels=1, size=8, seed=0):
+    return torch.rand(count, channels, size, size, generator=seeded(seed))
+
+
+def dark_images(count, channels=1, size=8, seed=0):
+    return torch.rand(count, channels, size, size, generator=seeded(seed + 1000)) - 1
+
+
+def of_brightness(encoder, channels=1, size=8):
+    """A checker that flags what is bright."""
+    fitter = FASTFitter(encoder, score="mean_difference", concepts={"bright": "brighter than grey"})
+    fitter.update(undesired=bright_images(20, channels, size), clean=dark_images(20, channels, size))
+    return fitter.fit(threshold="pooled_mean").checker()
+
+
+def fitted_filter(channels=3):
+    return of_brightness(tiny_encoder(), channels)
 
 
 class BrightnessChecker(FASTSafetyChecker):
@@ -43,22 +137,12 @@ class BrightnessChecker(FASTSafetyChecker):
         return cls(content["threshold"], latents=content["latents"])
 
 
-def fitted_filter(channels=3):
-    """A real one, with a tiny image encoder: what is not released looks bright rather than dark."""
-    config = ViTConfig(
-        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = FilterEncoder(ViTModel(config).eval(), kind="image")
-    noise = torch.rand(40, channels, 8, 8, generator=seeded())
-    fitter = FASTFitter(encoder, score="mean_difference", concepts=["bright"])
-    fitter.update(undesired=noise[:20], clean=noise[20:] - 1)
-    return fitter.fit(threshold="pooled_mean").checker()
+def in_place_of_the_checker():
+    """Filtered pipelines are loaded with [`BrightnessChecker`]."""
+    return mock.patch.object(FASTSafetyChecker, "from_pretrained", BrightnessChecker.from_pretrained)
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+# Pipelines
 
 
 def tiny_gan(channels=3):
@@ -71,32 +155,18 @@ def tiny_gan(channels=3):
 
 def tiny_sdxl(stable_diffusion):
     """With the tokenizer, text encoder and autoencoder of a tiny Stable Diffusion pipeline."""
-    old = stable_diffusion
-    config = CLIPTextConfig(**old.text_encoder.config.to_dict() | {"projection_dim": 8})
+    old, unet = stable_diffusion, stable_diffusion.unet
+    more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "cross_attention_dim": 16}
+    more["projection_class_embeddings_input_dim"] = 6 * 8 + 8
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=4,
-            layers_per_block=1,
-            block_out_channels=(8, 8),
-            norm_num_groups=2,
-            cross_attention_dim=16,
-            attention_head_dim=2,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + 8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        ).eval()
+        config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+        unet = type(unet)(**config | more).eval()
+        config = CLIPTextConfig(**old.text_encoder.config.to_dict() | {"projection_dim": 8})
         text_encoder_2 = CLIPTextModelWithProjection(config).eval()
     parts = {name: getattr(old, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
-    return StableDiffusionXLPipeline(
-        **parts, text_encoder_2=text_encoder_2, tokenizer_2=old.tokenizer, unet=unet, add_watermarker=False
-    )
-
-
-def tiny_image_to_image(stable_diffusion):
-    return StableDiffusionImg2ImgPipeline(**stable_diffusion.components, requires_safety_checker=False)
+    parts |= {"text_encoder_2": text_encoder_2, "tokenizer_2": old.tokenizer, "unet": unet}
+    return StableDiffusionXLPipeline(**parts, add_watermarker=False)
 
 
 class Case:
@@ -122,24 +192,24 @@ class Case:
 
 
 def case(name, request):
-    text = {"prompt": ["a photo", "hot p"], "num_images_per_prompt": 2, "num_inference_steps": 2}
-    if name == "ddpm":
-        return Case(request.getfixturevalue("tiny_ddpm"), batch_size=4, num_inference_steps=2)
-    if name == "ddim":
-        from diffusers import DDIMPipeline
-
-        unet = request.getfixturevalue("tiny_ddpm").unet
-        return Case(DDIMPipeline(unet, DDIMScheduler()), batch_size=4, num_inference_steps=2, eta=0.5)
     if name == "gan":
         return Case(tiny_gan(), num_images=4)
+    steps = {"num_inference_steps": 2}
+    if name in ("ddpm", "ddim"):
+        pipeline = request.getfixturevalue("tiny_ddpm")
+        if name == "ddpm":
+            return Case(pipeline, batch_size=4, **steps)
+        return Case(DDIMPipeline(pipeline.unet, DDIMScheduler()), batch_size=4, eta=0.5, **steps)
     stable_diffusion = request.getfixturevalue("tiny_stable_diffusion")
+    text = {"prompt": ["a photo", "hot p"], "num_images_per_prompt": 2, **steps}
     if name == "stable-diffusion":
         return Case(stable_diffusion, **text)
     if name == "sdxl":
         return Case(tiny_sdxl(stable_diffusion), **text)
     images = torch.rand(4, 3, 8, 8, generator=seeded(7))
     text |= {"prompt": ["a photo", "hot p"] * 2, "num_images_per_prompt": 1}
-    return Case(tiny_image_to_image(stable_diffusion), **text, image=images, strength=0.9)
+    pipeline = StableDiffusionImg2ImgPipeline(**stable_diffusion.components, requires_safety_checker=False)
+    return Case(pipeline, **text, image=images, strength=0.9)
 
 
 def loaders_without_a_filter(
@@ -170,8 +240,3 @@ def loaders_without_a_filter(
             except Exception:
                 continue
     return made
-
-
-def in_place_of_the_checker():
-    """Filtered pipelines are loaded with [`BrightnessChecker`]."""
-    return mock.patch.object(FASTSafetyChecker, "from_pretrained", BrightnessChecker.from_pretrained)

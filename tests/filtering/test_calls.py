@@ -48,20 +48,15 @@ def call(pipeline, *args, **kwargs):
 class TestArguments:
     def test_are_as_a_call_takes_them(self):
         given = call(TextToImage(), "a", ["b"], extra=3)
-        assert given["prompt"] == "a"
-        assert given["negative_prompt"] == ["b"]
-        assert given["num_images_per_prompt"] == 1
+        assert (given["prompt"], given["negative_prompt"], given["num_images_per_prompt"]) == ("a", ["b"], 1)
         assert given["padding_mask_crop"] is None
         assert given()["kwargs"] == {"extra": 3}
-
-    def test_that_it_does_not_take(self):
         with pytest.raises(TypeError, match="unexpected keyword argument 'prompt'"):
             call(Unconditional(), prompt="a")
 
     def test_replaced_only_where_there_are_such(self):
         given = call(Unconditional(), 3)
-        changed = given.replace(batch_size=2, latents=None)
-        assert changed()["batch_size"] == 2
+        assert given.replace(batch_size=2, latents=None)()["batch_size"] == 2
         assert given()["batch_size"] == 3
 
 
@@ -80,17 +75,10 @@ class TestForPlaces:
         assert again["num_images_per_prompt"] == 2
 
     def test_prompts_and_what_goes_with_them(self):
-        embeddings, pooled = torch.arange(6.0).view(3, 2, 1), torch.arange(3.0).view(3, 1)
-        callback = object()
-        again = call(
-            TextToImage(),
-            negative_prompt=["x", "y", "z"],
-            prompt_embeds=embeddings,
-            pooled_prompt_embeds=pooled,
-            num_images_per_prompt=2,
-            callback_on_step_end=callback,
-            latents=torch.zeros(6, 4),
-        ).for_places([0, 3, 4, 5], 6)()
+        embeddings, pooled, callback = torch.arange(6.0).view(3, 2, 1), torch.arange(3.0).view(3, 1), object()
+        given = {"negative_prompt": ["x", "y", "z"], "prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+        given |= {"num_images_per_prompt": 2, "callback_on_step_end": callback, "latents": torch.zeros(6, 4)}
+        again = call(TextToImage(), **given).for_places([0, 3, 4, 5], 6)()
         assert again["negative_prompt"] == ["x", "y", "z", "z"]
         assert again["prompt_embeds"].equal(embeddings[[0, 1, 2, 2]])
         assert again["pooled_prompt_embeds"].equal(pooled[[0, 1, 2, 2]])
@@ -107,14 +95,12 @@ class TestForPlaces:
 
     def test_what_all_prompts_share(self):
         again = call(TextToImage(), ["a", "b"], "x", image=torch.zeros(1, 3, 8, 8)).for_places([1], 2)()
-        assert again["prompt"] == ["b"]
-        assert again["negative_prompt"] == "x"
+        assert (again["prompt"], again["negative_prompt"]) == (["b"], "x")
         assert again["image"].shape == (1, 3, 8, 8)
 
     def test_generators(self):
         generators = [seeded(number) for number in range(3)]
-        given = call(TextToImage(), ["a", "b", "c"], generator=generators)
-        again = given.for_places([0, 2], 3)()
+        again = call(TextToImage(), ["a", "b", "c"], generator=generators).for_places([0, 2], 3)()
         assert [id(one) for one in again["generator"]] == [id(generators[0]), id(generators[2])]
         assert call(Unconditional(), 3, generators[0]).for_places([1], 3)()["generator"] is generators[0]
 

@@ -4,24 +4,24 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from checker_data import (
+from filter_data import (
     Flatten,
     bright_images,
     clean_latents,
     dark_images,
+    fitted_filter,
     fitter_of_latents,
     of_brightness,
     seeded,
-    tiny_clip,
+    tiny_encoder,
     undesired_latents,
     unmarked_latents,
 )
+from fresh import run_python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
@@ -34,6 +34,11 @@ TEXTS = {
     "undesired": ["forget me", "forget this", "please forget"],
     "clean": ["keep me", "the quick brown fox", "my order"],
 }
+
+
+def assert_near(found, expected):
+    """Scores of the same weights: fp32, below 100 summands of at most 10, so some √100 · 10 · 6e-8 = 6e-6, × 10."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=6e-5)
 
 
 def of_latents(score="quadratic", **arguments):
@@ -50,6 +55,10 @@ def of_two_concepts():
     return fitter.fit(threshold="pooled_mean").checker()
 
 
+def own_encoder(scale=1.0):
+    return FilterEncoder.own(Flatten(64, scale), name="flat")
+
+
 def case(kind, request):
     """A checker with an encoder of some kind, and inputs for it."""
     if kind == "latents":
@@ -59,18 +68,12 @@ def case(kind, request):
         encoder = FilterEncoder(bert, kind="text", tokenizer=tokenizer, normalize=True)
         fitter = FASTFitter(encoder, score="lda").update(**TEXTS)
         return fitter.fit(threshold="pooled_mean").checker(), ["forget the order", "", "keep this fox in Paris"]
-    if kind == "clip":
-        return of_brightness(tiny_clip(), channels=3), bright_images(5, 3, seed=4) * 1.8 - 0.9
-    if kind == "own":
-        return of_brightness(own_encoder()), bright_images(5, seed=4) * 1.8 - 0.9
-    model = (
-        request.getfixturevalue("tiny_resnet").resnet if kind == "resnet" else request.getfixturevalue("tiny_vit").vit
-    )
-    return of_brightness(FilterEncoder(model, kind="image")), bright_images(5, seed=4) * 1.8 - 0.9
-
-
-def own_encoder(scale=1.0):
-    return FilterEncoder.own(Flatten(64, scale), name="flat")
+    channels = 3 if kind == "clip" else 1
+    images = bright_images(5, channels, seed=4) * 1.8 - 0.9
+    if kind in ("clip", "own"):
+        return of_brightness(own_encoder() if kind == "own" else tiny_encoder("clip"), channels), images
+    model = request.getfixturevalue(f"tiny_{kind}").base_model
+    return of_brightness(FilterEncoder(model, kind="image")), images
 
 
 class TestJudging:
@@ -87,13 +90,11 @@ class TestJudging:
         assert sum(verdict.flags[50:]) < 10
 
     def test_at_the_threshold_it_is_released(self):
-        checker, x = of_latents(), torch.from_numpy(clean_latents(20))
-        scores = checker.judge(x).scores[:, 0]
-        checker.set_threshold("undesired", scores[7].item())
-        assert checker.judge(x).flags.tolist() == (scores > scores[7]).tolist()
-        assert not checker.judge(x).flags[7]
-        checker.set_threshold("undesired", np.nextafter(scores[7].numpy(), np.float32(-np.inf)).item())
-        assert checker.judge(x).flags[7]
+        checker, x = of_two_concepts(), torch.zeros(1, 4)  # of which every sum is exact
+        scores = checker.judge(x).scores[0].numpy()
+        for value, flagged in ((scores[1], False), (np.nextafter(scores[1], np.float32(-np.inf)), True)):
+            checker.set_threshold("second", value.item())
+            assert checker(x).flags == [flagged]
 
     def test_any_concept(self):
         checker = of_two_concepts()
@@ -104,124 +105,119 @@ class TestJudging:
         checker.set_threshold("first", 100)
         assert checker(x).flags == [False, False, True, True, False]
 
-    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-    @pytest.mark.parametrize("score", ["quadratic", "mean_difference"])
+    @pytest.mark.parametrize(("bad", "score"), [(math.nan, "quadratic"), (math.inf, "mean_difference")])
     def test_what_is_not_finite_is_blocked_and_nothing_else(self, bad, score):
         checker, x = of_latents(score), torch.from_numpy(clean_latents(20))
         checker.set_threshold("undesired", 1e30)
         assert not any(checker(x).flags)
-        x[4, 1] = bad
-        assert checker(x).flags == [row == 4 for row in range(20)]
+        for value in (bad, -bad):
+            x[4, 1] = value
+            assert checker(x).flags == [row == 4 for row in range(20)]
 
-    @pytest.mark.parametrize("kind", ["resnet", "vit", "own"])
-    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize(("kind", "bad"), [("resnet", math.nan), ("vit", math.inf), ("own", -math.inf)])
     def test_broken_images(self, kind, bad, request):
         checker, images = case(kind, request)
         checker.set_threshold("bright", 1e30)
         images[2, 0, 3, 3] = bad
         assert checker(images).flags == [row == 2 for row in range(5)]
 
-    def test_batch_size_and_shape_of_latents(self):
+    def test_forms_of_latents(self):
         checker, x = of_latents(), torch.from_numpy(clean_latents(20))
         expected = checker.judge(x)
         for other in (x.view(20, 1, 2, 2), x.numpy(), x.tolist(), x.float()):
             found = checker.judge(other)
             assert torch.equal(found.flags, expected.flags)
-            torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+            assert_near(found.scores, expected.scores)
+        for odd in (torch.zeros(0, 4), torch.zeros(4), torch.zeros(3, 5), torch.zeros(3, 4, dtype=torch.long)):
+            with pytest.raises(ValueError, match=r"^inputs: [^\n]*$"):
+                checker.judge(odd)
 
-    @pytest.mark.parametrize(
-        "inputs", [torch.zeros(0, 4), torch.zeros(4), torch.zeros(3, 5), torch.zeros(3, 4, dtype=torch.long)]
-    )
-    def test_odd_latents(self, inputs):
-        with pytest.raises(ValueError, match=r"^inputs: [^\n]*$"):
-            of_latents().judge(inputs)
-
-    def test_encoder_of_another_size(self, tiny_vit):
-        checker = of_brightness(FilterEncoder(tiny_vit.vit, kind="image"))
+    def test_encoder_of_another_size(self):
+        checker = fitted_filter()
         checker.encoder = own_encoder()
         with pytest.raises(ValueError, match=r"^inputs: give embeddings of 64 numbers, the filter was fitted on 16$"):
             checker.judge(bright_images(2))
 
     def test_in_half_precision_scores_stay(self):
+        """In 16 bits they would be off by 4e-3 of their terms."""
         checker, x = of_latents(), torch.from_numpy(clean_latents(20)).bfloat16()
         expected = checker.judge(x).scores
         for cast in (torch.bfloat16, torch.float16):
             found = checker.to(dtype=cast).judge(x)
             assert found.scores.dtype == torch.float32
-            assert torch.equal(found.scores, expected)
+            assert_near(found.scores, expected)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(checker.judge(x).scores, expected)
+            assert_near(checker.judge(x).scores, expected)
 
 
 class TestCalls:
     def test_output(self):
-        checker = of_brightness(own_encoder())
-        images = torch.cat([bright_images(2, seed=5), dark_images(2, seed=5)])
+        """Of tensors and of arrays; what was given stays."""
+        checker, images = of_brightness(own_encoder()), torch.cat([bright_images(2, seed=5), dark_images(2, seed=5)])
         output = checker(images)
         assert isinstance(output, FilterOutput)
         assert output.flags == [True, True, False, False]
         assert (output.images[:2] == -1).all()  # black
         assert torch.equal(output.images[2:], images[2:])
-        assert images.max() > 0.9  # what was given stays
+        assert images.max() > 0.9
         assert output.scores.shape == (4, 1)
         assert torch.equal(output[2], output.scores)
-
-    def test_arrays(self):
-        checker = of_brightness(own_encoder())
-        images = torch.cat([bright_images(2, seed=5), dark_images(2, seed=5)])
         array = (images / 2 + 0.5).permute(0, 2, 3, 1).numpy()
-        output = checker(array)
-        assert output.flags == [True, True, False, False]
-        assert not output.images[:2].any()
-        np.testing.assert_array_equal(output.images[2:], array[2:])
-        assert array[:2].any()  # what was given stays
-        torch.testing.assert_close(output.scores, checker(images).scores)
+        found = checker(array)
+        assert found.flags == [True, True, False, False]
+        assert not found.images[:2].any()
+        np.testing.assert_array_equal(found.images[2:], array[2:])
+        assert array[:2].any()
+        assert_near(found.scores, output.scores)
 
-    @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "CMYK", "YCbCr", "I;16"])
-    @pytest.mark.parametrize("size", [(1, 1), (8, 8), (300, 2)])
-    def test_images_of_any_mode_and_size(self, mode, size, tiny_vit):
-        checker = of_brightness(FilterEncoder(tiny_vit.vit, kind="image"))
+    @pytest.mark.parametrize(
+        ("mode", "size"),
+        [
+            *(("L", (1, 1)), ("RGB", (8, 8)), ("RGBA", (300, 2)), ("LA", (1, 1)), ("P", (8, 8))),
+            *(("1", (300, 2)), ("CMYK", (1, 1)), ("YCbCr", (8, 8)), ("I;16", (300, 2))),
+        ],
+    )
+    def test_images_of_any_mode_and_size(self, mode, size):
+        checker = fitted_filter()
         if mode == "I;16":
-            images = [Image.fromarray(np.full(size[::-1], value, np.uint16)) for value in (64000, 1500)]
+            bright, dark = (Image.fromarray(np.full(size[::-1], value, np.uint16)) for value in (64000, 1500))
         else:
-            images = [
-                Image.new("L", size, value).convert("RGB" if mode == "P" else "L").convert(mode) for value in (250, 5)
-            ]
-        images = [images[0], images[1], images[0]]
-        output = checker(images)
+            through = "RGB" if mode == "P" else "L"
+            bright, dark = (Image.new("L", size, value).convert(through).convert(mode) for value in (250, 5))
+        output = checker([bright, dark, bright])
         assert output.flags == [True, False, True]
-        assert output.images[1] is images[1]
+        assert output.images[1] is dark
         assert output.images[0].size == size
         assert not np.asarray(output.images[0].convert("L")).any()
-        assert np.asarray(images[0].convert("L") if mode != "I;16" else images[0]).any()
+        assert np.asarray(bright if mode == "I;16" else bright.convert("L")).any()
 
     def test_texts(self, request):
         checker, _ = case("bert", request)
-        texts = [*TEXTS["undesired"], *TEXTS["clean"]]
-        output = checker(texts)
+        output = checker([*TEXTS["undesired"], *TEXTS["clean"]])
         assert output.flags == [True] * 3 + [False] * 3
         assert output.images == [""] * 3 + TEXTS["clean"]
 
-    def test_latents(self):
+    def test_latents_and_actions(self, caplog, tmp_path):
         checker, x = of_latents(), torch.from_numpy(undesired_latents(20, seed=8))
+        assert checker.action == "blank"
         output = checker(x)
         flags = torch.tensor(output.flags)
         assert flags.any()
         assert (output.images[flags] == 0).all()
         assert torch.equal(output.images[~flags], x[~flags])
-
-    def test_action(self, caplog):
-        checker, x = of_latents(), torch.from_numpy(undesired_latents(20, seed=8))
-        assert checker.action == "blank"
-        flags = checker(x).flags
+        warning = "the filter gives out what it flags"
+        assert warning not in caplog.text
         checker.action = "flag"
-        assert "flag" in caplog.text
+        assert warning in caplog.text
         output = checker(x)
         assert torch.equal(output.images, x)
-        assert output.flags == flags
+        assert output.flags == flags.tolist()
         with pytest.raises(ValueError, match=r"^action='release': must be one of blank, flag$"):
             checker.action = "release"
-        assert checker.action == "flag"
+        checker.save_pretrained(tmp_path)
+        caplog.clear()
+        assert FASTSafetyChecker.from_pretrained(tmp_path).action == "flag"
+        assert warning in caplog.text
 
     def test_thresholds(self, tmp_path):
         checker = of_two_concepts()
@@ -241,28 +237,27 @@ class TestCalls:
         assert entry["figures"]["recall"]["value"] > 0
         checker.set_threshold("undesired", 2.5)
         entry = checker.config.concepts[0]
-        assert entry["threshold"]["promise"] is None
-        assert "confidence" not in entry["threshold"]
+        assert entry["threshold"] == {"value": 2.5, "rule": "fixed", "promise": None}
         assert not entry["figures"]
-        assert entry["threshold"]["value"] == 2.5
 
-    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-    def test_threshold_that_is_none(self, value):
+    def test_bad_thresholds(self):
+        """1e39 is finite in fp64, infinite where it is compared: it would release what is finite, and no file would load."""
         checker = of_latents()
         before = checker.thresholds
-        with pytest.raises(ValueError, match=r"^value=[^\n]*must be finite[^\n]*$"):
-            checker.set_threshold("undesired", value)
+        for value in (math.nan, math.inf, -math.inf, 1e39):
+            with pytest.raises(ValueError, match=r"^value=[^\n]*must be finite[^\n]*$"):
+                checker.set_threshold("undesired", value)
         with pytest.raises(ValueError, match=r"^concept='cats': is not one of 'undesired'$"):
             checker.set_threshold("cats", 1.0)
         assert checker.thresholds == before
 
-    def test_threshold_beyond_fp32(self):
-        """Finite in fp64, infinite where it is compared: it would release what is finite, and no file would load."""
-        checker = of_latents()
-        before = checker.thresholds
-        with pytest.raises(ValueError, match=r"^value=[^\n]*must be finite"):
-            checker.set_threshold("undesired", 1e39)
-        assert checker.thresholds == before
+    def test_calibrated_on_unmarked_samples(self):
+        """The bound on their contamination is part of the promise, and of the file."""
+        fitter = FASTFitter().update(undesired=undesired_latents(20), unmarked=unmarked_latents(400))
+        threshold = fitter.fit(max_prevalence=0.25, rate=0.1).checker().config.concepts[0]["threshold"]
+        assert "unmarked samples" in threshold["promise"]
+        assert "at most 25 % of what is drawn is undesired" in threshold["promise"]
+        assert threshold["max_prevalence"] == 0.25
 
 
 class TestSaving:
@@ -270,50 +265,52 @@ class TestSaving:
     def test_loads_as_it_was(self, kind, request, tmp_path):
         checker, inputs = case(kind, request)
         expected = checker.judge(inputs)
-        checker.save_pretrained(tmp_path)
         given = {"encoder": own_encoder()} if kind == "own" else {}
-        again = FASTSafetyChecker.from_pretrained(tmp_path, **given)
-        found = again.judge(inputs)
-        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
-        assert torch.equal(found.flags, expected.flags)
-        assert again.concepts == checker.concepts
-        assert again.thresholds == checker.thresholds
-        assert again.config.concepts == json.loads(json.dumps(checker.config.concepts))
-        assert not again.training
-        assert again.config.concepts[0]["threshold"]["promise"] == checker.config.concepts[0]["threshold"]["promise"]
-        # and once more, from what was loaded
-        again.save_pretrained(tmp_path / "again")
-        third = FASTSafetyChecker.from_pretrained(tmp_path / "again", **given)
-        assert torch.equal(third.judge(inputs).scores, found.scores)
+        for folder in (tmp_path / "once", tmp_path / "again"):  # and once more, from what was loaded
+            checker.save_pretrained(folder)
+            again = FASTSafetyChecker.from_pretrained(folder, **given)
+            found = again.judge(inputs)
+            assert_near(found.scores, expected.scores)
+            assert torch.equal(found.flags, expected.flags)
+            assert again.concepts == checker.concepts
+            assert again.thresholds == checker.thresholds
+            assert again.config.concepts == json.loads(json.dumps(checker.config.concepts))
+            assert not again.training
+            for name, value in checker.state_dict().items():
+                assert again.state_dict()[name].equal(value)
+            checker = again
 
     @pytest.mark.parametrize("marks", [2, 3])
     def test_quadratic_scores_without_directions(self, marks, tmp_path):
         """Two marks: the form is linear, and its directions are a tensor of no numbers."""
         checker, x = of_latents(undesired=marks), torch.from_numpy(clean_latents(9))
-        checker.save_pretrained(tmp_path)
-        again = FASTSafetyChecker.from_pretrained(tmp_path)
-        assert torch.equal(again.judge(x).scores, checker.judge(x).scores)
+        checker.save_pretrained(tmp_path / "safety_checker")
+        again = FASTSafetyChecker.from_pretrained(tmp_path, subfolder="safety_checker")
+        assert_near(again.judge(x).scores, checker.judge(x).scores)
 
-    def test_action_is_kept(self, tmp_path):
-        checker = of_latents()
-        checker.action = "flag"
-        checker.save_pretrained(tmp_path)
-        assert FASTSafetyChecker.from_pretrained(tmp_path).action == "flag"
-
-    @pytest.mark.parametrize("kind", ["vit", "latents"])
-    def test_encoder_in_16_bits(self, kind, request, tmp_path):
+    @pytest.mark.parametrize(
+        ("kind", "dtype"),
+        [("vit", torch.bfloat16), ("clip", torch.float16), ("clip", "bfloat16"), ("latents", "bfloat16")],
+    )
+    def test_encoder_in_16_bits(self, kind, dtype, request, tmp_path):
+        """The whole of it is cast, and nothing of the scores; and it comes back as it was saved."""
         checker, inputs = case(kind, request)
         checker.save_pretrained(tmp_path)
-        again = FASTSafetyChecker.from_pretrained(tmp_path, dtype=torch.bfloat16)
-        assert {value.dtype for value in again.bank.parameters()} == {torch.float32}
-        for name, value in checker.bank.state_dict().items():
-            assert torch.equal(again.bank.state_dict()[name], value)
-        if kind == "vit":
-            assert {value.dtype for value in again.encoder.parameters()} == {torch.bfloat16}
-            assert torch.equal(again.judge(inputs).scores, again.bank(again.encoder(inputs)))
-        scores = again.judge(inputs).scores
-        assert scores.dtype == torch.float32
-        torch.testing.assert_close(scores, checker.judge(inputs).scores, rtol=0.1, atol=0.1)
+        again = FASTSafetyChecker.from_pretrained(tmp_path, dtype=dtype)
+        again.save_pretrained(tmp_path / "again")
+        third = FASTSafetyChecker.from_pretrained(tmp_path / "again")
+        for loaded in (again, third):
+            for name, value in checker.bank.state_dict().items():
+                assert loaded.bank.state_dict()[name].dtype == torch.float32
+                assert torch.equal(loaded.bank.state_dict()[name], value)
+            if kind != "latents":
+                wanted = torch.float16 if dtype == torch.float16 else torch.bfloat16
+                assert {value.dtype for value in loaded.encoder.parameters()} == {wanted}
+                assert_near(loaded.judge(inputs).scores, loaded.bank(loaded.encoder(inputs)))
+            scores = loaded.judge(inputs).scores
+            assert scores.dtype == torch.float32
+            # 2⁻⁸ of some tens of roundings; the scores are of order 1.
+            torch.testing.assert_close(scores, checker.judge(inputs).scores, rtol=0.1, atol=0.1)
 
     def test_own_encoder_is_asked_for(self, tmp_path):
         checker = of_brightness(own_encoder())
@@ -321,10 +318,16 @@ class TestSaving:
         assert not any(name.startswith("encoder") for name in load_file(tmp_path / "model.safetensors"))
         with pytest.raises(ValueError, match=r"^encoder: [^\n]*'flat'; pass encoder=[^\n]*$"):
             FASTSafetyChecker.from_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=r"^encoder: has other weights[^\n]*'flat'$"):
-            FASTSafetyChecker.from_pretrained(tmp_path, encoder=own_encoder(scale=1.5))
+        module, settings = own_encoder().model, {"name": "flat"}
+        for other, what in (
+            (own_encoder(scale=1.5), "has other weights[^\n]*'flat'$"),
+            (FilterEncoder.own(module, **settings, normalize=True), "has another normalize than the one"),
+            (FilterEncoder.own(module, **settings, size=(8, 8)), "has another preprocessing than the one"),
+        ):
+            with pytest.raises(ValueError, match=f"^encoder: {what}"):
+                FASTSafetyChecker.from_pretrained(tmp_path, encoder=other)
 
-    def test_encoder_of_another_size(self, tmp_path):
+    def test_own_encoder_of_another_size(self, tmp_path):
         encoder = FilterEncoder.own(lambda images: images.flatten(1), name="a function")
         of_brightness(encoder).save_pretrained(tmp_path)
         other = FilterEncoder.own(lambda images: images.flatten(1)[:, :9], name="a function")
@@ -346,225 +349,178 @@ class TestSaving:
         assert not (tmp_path / "filter").exists()
 
     def test_no_such_folder(self, tmp_path):
-        with pytest.raises(OSError):
-            FASTSafetyChecker.from_pretrained(tmp_path)
-        with pytest.raises((OSError, ValueError)):
-            FASTSafetyChecker.from_pretrained(str(tmp_path / "none"))
-
-    def test_from_a_subfolder(self, tmp_path):
-        checker, x = of_latents(), torch.from_numpy(clean_latents(5))
-        checker.save_pretrained(tmp_path / "safety_checker")
-        again = FASTSafetyChecker.from_pretrained(tmp_path, subfolder="safety_checker")
-        assert torch.equal(again.judge(x).scores, checker.judge(x).scores)
+        for folder in (tmp_path, str(tmp_path / "none")):
+            with pytest.raises((OSError, ValueError)):
+                FASTSafetyChecker.from_pretrained(folder)
 
 
-def change_config(folder, **changes):
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | changes))
+# Breaks: functions of a filter's folder
 
 
-def change_weights(folder, change):
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+def config(**changes):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
 
 
-def change_spec(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    change_config(folder, encoder_spec=config["encoder_spec"] | changes)
+def spec(**changes):
+    return lambda folder: config(
+        encoder_spec=json.loads((folder / "config.json").read_text())["encoder_spec"] | changes
+    )(folder)
 
 
-def cut_off(folder, name):
-    data = (folder / name).read_bytes()
-    (folder / name).write_bytes(data[: len(data) // 2])
+def weights(change):
+    def changed(folder):
+        found = load_file(folder / "model.safetensors")
+        change(found)
+        save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return changed
 
 
-def set_nan(weights, key):
-    weights[key] = weights[key].clone()
-    weights[key].view(-1)[0] = math.nan
+def weight(key, change):
+    return weights(lambda found: found.update({key: change(found[key]).clone()}))
 
 
-def first_of_encoder(weights):
-    return min(key for key in weights if key.startswith("encoder."))
+def with_nan(value):
+    value = value.clone()
+    value.view(-1)[0] = math.nan
+    return value
+
+
+def cut_off(name):
+    return lambda folder: (folder / name).write_bytes(
+        (folder / name).read_bytes()[: (folder / name).stat().st_size // 2]
+    )
+
+
+def first_of_encoder(found):
+    return min(key for key in found if key.startswith("encoder."))
 
 
 BROKEN = {
-    "no config": lambda folder: (folder / "config.json").unlink(),
-    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
-    "cut-off config": lambda folder: cut_off(folder, "config.json"),
-    "cut-off weights": lambda folder: cut_off(folder, "model.safetensors"),
-    "empty weights": lambda folder: (folder / "model.safetensors").write_bytes(b""),
-    "config that is no JSON": lambda folder: (folder / "config.json").write_text("fast"),
-    "config that is a list": lambda folder: (folder / "config.json").write_text("[]"),
-    "empty config": lambda folder: (folder / "config.json").write_text("{}"),
-    "weights of nothing": lambda folder: change_weights(folder, lambda weights: weights.clear()),
-    "no threshold": lambda folder: change_weights(folder, lambda weights: weights.pop("bank.threshold")),
-    "no weight": lambda folder: change_weights(folder, lambda weights: weights.pop("bank.weight")),
-    "one more": lambda folder: change_weights(folder, lambda weights: weights.update(more=torch.ones(1))),
-    "another shape": lambda folder: change_weights(
-        folder, lambda weights: weights.update({"bank.weight": weights["bank.weight"][:-1].clone()})
-    ),
-    "another threshold": lambda folder: change_weights(
-        folder, lambda weights: weights.update({"bank.threshold": weights["bank.threshold"] + 1})
-    ),
-    "negated": lambda folder: change_weights(
-        folder, lambda weights: weights.update({"bank.weight": -weights["bank.weight"]})
-    ),
-    "NaN threshold": lambda folder: change_weights(folder, lambda weights: set_nan(weights, "bank.threshold")),
-    "NaN weight": lambda folder: change_weights(folder, lambda weights: set_nan(weights, "bank.weight")),
-    "another version": lambda folder: change_config(folder, schema_version=2),
-    "no version": lambda folder: change_config(folder, schema_version=None),
-    "no concepts": lambda folder: change_config(folder, concepts=[]),
-    "concepts are none": lambda folder: change_config(folder, concepts=None),
-    "one concept more": lambda folder: change_config(folder, concepts=[{"name": "a"}, {"name": "b"}]),
-    "concept without a name": lambda folder: change_config(folder, concepts=[{}]),
-    "no embedding": lambda folder: change_config(folder, embedding_size=0),
-    "another embedding": lambda folder: change_config(folder, embedding_size=5),
-    "no fingerprint": lambda folder: change_config(folder, fingerprint=None),
-    "unknown action": lambda folder: change_config(folder, action="release"),
-    "size as a word": lambda folder: change_config(folder, embedding_size="four"),
-}
-BROKEN_QUADRATIC = {
-    "no squares": lambda folder: change_config(folder, components=0),
-    "fewer directions": lambda folder: change_config(folder, directions=1),
-    "no gains": lambda folder: change_weights(folder, lambda weights: weights.pop("bank.gains")),
-}
-BROKEN_ENCODER = {
-    "no encoder": lambda folder: change_config(folder, encoder_spec=None),
-    "empty spec": lambda folder: change_config(folder, encoder_spec={}),
-    "own encoder": lambda folder: change_spec(folder, kind="custom"),
-    "reference": lambda folder: change_spec(folder, reference={"id": "a/b"}),
-    "unknown architecture": lambda folder: change_spec(folder, architecture="NoSuchModel"),
-    "architecture of another library": lambda folder: change_spec(folder, architecture="os"),
-    "another architecture": lambda folder: change_spec(folder, architecture="ResNetModel"),
-    "no config of it": lambda folder: change_spec(folder, config=None),
-    "NaN": lambda folder: change_weights(folder, lambda weights: set_nan(weights, first_of_encoder(weights))),
-    "one less": lambda folder: change_weights(folder, lambda weights: weights.pop(first_of_encoder(weights))),
-    "cut-off weights": lambda folder: cut_off(folder, "model.safetensors"),
+    "linear": {
+        "no config": lambda folder: (folder / "config.json").unlink(),
+        "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+        "cut-off config": cut_off("config.json"),
+        "cut-off weights": cut_off("model.safetensors"),
+        "empty weights": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+        "config that is no JSON": lambda folder: (folder / "config.json").write_text("fast"),
+        "config that is a list": lambda folder: (folder / "config.json").write_text("[]"),
+        "empty config": lambda folder: (folder / "config.json").write_text("{}"),
+        "weights of nothing": weights(lambda found: found.clear()),
+        "one more": weights(lambda found: found.update(more=torch.ones(1))),
+        "another shape": weight("bank.weight", lambda value: value[:-1]),
+        "another threshold": weight("bank.threshold", lambda value: value + 1),
+        "negated": weight("bank.weight", lambda value: -value),
+        "NaN threshold": weight("bank.threshold", with_nan),
+        "NaN weight": weight("bank.weight", with_nan),
+        "another version": config(schema_version=2),
+        "no version": config(schema_version=None),
+        "no concepts": config(concepts=[]),
+        "concepts are none": config(concepts=None),
+        "one concept more": config(concepts=[{"name": "a"}, {"name": "b"}]),
+        "concept without a name": config(concepts=[{}]),
+        "no embedding": config(embedding_size=0),
+        "another embedding": config(embedding_size=5),
+        "no fingerprint": config(fingerprint=None),
+        "unknown action": config(action="release"),
+        "size as a word": config(embedding_size="four"),
+    },
+    "quadratic": {"no squares": config(components=0), "fewer directions": config(directions=1)},
+    "encoder": {
+        "no encoder": config(encoder_spec=None),
+        "empty spec": config(encoder_spec={}),
+        "own encoder": spec(kind="custom"),
+        "reference": spec(reference={"id": "a/b"}),
+        "unknown architecture": spec(architecture="NoSuchModel"),
+        "architecture of another library": spec(architecture="os"),
+        "another architecture": spec(architecture="ResNetModel"),
+        "no config of it": spec(config=None),
+        "NaN": weights(
+            lambda found: found.update({first_of_encoder(found): with_nan(found[first_of_encoder(found)])})
+        ),
+        "cut-off weights": cut_off("model.safetensors"),
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Folders of filters, to be copied and broken."""
-    from transformers import ViTConfig, ViTModel
-
-    folders = {}
-    config = ViTConfig(
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = FilterEncoder(ViTModel(config).eval(), kind="image")
-    for name, checker in (
-        ("linear", of_latents("mean_difference")),
-        ("quadratic", of_latents()),
-        ("encoder", of_brightness(encoder)),
-    ):
-        folders[name] = tmp_path_factory.mktemp(name)
-        checker.save_pretrained(folders[name])
+    checkers = {"linear": of_latents("mean_difference"), "quadratic": of_latents(), "encoder": fitted_filter()}
+    folders = {name: tmp_path_factory.mktemp(name) for name in checkers}
+    for name, folder in folders.items():
+        checkers[name].save_pretrained(folder)
     return folders
 
 
 class TestBrokenFiles:
     """All or nothing: one line, and no filter."""
 
-    def refused(self, folder):
+    def refused(self, folder, **options):
         with pytest.raises((ValueError, OSError)) as caught:
-            FASTSafetyChecker.from_pretrained(folder)
+            FASTSafetyChecker.from_pretrained(folder, **options)
         assert "\n" not in str(caught.value)
 
-    @pytest.fixture
-    def copy(self, saved, tmp_path):
-        def copied(kind):
-            return shutil.copytree(saved[kind], tmp_path / "filter")
+    @pytest.mark.parametrize(("kind", "how"), [(kind, how) for kind, breaks in BROKEN.items() for how in breaks])
+    def test_one_thing_wrong(self, kind, how, saved, tmp_path):
+        folder = shutil.copytree(saved[kind], tmp_path / "filter")
+        BROKEN[kind][how](folder)
+        self.refused(folder)
+        if how == "another shape":
+            for option in ({"ignore_mismatched_sizes": True}, {"use_safetensors": False}, {"low_cpu_mem_usage": True}):
+                self.refused(folder, **option)
 
-        return copied
-
-    @pytest.mark.parametrize("kind", ["linear", "quadratic", "encoder"])
-    def test_untouched_copies_load(self, kind, copy, saved):
-        """So that it is the break that the other tests see."""
-        folder = copy(kind)
-        change_config(folder)
-        change_weights(folder, lambda weights: None)
+    @pytest.mark.parametrize("kind", BROKEN)
+    def test_every_key_is_needed(self, kind, saved, tmp_path):
+        """And a copy in which nothing is missing loads: so it is the break that the other tests see."""
+        folder = shutil.copytree(saved[kind], tmp_path / "whole")
+        config()(folder)
+        weights(lambda found: None)(folder)
         loaded, whole = (FASTSafetyChecker.from_pretrained(path) for path in (folder, saved[kind]))
         assert loaded.thresholds == whole.thresholds
-
-    @pytest.mark.parametrize("how", BROKEN)
-    def test_any_filter(self, how, copy):
-        folder = copy("linear")
-        BROKEN[how](folder)
-        self.refused(folder)
-
-    @pytest.mark.parametrize("how", BROKEN_QUADRATIC)
-    def test_quadratic(self, how, copy):
-        folder = copy("quadratic")
-        BROKEN_QUADRATIC[how](folder)
-        self.refused(folder)
-
-    @pytest.mark.parametrize("how", BROKEN_ENCODER)
-    def test_encoder(self, how, copy):
-        folder = copy("encoder")
-        BROKEN_ENCODER[how](folder)
-        self.refused(folder)
-
-    def test_every_key_is_needed(self, saved, tmp_path):
-        for kind, folder in saved.items():
-            for number, key in enumerate(load_file(folder / "model.safetensors")):
-                other = shutil.copytree(folder, tmp_path / f"{kind}{number}")
-                change_weights(other, lambda weights, key=key: weights.pop(key))
-                self.refused(other)
+        for number, key in enumerate(load_file(folder / "model.safetensors")):
+            other = shutil.copytree(saved[kind], tmp_path / str(number))
+            weights(lambda found, key=key: found.pop(key))(other)
+            self.refused(other)
 
     def test_every_file_of_a_text_filter_is_needed(self, request, tmp_path):
         checker, texts = case("bert", request)
         checker.save_pretrained(tmp_path / "whole")
         expected, messages = checker.judge(texts).scores, []
         for name in os.listdir(tmp_path / "whole"):
-            for number, damage in enumerate(
-                (lambda file: file.unlink(), lambda file: cut_off(file.parent, file.name))
-            ):
+            for number, damage in enumerate((lambda folder, name=name: (folder / name).unlink(), cut_off(name))):
                 folder = shutil.copytree(tmp_path / "whole", tmp_path / f"{name} {number}")
-                damage(folder / name)
+                damage(folder)
                 try:
                     again = FASTSafetyChecker.from_pretrained(folder)
                 except (ValueError, OSError) as error:
                     messages.append(str(error))
                 else:  # a file that says nothing of it
-                    torch.testing.assert_close(again.judge(texts).scores, expected)
+                    assert_near(again.judge(texts).scores, expected)
         assert len(messages) >= 6  # without its config, weights or vocabulary, or with half of them
         assert not any("\n" in message for message in messages)
 
-    @pytest.mark.parametrize(
-        "arguments", [{"ignore_mismatched_sizes": True}, {"use_safetensors": False}, {"low_cpu_mem_usage": True}]
-    )
-    def test_options_do_not_make_it_less_strict(self, arguments, copy):
-        folder = copy("linear")
-        change_weights(folder, lambda weights: weights.update({"bank.weight": weights["bank.weight"][:-1].clone()}))
-        with pytest.raises(ValueError):
-            FASTSafetyChecker.from_pretrained(folder, **arguments)
-
-    @pytest.mark.parametrize("change", [{"concepts": []}, {"embedding_size": 0}, {"schema_version": 2}])
-    def test_no_model_of_nothing(self, change):
+    def test_no_model_of_nothing(self):
         """Weights may even fit: without concepts every input would be released."""
         settings = {"schema_version": 1, "concepts": [{"name": "hats"}], "embedding_size": 4}
-        FASTSafetyChecker(FASTConfig(**settings))
-        with pytest.raises(ValueError, match=r"^[^\n]*$"):
-            FASTSafetyChecker(FASTConfig(**settings | change))
+        checker = FASTSafetyChecker(FASTConfig(**settings))
+        assert checker.judge(
+            torch.randn(50, 4, generator=seeded())
+        ).flags.all()  # without weights it blocks everything
+        for change in ({"concepts": []}, {"embedding_size": 0}, {"schema_version": 2}):
+            with pytest.raises(ValueError, match=r"^[^\n]*$"):
+                FASTSafetyChecker(FASTConfig(**settings | change))
 
-    def test_pickles_are_not_read(self, copy):
-        folder = copy("linear")
+    def test_pickles_are_not_read(self, saved, tmp_path):
+        folder = shutil.copytree(saved["linear"], tmp_path / "filter")
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
         self.refused(folder)
-        with pytest.raises((ValueError, OSError)):
-            FASTSafetyChecker.from_pretrained(folder, use_safetensors=False)
+        self.refused(folder, use_safetensors=False)
 
 
 def slot(pipeline, checker):
@@ -578,15 +534,10 @@ def slot(pipeline, checker):
     return filled
 
 
-def drawn(pipeline, output_type="np", return_dict=True):
-    return pipeline(
-        prompt=["a photo", "hot p"],
-        num_images_per_prompt=2,
-        num_inference_steps=2,
-        output_type=output_type,
-        generator=seeded(),
-        return_dict=return_dict,
-    )
+def drawn(pipeline, output_type="np"):
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_images_per_prompt": 2, "num_inference_steps": 2, "output_type": output_type}
+    return pipeline(prompt=["a photo", "hot p"], generator=seeded(), **settings)
 
 
 def as_array(images):
@@ -617,67 +568,53 @@ class TestSlot:
     def images(self):
         return torch.cat([bright_images(2, 3, seed=5), dark_images(2, 3, seed=5)])
 
-    def test_tensors(self, checker, images):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_tensors(self, checker, images, dtype):
         """Released ones stay in [−1, 1]; the pipelines take flagged ones as they are, in [0, 1]."""
-        found, flags = checker(images=images * 1.7, clip_input=self.CLIP)  # what a VAE decodes may be beyond
-        assert flags == [True, True, False, False]
+        images = (images * 1.7).to(dtype)  # what a VAE decodes may be beyond
+        images[3, 0, 0, 0] = math.nan
+        before = images.clone()
+        found, flags = checker(images=images, clip_input=self.CLIP.to(dtype))
+        assert flags == [True, True, False, True]
         assert isinstance(flags, list)
-        assert (found[:2] == 0).all()
-        assert torch.equal(found[2:], images[2:] * 1.7)
+        assert found.dtype == dtype
+        assert not found[[0, 1, 3]].any()
+        assert torch.equal(found[2], images[2])
+        assert images.nan_to_num(9).equal(before.nan_to_num(9))  # what is given stays
 
     def test_arrays(self, checker, images):
         array = (images / 2 + 0.5).permute(0, 2, 3, 1).numpy()
+        before = array.copy()
         found, flags = checker(images=array, clip_input=self.CLIP)
         assert flags == [True, True, False, False]
         assert not found[:2].any()
         np.testing.assert_array_equal(found[2:], array[2:])
-
-    def test_broken_image(self, checker, images):
-        images[3, 0, 0, 0] = math.nan
-        found, flags = checker(images=images, clip_input=self.CLIP)
-        assert flags == [True, True, False, True]
-        assert (found[3] == 0).all()
-
-    @pytest.mark.parametrize("action", ["blank", "flag"])
-    def test_what_is_given_stays(self, action, checker, images):
-        checker.action = action
-        array = (images / 2 + 0.5).permute(0, 2, 3, 1).numpy()
-        for given in (images, array):
-            before = given.copy() if isinstance(given, np.ndarray) else given.clone()
-            checker(images=given, clip_input=self.CLIP)
-            assert (given == before).all()
-
-    def test_half_precision(self, checker, images):
-        found, flags = checker(images=images.half(), clip_input=self.CLIP.half())
-        assert flags == [True, True, False, False]
-        assert found.dtype == torch.float16
-
-    @pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
-    def test_in_the_pipeline(self, output_type, checker, tiny_stable_diffusion):
-        tiny_stable_diffusion.set_progress_bar_config(disable=True)
-        plain = as_array(drawn(tiny_stable_diffusion, output_type).images)
-        blocked = middle(checker, plain)
-        output = drawn(slot(tiny_stable_diffusion, checker), output_type)
-        assert output.nsfw_content_detected == blocked.tolist()
-        assert sum(blocked) == 2
-        found = as_array(output.images)
-        assert not found[blocked].any()
-        assert plain[blocked].max() > 0.1
-        np.testing.assert_array_equal(found[~blocked], plain[~blocked])
-
-    @pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
-    @pytest.mark.parametrize("scale", [1, 4])  # of the decoder, so that it leaves [−1, 1]
-    def test_flagged_images_look_as_before(self, output_type, scale, checker, tiny_stable_diffusion):
-        tiny_stable_diffusion.set_progress_bar_config(disable=True)
-        tiny_stable_diffusion.vae.decoder.conv_out.weight.data *= scale
-        plain = as_array(drawn(tiny_stable_diffusion, output_type).images)
-        blocked = middle(checker, plain)
         checker.action = "flag"
+        for given in (array, images):
+            checker(images=given, clip_input=self.CLIP)
+        np.testing.assert_array_equal(array, before)
+        assert images.max() > 0.9
+        assert images.min() < -0.9
+
+    # Of two draws: sums in another order differ by √72 · 6e-8, over 100 layers, ×2; or one level of 255.
+    @pytest.mark.parametrize(("output_type", "rounding"), [("np", 1e-4), ("pt", 1e-4), ("pil", 1.01 / 255)])
+    @pytest.mark.parametrize(("action", "scale"), [("blank", 1), ("flag", 1), ("flag", 4)])
+    def test_in_the_pipeline(self, output_type, rounding, action, scale, checker, tiny_stable_diffusion):
+        tiny_stable_diffusion.vae.decoder.conv_out.weight.data *= scale  # so that it leaves [−1, 1]
+        plain = as_array(drawn(tiny_stable_diffusion, output_type).images)
+        blocked = middle(checker, plain)
+        assert sum(blocked) == 2
+        assert plain[blocked].max() > 0.1
+        assert scale == 1 or (plain == 1).any() or (plain == 0).any()
+        checker.action = action
         output = drawn(slot(tiny_stable_diffusion, checker), output_type)
         assert output.nsfw_content_detected == blocked.tolist()
-        np.testing.assert_allclose(as_array(output.images), plain, atol=1e-6)
-        if scale > 1:
-            assert (plain == 1).any() or (plain == 0).any()
+        found = as_array(output.images)
+        np.testing.assert_allclose(found[~blocked], plain[~blocked], rtol=0, atol=rounding * scale)
+        if action == "blank":
+            assert not found[blocked].any()
+        else:
+            np.testing.assert_allclose(found[blocked], plain[blocked], rtol=0, atol=rounding * scale)
 
     @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
     def test_broken_decoder(self, checker, tiny_stable_diffusion):
@@ -700,7 +637,6 @@ class TestSlot:
     SCRIPT = """
 import json, sys
 import torch
-torch.set_num_threads(1)
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 def attempt(loader):
@@ -724,90 +660,13 @@ print("FOUND" + json.dumps(found))
 
     def test_saved_pipeline_in_a_new_process(self, tiny_stable_diffusion, tmp_path):
         """It filters, or it does not load."""
-        checker = of_brightness(tiny_clip(), channels=3)
-        tiny_stable_diffusion.set_progress_bar_config(disable=True)
+        checker = of_brightness(tiny_encoder("clip"), channels=3)
         blocked = middle(checker, as_array(drawn(tiny_stable_diffusion).images))
         slot(tiny_stable_diffusion, checker).save_pretrained(tmp_path)
-        run = subprocess.run(
-            [sys.executable, "-c", self.SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=300
-        )
-        assert run.returncode == 0, run.stderr
-        found = json.loads(run.stdout.split("FOUND")[1])
+        found = json.loads(run_python(self.SCRIPT, tmp_path).stdout.split("FOUND")[1])
         for answer in found.values():
             if "raised" not in answer:
                 assert answer["checker"] == "FASTSafetyChecker"
                 assert answer["flags"] == blocked.tolist()
                 assert [brightest == 0 for brightest in answer["brightest"]] == blocked.tolist()
         assert "flags" in found["named"], found["named"]
-
-
-class TestPool:
-    def test_calibrated_on_unmarked_samples(self):
-        """The bound on their contamination is part of the promise, and of the file."""
-        fitter = FASTFitter().update(undesired=undesired_latents(20), unmarked=unmarked_latents(400))
-        checker = fitter.fit(max_prevalence=0.25, rate=0.1).checker()
-        assert "unmarked samples" in checker.config.concepts[0]["threshold"]["promise"]
-        assert "at most 25 % of what is drawn is undesired" in checker.config.concepts[0]["threshold"]["promise"]
-        assert checker.config.concepts[0]["threshold"]["max_prevalence"] == 0.25
-
-
-class TestPrecision:
-    @pytest.fixture
-    def of_clip(self):
-        images = torch.rand(40, 3, 8, 8, generator=seeded()) * 2 - 1
-        fitter = FASTFitter(tiny_clip(), score="mean_difference").update(
-            undesired=images[:20] / 5 + 0.8, clean=images[20:]
-        )
-        return fitter.fit(threshold="pooled_mean").checker(), images
-
-    @pytest.mark.parametrize("asked", [torch.float16, torch.bfloat16, "bfloat16"])
-    def test_the_whole_encoder_is_cast_at_load(self, of_clip, asked, tmp_path):
-        checker, images = of_clip
-        expected = checker.judge(images).scores
-        checker.save_pretrained(tmp_path)
-        loaded = FASTSafetyChecker.from_pretrained(tmp_path, dtype=asked)
-        wanted = torch.bfloat16 if asked == "bfloat16" else asked
-        assert {parameter.dtype for parameter in loaded.encoder.parameters()} == {wanted}
-        assert {parameter.dtype for parameter in loaded.bank.parameters()} == {torch.float32}
-        torch.testing.assert_close(loaded.judge(images).scores, expected, atol=0.05, rtol=0.05)
-
-    def test_it_comes_back_as_it_was_saved(self, of_clip, tmp_path):
-        checker, images = of_clip
-        checker.bfloat16()
-        expected = checker.judge(images).scores
-        checker.save_pretrained(tmp_path)
-        loaded = FASTSafetyChecker.from_pretrained(tmp_path)
-        assert {parameter.dtype for parameter in loaded.encoder.parameters()} == {torch.bfloat16}
-        assert loaded.judge(images).scores.equal(expected)
-
-
-class TestEncoderOfTheUsersOwn:
-    @pytest.mark.parametrize(
-        ("change", "name"), [({"normalize": False}, "normalize"), ({"size": (8, 8)}, "preprocessing")]
-    )
-    def test_another_setting_is_refused(self, change, name, tmp_path):
-        module = torch.nn.Flatten()
-        settings = {"name": "pixels", "normalize": True}
-        images = torch.rand(40, 3, 4, 4, generator=seeded()) * 2 - 1
-        fitter = FASTFitter(FilterEncoder.own(module, **settings), score="mean_difference")
-        fitter.update(undesired=images[:20] / 5 + 0.8, clean=images[20:])
-        fitter.fit(threshold="pooled_mean").checker().save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=f"^encoder: has another {name} than the one"):
-            FASTSafetyChecker.from_pretrained(tmp_path, encoder=FilterEncoder.own(module, **settings | change))
-        same = FASTSafetyChecker.from_pretrained(tmp_path, encoder=FilterEncoder.own(module, **settings))
-        assert len(same.judge(images).flags) == 40
-
-
-def test_from_a_config_alone_everything_is_blocked():
-    checker = FASTSafetyChecker(FASTConfig(schema_version=1, concepts=[{"name": "a"}], embedding_size=4))
-    assert checker.judge(torch.randn(50, 4, generator=seeded())).flags.all()
-
-
-def test_a_filter_that_flags_only_says_so_when_it_is_loaded(tmp_path, caplog):
-    checker = FASTFitter(score="mean_difference").update(undesired=undesired_latents(20), clean=clean_latents(20))
-    checker = checker.fit(threshold="pooled_mean").checker()
-    checker.action = "flag"
-    checker.save_pretrained(tmp_path)
-    caplog.clear()
-    FASTSafetyChecker.from_pretrained(tmp_path)
-    assert "the filter gives out what it flags" in caplog.text

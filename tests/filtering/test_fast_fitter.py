@@ -6,7 +6,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from checker_data import (
+from datasets import Dataset, Features, Image, Value
+from filter_data import (
     DIMENSION,
     SHIFT,
     Flatten,
@@ -15,16 +16,16 @@ from checker_data import (
     dark_images,
     fitter_of_latents,
     share_above,
+    tiny_encoder,
     undesired_latents,
     unmarked_latents,
 )
-from datasets import Array2D, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 from hf_unlearn import FASTFitter, FilterEncoder
-from hf_unlearn.filtering.fitting.forms import SCORES
+from hf_unlearn.filtering.fitting.thresholds import allowed_exceedances
 
 
 LINEAR = ("lda", "linear_svc", "mean_difference")
@@ -32,13 +33,10 @@ LINEAR = ("lda", "linear_svc", "mean_difference")
 
 def outcome(fitter, **arguments):
     """Scores of some points, and all thresholds and figures."""
-    result = fitter.fit(**arguments)
-    x = clean_latents(30, seed=99) * 2
-    return (
-        np.stack([concept.score(x) for concept in result.concepts]),
-        [concept.threshold.value for concept in result.concepts],
-        [asdict(concept.figures) for concept in result.concepts],
-    )
+    result, x = fitter.fit(**arguments), clean_latents(30, seed=99) * 2
+    scores = np.stack([concept.score(x) for concept in result.concepts])
+    values = [concept.threshold.value for concept in result.concepts]
+    return scores, values, [asdict(concept.figures) for concept in result.concepts]
 
 
 def assert_same(one, other):
@@ -48,8 +46,16 @@ def assert_same(one, other):
 
 
 class TestStreaming:
-    @pytest.mark.parametrize("score", SCORES)
-    @pytest.mark.parametrize("sizes", [(1,), (7, 64), (399, 1)])
+    @pytest.mark.parametrize(
+        ("score", "sizes"),
+        [
+            ("quadratic", (1,)),
+            ("quadratic", (7, 64)),
+            ("lda", (399, 1)),
+            ("linear_svc", (7, 64)),
+            ("mean_difference", (1,)),
+        ],
+    )
     def test_batches_do_not_matter(self, score, sizes):
         at_once, streamed = fitter_of_latents(score, keep=120), FASTFitter(score=score, keep=120)
         samples = {"unmarked": unmarked_latents(400), "clean": clean_latents(150), "undesired": undesired_latents(30)}
@@ -60,50 +66,40 @@ class TestStreaming:
                     if len(batch := rows[begin : begin + size]):
                         streamed.update(**{kind: batch})
                     begin += size
-        assert_same(outcome(at_once), outcome(streamed))
-        options = {"max_prevalence": 0.2, "rate": 0.2}
-        assert_same(outcome(at_once, **options), outcome(streamed, **options))
+        for options in ({}, {"max_prevalence": 0.2, "rate": 0.2}):
+            assert_same(outcome(at_once, **options), outcome(streamed, **options))
 
-    def test_fit_leaves_the_fitter_as_it_is(self):
-        fitter = fitter_of_latents()
+    def test_fit_leaves_the_fitter_and_the_marks_as_they_are(self):
+        rows = {"undesired": undesired_latents(20), "clean": clean_latents(120), "unmarked": unmarked_latents(300)}
+        copies = {name: value.copy() for name, value in rows.items()}
+        fitter = FASTFitter(seed=3).update(**rows)
         once = outcome(fitter)
         outcome(fitter, threshold="min_recall", rate=0.5)
         assert_same(once, outcome(fitter))
-        fitter.update(undesired=undesired_latents(10, seed=5))
-        assert fitter.fit()["undesired"].figures.undesired == 40
-
-    def test_marks_are_not_changed(self):
-        rows = {"undesired": undesired_latents(20), "clean": clean_latents(60), "unmarked": unmarked_latents(300)}
-        copies = {name: value.copy() for name, value in rows.items()}
-        FASTFitter(seed=3).update(**rows).fit(threshold="pooled_mean")
         for name in rows:
             np.testing.assert_array_equal(rows[name], copies[name])
+        fitter.update(undesired=undesired_latents(10, seed=5))
+        assert fitter.fit()["undesired"].figures.undesired == 30
 
-    @pytest.mark.parametrize(
-        "bad",
-        [
-            {"undesired": np.zeros((0, 4))},
-            {"clean": np.full((3, 4), np.nan)},
-            {"clean": np.zeros((3, 5))},
-            {"unmarked": np.zeros(4)},
-            {"unmarked": np.array([[0, 0, 0, 0], [0, 0, np.inf, 0]])},
-            {"unmarked": "a"},
-            {"concept": "cats"},
-        ],
-    )
-    def test_nothing_is_half_taken(self, bad):
+    def test_nothing_is_half_taken(self):
         samples = {"undesired": undesired_latents(5), "clean": clean_latents(5), "unmarked": unmarked_latents(50)}
         fitter = fitter_of_latents()
         before = outcome(fitter)
-        with pytest.raises(ValueError):
-            fitter.update(**samples | bad)
+        for bad in (
+            {"undesired": np.zeros((0, 4))},
+            {"clean": np.full((3, 4), np.nan)},
+            {"clean": np.zeros((3, 5))},
+            {"unmarked": np.array([[0, 0, 0, 0], [0, 0, np.inf, 0]])},
+            {"unmarked": "a"},
+            {"concept": "cats"},
+        ):
+            with pytest.raises(ValueError):
+                fitter.update(**samples | bad)
         assert_same(outcome(fitter), before)
-
-    def test_not_even_the_dimension(self):
         fitter = FASTFitter(score="mean_difference")
         with pytest.raises(ValueError, match="NaN"):
             fitter.update(undesired=np.ones((3, 7)), clean=np.full((3, 7), np.nan))
-        fitter.update(undesired=undesired_latents(5), clean=clean_latents(5))
+        fitter.update(undesired=undesired_latents(5), clean=clean_latents(5))  # not even the dimension was taken
         assert fitter.fit(threshold="pooled_mean")["undesired"].figures.undesired == 5
 
     def test_latents_of_any_form(self):
@@ -141,14 +137,17 @@ class TestConcepts:
                 alone.update(clean=clean_latents(30, seed=4))
             alone.update(clean=clean_latents(80))
             expected = alone.fit(rate=0.2)[name]
-            assert result[name].threshold == expected.threshold
+            assert result[name].threshold.value == pytest.approx(expected.threshold.value, rel=1e-5)
+            assert result[name].threshold.promise == expected.threshold.promise
             assert result[name].figures == expected.figures
         assert [(c.name, c.description) for c in result.concepts] == [("hats", "of any kind"), ("bangs", "")]
         with pytest.raises(ValueError, match=r"^concept='cats': is not one of 'hats', 'bangs'$"):
             result["cats"]
 
-    @pytest.mark.parametrize("unmarked", [0, 400])
-    @pytest.mark.parametrize("score", SCORES)
+    @pytest.mark.parametrize(
+        ("score", "unmarked"),
+        [("quadratic", 0), ("quadratic", 400), ("lda", 400), ("linear_svc", 0), ("mean_difference", 0)],
+    )
     def test_together_they_score_as_each_alone(self, score, unmarked):
         fitter = FASTFitter(score=score, concepts=("one", "two"))
         for seed, name in enumerate(("one", "two")):
@@ -168,16 +167,17 @@ class TestConcepts:
         expected = np.stack([concept.score(x) for concept in result.concepts], 1)
         np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-3, atol=1e-3)
 
-    def test_undesired_needs_a_name_where_there_are_several(self):
-        with pytest.raises(ValueError, match=r"^concept: missing; say which of 'one', 'two' is undesired$"):
-            FASTFitter(concepts=("one", "two")).update(undesired=undesired_latents(5))
+
+def moved(one, other):
+    """Whether a score has become another: rounding of fp64 does less."""
+    x = clean_latents(9, seed=4)
+    return np.abs(one.score(x) - other.score(x)).max() > 1e-9
 
 
 class TestHeldOut:
     """Whose change changes the score was fitted to; the others are held out for the threshold."""
 
-    @pytest.mark.parametrize("score", LINEAR)
-    @pytest.mark.parametrize("share", [0.5, 0.25])
+    @pytest.mark.parametrize(("score", "share"), [("lda", 0.5), ("linear_svc", 0.5), ("mean_difference", 0.25)])
     def test_clean_marks(self, score, share):
         def fit(clean):
             fitter = FASTFitter(score=score, calibration_share=share)
@@ -185,18 +185,19 @@ class TestHeldOut:
             return fitter.fit(rate=0.5, confidence=0.5)["undesired"]
 
         clean = clean_latents(12)
-        first, moved, thresholds = fit(clean), [], set()
+        first, fitted_to, thresholds = fit(clean), 0, set()
         for number in range(12):
             changed = clean.copy()
             changed[number] += SHIFT / 2
             other = fit(changed)
-            moved.append(not np.array_equal(other.score.weight, first.score.weight))
-            if not moved[-1]:
-                thresholds.add(other.threshold.value)
+            if moved(other, first):
+                fitted_to += 1
+            else:
+                thresholds.add(round(other.threshold.value, 6))
         if score == "linear_svc":  # only support vectors move it
-            assert sum(moved) <= 12 - 12 * share
+            assert fitted_to <= 12 - 12 * share
         else:
-            assert sum(moved) == 12 - 12 * share
+            assert fitted_to == 12 - 12 * share
         assert len(thresholds) > 1
         assert first.threshold.calibration_samples == 12 * share
 
@@ -206,12 +207,12 @@ class TestHeldOut:
             return fitter.fit(threshold="min_recall", rate=0.5, confidence=0.5)["undesired"]
 
         undesired = undesired_latents(10)
-        first, moved = fit(undesired), 0
+        first, fitted_to = fit(undesired), 0
         for number in range(10):
             changed = undesired.copy()
             changed[number] += 1
-            moved += not np.array_equal(fit(changed).score.weight, first.score.weight)
-        assert moved == 5
+            fitted_to += moved(fit(changed), first)
+        assert fitted_to == 5
         assert first.threshold.calibration_samples == 5
         assert first.threshold.calibrated_on == "undesired"
 
@@ -220,10 +221,12 @@ class TestHeldOut:
         for seed in (0, 1):
             fitter = FASTFitter().update(undesired=undesired_latents(20), unmarked=unmarked_latents(400))
             fits.append(fitter.update(clean=clean_latents(100, seed) + seed).fit()["undesired"])
-        x = clean_latents(9, seed=4)
-        np.testing.assert_array_equal(fits[0].score(x), fits[1].score(x))
-        assert fits[0].threshold.value != fits[1].threshold.value
+        assert not moved(*fits)
+        assert abs(fits[0].threshold.value - fits[1].threshold.value) > 0.1
         assert fits[0].threshold.calibration_samples == 100
+        alone = FASTFitter().update(undesired=undesired_latents(20), clean=clean_latents(300)).fit()["undesired"]
+        assert alone.threshold.calibration_samples == 150  # without a pool half of them are the background
+        assert alone.score.name == "quadratic"
 
     def test_unmarked_samples_are_fitted_to_or_calibrated_on(self):
         """A pool of 300: what moves the score does not move the threshold beyond it, and the other way round."""
@@ -232,32 +235,25 @@ class TestHeldOut:
             fitter = FASTFitter(seed=2).update(undesired=undesired_latents(20), unmarked=pool)
             return fitter.fit(max_prevalence=0.2, rate=0.3)["undesired"]
 
-        pool, x = unmarked_latents(300), clean_latents(9, seed=4)
-        first, held, moved = fit(pool), 0, 0
-        for number in range(0, 300, 5):
+        pool = unmarked_latents(300)
+        first, held, lifted = fit(pool), 0, 0
+        for number in range(0, 300, 10):
             changed = pool.copy()
             changed[number] += 5 * SHIFT
             other = fit(changed)
-            if np.array_equal(other.score(x), first.score(x)):
+            if not moved(other, first):
                 held += 1
-                moved += other.threshold.value != first.threshold.value
-        assert 15 <= held <= 45  # of 60, about a half
-        assert moved > held / 2  # nearly all were below the threshold
+                lifted += abs(other.threshold.value - first.threshold.value) > 1e-6
+        assert 7 <= held <= 23  # of 30, about a half
+        assert lifted > held / 2  # nearly all were below the threshold
         assert first.threshold.calibrated_on == "unmarked"
         assert abs(first.threshold.calibration_samples - 150) < 45
 
-    def test_without_a_pool_the_clean_marks_are_the_background(self):
-        fitter = FASTFitter().update(undesired=undesired_latents(20), clean=clean_latents(300))
-        concept = fitter.fit()["undesired"]
-        assert concept.threshold.calibration_samples == 150
-        assert concept.score.name == "quadratic"
-
     def test_augmented(self):
         """5,000 draws have the marks' mean, so this direction stays, and the threshold is still on real marks."""
-        plain = fitter_of_latents("mean_difference").fit()["undesired"]
-        other = fitter_of_latents("mean_difference").fit(augment=5000)["undesired"]
+        plain, other = (fitter_of_latents("mean_difference").fit(augment=n)["undesired"] for n in (0, 5000))
         assert plain.score.weight @ other.score.weight > 0.99
-        assert (plain.score.weight != other.score.weight).any()
+        assert moved(plain, other)
         assert other.threshold.calibration_samples == plain.threshold.calibration_samples == 75
 
     def test_both_kinds_are_augmented(self):
@@ -301,74 +297,52 @@ class TestStandIns:
         assert means[0] == pytest.approx(4, abs=0.5)
         assert means[1] > 5
 
-    def test_pooled_mean(self):
-        undesired, clean = undesired_latents(30), clean_latents(50)
-        concept = (
-            FASTFitter(score="mean_difference")
-            .update(undesired=undesired, clean=clean)
-            .fit(threshold="pooled_mean")["undesired"]
-        )
-        direction = undesired.mean(0) - clean.mean(0)
-        projected = np.concatenate([undesired, clean]) @ direction / np.linalg.norm(direction)
-        assert concept.threshold.value == pytest.approx(projected.mean(), rel=1e-5)
-        assert concept.threshold.promise is None
-
 
 class TestPromises:
-    """Of 200 random splits, 1 − δ − 2 √(δ (1 − δ) / 200) must keep what is promised."""
+    """What holds for thresholds holds for a fit, if its threshold is that of scores of samples that it was not fitted to."""
 
-    SPLITS = 200
-    LEAST = 200 * (0.95 - 2 * math.sqrt(0.05 * 0.95 / 200))
+    @pytest.mark.parametrize("score", ["mean_difference", "quadratic"])
+    @pytest.mark.parametrize(("rate", "confidence"), [(None, 0.95), (0.2, 0.8)])
+    def test_as_many_are_beyond_it_as_the_promise_allows(self, score, rate, confidence):
+        fitter = fitter_of_latents(score, undesired=120, clean=400, unmarked=800)
 
-    def test_max_false_alarm_of_a_linear_score(self):
-        """59 calibration samples are the fewest there may be: one score more above, and it is broken in 20 %."""
+        def fitted(**arguments):
+            return fitter.fit(confidence=confidence, **arguments)["undesired"].figures
+
+        false_alarm = fitted(rate=rate).false_alarm
+        assert false_alarm.total == (400 if score == "quadratic" else 200)
+        assert false_alarm.count == allowed_exceedances(false_alarm.total, rate or 0.05, confidence)
+        recall = fitted(rate=rate and 1 - rate, threshold="min_recall").recall
+        assert recall.total == 60
+        assert recall.total - recall.count == allowed_exceedances(60, rate or 0.1, confidence)
+        blocked = fitted(rate=rate, max_prevalence=0.25).blocked
+        assert abs(blocked.total - 400) < 5 * math.sqrt(200)
+        assert blocked.count == allowed_exceedances(blocked.total, 0.75 * (rate or 0.05), confidence)
+
+    def test_is_kept(self, monkeypatch):
+        """Of 100 splits at least 1 − δ − 2 √(δ (1 − δ) / 100); with one score more above, it would be broken in 20 %."""
+        # What takes ten times as long, and says nothing here.
+        monkeypatch.setattr(
+            "hf_unlearn.filtering.fitting.concept._cross_validated", lambda *args: (np.zeros(0), np.zeros(0))
+        )
         kept = 0
-        for seed in range(self.SPLITS):
+        for seed in range(100):
             fitter = fitter_of_latents("mean_difference", seed=seed, undesired=8, clean=118, unmarked=0)
             kept += share_above(fitter.fit()["undesired"]) <= 0.05
-        assert kept >= self.LEAST
-        assert kept < self.SPLITS  # τ is not above all
-
-    def test_max_false_alarm_of_a_quadratic_score(self):
-        clean, kept = clean_latents(20_000, seed=12345), 0
-        for seed in range(self.SPLITS):
-            fitter = fitter_of_latents(seed=seed, undesired=6, clean=93, unmarked=250)
-            concept = fitter.fit()["undesired"]
-            kept += (concept.score(clean) > concept.threshold.value).mean() <= 0.05
-        assert kept >= self.LEAST
-        assert kept < self.SPLITS
-
-    @pytest.mark.parametrize("sign", [1, -1], ids=["higher", "lower"])
-    def test_max_false_alarm_on_unmarked_samples(self, sign):
-        """Even where what is undesired among them looks cleaner than clean."""
-        kept = 0
-        for seed in range(self.SPLITS):
-            fitter = FASTFitter(score="mean_difference", seed=seed)
-            random = np.random.default_rng(seed)
-            pool = clean_latents(600, seed) + 5 * sign * SHIFT * (random.random(600) < 0.2)[:, None]
-            fitter.update(undesired=undesired_latents(8, seed), clean=clean_latents(20, seed + 500), unmarked=pool)
-            kept += share_above(fitter.fit(max_prevalence=0.2)["undesired"]) <= 0.05
-        assert kept >= self.LEAST
-        assert kept < self.SPLITS or sign == 1
-
-    def test_min_recall(self):
-        kept = 0
-        for seed in range(self.SPLITS):
-            fitter = fitter_of_latents("mean_difference", seed=seed, undesired=58, clean=20, unmarked=0)
-            kept += share_above(fitter.fit(threshold="min_recall")["undesired"], SHIFT) >= 0.9
-        assert kept >= self.LEAST
-        assert kept < self.SPLITS
+        assert 100 * (0.95 - 2 * math.sqrt(0.05 * 0.95 / 100)) <= kept < 100
 
 
 class TestFigures:
-    @pytest.mark.parametrize("score", ["mean_difference", "quadratic"])
-    @pytest.mark.parametrize("threshold", ["max_false_alarm", "min_recall", "pooled_mean"])
+    @pytest.mark.parametrize(
+        ("score", "threshold"),
+        [("mean_difference", "max_false_alarm"), ("quadratic", "min_recall"), ("quadratic", "pooled_mean")],
+    )
     def test_are_close_to_the_truth(self, score, threshold):
         fitter = fitter_of_latents(score, undesired=800, clean=3000, unmarked=20_000, keep=20_000)
         concept = fitter.fit(threshold=threshold)["undesired"]
         figures, tau = concept.figures, concept.threshold.value
-        of_undesired = concept.score(undesired_latents(100_000, seed=77))
-        of_clean = concept.score(clean_latents(100_000, seed=77))
+        of_undesired = concept.score(undesired_latents(50_000, seed=77))
+        of_clean = concept.score(clean_latents(50_000, seed=77))
         recall, false_alarm = (of_undesired > tau).mean(), (of_clean > tau).mean()
         assert figures.recall.value == pytest.approx(recall, abs=0.06)
         assert figures.false_alarm.value == pytest.approx(false_alarm, abs=0.02)
@@ -378,7 +352,7 @@ class TestFigures:
         assert figures.prevalence.low < 0.1 < figures.prevalence.high
         residual = 0.1 * (1 - recall) / (1 - blocked)
         assert figures.residual.low < residual < figures.residual.high
-        marks = np.arange(200_000) < 100_000
+        marks = np.arange(100_000) < 50_000
         truth = roc_auc_score(marks, np.concatenate([of_undesired, of_clean]))
         assert figures.auc == pytest.approx(truth, abs=0.02)
         best = norm.cdf(np.linalg.norm(SHIFT) / math.sqrt(2))
@@ -419,41 +393,31 @@ class TestEncoders:
     def as_pil(self, images):
         return [PILImage.fromarray(((image[0] + 1) * 127.5).round().byte().numpy(), "L") for image in images]
 
-    @pytest.mark.parametrize("fixture", ["tiny_resnet", "tiny_vit"])
-    def test_images_are_embeddings_of_them(self, fixture, request):
-        model = request.getfixturevalue(fixture).base_model
-        encoder = FilterEncoder(model, kind="image")
+    @pytest.mark.parametrize("kind", ["vit", "own"])
+    def test_images_are_embeddings_of_them(self, kind):
+        encoder = FilterEncoder.own(Flatten(64), name="flat") if kind == "own" else tiny_encoder(num_channels=1)
         fitted = self.of_images(encoder).fit(threshold="pooled_mean")
         latents = FASTFitter(score="mean_difference")
         latents.update(undesired=encoder(bright_images(12)), clean=encoder(dark_images(12)))
         expected = latents.fit(threshold="pooled_mean")["undesired"]
-        np.testing.assert_allclose(fitted["undesired"].score.weight, expected.score.weight, atol=1e-6)
+        np.testing.assert_allclose(fitted["undesired"].score.weight, expected.score.weight, atol=1e-5)
         assert fitted["undesired"].threshold.value == pytest.approx(expected.threshold.value, rel=1e-4)
         assert fitted.encoder is encoder
 
-    def test_own(self):
-        encoder = FilterEncoder.own(Flatten(64), name="flat")
-        concept = self.of_images(encoder).fit(threshold="pooled_mean")["undesired"]
-        direction = (bright_images(12).mean(0) - dark_images(12).mean(0)).flatten().double().numpy()
-        np.testing.assert_allclose(concept.score.weight, direction / np.linalg.norm(direction), rtol=1e-5)
-
     @pytest.mark.parametrize("column", ["pixel_values", "image", "images"])
-    def test_datasets_of_images(self, column, tiny_vit):
-        encoder = FilterEncoder(tiny_vit.vit, kind="image")
+    def test_datasets_of_images(self, column):
+        encoder = tiny_encoder(num_channels=1)
 
         def dataset(images):
             if column == "pixel_values":
-                rows = {column: images[:, 0].tolist()}
-                return Dataset.from_dict(rows, features=Features({column: Array2D((8, 8), "float32")})).map(
-                    lambda row: {column: [row[column]]}, features=None, remove_columns=[column]
-                )
+                return Dataset.from_dict({column: images.tolist()})
             rows = {column: self.as_pil(images), "text": ["a"] * len(images)}
             return Dataset.from_dict(rows, features=Features({column: Image(), "text": Value("string")}))
 
         form = (lambda images: images) if column == "pixel_values" else self.as_pil
         expected = self.of_images(encoder, form).fit(threshold="pooled_mean")["undesired"]
         found = self.of_images(encoder, dataset).fit(threshold="pooled_mean")["undesired"]
-        np.testing.assert_allclose(found.score.weight, expected.score.weight, atol=1e-6)
+        np.testing.assert_allclose(found.score.weight, expected.score.weight, atol=1e-5)
 
     def test_datasets_of_texts(self, tiny_bert, tokenizer):
         encoder = FilterEncoder(tiny_bert.bert, kind="text", tokenizer=tokenizer, normalize=True)
@@ -479,176 +443,85 @@ class TestEncoders:
 MARKS = {"undesired": undesired_latents(20), "clean": clean_latents(20)}
 POOL = {"undesired": undesired_latents(20), "unmarked": unmarked_latents(400)}
 
+SAME = {"undesired": np.array([[1.0, 0], [3, 0]]), "clean": np.array([[2.0, 0], [2, 0]])}
+MEAN, LDA, POOLED = {"score": "mean_difference"}, {"score": "lda"}, {"threshold": "pooled_mean"}
+WITH_NAN = bright_images(3)
+WITH_NAN[1, 0, 2, 2] = math.nan
+NEEDS = "undesired: {} with confidence 0.95 needs {} calibration samples"
 # What is built, taken in, fitted, and how the one line begins.
-BAD = {
-    "no undesired marks": ({"score": "lda"}, {"clean": clean_latents(20)}, {}, "undesired: has 0 undesired marks"),
-    "nothing at all": ({}, {}, {}, "undesired: has 0 undesired marks"),
-    "one mark": ({}, POOL | {"undesired": undesired_latents(1)}, {}, "undesired: has 1 undesired marks"),
-    "both kinds identical": (
-        {"score": "mean_difference"},
-        {"undesired": clean_latents(8), "clean": clean_latents(8)},
-        {"threshold": "pooled_mean"},
-        "undesired: 8 samples are marked both undesired and clean",
-    ),
-    "both kinds alike": (
-        {"score": "mean_difference"},
-        {"undesired": np.array([[1.0, 0], [3, 0]]), "clean": np.array([[2.0, 0], [2, 0]])},
-        {"threshold": "pooled_mean"},
-        "undesired, clean: both kinds of marks are the same",
-    ),
-    "NaN undesired": ({}, {"undesired": [[0.0, 1], [np.nan, 0]]}, {}, "undesired: sample 1 has NaN"),
-    "infinite clean": ({}, {"clean": [[np.inf, 1.0]]}, {}, "clean: sample 0 has NaN"),
-    "NaN unmarked": ({}, {"unmarked": torch.full((9, 2), torch.nan)}, {}, "unmarked: sample 0 has NaN"),
-    "another dimension": ({}, {"undesired": np.ones((3, 2)), "clean": np.ones((3, 5))}, {}, "clean: has 5 numbers"),
-    "flat latents": ({}, {"undesired": np.ones(4)}, {}, "undesired: must be latents"),
-    "latents as text": ({}, {"undesired": ["a", "b"]}, {}, "undesired: "),
-    "ragged latents": ({}, {"undesired": [[1.0, 2.0], [1.0]]}, {}, "undesired: "),
-    "latents as one word": ({}, {"undesired": "a"}, {}, "undesired: must be a list"),
-    "a number": ({}, {"clean": 3}, {}, "clean: must be a list"),
-    "no such column": ({}, {"clean": Dataset.from_dict({"image": [1]})}, {}, "clean: has no column named"),
-    "empty undesired": ({}, {"undesired": np.zeros((0, 4))}, {}, "undesired: is empty"),
-    "empty clean": ({}, {"clean": []}, {}, "clean: is empty"),
-    "empty unmarked": ({}, {"unmarked": Dataset.from_dict({"latents": []})}, {}, "unmarked: is empty"),
-    "unknown concept": ({"concepts": ("hats",)}, MARKS | {"concept": "cats"}, {}, "concept='cats': is not one of"),
-    "unknown score": ({"score": "cosine"}, {}, {}, "score='cosine': must be one of"),
-    "same names": ({"concepts": ("a", "a")}, {}, {}, "concepts=['a', 'a']: must be different"),
-    "no names": ({"concepts": ()}, {}, {}, "concepts=[]: must be"),
-    "empty name": ({"concepts": ("",)}, {}, {}, "concepts=['']: must be"),
-    "share": ({"calibration_share": 1.0}, {}, {}, "calibration_share=1.0: must be in"),
-    "components": ({"components": 0}, {}, {}, "components=0: must be"),
-    "keep": ({"keep": 0}, {}, {}, "keep=0: must be"),
-    "batch size": ({"batch_size": 0}, {}, {}, "batch_size=0: must be"),
-    "too few clean": (
-        {"score": "lda"},
-        MARKS,
-        {},
-        "undesired: max_false_alarm=0.05 with confidence 0.95 needs 59 clean calibration samples, there are 10",
-    ),
-    "too few unmarked": (
-        {},
-        POOL | {"unmarked": unmarked_latents(250)},
-        {"rate": 0.01, "max_prevalence": 0.1},
-        "undesired: max_false_alarm=0.01 with confidence 0.95 needs 332 unmarked calibration samples",
-    ),
-    "too few undesired": (
-        {"score": "lda"},
-        MARKS,
-        {"threshold": "min_recall"},
-        "undesired: min_recall=0.9 with confidence 0.95 needs 29 undesired calibration samples, there are 10",
-    ),
-    "two undesired to hold out": (
-        {},
-        POOL | {"undesired": undesired_latents(2)},
-        {"threshold": "min_recall"},
-        "undesired: min_recall needs marks",
-    ),
-    "no clean to calibrate on": ({}, POOL, {}, "undesired: max_false_alarm is calibrated on clean marks"),
-    "nothing to draw stand-ins from": (
-        {"score": "lda"},
-        {"undesired": undesired_latents(20)},
-        {"threshold": "pooled_mean"},
-        "undesired: has no clean marks",
-    ),
-    "quadratic without background": ({}, MARKS, {"threshold": "pooled_mean"}, "unmarked: score='quadratic' needs 100"),
-    "quadratic with a small pool": (
-        {},
-        POOL | {"unmarked": unmarked_latents(120)},
-        {"threshold": "pooled_mean"},
-        "unmarked: score='quadratic' needs 100 samples to fit against, there are ",
-    ),
-    "max_prevalence without unmarked": (
-        {"score": "lda"},
-        MARKS,
-        {"max_prevalence": 0.1},
-        "undesired: max_false_alarm=0.05 with confidence 0.95 needs 66 unmarked calibration samples, there are 0",
-    ),
-    "max_prevalence of another threshold": (
-        {"score": "lda"},
-        MARKS,
-        {"max_prevalence": 0.1, "threshold": "pooled_mean"},
-        "max_prevalence=0.1: only for",
-    ),
-    "unknown threshold": ({}, POOL, {"threshold": "youden"}, "threshold='youden': must be one of"),
-    "fixed threshold": ({}, POOL, {"threshold": "fixed"}, "threshold='fixed': must be one of"),
-    "rate of pooled_mean": ({}, POOL, {"threshold": "pooled_mean", "rate": 0.1}, "rate=0.1: threshold="),
-    "rate": ({}, POOL, {"rate": 5}, "rate=5: must be in (0, 1)"),
-    "NaN rate": ({}, POOL, {"rate": math.nan}, "rate=nan: must be in (0, 1)"),
-    "confidence": ({}, POOL, {"confidence": 1.0}, "confidence=1.0: must be in (0, 1)"),
-    "prevalence": ({}, POOL, {"prevalence": -0.1}, "prevalence=-0.1: must be in (0, 1)"),
-    "max_prevalence": ({}, POOL, {"max_prevalence": 1}, "max_prevalence=1: must be in (0, 1)"),
-    "augmented quadratic": ({}, POOL, {"augment": 10}, "augment=10: must be"),
-    "negative augment": ({"score": "lda"}, MARKS, {"augment": -1}, "augment=-1: must be"),
-    "too many dimensions": (
-        {"score": "lda"},
-        {"undesired": np.eye(3, 5000), "clean": -np.eye(3, 5000)},
-        {"threshold": "pooled_mean"},
-        "score='lda': needs the covariance of 5000 numbers",
-    ),
-    "all unmarked the same": (
-        {},
-        {"undesired": undesired_latents(5), "unmarked": np.ones((400, DIMENSION))},
-        {"threshold": "pooled_mean"},
-        "unmarked: all samples have the same",
-    ),
-}
+# fmt: off
+BAD = [
+    (LDA, {"clean": clean_latents(20)}, {}, "undesired: has 0 undesired marks"),
+    ({}, {}, {}, "undesired: has 0 undesired marks"),
+    ({}, POOL | {"undesired": undesired_latents(1)}, {}, "undesired: has 1 undesired marks"),
+    (MEAN, {"undesired": clean_latents(8), "clean": clean_latents(8)}, POOLED,
+     "undesired: 8 samples are marked both undesired and clean"),
+    (MEAN, SAME, POOLED, "undesired, clean: both kinds of marks are the same"),
+    ({}, {"undesired": [[0.0, 1], [np.nan, 0]]}, {}, "undesired: sample 1 has NaN"),
+    ({}, {"clean": [[np.inf, 1.0]]}, {}, "clean: sample 0 has NaN"),
+    ({}, {"unmarked": torch.full((9, 2), torch.nan)}, {}, "unmarked: sample 0 has NaN"),
+    ({}, {"undesired": np.ones((3, 2)), "clean": np.ones((3, 5))}, {}, "clean: has 5 numbers"),
+    ({}, {"undesired": np.ones(4)}, {}, "undesired: must be latents"),
+    ({}, {"undesired": ["a", "b"]}, {}, "undesired: "),
+    ({}, {"undesired": [[1.0, 2.0], [1.0]]}, {}, "undesired: "),
+    ({}, {"undesired": "a"}, {}, "undesired: must be a list"),
+    ({}, {"clean": 3}, {}, "clean: must be a list"),
+    ({}, {"clean": Dataset.from_dict({"image": [1]})}, {}, "clean: has no column named"),
+    ({}, {"undesired": np.zeros((0, 4))}, {}, "undesired: is empty"),
+    ({}, {"clean": []}, {}, "clean: is empty"),
+    ({}, {"unmarked": Dataset.from_dict({"latents": []})}, {}, "unmarked: is empty"),
+    ({"concepts": ("hats",)}, MARKS | {"concept": "cats"}, {}, "concept='cats': is not one of"),
+    ({"concepts": ("one", "two")}, MARKS, {}, "concept: missing; say which of 'one', 'two' is undesired"),
+    ({"score": "cosine"}, {}, {}, "score='cosine': must be one of"),
+    ({"concepts": ("a", "a")}, {}, {}, "concepts=['a', 'a']: must be different"),
+    ({"concepts": ()}, {}, {}, "concepts=[]: must be"),
+    ({"concepts": ("",)}, {}, {}, "concepts=['']: must be"),
+    ({"calibration_share": 1.0}, {}, {}, "calibration_share=1.0: must be in"),
+    ({"components": 0}, {}, {}, "components=0: must be"),
+    ({"keep": 0}, {}, {}, "keep=0: must be"),
+    ({"batch_size": 0}, {}, {}, "batch_size=0: must be"),
+    ({"encoder": FilterEncoder.own(Flatten(64, math.nan), name="broken")}, {"undesired": bright_images(3)}, {},
+     "undesired: sample 0 has NaN or infinite embedding; "),
+    ({"encoder": FilterEncoder.own(Flatten(64), name="flat")}, {"clean": WITH_NAN}, {},
+     "clean: sample 1 has NaN"),
+    ({"encoder": tiny_encoder()}, {"undesired": undesired_latents(5)}, {}, "images: must be"),
+    (LDA, MARKS, {}, NEEDS.format("max_false_alarm=0.05", "59 clean") + ", there are 10"),
+    ({}, POOL | {"unmarked": unmarked_latents(250)}, {"rate": 0.01, "max_prevalence": 0.1},
+     NEEDS.format("max_false_alarm=0.01", "332 unmarked")),
+    (LDA, MARKS, {"threshold": "min_recall"}, NEEDS.format("min_recall=0.9", "29 undesired") + ", there are 10"),
+    ({}, POOL | {"undesired": undesired_latents(2)}, {"threshold": "min_recall"}, "undesired: min_recall needs marks"),
+    ({}, POOL, {}, "undesired: max_false_alarm is calibrated on clean marks"),
+    (LDA, {"undesired": undesired_latents(20)}, POOLED, "undesired: has no clean marks"),
+    ({}, MARKS, POOLED, "unmarked: score='quadratic' needs 100"),
+    ({}, POOL | {"unmarked": unmarked_latents(120)}, POOLED,
+     "unmarked: score='quadratic' needs 100 samples to fit against, there are "),
+    (LDA, MARKS, {"max_prevalence": 0.1}, NEEDS.format("max_false_alarm=0.05", "66 unmarked") + ", there are 0"),
+    (LDA, MARKS, POOLED | {"max_prevalence": 0.1}, "max_prevalence=0.1: only for"),
+    ({}, POOL, {"threshold": "youden"}, "threshold='youden': must be one of"),
+    ({}, POOL, {"threshold": "fixed"}, "threshold='fixed': must be one of"),
+    ({}, POOL, POOLED | {"rate": 0.1}, "rate=0.1: threshold="),
+    ({}, POOL, {"rate": 5}, "rate=5: must be in (0, 1)"),
+    ({}, POOL, {"rate": math.nan}, "rate=nan: must be in (0, 1)"),
+    ({}, POOL, {"confidence": 1.0}, "confidence=1.0: must be in (0, 1)"),
+    ({}, POOL, {"prevalence": -0.1}, "prevalence=-0.1: must be in (0, 1)"),
+    ({}, POOL, {"max_prevalence": 1}, "max_prevalence=1: must be in (0, 1)"),
+    ({}, POOL, {"augment": 10}, "augment=10: must be"),
+    (LDA, MARKS, {"augment": -1}, "augment=-1: must be"),
+    (LDA, {"undesired": np.eye(3, 5000), "clean": -np.eye(3, 5000)}, POOLED, "score='lda': needs the covariance of 5000 numbers"),
+    ({}, {"undesired": undesired_latents(5), "unmarked": np.ones((400, DIMENSION))}, POOLED,
+     "unmarked: all samples have the same"),
+]
+# fmt: on
 
 
-class TestBadInput:
-    @pytest.mark.parametrize("case", BAD)
-    def test_one_line_that_names_the_argument(self, case):
-        made, taken, fitted, message = BAD[case]
-        with pytest.raises(ValueError) as caught:
-            FASTFitter(**made).update(**taken).fit(**fitted)
-        assert str(caught.value).startswith(message)
-        assert "\n" not in str(caught.value)
-
-    def test_latents_for_an_encoder_of_images(self, tiny_vit):
-        with pytest.raises(ValueError, match=r"^[^\n]*$"):
-            FASTFitter(FilterEncoder(tiny_vit.vit, kind="image")).update(undesired=undesired_latents(5))
-
-    def test_encoder_that_gives_nan(self):
-        encoder = FilterEncoder.own(Flatten(64, math.nan), name="broken")
-        with pytest.raises(ValueError, match=r"^undesired: sample 0 has NaN or infinite embedding; [^\n]*$"):
-            FASTFitter(encoder).update(undesired=bright_images(3))
-
-    def test_broken_image(self):
-        images = bright_images(5)
-        images[3, 0, 2, 2] = math.nan
-        with pytest.raises(ValueError, match=r"^clean: sample 3 has NaN[^\n]*$"):
-            FASTFitter(FilterEncoder.own(Flatten(64), name="flat")).update(clean=images)
-
-
-class TestTies:
-    """Repeated samples lie on the threshold itself; rounding must not take them across."""
-
-    NAMES = tuple("abcde")
-
-    @staticmethod
-    def repeated(seed, count=400, shift=0.0):
-        """Three different latents, again and again."""
-        rng = np.random.default_rng(seed)
-        return (rng.normal(size=(3, 48)) + shift)[rng.integers(0, 3, count)].astype(np.float32)
-
-    @pytest.mark.parametrize("seed", range(4))
-    def test_false_alarms(self, seed):
-        clean = self.repeated(seed)
-        fitter = FASTFitter(score="mean_difference", concepts=self.NAMES).update(clean=clean)
-        for number, name in enumerate(self.NAMES):
-            fitter.update(undesired=self.repeated(10 * seed + number, 20, shift=0.3), concept=name)
-        checker = fitter.fit().checker()
-        blocked = checker.judge(torch.from_numpy(clean)).scores > checker.bank.threshold
-        assert (blocked.float().mean(0) <= 0.05).all()
-
-    @pytest.mark.parametrize("seed", range(4))
-    def test_recall(self, seed):
-        fitter = FASTFitter(score="mean_difference", concepts=self.NAMES).update(clean=self.repeated(seed, 100))
-        marks = [self.repeated(10 * seed + number, 200, shift=0.3) for number in range(5)]
-        for name, rows in zip(self.NAMES, marks, strict=True):
-            fitter.update(undesired=rows, concept=name)
-        checker = fitter.fit(threshold="min_recall", rate=0.8).checker()
-        for number, rows in enumerate(marks):
-            scores = checker.judge(torch.from_numpy(rows)).scores[:, number]
-            assert (scores > checker.bank.threshold[number]).float().mean() >= 0.8
+@pytest.mark.parametrize(
+    ("made", "taken", "fitted", "message"), BAD, ids=[f"{n} {row[-1][:50]}" for n, row in enumerate(BAD)]
+)
+def test_bad_input_gives_one_line_that_names_the_argument(made, taken, fitted, message):
+    with pytest.raises(ValueError) as caught:
+        FASTFitter(**made).update(**taken).fit(**fitted)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
 
 
 def test_cross_validation_draws_its_own_stand_ins():
@@ -660,3 +533,26 @@ def test_cross_validation_draws_its_own_stand_ins():
         fitter = FASTFitter(score="mean_difference").update(undesired=marks, unmarked=pool)
         areas.append(fitter.fit(threshold="pooled_mean").concepts[0].figures.auc)
     assert abs(np.mean(areas) - 0.5) < 0.08  # 2.5 standard errors; 0.64 with the leak
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ties_are_on_the_promised_side(seed):
+    """Repeated samples lie on the threshold itself; rounding, in other batches or among concepts, must not take them across."""
+
+    def repeated(seed, count, shift=0.0):
+        """Three different latents, again and again."""
+        random = np.random.default_rng(seed)
+        return (random.normal(size=(3, 48)) + shift)[random.integers(0, 3, count)].astype(np.float32)
+
+    names, clean = tuple("abcde"), repeated(seed, 400)
+    fitter = FASTFitter(score="mean_difference", concepts=names).update(clean=clean)
+    marks = [repeated(10 * seed + number, 200, shift=0.3) for number in range(5)]
+    for name, rows in zip(names, marks, strict=True):
+        fitter.update(undesired=rows, concept=name)
+    checker = fitter.fit().checker()
+    blocked = checker.judge(torch.from_numpy(clean)).scores > checker.bank.threshold
+    assert (blocked.float().mean(0) <= 0.05).all()
+    checker = fitter.fit(threshold="min_recall", rate=0.8).checker()
+    for number, rows in enumerate(marks):
+        scores = checker.judge(torch.from_numpy(rows)).scores[:, number]
+        assert (scores > checker.bank.threshold[number]).float().mean() >= 0.8

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from filter_data import fitted_filter, tiny_gan
+from filter_data import bright_images, dark_images, fitted_filter, tiny_gan
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
@@ -25,6 +25,13 @@ def of_latents(concepts=("undesired",), **fit):
         fitter.update(undesired=vectors(30, 3.0 + number, seed=number), concept=name)
     fitter.update(clean=vectors(80, seed=8), unmarked=vectors(600, seed=9))
     return fitter.fit(**fit).checker()
+
+
+def of_own(encode, name, **settings):
+    """A filter with an encoder of the user's own."""
+    fitter = FASTFitter(FilterEncoder.own(encode, name=name, **settings), score="mean_difference")
+    fitter.update(undesired=bright_images(20, 3), clean=dark_images(20, 3))
+    return fitter.fit(threshold="pooled_mean").checker()
 
 
 @pytest.fixture
@@ -82,12 +89,9 @@ class TestWhatItSays:
             "roc_auc": figures["auc"],
         }
 
-    def test_a_given_prevalence(self, card):
-        text = card(of_latents(prevalence=0.125)).text
+    def test_a_given_prevalence_and_no_promise(self, card):
+        text = card(of_latents(prevalence=0.125, threshold="pooled_mean")).text
         assert "| undesired samples among all (prevalence) | 12.5 % | as given | – |" in text
-
-    def test_no_promise(self, card):
-        text = card(of_latents(threshold="pooled_mean")).text
         assert "| threshold | `pooled_mean` |\n| promise | none |" in text
 
     def test_a_threshold_that_was_set_by_hand(self, card):
@@ -114,9 +118,8 @@ class TestWhatItSays:
     def test_it_survives_saving(self, tmp_path):
         for checker in (fitted_filter(), of_latents()):
             checker.save_pretrained(tmp_path / "filter")
-            assert filter_card(FASTSafetyChecker.from_pretrained(tmp_path / "filter"), "me/f") == filter_card(
-                checker, "me/f"
-            )
+            loaded = FASTSafetyChecker.from_pretrained(tmp_path / "filter")
+            assert filter_card(loaded.config, "me/f") == filter_card(checker.config, "me/f")
 
     def test_text_cannot_break_out(self, card):
         found = card(of_latents({"x\n---\n# y": "{{ 7 * 7 }}\n## z"}))
@@ -133,7 +136,7 @@ class TestWhatItSays:
         images = torch.rand(40, 1, 8, 8)
         fitter = FASTFitter(tmp_path / "an encoder", score="lda").update(undesired=images[:20], clean=images[20:] - 1)
         fitter.fit(threshold="pooled_mean").checker().save_pretrained(tmp_path / "filter")
-        content = filter_card(FASTSafetyChecker.from_pretrained(tmp_path / "filter"))
+        content = filter_card(FASTSafetyChecker.from_pretrained(tmp_path / "filter").config)
         assert str(tmp_path) not in content
         assert "| encoder | `an encoder`, stored here |" in content
 
@@ -156,10 +159,7 @@ class TestEncoders:
         assert f"| encoder | {link}, revision `abc`, not stored here" in card(checker).text
 
     def test_the_users_own(self, card):
-        encoder = FilterEncoder.own(lambda images: images.flatten(1), name="me/pixels")
-        images = torch.rand(40, 3, 4, 4)
-        fitter = FASTFitter(encoder, score="mean_difference").update(undesired=images[:20], clean=images[20:] - 1)
-        found = card(fitter.fit(threshold="pooled_mean").checker())
+        found = card(of_own(lambda images: images.flatten(1), "me/pixels"))
         assert found.data.base_model is None
         assert "`me/pixels`, the user's own, which is not stored here" in found.text
         assert "whoever loads it brings it along" in found.text
@@ -184,24 +184,23 @@ class TestCode:
         def encode(images):
             return images.mean((2, 3)).repeat(1, 2)
 
-        encoder = FilterEncoder.own(encode, name="mean")
-        images = torch.rand(40, 3, 4, 4)
-        fitter = FASTFitter(encoder, score="mean_difference").update(undesired=images[:20], clean=images[20:] - 1)
-        checker = fitter.fit(threshold="pooled_mean").checker()
+        checker = of_own(encode, "mean colours", channels=3)
         checker.save_pretrained(tmp_path)
         monkeypatch.chdir(tmp_path)
         found = blocks(card(checker).content)
         assert self.ran(found[0], encode=encode)["output"].flags in ([True], [False])
         assert not any("FilteredPipeline" in code for code in found)
+        (code,) = blocks(filter_card(checker.config, "me/it", inside="DDPMPipeline"))
+        own = 'filter_encoder=FilterEncoder.own(encode, name="mean colours", channels=3)'
+        assert f'from_pretrained("me/it", {own})' in code
 
     @pytest.mark.parametrize("latents", [False, True])
     def test_around_a_pipeline(self, card, latents, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         checker, folder = fitted_filter(), "me/gan"
         if latents:
-            fitter = FASTFitter(score="mean_difference").update(
-                undesired=vectors(9)[:, :4], clean=vectors(9, 1)[:, :4]
-            )
+            fitter = FASTFitter(score="mean_difference")
+            fitter.update(undesired=vectors(9)[:, :4], clean=vectors(9, 1)[:, :4])
             checker = fitter.fit(threshold="pooled_mean").checker()
         checker.save_pretrained("filter")
         tiny_gan().save_pretrained(folder)
@@ -230,27 +229,15 @@ def test_names_are_ids():
         validate_repo_id("folder or id of a pipeline")
 
 
-class TestOfAFilteredPipeline:
-    def test_says_what_it_is_and_loads_it(self, tmp_path, monkeypatch):
-        checker = fitted_filter()
-        FilteredPipeline(tiny_gan(), checker).save_pretrained(tmp_path)
-        content = filter_card(checker.config, inside="GANPipeline")
-        assert "A `GANPipeline` with a filter around it" in content
-        assert ModelCard(content).data.tags == ["hf_unlearn", "safety-checker", "fast", "diffusers"]
-        monkeypatch.chdir(tmp_path)
-        (code,) = blocks(content)
-        scope = {}
-        exec(code, scope)
-        assert isinstance(scope["pipe"], FilteredPipeline)
-        assert scope["pipe"].safety_checker.thresholds == checker.thresholds
-
-    def test_an_encoder_of_the_users_own_is_asked_for(self):
-        encoder = FilterEncoder.own(lambda images: images.mean((2, 3)), name="mean colours", channels=3)
-        noise = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-        fitter = FASTFitter(encoder, score="mean_difference").update(undesired=noise[:20], clean=noise[20:] - 1)
-        content = filter_card(fitter.fit(threshold="pooled_mean").checker(), "me/it", inside="DDPMPipeline")
-        (code,) = blocks(content)
-        assert (
-            'from_pretrained("me/it", filter_encoder=FilterEncoder.own(encode, name="mean colours", channels=3))'
-            in code
-        )
+def test_card_of_a_filtered_pipeline_loads_it(tmp_path, monkeypatch):
+    checker = fitted_filter()
+    FilteredPipeline(tiny_gan(), checker).save_pretrained(tmp_path)
+    content = filter_card(checker.config, inside="GANPipeline")
+    assert "A `GANPipeline` with a filter around it" in content
+    assert ModelCard(content).data.tags == ["hf_unlearn", "safety-checker", "fast", "diffusers"]
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(content)
+    scope = {}
+    exec(code, scope)
+    assert isinstance(scope["pipe"], FilteredPipeline)
+    assert scope["pipe"].safety_checker.thresholds == checker.thresholds

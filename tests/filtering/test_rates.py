@@ -44,18 +44,8 @@ class TestFormulas:
         assert residual_rate(*rates) == pytest.approx(undesired[~blocked].mean())
         assert prevalence_of(blocked.mean(), *rates[1:]) == pytest.approx(undesired.mean())
 
-    @given(SHARES, SHARES)
-    def test_extremes(self, prevalence, rate):
-        assert residual_rate(prevalence, 1, rate) == 0  # nothing undesired is left
-        assume(rate < 0.999)
-        assert residual_rate(prevalence, rate, rate) == pytest.approx(prevalence)  # nothing is told apart
-        assert residual_rate(prevalence, 0, 0) == pytest.approx(prevalence)  # nothing is blocked
-        assert release_rate(prevalence, rate, rate) == pytest.approx(1 - rate)
-
     def test_nothing_is_released(self):
-        assert release_rate(0.3, 1, 1) == 0
-        assert residual_rate(0.3, 1, 1) == 0
-        assert residual_rate(1, 1, 0) == 0
+        assert release_rate(0.3, 1, 1) == residual_rate(0.3, 1, 1) == residual_rate(1, 1, 0) == 0
 
     @given(SHARES, SHARES, SHARES)
     def test_prevalence_is_the_inverse(self, prevalence, recall, false_alarm):
@@ -63,14 +53,12 @@ class TestFormulas:
         blocked = blocked_rate(prevalence, recall, false_alarm)
         assert prevalence_of(blocked, recall, false_alarm) == pytest.approx(prevalence, abs=1e-7)
 
-    def test_prevalence_stays_a_share(self):
+    def test_prevalence_stays_a_share_where_there_is_one(self):
         assert prevalence_of(0.01, 0.9, 0.05) == 0
         assert prevalence_of(0.95, 0.9, 0.05) == 1
-
-    @pytest.mark.parametrize("recall", [0.05, 0.01])
-    def test_no_prevalence_where_nothing_is_told_apart(self, recall):
-        with pytest.raises(ValueError, match=rf"^recall={recall}: not above false_alarm=0.05[^\n]*$"):
-            prevalence_of(0.05, recall, 0.05)
+        for recall in (0.05, 0.01):
+            with pytest.raises(ValueError, match=rf"^recall={recall}: not above false_alarm=0.05[^\n]*$"):
+                prevalence_of(0.05, recall, 0.05)
 
     @given(SHARES, SHARES, SHARES, SHARES)
     def test_residual_rises_with_prevalence_and_false_alarms_and_falls_with_recall(self, one, two, three, four):
@@ -83,25 +71,25 @@ class TestFormulas:
 
 
 class TestRate:
-    @pytest.mark.parametrize(("count", "total"), [(0, 20), (1, 20), (7, 20), (20, 20), (50, 1000)])
-    @pytest.mark.parametrize("confidence", [0.9, 0.95])
+    @pytest.mark.parametrize(
+        ("count", "total", "confidence"), [(0, 20, 0.9), (1, 20, 0.95), (20, 20, 0.95), (50, 1000, 0.9)]
+    )
     def test_counted_is_clopper_pearson(self, count, total, confidence):
         rate, tail = Rate.counted(count, total, confidence), (1 - confidence) / 2
         assert rate.value == count / total
         assert rate.low == pytest.approx(beta.ppf(tail, count, total - count + 1) if count else 0)
         assert rate.high == pytest.approx(beta.isf(tail, count + 1, total - count) if count < total else 1)
         assert (rate.count, rate.total, rate.confidence) == (count, total, confidence)
+        others = Rate.counted(total - count, total, confidence)
+        complement = rate.complement
+        assert complement.count == others.count
+        found, expected = ((one.value, one.low, one.high) for one in (complement, others))
+        assert found == pytest.approx(expected)
 
-    def test_of_none(self):
+    def test_without_counts(self):
         assert Rate.counted(0, 0) is None
-
-    def test_complement(self):
-        rate, others = Rate.counted(3, 20), Rate.counted(17, 20)
-        assert rate.complement.count == 17
-        assert (rate.complement.value, rate.complement.low, rate.complement.high) == pytest.approx(
-            (others.value, others.low, others.high)
-        )
         assert Rate(0.2, 0.1, 0.4).complement.count is None
+        assert Rate.counted(3, 20).confidence == 0.95
 
     def test_in_words(self):
         assert str(Rate.counted(20, 20)) == "100.0 % (83.2 to 100.0, 20 of 20)"
@@ -111,26 +99,18 @@ class TestRate:
 class TestIntervals:
     """What the three rates allow is all in the interval, and its ends are reached."""
 
-    @settings(max_examples=300)
+    @pytest.mark.parametrize(("of", "formula"), [(release_of, release_rate), (residual_of, residual_rate)])
+    @settings(max_examples=200)
     @given(intervals(), intervals(), intervals())
-    def test_release(self, prevalence, recall, false_alarm):
+    def test_release_and_residual(self, of, formula, prevalence, recall, false_alarm):
         rates, inside = zip(prevalence, recall, false_alarm, strict=True)
-        released = release_of(*rates)
-        assert released.value == pytest.approx(release_rate(*(rate.value for rate in rates)))
-        assert in_between(released.value, released)
-        assert in_between(release_rate(*inside), released)
+        found = of(*rates)
+        assert found.value == pytest.approx(formula(*(rate.value for rate in rates)))
+        assert in_between(found.value, found)
+        assume(formula is release_rate or release_rate(*inside) > 1e-6)
+        assert in_between(formula(*inside), found)
 
-    @settings(max_examples=300)
-    @given(intervals(), intervals(), intervals())
-    def test_residual(self, prevalence, recall, false_alarm):
-        rates, inside = zip(prevalence, recall, false_alarm, strict=True)
-        residual = residual_of(*rates)
-        assert residual.value == pytest.approx(residual_rate(*(rate.value for rate in rates)))
-        assert in_between(residual.value, residual)
-        assume(release_rate(*inside) > 1e-6)
-        assert in_between(residual_rate(*inside), residual)
-
-    @settings(max_examples=300)
+    @settings(max_examples=200)
     @given(intervals(), intervals(), intervals())
     def test_prevalence(self, blocked, recall, false_alarm):
         rates, inside = zip(blocked, recall, false_alarm, strict=True)

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from scipy.stats import multivariate_normal, spearmanr
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.metrics import roc_auc_score
+from scipy.stats import multivariate_normal
 
 from hf_unlearn.filtering.fitting.background import Moments
 from hf_unlearn.filtering.fitting.forms import (
@@ -77,6 +75,8 @@ class TestQuadratic:
         x = points(8)
         differences = score(x) - ratio_of_densities(x, undesired, pool, score.shrinkage)
         np.testing.assert_allclose(differences, differences[0], rtol=1e-8)
+        assert score.directions.shape == (8, min(marks - 1, 8))  # the rank of centred marks: none is there twice
+        assert len(score.gains) == min(marks - 1, 8)
 
     def test_constant_is_that_of_the_background(self):
         """½‖y‖² − ½ (y − μ)ᵀ C⁻¹ (y − μ), without constants: at y = μ it is ½‖μ‖²."""
@@ -87,17 +87,12 @@ class TestQuadratic:
         y = (centre - basis.mean) @ basis.whitening
         assert score(centre[None])[0] == pytest.approx(0.5 * y @ y)
 
-    @pytest.mark.parametrize("marks", [3, 4, 10, 100])
+    @pytest.mark.parametrize("marks", [3, 4, 10, 50])
     def test_shrinkage_against_loops(self, marks):
         undesired, pool = two_kinds(marks, 300, dimension=5)
         basis = basis_of(moments_of(pool))
         expected = shrinkage_by_loops((undesired - basis.mean) @ basis.whitening, basis.variances)
         assert quadratic(undesired, basis).shrinkage == pytest.approx(expected)
-
-    def test_shrinkage_vanishes_with_many_marks(self):
-        lambdas = [quadratic(two_kinds(n)[0], basis_of(moments_of(two_kinds()[1]))).shrinkage for n in (10, 100, 800)]
-        assert lambdas[0] > lambdas[1] > lambdas[2]
-        assert lambdas[2] < 0.02
 
     def test_two_marks_give_a_linear_score(self):
         undesired, pool = two_kinds(2, 500)
@@ -136,14 +131,6 @@ class TestQuadratic:
         assert projected.shrinkage == pytest.approx(score.shrinkage)
         np.testing.assert_allclose(score(points(6)), projected(points(6) @ top), rtol=1e-8)
 
-    @pytest.mark.parametrize(("marks", "rank"), [(2, 0), (3, 2), (5, 4), (7, 6), (100, 6)])
-    def test_rank(self, marks, rank):
-        """Of centred marks; no direction is there twice."""
-        undesired, pool = two_kinds(marks, 300)
-        score = quadratic(undesired, basis_of(moments_of(pool)))
-        assert score.directions.shape == (6, rank)
-        assert len(score.gains) == rank
-
     def test_background_is_white_up_to_the_ridge(self):
         pool = two_kinds(2, 500)[1]
         basis = basis_of(moments_of(pool))
@@ -166,37 +153,6 @@ class TestQuadratic:
     def test_background_of_one_point(self):
         with pytest.raises(ValueError, match=r"^unmarked: all samples have the same[^\n]*$"):
             basis_of(moments_of(np.ones((200, 3))))
-
-    def test_equal_marks(self):
-        undesired, pool = np.ones((20, 6)), two_kinds(2, 500)[1]
-        score = quadratic(undesired, basis_of(moments_of(pool)))
-        x = points(6)
-        differences = score(x) - ratio_of_densities(x, undesired, pool, score.shrinkage)
-        np.testing.assert_allclose(differences, differences[0])
-
-    def test_with_many_marks_it_is_the_best_there_is(self):
-        """Two known Gaussians: the exact ratio of their densities ranks best, and this ranks as it does."""
-        undesired, mean_u, covariance_u = gaussian(1000, 5, 1, shift=0.5)
-        pool, mean_p, covariance_p = gaussian(20_000, 5, 2)
-        random = np.random.default_rng(3)
-        tests = np.concatenate(
-            [
-                random.multivariate_normal(mean_u, covariance_u, 4000),
-                random.multivariate_normal(mean_p, covariance_p, 4000),
-            ]
-        )
-        marks = np.arange(8000) < 4000
-        exact = multivariate_normal.logpdf(tests, mean_u, covariance_u) - multivariate_normal.logpdf(
-            tests, mean_p, covariance_p
-        )
-        plain = quadratic(undesired, basis_of(moments_of(pool), ridge=1e-9))(tests)
-        assert spearmanr(plain, exact).statistic > 0.999
-        ridged = quadratic(undesired, basis_of(moments_of(pool)))(tests)
-        best = roc_auc_score(marks, exact)
-        assert 0.7 < best < 1
-        assert roc_auc_score(marks, plain) == pytest.approx(best, abs=1e-3)
-        assert best - 0.05 < roc_auc_score(marks, ridged) < best + 1e-3
-        assert roc_auc_score(marks, mean_difference(undesired, pool)(tests)) < best - 0.05
 
 
 class TestLinear:
@@ -244,17 +200,6 @@ class TestLinear:
         assert score.shrinkage == pytest.approx(shrinkage)
         np.testing.assert_allclose(score.weight, direction / np.linalg.norm(direction))
 
-    def test_lda_with_many_marks_is_that_of_sklearn(self):
-        undesired, clean = two_kinds(5000, 5000)
-        rows, marks = np.concatenate([undesired, clean]), np.arange(10_000) < 5000
-        plain = LinearDiscriminantAnalysis(solver="lsqr").fit(rows, marks).coef_[0]
-        assert lda(undesired, clean).weight @ plain / np.linalg.norm(plain) > 0.9999
-
-    def test_lda_with_fewer_marks_than_dimensions(self):
-        undesired, clean = two_kinds(4, 4, dimension=30)
-        score = lda(undesired, clean)
-        assert score(undesired).min() > score(clean).max()
-
     @pytest.mark.parametrize("form", [mean_difference, lda])
     def test_both_kinds_the_same(self, form):
         undesired = two_kinds()[0]
@@ -296,7 +241,6 @@ class TestAugmented:
     def test_moments(self):
         rows = two_kinds(40, 2)[0]
         drawn = augmented(rows, 100_000, seed=1)
-        assert drawn.shape == (100_000, 6)
         np.testing.assert_allclose(drawn.mean(0), rows.mean(0), atol=0.05)
         np.testing.assert_allclose(np.cov(drawn.T), np.diag(rows.var(0)), atol=0.05 * rows.var(0).max())
         assert (augmented(rows, 5, seed=1) != augmented(rows, 5, seed=2)).all()
@@ -317,25 +261,16 @@ def mixed_scores():
     ]
 
 
+def assert_near(found, expected):
+    """fp32: below 30 summands, of at most 100 each, so some √30 · 100 · 6e-8 = 3e-5."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def bank_of(scores):
     return ScoreBank.of(scores, np.arange(len(scores)))
 
 
 class TestScoreBank:
-    def test_against_fp64(self):
-        scores, x = mixed_scores(), points(6, 200)
-        found = bank_of(scores)(torch.from_numpy(x))
-        assert found.shape == (200, 5)
-        assert found.dtype == torch.float32
-        expected = np.stack([score(x) for score in scores], 1)
-        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.parametrize("chosen", [[0], [0, 3], [1], [2], [2, 0], [4, 1, 2]])
-    def test_any_mixture(self, chosen):
-        scores, x = [mixed_scores()[index] for index in chosen], points(6)
-        expected = np.stack([score(x) for score in scores], 1)
-        np.testing.assert_allclose(bank_of(scores)(torch.from_numpy(x)).numpy(), expected, rtol=1e-4, atol=1e-4)
-
     def test_backgrounds_of_their_own(self):
         """The bank has one basis, so it takes no scores that were fitted against others."""
         undesired, pool = two_kinds(12, 400)
@@ -343,6 +278,13 @@ class TestScoreBank:
         scores = [quadratic(undesired, basis_of(moments_of(rows))) for rows in (pool, other)]
         with pytest.raises(ValueError, match="^scores: quadratic ones of one bank must have one background$"):
             bank_of(scores)
+
+    @pytest.mark.parametrize("chosen", [[0], [0, 3], [1], [2], [2, 0], [4, 1, 2], [0, 1, 2, 3, 4]])
+    def test_any_mixture_against_fp64(self, chosen):
+        scores, x = [mixed_scores()[index] for index in chosen], points(6, 200)
+        found = bank_of(scores)(torch.from_numpy(x))
+        assert found.dtype == torch.float32
+        assert_near(found, torch.from_numpy(np.stack([score(x) for score in scores], 1)).float())
 
     def test_without_thresholds_everything_is_blocked(self):
         bank = ScoreBank.of(mixed_scores())
@@ -353,63 +295,45 @@ class TestScoreBank:
         [
             lambda bank: bank.half(),
             lambda bank: bank.double(),
-            lambda bank: bank.bfloat16(),
-            lambda bank: bank.to(torch.bfloat16),
-            lambda bank: bank.to("cpu", torch.float16),
+            lambda bank: bank.to("cpu", torch.bfloat16),
             lambda bank: torch.nn.Sequential(bank).half()[0],
             lambda bank: bank.to(torch.float16).float(),
         ],
-        ids=["half", "double", "bfloat16", "to", "to cpu", "inside", "and back"],
+        ids=["half", "double", "to", "inside", "and back"],
     )
     def test_is_never_cast(self, cast):
-        x = torch.from_numpy(points(6))
-        expected = bank_of(mixed_scores())(x)
-        bank = cast(bank_of(mixed_scores()))
-        assert {value.dtype for value in bank.state_dict().values()} == {torch.float32}
-        assert torch.equal(bank(x), expected)
-
-    def test_moves_nevertheless(self):
-        bank = bank_of(mixed_scores()).to("meta")
-        assert all(value.is_meta and value.dtype == torch.float32 for value in bank.parameters())
-        bank = bank.to_empty(device="cpu")
-        bank.load_state_dict(bank_of(mixed_scores()).state_dict())
-        x = torch.from_numpy(points(6))
-        assert torch.equal(bank(x), bank_of(mixed_scores())(x))
-
-    def test_autocast(self):
-        bank, x = bank_of(mixed_scores()), torch.from_numpy(points(6)).float()
+        expected = bank_of(mixed_scores())
+        bank, x = cast(bank_of(mixed_scores())), torch.from_numpy(points(6)).bfloat16()
+        for name, value in bank.state_dict().items():
+            assert value.dtype == torch.float32
+            assert value.equal(expected.state_dict()[name])
+        assert_near(bank(x), expected(x.double()))  # inputs in 16 bits are scored in 32
         with torch.autocast("cpu", torch.bfloat16):
-            found = bank(x)
-        assert torch.equal(found, bank(x))
+            assert_near(bank(x), expected(x.float()))
 
-    def test_inputs_in_16_bits_are_scored_in_32(self):
+    def test_moves_and_takes_a_state(self):
         bank, x = bank_of(mixed_scores()), torch.from_numpy(points(6))
-        assert torch.equal(bank(x.bfloat16()), bank(x.bfloat16().double()))
-
-    def test_state(self):
-        bank = bank_of(mixed_scores())
+        moved = bank_of(mixed_scores()).to("meta")
+        assert all(value.is_meta and value.dtype == torch.float32 for value in moved.parameters())
         ranks = sum(len(score.gains) for score in mixed_scores() if score.gains is not None)
-        other = ScoreBank(6, 5, 4, ranks)
-        other.load_state_dict(bank.state_dict())
-        assert torch.equal(other(torch.from_numpy(points(6))), bank(torch.from_numpy(points(6))))
-        assert torch.equal(other.threshold, torch.arange(5.0))
-        assert not any(parameter.requires_grad for parameter in other.parameters())
+        for other in (moved.to_empty(device="cpu"), ScoreBank(6, 5, 4, ranks)):
+            other.load_state_dict(bank.state_dict())
+            assert_near(other(x), bank(x))
+            assert torch.equal(other.threshold, torch.arange(5.0))
+            assert not any(parameter.requires_grad for parameter in other.parameters())
 
-    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e38])
-    @pytest.mark.parametrize("chosen", [[0], [1], [0, 1, 2, 3, 4]])
+    @pytest.mark.parametrize(
+        ("bad", "chosen"), [(np.nan, [0]), (np.inf, [0, 1, 2, 3, 4]), (-np.inf, [1]), (1e38, [0, 1, 2, 3, 4])]
+    )
     def test_what_is_not_finite_stays_in_its_row(self, bad, chosen):
         bank, x = bank_of([mixed_scores()[index] for index in chosen]), points(6)
         x[7, 2] = bad
         found = bank(torch.from_numpy(x)).isfinite()
-        if np.isfinite(bad):  # squares overflow, projections need not
-            assert found[[row for row in range(50) if row != 7]].all()
-        else:
-            assert found.all(1).tolist() == [row != 7 for row in range(50)]
-            assert not found[7].any()
+        assert found[[row for row in range(50) if row != 7]].all()
+        assert np.isfinite(bad) or not found[7].any()  # of what is large squares overflow, projections need not
 
     def test_rows_do_not_depend_on_each_other(self):
         bank, x = bank_of(mixed_scores()), torch.from_numpy(points(6))
-        alone = torch.cat([bank(row[None]) for row in x])
-        torch.testing.assert_close(bank(x), alone, rtol=1e-5, atol=1e-5)
+        assert_near(bank(x), torch.cat([bank(row[None]) for row in x]))
         shuffled = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(bank(x[shuffled]), bank(x)[shuffled], rtol=1e-5, atol=1e-5)
+        assert_near(bank(x[shuffled]), bank(x)[shuffled])
