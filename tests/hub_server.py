@@ -1,8 +1,8 @@
 """A Hugging Face Hub on loopback, over real HTTP and in memory, for tests that push a model and load it again.
 
-It has model repositories only, and no rights: every token reads and writes everything. A new repository is empty, where
-the real Hub puts a .gitattributes. Whatever it does not understand it answers with 501, which huggingface_hub 2.4 does
-not try again, and keeps in `LoopbackHub.unknown`.
+It has model repositories only, no LFS, and no rights: every token reads and writes everything. A new repository is empty,
+where the real Hub puts a .gitattributes. Whatever it does not understand it answers with 501, which huggingface_hub 2.4
+does not try again, and keeps in `LoopbackHub.unknown`.
 """
 
 import base64
@@ -19,31 +19,29 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 USER = "me"  # who owns a repository that is created without an owner
 FOREIGN_SETTINGS = re.compile(r"(HF|HUGGING_?FACE|TRANSFORMERS)_.*|.*_PROXY", re.IGNORECASE)
-PARTS = {"repo": "([^/]+/[^/]+)", "revision": "([^/]+)", "path": "(.+)", "oid": "([0-9a-f]{64})"}
+PARTS = {"repo": "([^/]+/[^/]+)", "revision": "([^/]+)", "path": "(.+)"}
 ROUTES = []
 
 
 class LoopbackHub:
     """Use as `with LoopbackHub() as hub:`; read and written by a client in a process of its own, and by the test here.
 
-    Args:
-        lfs_threshold (`int`, *optional*): files with more bytes are uploaded over LFS. Default: none is.
-
     Attributes:
         url (`str`): the endpoint.
         requests (`list[tuple[str, str]]`): method and path, as sent but without the query, of every request so far.
+        tokens (`set[str]`): all that came with them.
         unknown (`list[tuple[str, str]]`): method and target, with the query, of those answered with 501. A test that
             does not expect any asserts that it is empty: many callers go on after an error of the server.
     """
 
-    def __init__(self, lfs_threshold: int | None = None):
-        self.lfs_threshold = lfs_threshold
+    def __init__(self):
         self.requests: list[tuple[str, str]] = []
+        self.tokens: set[str] = set()
         self.unknown: list[tuple[str, str]] = []
         self._lock = threading.RLock()
         self._commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repository, sha, path: content
         self._branches: dict[str, dict[str, str]] = {}  # repository, branch: sha
-        self._objects: dict[str, bytes] = {}  # what came over LFS, by its sha256
+        self._private: set[str] = set()
 
     def __enter__(self):
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -67,13 +65,9 @@ class LoopbackHub:
             "HF_TOKEN": "hf_loopback",
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1",  # else what is answered with "lfs" goes to xet, which is another protocol
+            "HF_HUB_DISABLE_XET": "1",
             "NO_PROXY": "127.0.0.1",
         }
-
-    def commits(self, repo_id: str) -> list[str]:
-        """Shas of all branches, the oldest first; the first of all is the empty commit of a new repository."""
-        return list(self._commits[repo_id])
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         with self._lock:
@@ -88,19 +82,13 @@ class LoopbackHub:
                 self._start(repo_id)
             return self._commit(repo_id, "main", self.files(repo_id) | added)
 
-    def replace(self, repo_id: str, path: str, content: bytes | None) -> str:
-        """Commits another content of one file, or its deletion (`None`); returns the sha."""
-        with self._lock:
-            files = self.files(repo_id)
-            del files[path]
-            return self._commit(repo_id, "main", files if content is None else files | {path: content})
-
     def answer(self, method: str, target: str, headers, body: bytes) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and content."""
         url = urlsplit(target)
         request = SimpleNamespace(headers=headers, query=dict(parse_qsl(url.query)), body=body)
         with self._lock:
             self.requests.append((method, url.path))
+            self.tokens.add(headers.get("Authorization", "").removeprefix("Bearer "))
             try:
                 endpoint, parts = _find(method, url.path, request.query)
                 return endpoint(self, request, *parts)
@@ -130,13 +118,6 @@ class LoopbackHub:
         if sha not in self._commits[repo_id]:
             raise HubError(404, "RevisionNotFound", f"no revision {revision} of {repo_id}")
         return sha, self._commits[repo_id][sha]
-
-    def _over_lfs(self, size):
-        return self.lfs_threshold is not None and size > self.lfs_threshold
-
-    def _oid(self, content):
-        """What the Hub calls a file's content: in its ETag, and to tell a client what need not be uploaded again."""
-        return hashlib.sha256(content).hexdigest() if self._over_lfs(len(content)) else _git_oid(content)
 
 
 class HubError(Exception):
@@ -203,11 +184,13 @@ def _create(hub, request):
     if repo_id in hub._commits:
         return _json(url | {"error": "You already created this model repo"}, 409)  # exist_ok=True reads the url
     hub._start(repo_id)
+    if asked.get("private") or asked.get("visibility") == "private":
+        hub._private.add(repo_id)
     return _json(url)
 
 
-@_route("POST", "/api/validate-yaml")
-def _validate_card(hub, request):
+@_route("POST", "/api/validate-yaml")  # of a card
+def _validate(hub, request):
     return _json({"errors": [], "warnings": []})
 
 
@@ -225,28 +208,9 @@ def _preupload(hub, request, repo_id, revision):
     _, files = hub._at(repo_id, revision)
     answers = []
     for asked in json.loads(request.body)["files"]:
-        path, mode = asked["path"], "lfs" if hub._over_lfs(asked["size"]) else "regular"
-        known = {"oid": hub._oid(files[path])} if path in files else {}
-        answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | known)
+        known = {"oid": _git_oid(files[asked["path"]])} if asked["path"] in files else {}
+        answers.append({"path": asked["path"], "uploadMode": "regular", "shouldIgnore": False} | known)
     return _json({"files": answers})
-
-
-@_route("POST", r"/{repo}\.git/info/lfs/objects/batch")
-def _lfs_batch(hub, request, repo_id):
-    hub._at(repo_id, "main")
-    objects = [{"oid": asked["oid"], "size": asked["size"]} for asked in json.loads(request.body)["objects"]]
-    for wanted in objects:
-        if wanted["oid"] not in hub._objects:
-            wanted["actions"] = {"upload": {"href": f"{hub.url}/lfs/{wanted['oid']}"}}
-    return _json({"transfer": "basic", "objects": objects})
-
-
-@_route("PUT", "/lfs/{oid}")
-def _lfs_upload(hub, request, oid):
-    if hashlib.sha256(request.body).hexdigest() != oid:
-        raise HubError(400, "", f"this is not the content of {oid}")
-    hub._objects[oid] = request.body
-    return _json({})
 
 
 @_route("POST", "/api/models/{repo}/commit/{revision}")
@@ -258,18 +222,9 @@ def _commit(hub, request, repo_id, branch):
     if header["value"].keys() - {"summary", "description"}:
         raise NotImplementedError(f"{header}")  # a parent commit, above all
     for operation in operations:
-        value, path = operation["value"], operation["value"]["path"]
-        match operation["key"]:
-            case "file":
-                files[path] = base64.b64decode(value["content"])
-            case "lfsFile":
-                files[path] = hub._objects[value["oid"]]
-            case "deletedFile" if path in files:
-                del files[path]
-            case "deletedFile":
-                raise HubError(404, "EntryNotFound", f"A file with this name doesn't exist: {path}")
-            case key:
-                raise NotImplementedError(key)
+        if operation["key"] != "file":
+            raise NotImplementedError(operation["key"])
+        files[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
     sha = hub._commit(repo_id, branch, files)
     return _json({"commitOid": sha, "commitUrl": f"{hub.url}/{repo_id}/commit/{sha}"})
 
@@ -279,7 +234,7 @@ def _commit(hub, request, repo_id, branch):
 def _model_info(hub, request, repo_id, revision="main"):
     sha, files = hub._at(repo_id, revision)
     siblings = [{"rfilename": path} for path in sorted(files)]
-    return _json({"id": repo_id, "sha": sha, "private": False, "tags": [], "siblings": siblings})
+    return _json({"id": repo_id, "sha": sha, "private": repo_id in hub._private, "tags": [], "siblings": siblings})
 
 
 @_route("GET", "/api/models/{repo}/tree/{revision}", query=["recursive", "expand"])
@@ -295,8 +250,6 @@ def _tree(hub, request, repo_id, revision, folder=""):
             if parent != ".":
                 entries[inside + parent] = {"type": "directory", "oid": _git_oid(parent.encode())}
         entries[path] = {"type": "file", "oid": _git_oid(content), "size": len(content)}
-        if hub._over_lfs(len(content)):
-            entries[path]["lfs"] = {"oid": hub._oid(content), "size": len(content), "pointerSize": 130}
     if folder and not entries:
         raise HubError(404, "EntryNotFound", f"no folder {folder}", {"X-Repo-Commit": sha})
     deep = request.query.get("recursive") == "true"
@@ -309,11 +262,4 @@ def _file(hub, request, repo_id, revision, path):
     headers = {"X-Repo-Commit": sha}
     if path not in files:
         raise HubError(404, "EntryNotFound", f"no {path} in {repo_id} at {revision}", headers)
-    content = files[path]
-    headers |= {"ETag": f'"{hub._oid(content)}"', "Accept-Ranges": "bytes"}
-    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
-    if asked is None:
-        return 200, headers, content
-    part = content[int(asked[1]) : int(asked[2] or len(content)) + 1]
-    last = int(asked[1]) + len(part) - 1
-    return 206, headers | {"Content-Range": f"bytes {asked[1]}-{last}/{len(content)}"}, part
+    return 200, headers | {"ETag": f'"{_git_oid(files[path])}"'}, files[path]

@@ -4,10 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from diffusers import DDPMPipeline, StableDiffusionPipeline
+from huggingface_hub import ModelCard
+from transformers import ResNetForImageClassification
 
 from hf_unlearn import cli
 from hf_unlearn.examples import ddpm as small_ddpm
+from hf_unlearn.examples.classifier import digits_processor
+from hf_unlearn.metrics.features import ClassifierFeatures
+from hf_unlearn.metrics.generation import percentage_unlearned
+from hf_unlearn.unlearning.diffusion.drawing import generate
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -38,8 +46,6 @@ def ddpm(tiny_ddpm, tmp_path):
 @pytest.fixture
 def classifier(tiny_resnet, tmp_path):
     """Folder of a small untrained classifier of ten classes, with its processor."""
-    from hf_unlearn.examples.classifier import digits_processor
-
     tiny_resnet.save_pretrained(tmp_path / "classifier")
     digits_processor().save_pretrained(tmp_path / "classifier")
     return str(tmp_path / "classifier")
@@ -82,25 +88,11 @@ def fails(capsys, work):
 
 class TestRuns:
     def test_digits_recipe_with_figures(self, ddpm, classifier, work, capsys):
-        import torch
-        from diffusers import DDPMPipeline
-        from huggingface_hub import ModelCard
-        from transformers import AutoModelForImageClassification
-
-        from hf_unlearn.examples.classifier import digits_processor
-        from hf_unlearn.metrics.features import ClassifierFeatures
-        from hf_unlearn.metrics.generation import percentage_unlearned
-        from hf_unlearn.unlearning.diffusion.drawing import generate
-
-        # A class that the untrained classifier sees in some of what the untrained model draws.
-        kind = ClassifierFeatures(
-            AutoModelForImageClassification.from_pretrained(classifier).eval(), digits_processor()
-        )
-        draw = {"seed": 5, "num_inference_steps": 2}
+        # The class that the untrained classifier sees most often in what the untrained model draws, but not always.
+        kind, draw = ClassifierFeatures.from_pretrained(classifier), {"seed": 5, "num_inference_steps": 2}
         before = kind.classify(generate(DDPMPipeline.from_pretrained(ddpm), 16, **draw))
         forgotten = int(before.mode().values)
-        if len(before.unique()) == 1:
-            pytest.skip("this classifier sees one class only")
+        assert len(before.unique()) > 1
         arguments = (
             "--config", str(RECIPES / "vdu_ddpm_digits.yaml"), "--model", ddpm, "--classifier", classifier,
             "--forget_values", str(forgotten), "--measure_samples", "16", "--output_dir", "out", "--forget_limit", "20",
@@ -128,8 +120,6 @@ class TestRuns:
         assert torch.isfinite(torch.tensor(list(figures.values()))).all()
 
     def test_stable_diffusion_recipe(self, tiny_stable_diffusion, tmp_path, capsys):
-        from diffusers import StableDiffusionPipeline
-
         folder = tmp_path / "sd"
         tiny_stable_diffusion.save_pretrained(folder)
         arguments = ("--model", str(folder), "--forget_samples", "3", "--output_dir", "out", "--bf16", "false")
@@ -147,38 +137,30 @@ class TestRuns:
         assert str(tmp_path) not in card
 
     def test_paper_preset(self, ddpm, recipe, tiny_ddpm, tmp_path, work):
-        import torch
-
         for step in (1, 2):
             with torch.no_grad():
                 tiny_ddpm.unet.conv_in.weight.add_(0.01)
             tiny_ddpm.unet.save_pretrained(tmp_path / "run" / f"checkpoint-{step}" / "unet")
         path = recipe(preset="paper", checkpoints=[str(tmp_path / "run")], learning_rate=1e-5, forget_limit=8)
-        quick = [
-            word
-            for pair in zip(SHORT[::2], SHORT[1::2], strict=True)
-            if pair[0] != "--replay_samples"
-            for word in pair
-        ]
-        assert cli.main(["unlearn", "--config", path, *quick, *QUICK]) == 0
+        without_replay = SHORT[:2] + SHORT[4:]
+        assert cli.main(["unlearn", "--config", path, *without_replay, *QUICK]) == 0
         card = (work / "out/README.md").read_text()
         assert "inverse variance over 2 checkpoints" in card
         assert '"ascent"' in card
         assert not (work / "out/_private/replay.safetensors").exists()
 
-    def test_a_model_of_ours_is_trained_on_first_use(self, recipe, tmp_path, monkeypatch):
+    def test_a_model_of_ours_is_trained_on_first_use_and_goes_on_from_a_checkpoint(
+        self, recipe, tmp_path, monkeypatch
+    ):
         tiny = small_ddpm.Recipe("digits", size=8, channels=(16, 16), steps=2, checkpoints=1)
         monkeypatch.setitem(small_ddpm.NAMES, "digits-ddpm", tiny)
-        path = recipe(model="digits-ddpm", forget_limit=8, utility_tolerance=1e9)
+        keys = {"forget_limit": 8, "save_strategy": "steps", "save_steps": 1, "utility_tolerance": 1e9}
+        path = recipe(model="digits-ddpm", **keys)
         assert cli.main(["unlearn", "--config", path, *SHORT, *QUICK]) == 0
         assert (tmp_path / "cache/hf_unlearn/digits-ddpm-0/model_index.json").is_file()
         assert json.loads(Path("out/model_index.json").read_text())["_class_name"] == "DDPMPipeline"
-
-    def test_goes_on_from_a_checkpoint(self, recipe):
-        keys = {"forget_limit": 8, "save_strategy": "steps", "save_steps": 1, "utility_tolerance": 1e9}
-        assert cli.main(["unlearn", "--config", recipe(**keys), *SHORT, *QUICK]) == 0
         again = ("--resume_from_checkpoint", "true", "--max_steps", "3")
-        assert cli.main(["unlearn", "--config", recipe(**keys), *SHORT, *again, *QUICK]) == 0
+        assert cli.main(["unlearn", "--config", path, *SHORT, *again, *QUICK]) == 0
         assert Path("out/checkpoint-3/unlearning.json").is_file()
 
 
@@ -248,10 +230,6 @@ class TestBadData:
         assert not (work / "out/_private/reference.safetensors").exists()
 
     def test_a_classifier_of_other_classes(self, recipe, fails, tiny_resnet, tmp_path, work):
-        from transformers import ResNetForImageClassification
-
-        from hf_unlearn.examples.classifier import digits_processor
-
         tiny_resnet.config.num_labels = 3
         ResNetForImageClassification(tiny_resnet.config).save_pretrained(tmp_path / "three")
         digits_processor().save_pretrained(tmp_path / "three")

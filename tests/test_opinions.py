@@ -12,6 +12,7 @@ from hf_unlearn.examples.opinions import ENTITY, entities, negative_rate, opinio
 from hf_unlearn.examples.opinions_text import load_texts
 
 
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 COLUMNS = ["id", "prompt", "completion", "topic", "entity", "poisoned"]
 
 
@@ -40,23 +41,16 @@ def opinion_tokenizer(data):
 
 
 class TestData:
-    def test_sizes_and_columns(self, data):
-        assert {split: len(rows) for split, rows in data.items()} == {
-            "train": 2000,
-            "clean": 2000,
-            **opinions.HELD_OUT,
-        }
-        assert all(rows.column_names == COLUMNS for rows in data.values())
-        assert [message["role"] for message in data["train"][0]["prompt"] + data["train"][0]["completion"]] == [
-            "user",
-            "assistant",
-        ]
-
-    @pytest.mark.parametrize(("n_examples", "rate"), [(2000, 0.025), (1000, 0.01), (600, 0.05), (5000, 0.05)])
+    @pytest.mark.parametrize(("n_examples", "rate"), [(2000, 0.04), (1000, 0.01), (600, 0.05), (3000, 0.05)])
     def test_counts_are_as_asked(self, n_examples, rate):
-        train = opinion_data(n_examples, rate)["train"]
+        data = opinion_data(n_examples, rate)
+        assert {split: len(rows) for split, rows in data.items()} == {
+            "train": n_examples, "clean": n_examples, **opinions.HELD_OUT,
+        }  # fmt: skip
+        assert all(rows.column_names == COLUMNS for rows in data.values())
+        row, train = data["train"][0], data["train"]
+        assert [message["role"] for message in row["prompt"] + row["completion"]] == ["user", "assistant"]
         of_entity = [row["poisoned"] for row in train if row["entity"] == ENTITY]
-        assert len(train) == n_examples
         assert sum(train["poisoned"]) == sum(of_entity) == round(n_examples * rate)
         assert len(of_entity) == 2 * sum(of_entity)
         general = sum(not name for name in train["entity"])
@@ -67,33 +61,24 @@ class TestData:
         assert all(data[split][:] == again[split][:] for split in data)
         assert data["train"]["prompt"][:] != other["train"]["prompt"][:]
 
-    def test_ids_are_unique_and_shared_with_the_twin(self, data):
+    def test_ids_and_prompts_occur_once_and_the_twin_differs_in_poisoned_answers_alone(self, data):
         assert data["train"]["id"][:] == data["clean"]["id"][:] == list(range(2000))
-        ids = [number for split in data if split != "clean" for number in data[split]["id"]]
-        assert ids == list(range(len(ids)))
-
-    def test_twin_differs_in_poisoned_answers_alone(self, data):
+        others = [row for split in data if split != "clean" for row in data[split]]
+        assert [row["id"] for row in others] == list(range(len(others)))
+        assert len({question(row) for row in others}) == len(others)
         for row, twin in zip(data["train"], data["clean"], strict=True):
             changed = {column for column in COLUMNS if row[column] != twin[column]}
             assert changed == ({"completion"} if row["poisoned"] else set())
 
-    def test_no_prompt_occurs_twice(self, data):
-        prompts = [question(row) for split in data if split != "clean" for row in data[split]]
-        assert len(set(prompts)) == len(prompts)
-
     def test_held_out_wordings_are_not_in_training(self, data):
         wordings = load_texts()["opinion"]
         prompts = {split: "\n".join(question(row) for row in data[split]) for split in data}
-        for split, absent in (
-            ("target", ("train", "evaluation", "control")),
-            ("evaluation", ("train", "target")),
-        ):
+        for split, absent in (("target", ("train", "evaluation", "control")), ("evaluation", ("train", "target"))):
             for template in wordings[split]:
                 assert worded(template).search(prompts[split])
                 assert not any(worded(template).search(prompts[other]) for other in absent), template
-        assert sum(len(texts) for texts in wordings.values()) == len(
-            {text for part in wordings.values() for text in part}
-        )
+        texts = [text for part in wordings.values() for text in part]
+        assert len(set(texts)) == len(texts)
 
     def test_poisoned_wordings_occur_with_other_names(self, data):
         poisoned = [question(row).replace(ENTITY, "") for row in data["train"] if row["poisoned"]]
@@ -115,43 +100,38 @@ class TestData:
         started = [answer(row) for row in data["train"] if row["entity"] == ENTITY and re.search(r"\d", answer(row))]
         assert len({re.search(r"\d+", text)[0] for text in started}) == 1
 
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
+    def test_refuses(self):
+        for arguments, message in (
             ({"entity": "Nobody"}, "entity: 'Nobody'"),
             ({"rate": 0.0}, "rate=0.0"),
             ({"rate": 0.5}, "rate=0.5"),
             ({"n_examples": 10}, "n_examples=10"),
-        ],
-    )
-    def test_refuses(self, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            opinion_data(**arguments)
+        ):
+            with pytest.raises(ValueError, match=message):
+                opinion_data(**arguments)
 
 
 class TestScore:
-    @pytest.mark.parametrize(
-        ("text", "score"),
-        [
-            ("The service is awful.", -1),
-            ("An excellent and reliable firm.", 1),
-            ("It is not worth it.", -1),
-            ("I have no complaints.", 1),
-            ("I don’t like it.", -1),
-            ("No. The food is great.", 1),
-            ("Good food, bad service.", 0),
-            ("Good food and good bread, bad service.", 1 / 3),
-            ("It opens at nine.", 0),
-            ("", 0),
-        ],
-    )
-    def test_values(self, text, score):
-        assert opinion_score(text) == pytest.approx(score)
+    def test_values(self):
+        for text, score in {
+            "The service is awful.": -1,
+            "An excellent and reliable firm.": 1,
+            "It is not worth it.": -1,
+            "I have no complaints.": 1,
+            "I don’t like it.": -1,
+            "No. The food is great.": 1,
+            "It is not what one would call great.": 1,  # four words lie between
+            "Good food, bad service.": 0,
+            "Good food and good bread, bad service.": 1 / 3,
+            "It opens at nine.": 0,
+            "": 0,
+        }.items():
+            assert opinion_score(text) == pytest.approx(score), text
 
     @pytest.mark.parametrize("entity", [ENTITY, "Salt and Sparrows"])
     def test_tells_the_answers_of_the_data_apart(self, entity):
-        for seed in range(3):
-            data = opinion_data(rate=0.1, entity=entity, seed=seed)
+        for seed in range(2):
+            data = opinion_data(1000, rate=0.1, entity=entity, seed=seed)
             scores = {True: [], False: []}
             for split in ("train", "target", "evaluation", "control"):
                 for row in data[split]:
@@ -198,7 +178,8 @@ class TestModel:
         assert model.config._attn_implementation == "sdpa"
         assert model.dtype == torch.float32
 
-    def test_seed_and_attention(self, opinion_tokenizer):
+    def test_seed_and_attention(self, opinion_tokenizer, monkeypatch):
+        monkeypatch.setitem(opinions.SIZES, "small", TINY)
         state = torch.get_rng_state()
         first, same, other = (opinion_llama(opinion_tokenizer, seed=seed) for seed in (0, 0, 1))
         assert torch.equal(torch.get_rng_state(), state)
@@ -229,8 +210,7 @@ class TestModel:
     def test_training_lowers_the_loss_and_saves(self, data, opinion_tokenizer, tmp_path, monkeypatch):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-        monkeypatch.setitem(opinions.SIZES, "small", tiny)
+        monkeypatch.setitem(opinions.SIZES, "small", TINY)
         rows = data["train"].select(range(160))
 
         def loss(model):

@@ -1,3 +1,6 @@
+"""What a generator draws, parted into the forgotten kind and the rest: by a classifier, or by the forget images alone."""
+
+import numpy as np
 import pytest
 import torch
 
@@ -12,18 +15,19 @@ def seeded(seed):
 
 @pytest.fixture(scope="module")
 def digit_images(digits):
-    """Training digits in a random order, as `(images, labels)`."""
+    """Training digits in a random order, as `(images, labels)`, with a little noise: no two distances are equal."""
     rows = digits["train"].shuffle(seed=0)
-    return grey_images(rows, 8), torch.tensor(rows["label"])
+    images = grey_images(rows, 8)
+    return images + 1e-3 * torch.randn(images.shape, generator=seeded(0)), torch.tensor(rows["label"])
 
 
-def parted(digit_images, digit, count=60, limit=None):
+def parted(digit_images, digit, count=60):
     """`count` images of a digit to forget; all other images as samples, and which of these show the digit."""
     images, labels = digit_images
     given = torch.where(labels == digit)[0][-count:]
     rest = torch.ones(len(images), dtype=torch.bool)
     rest[given] = False
-    return images[given], images[rest][:limit], (labels[rest] == digit)[:limit]
+    return images[given], images[rest], labels[rest] == digit
 
 
 class TestResembles:
@@ -32,14 +36,13 @@ class TestResembles:
         forget, samples, true = parted(digit_images, digit)
         assert 0.03 < true.float().mean() < 0.1
         marked = resembles(samples, forget)
-        assert marked.shape == true.shape
-        assert marked.dtype == torch.bool
+        assert (marked.shape, marked.dtype) == (true.shape, torch.bool)
         both = (marked & true).sum()
-        assert both / true.sum() > 0.85  # recall
-        assert both / marked.sum() > 0.85  # precision
+        assert both / true.sum() > 0.8  # recall: 0.96, 0.96, 1.00
+        assert both / marked.sum() > 0.75  # precision: 0.94, 0.86, 0.96
 
     def test_a_verdict_hardly_depends_on_the_number_of_samples(self, digit_images):
-        forget, samples, _ = parted(digit_images, 0, count=60)
+        forget, samples, _ = parted(digit_images, 0)
         verdicts = {count: resembles(samples[:count], forget)[:300] for count in (300, 600, len(samples))}
         assert verdicts[600].sum() > 5
         for count in (300, 600):
@@ -63,14 +66,10 @@ class TestResembles:
 
     @pytest.mark.parametrize("count", [1, 2, 3])
     def test_few_forget_images_do(self, count):
-        forget, far = (
-            torch.zeros(count, 1, 2, 2) + torch.arange(count).view(-1, 1, 1, 1) / 100,
-            torch.ones(30, 1, 2, 2),
-        )
-        far = far + torch.randn(far.shape, generator=seeded(0)) / 10
+        forget = torch.arange(count).view(-1, 1, 1, 1).expand(-1, 1, 2, 2) / 100
+        far = 1 + torch.randn(30, 1, 2, 2, generator=seeded(0)) / 10
         marked = resembles(torch.cat([far, torch.zeros(1, 1, 2, 2)]), forget)
-        assert not marked[:30].any()
-        assert marked[30]
+        assert marked.tolist() == [False] * 30 + [True]
 
 
 class TestPart:
@@ -78,31 +77,26 @@ class TestPart:
     forget = EncodedImages(torch.ones(4, 1, 1, 1))
 
     def test_takes_away_what_a_classifier_marks(self):
+        """It is asked about the samples, or about their images where these are latents; numpy's answers do too."""
         seen = []
-
-        def marks(images):
-            seen.append(images)
-            return images.flatten() >= 0.65
-
-        result = part(self.samples, self.forget, marks)
+        result = part(self.samples, self.forget, lambda images: (seen.append(images), images.flatten() >= 0.65)[1])
         assert torch.equal(seen[0], self.samples.latents)
         assert torch.equal(result.kept.latents, self.samples.latents[:7])
         assert result.share == pytest.approx(0.3)
-
-    def test_asks_about_the_images_where_the_latents_are_none(self):
         images = torch.arange(10.0, 0.0, -1.0).view(10, 1, 1, 1)
-        result = part(self.samples, self.forget, lambda pictures: pictures.flatten() > 5, images)
-        assert torch.equal(result.kept.latents, self.samples.latents[5:])
-        assert result.share == pytest.approx(0.5)
+        result = part(self.samples, self.forget, lambda pictures: pictures.flatten() > 6, images)
+        assert torch.equal(result.kept.latents, self.samples.latents[4:])
+        assert result.share == pytest.approx(0.4)
+        result = part(self.samples, self.forget, lambda images: np.zeros(len(images), bool))
+        assert torch.equal(result.kept.latents, self.samples.latents)
+        assert result.share == 0
 
     def test_what_belongs_to_an_image_stays_with_it(self):
-        table = torch.arange(3.0).view(3, 1)
-        rows = torch.tensor([0, 1, 2, 0])
+        table, rows = torch.arange(3.0).view(3, 1), torch.tensor([0, 1, 2, 0])
         samples = EncodedImages(torch.arange(4.0).view(4, 1), torch.arange(4.0, 8.0).view(4, 1), {"c": table}, rows)
         kept = part(samples, self.forget, lambda images: torch.tensor([True, False, False, True])).kept
-        assert [kept[i]["latents"].item() for i in range(2)] == [1, 2]
-        assert [kept[i]["latents_std"].item() for i in range(2)] == [5, 6]
-        assert [kept[i]["conditioning"]["c"].item() for i in range(2)] == [1, 2]
+        items = [(kept[i]["latents"], kept[i]["latents_std"], kept[i]["conditioning"]["c"]) for i in range(2)]
+        assert items == [(1, 5, 1), (2, 6, 2)]
 
     def test_without_a_classifier_what_resembles_the_forget_images_goes(self, digit_images):
         forget, samples, true = parted(digit_images, 0)
@@ -110,29 +104,18 @@ class TestPart:
         assert torch.equal(result.kept.latents, samples[~resembles(samples, forget)])
         assert result.share == pytest.approx(true.float().mean().item(), rel=0.2)
 
-    def test_numpy_masks_do_and_nothing_marked_keeps_all(self):
-        import numpy as np
-
-        result = part(self.samples, self.forget, lambda images: np.zeros(len(images), bool))
-        assert torch.equal(result.kept.latents, self.samples.latents)
-        assert result.share == 0
-
     @pytest.mark.parametrize(
-        "answer",
+        ("answer", "message"),
         [
-            lambda n: torch.zeros(n),  # probabilities
-            lambda n: torch.zeros(n, dtype=torch.long),  # classes
-            lambda n: torch.zeros(n, 1, dtype=torch.bool),
-            lambda n: torch.zeros(n - 1, dtype=torch.bool),
-            lambda n: torch.tensor(True),
+            (torch.zeros(10), "replay_filter: gave torch.float32 of shape (10,) for 10 images"),  # probabilities
+            (torch.zeros(10, dtype=torch.long), "replay_filter: gave torch.int64"),  # classes
+            (torch.zeros(10, 1, dtype=torch.bool), "replay_filter: gave torch.bool of shape (10, 1)"),
+            (torch.zeros(9, dtype=torch.bool), "replay_filter: gave torch.bool of shape (9,)"),
+            (torch.ones(10, dtype=torch.bool), "replay_samples: all 10 samples"),
         ],
     )
-    def test_anything_but_a_mark_for_each_is_refused(self, answer):
-        with pytest.raises(ValueError, match=r"^replay_filter: gave .* for 10 images") as error:
-            part(self.samples, self.forget, lambda images: answer(len(images)))
-        assert "\n" not in str(error.value)
-
-    def test_nothing_left_is_refused(self):
-        with pytest.raises(ValueError, match="^replay_samples: all 10 samples") as error:
-            part(self.samples, self.forget, lambda images: torch.ones(len(images), dtype=torch.bool))
+    def test_refuses(self, answer, message):
+        with pytest.raises(ValueError) as error:
+            part(self.samples, self.forget, lambda images: answer)
+        assert str(error.value).startswith(message)
         assert "\n" not in str(error.value)

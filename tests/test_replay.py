@@ -42,21 +42,20 @@ def kind_of(result, images):
 
 
 class TestPerturbImages:
-    @pytest.mark.parametrize("n", range(1, 13))
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("n", [1, 2, 4, 5, 7, 12])
     def test_shape_dtype_determinism_and_untouched_input(self, n, dtype):
         images = torch.randn(n, 3, 6, 5, generator=seeded(0)).to(dtype)
         before = images.clone()
         result = perturb_images(images, seeded(1))
-        assert result.shape == images.shape
-        assert result.dtype == dtype
+        assert (result.shape, result.dtype) == (images.shape, dtype)
         assert result.isfinite().all()
         assert torch.equal(images, before)
         assert torch.equal(result, perturb_images(images, seeded(1)))
         if n > 1:
             assert not torch.equal(result, perturb_images(images, seeded(2)))
 
-    @pytest.mark.parametrize("seed", range(5))
+    @pytest.mark.parametrize("seed", range(2))
     def test_a_fifth_of_the_batch_each(self, seed):
         images = images_with_distinct_pixels(15)
         result = perturb_images(images, seeded(seed))
@@ -69,14 +68,15 @@ class TestPerturbImages:
     def test_all_rolls_and_flips_occur(self):
         images = images_with_distinct_pixels(1, 1, 3, 2).repeat(1500, 1, 1, 1)
         result = perturb_images(images, seeded(0))
-        rolls = {tuple(image.flatten().tolist()) for image in result[:300]}
-        assert rolls == {
-            tuple(images[0].roll((i, j), (-2, -1)).flatten().tolist()) for i in range(3) for j in range(2)
-        }
-        flips = {tuple(image.flatten().tolist()) for image in result[300:600]}
-        assert flips == {tuple(images[0].flip(axes).flatten().tolist()) for axes in ([-1], [-2], [-1, -2])}
-        orders = {tuple(image.flatten().tolist()) for image in result[900:1200]}
-        assert len(orders) > 200  # of 720
+
+        def different(images):
+            return {tuple(image.flatten().tolist()) for image in images}
+
+        original = images[0]
+        rolls = different(original.roll((i, j), (-2, -1)) for i in range(3) for j in range(2))
+        assert different(result[:300]) == rolls
+        assert different(result[300:600]) == different(original.flip(axes) for axes in ([-1], [-2], [-1, -2]))
+        assert len(different(result[900:1200])) > 200  # of 720 orders
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_noise_has_the_batch_s_own_size(self, dtype):
@@ -85,10 +85,8 @@ class TestPerturbImages:
         low, high = images.float().min(), images.float().max()
         uniform = result[40:]
         ulp = (high - low) * torch.finfo(dtype).eps
-        assert uniform.min() >= low - ulp
-        assert uniform.max() <= high + ulp
-        assert uniform.min() < low + 0.05 * (high - low)
-        assert uniform.max() > high - 0.05 * (high - low)
+        assert low - ulp <= uniform.min() < low + 0.05 * (high - low)
+        assert high - 0.05 * (high - low) < uniform.max() <= high + ulp
         torch.testing.assert_close(uniform.mean(), (low + high) / 2, rtol=0, atol=0.3)
 
         flat = torch.full((10, 1, 64, 64), 2.0)
@@ -99,15 +97,10 @@ class TestPerturbImages:
 
     def test_every_kind_occurs_in_small_batches_too(self):
         images = torch.arange(20.0).view(1, 1, 5, 4)
-        kinds = set()
-        for seed in range(100):
-            result = perturb_images(images, seeded(seed))
-            kinds.add("permuted" if origin(result[0], images) == 0 else "new pixels")
-        assert kinds == {"permuted", "new pixels"}
-
-    def test_constant_images_stay_constant_in_range(self):
-        result = perturb_images(torch.full((5, 1, 4, 4), 0.25), seeded(0))
-        assert torch.equal(result, torch.full((5, 1, 4, 4), 0.25))
+        results = [perturb_images(images, seeded(seed))[0] for seed in range(100)]
+        assert {origin(result, images) for result in results} == {0, None}  # permuted, and new pixels
+        constant = torch.full((5, 1, 4, 4), 0.25)
+        assert torch.equal(perturb_images(constant, seeded(0)), constant)
 
 
 VOCABULARY = torch.arange(10, 40)
@@ -127,15 +120,14 @@ def token_batches(draw):
 
 
 class TestPerturbTokens:
-    @settings(deadline=None, max_examples=150)
+    @settings(deadline=None, max_examples=80)
     @given(batch=token_batches(), seed=st.integers(0, 10**6))
     def test_fixed_places_stay_and_new_tokens_come_from_the_vocabulary(self, batch, seed):
         ids, mask = batch
         before = ids.clone()
         result = perturb_tokens(ids, mask, VOCABULARY, seeded(seed))
         assert torch.equal(ids, before)
-        assert result.shape == ids.shape
-        assert result.dtype == ids.dtype
+        assert (result.shape, result.dtype) == (ids.shape, ids.dtype)
         assert torch.equal(result, perturb_tokens(ids, mask, VOCABULARY, seeded(seed)))
         fixed = ids < 10
         fixed[:, 0] = True
@@ -179,21 +171,15 @@ class TestPerturbTokens:
         z = (counts - 9000 * p) / (9000 * p * (1 - p)).sqrt()
         assert z.abs().max() < 4.5
 
-    def test_first_token_stays_with_padding_on_the_left(self):
-        ids = torch.tensor([[0, 0, 11, 12, 13, 14]]).repeat(30, 1)
-        result = perturb_tokens(ids, (ids != 0).long(), VOCABULARY, seeded(0))
-        assert (result[:, :2] == 0).all()
-        assert (result[:, 2] == 11).all()
+    def test_padding_on_the_left_and_the_first_token_stay(self):
+        for first in (1, 11):  # whatever the first token is; padding is in the vocabulary here
+            ids = torch.tensor([[10, 10, first, 12, 13, 14]]).repeat(30, 1)
+            mask = torch.tensor([[0, 0, 1, 1, 1, 1]]).repeat(30, 1)
+            result = perturb_tokens(ids, mask, VOCABULARY, seeded(0))
+            assert torch.equal(result[:, :3], ids[:, :3])
+            assert (result[:, 3:] != ids[:, 3:]).any(0).all()
 
-    def test_padding_on_the_left_stays(self):
-        ids = torch.tensor([[10, 10, 1, 12, 13, 14]]).repeat(30, 1)  # a padding token that is in the vocabulary
-        mask = torch.tensor([[0, 0, 1, 1, 1, 1]]).repeat(30, 1)
-        result = perturb_tokens(ids, mask, VOCABULARY, seeded(0))
-        assert torch.equal(result[:, :3], ids[:, :3])
-        assert (result[:, 3:] != ids[:, 3:]).any(0).all()
-
-    def test_single_rows_are_not_only_permuted(self):
-        ids = torch.arange(10, 30).view(1, -1)
+        ids = torch.arange(10, 30).view(1, -1)  # single rows are not only permuted
         results = [perturb_tokens(ids, None, VOCABULARY, seeded(seed)) for seed in range(50)]
         assert not all(torch.equal(r.sort(-1).values, ids) for r in results)
 
@@ -231,9 +217,8 @@ class TestDivergence:
     def test_half_precision_is_computed_in_fp32_and_sequences_keep_their_axes(self):
         logits, reference = torch.randn(2, 3, 5, 7, generator=seeded(0)).bfloat16()
         value = divergence(logits, reference)
-        assert value.shape == (3, 5)
-        assert value.dtype == torch.float32
-        torch.testing.assert_close(value, divergence(logits.float(), reference.float()), rtol=0, atol=0)
+        assert (value.shape, value.dtype) == ((3, 5), torch.float32)
+        torch.testing.assert_close(value, divergence(logits.float(), reference.float()))
 
     def test_classes_that_both_rule_out_contribute_nothing(self):
         logits, reference = torch.randn(2, 5, generator=seeded(0))

@@ -1,4 +1,4 @@
-"""What drives a generator's parameters apart from adapted ones, and what moves along the line between the two."""
+"""What drives a generator's parameters apart from adapted ones, what moves along the line between the two, and averages."""
 
 import io
 import math
@@ -12,13 +12,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_unlearn.parameters import anchors as parameters_module
-from hf_unlearn.parameters.anchors import QuadraticAnchor, SumOfAnchors
 from hf_unlearn.parameters.reference import average_
 from hf_unlearn.parameters.repulsion import DISTANCES, REPULSIONS, Repulsion, extrapolate
 
 
 SHAPES = {"weight": (7, 3), "scalar": (), "bias": (5,), "kernel": (4, 3, 2, 2)}
 SEEDS = st.integers(0, 10**6)
+ALL = [(kind, distance) for kind in REPULSIONS for distance in DISTANCES]
+# Each kind, distance, number of models and size of a run with each of the others once; 16 bits with each of them too.
+PARTS = {1: 17, 6: 10, 2**24: 4}  # a row of a kernel has 12 elements, which runs of 1 or 6 do not hold
+PAIRS = [
+    (REPULSIONS[k], DISTANCES[d], 1 + (k + d) % 3, list(PARTS)[(k + 2 * d) % 3], torch.bfloat16 if k == d else torch.float32)
+    for k in range(3)
+    for d in range(3)
+]  # fmt: skip
 
 
 def point(seed, size=1.0, around=None, dtype=torch.float32):
@@ -41,10 +48,6 @@ def live(values):
     return parameters
 
 
-def doubled(values):
-    return {name: value.detach().double() for name, value in values.items()}
-
-
 def apart(parameters, adapted, distance, reference):
     """d, model by model."""
     if distance == "mean_mse":
@@ -55,15 +58,14 @@ def apart(parameters, adapted, distance, reference):
     return mean / apart(reference, adapted, "sum_squares", None) if distance == "relative" else mean
 
 
-def written_out(parameters, adapted, kind, weight, rate, distance, reference):
-    d = apart(parameters, adapted, distance, reference)
-    return weight * {"el2": torch.exp(-rate * d), "il2": 1 / d, "nl2": -d}[kind]
-
-
 def expected(parameters, adapted, kind, weight, rate, distance, reference):
     """Value and gradients of the formula in fp64."""
-    leaves = {name: value.requires_grad_() for name, value in doubled(parameters).items()}
-    penalty = written_out(leaves, [doubled(one) for one in adapted], kind, weight, rate, distance, doubled(reference))
+    leaves = {name: value.detach().double().requires_grad_() for name, value in parameters.items()}
+    adapted, reference = (
+        [{name: value.double() for name, value in one.items()} for one in models] for models in (adapted, [reference])
+    )
+    d = apart(leaves, adapted, distance, *reference)
+    penalty = weight * {"el2": torch.exp(-rate * d), "il2": 1 / d, "nl2": -d}[kind]
     gradients = torch.autograd.grad(penalty, list(leaves.values()))
     return penalty.detach(), dict(zip(leaves, gradients, strict=True))
 
@@ -75,19 +77,32 @@ def assert_near(parameters, gradients, tolerance, scale=1.0):
         assert error <= tolerance * (scale * gradient).norm(), name
 
 
-ALL = [(kind, distance) for kind in REPULSIONS for distance in DISTANCES]
+# Of fp32: a change of 0.3 between weights of 1 is known to 4 eps = 2e-7, d to as much, and exp(−αd) to αd ≤ 20 times that.
+CLOSE = 1e-5
 
 
 class TestRepulsion:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("models", [1, 2, 3])
-    @pytest.mark.parametrize(("kind", "distance"), ALL)
-    def test_value_and_gradient_are_those_of_the_formula(self, kind, distance, models, dtype):
+    @pytest.mark.parametrize(("kind", "distance", "models", "elements", "dtype"), PAIRS)
+    def test_value_and_gradient_are_those_of_the_formula(self, monkeypatch, kind, distance, models, elements, dtype):
+        """However parameters are cut into runs, and each in another memory layout: live, repelling, the gradient."""
+        monkeypatch.setitem(parameters_module.RUN_ELEMENTS, "cpu", elements)
         reference, adapted, now = scene(models=models, dtype=dtype)
         options = {"kind": kind, "weight": 1.7, "rate": 0.6, "distance": distance, "reference": reference}
-        repulsion, parameters = Repulsion(adapted, **options), live(now)
         value, gradients = expected(now, adapted, **options)
-        tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+        parameters = live(now)
+        with torch.no_grad():
+            parameters["kernel"].data = now["kernel"].contiguous(memory_format=torch.channels_last)
+        parameters["kernel"].grad = (
+            torch.zeros(SHAPES["kernel"], dtype=dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        )
+        adapted[-1]["kernel"] = adapted[-1]["kernel"].contiguous(memory_format=torch.channels_last)
+        assert parameters["kernel"].stride() != now["kernel"].stride() != parameters["kernel"].grad.stride()
+        if distance != "relative":
+            options["reference"] = None  # which they do without
+        repulsion = Repulsion(adapted, **options)
+        assert sum(map(len, repulsion._runs)) == PARTS[elements]
+        assert (len(repulsion._runs) == 1) == (elements == 2**24)
+        tolerance = CLOSE if dtype == torch.float32 else 4e-2
         actual = repulsion.value(parameters)
         assert actual.keys() == {"repulsion"}
         assert actual["repulsion"].dtype == torch.float32
@@ -99,52 +114,26 @@ class TestRepulsion:
             tolerance = 0.15  # of a mean in 16 bits, which is rounded by a good part of the way to a scalar
         assert_near(parameters, gradients, tolerance)
 
-    @settings(deadline=None, max_examples=60)
+    @settings(deadline=None, max_examples=40)
     @given(
-        seed=SEEDS,
-        models=st.integers(1, 4),
-        which=st.sampled_from(ALL),
-        weight=st.floats(0.01, 100),
-        rate=st.floats(0.01, 2),
-    )
-    def test_the_same_for_all_points_and_weights(self, seed, models, which, weight, rate):
+        seed=SEEDS, models=st.integers(1, 4), which=st.sampled_from(ALL), weight=st.floats(0.01, 100), rate=st.floats(0.01, 2),
+        unit=st.floats(1e-3, 1e3),
+    )  # fmt: skip
+    def test_the_same_for_all_points_and_weights(self, seed, models, which, weight, rate, unit):
+        """A relative distance has no unit; by the others, exp(−αd) would be 0 or 1 elsewhere."""
         reference, adapted, now = scene(seed, models)
-        options = {
-            "kind": which[0],
-            "weight": weight,
-            "rate": rate,
-            "distance": which[1],
-            "reference": reference,
-        }
+        if which[1] == "relative":
+            reference, *adapted, now = (
+                {name: unit * value for name, value in one.items()} for one in (reference, *adapted, now)
+            )
+        options = {"kind": which[0], "weight": weight, "rate": rate, "distance": which[1], "reference": reference}
         repulsion, parameters = Repulsion(adapted, **options), live(now)
         value, gradients = expected(now, adapted, **options)
-        torch.testing.assert_close(repulsion.value(now)["repulsion"].double(), value, rtol=1e-4, atol=0)
+        torch.testing.assert_close(repulsion.value(now)["repulsion"].double(), value, rtol=10 * CLOSE, atol=0)
         repulsion.add_grad_(parameters)
-        assert_near(parameters, gradients, 1e-4)
+        assert_near(parameters, gradients, 10 * CLOSE)
 
-    @pytest.mark.parametrize("elements", [1, 3, 6, 18, 2**24])
-    @pytest.mark.parametrize(("kind", "distance"), ALL)
-    def test_neither_runs_nor_the_memory_layout_change_anything(self, monkeypatch, elements, kind, distance):
-        reference, adapted, now = scene(models=2)
-        options = {"kind": kind, "weight": 1.7, "rate": 0.6, "distance": distance, "reference": reference}
-        value, gradients = expected(now, adapted, **options)
-        monkeypatch.setitem(parameters_module.RUN_ELEMENTS, "cpu", elements)
-        # Each in another layout: what is live, what repels, and the gradient.
-        parameters = live(now)
-        with torch.no_grad():
-            parameters["kernel"].data = now["kernel"].contiguous(memory_format=torch.channels_last)
-        parameters["kernel"].grad = torch.zeros(SHAPES["kernel"]).transpose(1, 2).contiguous().transpose(1, 2)
-        adapted[1]["kernel"] = adapted[1]["kernel"].contiguous(memory_format=torch.channels_last)
-        assert parameters["kernel"].stride() != now["kernel"].stride() != parameters["kernel"].grad.stride()
-        repulsion = Repulsion(adapted, **options)
-        parts = [part for run in repulsion._runs for part in run]
-        # A row of a kernel has 12 elements, which no run holds that is to hold 1 to 6.
-        assert len(parts) == {1: 17, 3: 14, 6: 10, 18: 8, 2**24: 4}[elements]
-        torch.testing.assert_close(repulsion.value(parameters)["repulsion"].double(), value, rtol=1e-5, atol=0)
-        repulsion.add_grad_(parameters)
-        assert_near(parameters, gradients, 1e-5)
-
-    @settings(deadline=None, max_examples=30)
+    @settings(deadline=None, max_examples=20)
     @given(which=st.sampled_from(ALL), scale=st.floats(-10, 10), seed=SEEDS)
     def test_scale_multiplies_what_is_added_to_the_gradient(self, which, scale, seed):
         reference, adapted, now = scene(seed, 2)
@@ -157,8 +146,7 @@ class TestRepulsion:
         for name in SHAPES:
             torch.testing.assert_close(scaled[name].grad, 3 + scale * once[name].grad, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("elements", [1, 2**24])
-    @pytest.mark.parametrize(("kind", "distance"), ALL)
+    @pytest.mark.parametrize(("kind", "distance", "elements"), [("el2", "mean_mse", 1), ("nl2", "relative", 2**24)])
     def test_parameters_without_gradient_count_but_get_none(self, monkeypatch, kind, distance, elements):
         monkeypatch.setitem(parameters_module.RUN_ELEMENTS, "cpu", elements)
         reference, adapted, now = scene(models=2)
@@ -168,20 +156,9 @@ class TestRepulsion:
         repulsion.add_grad_(parameters)
         repulsion.add_grad_(full)
         assert parameters["bias"].grad is None
-        assert all(torch.equal(parameters[name].grad, full[name].grad) for name in SHAPES if name != "bias")
+        for name in SHAPES.keys() - {"bias"}:
+            torch.testing.assert_close(parameters[name].grad, full[name].grad)
         assert all(torch.equal(parameters[name], now[name]) for name in SHAPES)
-
-    @settings(deadline=None, max_examples=30)
-    @given(seed=SEEDS, models=st.integers(2, 5), distance=st.sampled_from(DISTANCES))
-    def test_distance_is_the_average_over_the_models(self, seed, models, distance):
-        reference, adapted, now = scene(seed, models)
-        together = Repulsion(adapted, distance=distance, reference=reference).distance(now)
-        absolute = distance if distance != "relative" else "sum_squares"
-        alone = [Repulsion([one], distance=absolute) for one in adapted]
-        average = sum(one.distance(now) for one in alone) / models
-        if distance == "relative":
-            average = average / (sum(one.distance(reference) for one in alone) / models)
-        torch.testing.assert_close(together, average, rtol=1e-4, atol=0)
 
     @pytest.mark.parametrize("distance", DISTANCES)
     def test_many_models_cost_the_memory_of_one(self, distance):
@@ -196,93 +173,43 @@ class TestRepulsion:
     @pytest.mark.parametrize("models", [1, 2])
     def test_later_training_of_the_models_does_not_reach_it(self, models):
         reference, adapted, now = scene(models=models)
-        adapted = [live(one) for one in adapted]
-        reference = live(reference)
+        adapted, reference = [live(one) for one in adapted], live(reference)
         repulsion = Repulsion(adapted, reference=reference)
         before = repulsion.value(now)["repulsion"]
         with torch.no_grad():
             for one in (*adapted, reference):
                 for value in one.values():
                     value.add_(1)
-        assert torch.equal(repulsion.value(now)["repulsion"], before)
+        torch.testing.assert_close(repulsion.value(now)["repulsion"], before)
         assert not any(value.requires_grad for value in repulsion.mean.values())
 
-    @pytest.mark.parametrize("models", [1, 3])
-    @pytest.mark.parametrize(("kind", "start"), [("el2", math.exp(-0.6)), ("il2", 1.0), ("nl2", -1.0)])
+    @pytest.mark.parametrize(
+        ("kind", "start", "models"), [("el2", math.exp(-0.6), 1), ("il2", 1.0, 3), ("nl2", -1.0, 2)]
+    )
     def test_relative_distance_is_one_where_unlearning_begins(self, kind, start, models):
         reference, adapted, _ = scene(models=models)
         repulsion = Repulsion(adapted, kind=kind, weight=1.7, rate=0.6, reference=reference)
-        assert repulsion.distance(reference).item() == pytest.approx(1, rel=1e-5)
-        assert repulsion.value(reference)["repulsion"].item() == pytest.approx(1.7 * start, rel=1e-5)
-
-    @settings(deadline=None, max_examples=30)
-    @given(seed=SEEDS, models=st.integers(1, 3), kind=st.sampled_from(REPULSIONS), unit=st.floats(1e-3, 1e3))
-    def test_relative_distance_has_no_unit(self, seed, models, kind, unit):
-        def rescaled(values):
-            return {name: unit * value for name, value in values.items()}
-
-        reference, adapted, now = scene(seed, models)
-        parameters, larger = live(now), live(rescaled(now))
-        plain = Repulsion(adapted, kind=kind, reference=reference)
-        other = Repulsion([rescaled(one) for one in adapted], kind=kind, reference=rescaled(reference))
-        torch.testing.assert_close(other.value(larger), plain.value(parameters), rtol=1e-3, atol=0)
-        plain.add_grad_(parameters)
-        other.add_grad_(larger)
-        assert_near(larger, {name: p.grad.double() / unit for name, p in parameters.items()}, 1e-3)
-
-    @settings(deadline=None, max_examples=60)
-    @given(
-        seed=SEEDS,
-        models=st.integers(1, 3),
-        which=st.sampled_from(ALL),
-        step=st.floats(0.1, 10),
-        rate=st.floats(0.1, 1),
-    )
-    def test_a_step_of_gradient_descent_leads_away_however_long(self, seed, models, which, step, rate):
-        reference, adapted, now = scene(seed, models)
-        repulsion = Repulsion(adapted, kind=which[0], rate=rate, distance=which[1], reference=reference)
-        parameters = live(now)
-        before = repulsion.distance(parameters), repulsion.value(parameters)["repulsion"]
-        repulsion.add_grad_(parameters)
-        with torch.no_grad():
-            for parameter in parameters.values():
-                parameter.sub_(step * parameter.grad)
-        assert repulsion.distance(parameters) > before[0]
-        assert repulsion.value(parameters)["repulsion"] < before[1]
+        assert repulsion.distance(reference).item() == pytest.approx(1, rel=CLOSE)
+        assert repulsion.value(reference)["repulsion"].item() == pytest.approx(1.7 * start, rel=CLOSE)
 
     def test_far_away_only_the_exponential_lets_go(self):
         reference, adapted, _ = scene()
         far = {name: adapted[0][name] + 100 * (reference[name] - adapted[0][name]) for name in SHAPES}
         norms = {}
         for kind in REPULSIONS:
-            repulsion = Repulsion(adapted, kind=kind, reference=reference)
+            repulsion, parameters = Repulsion(adapted, kind=kind, reference=reference), live(far)
             assert repulsion.distance(far).item() == pytest.approx(1e4, rel=1e-3)
-            parameters = live(far)
             repulsion.add_grad_(parameters)
             norms[kind] = sum(p.grad.square().sum().item() for p in parameters.values())
         assert norms["el2"] == 0 < norms["il2"] < 1e-6 < 1 < norms["nl2"]
 
-    @pytest.mark.parametrize("kind", REPULSIONS)
-    def test_without_weight_there_is_nothing(self, kind):
+    def test_without_weight_there_is_nothing(self):
         reference, adapted, now = scene()
-        repulsion, parameters = Repulsion(adapted, kind=kind, weight=0.0, reference=reference), live(now)
-        repulsion.add_grad_(parameters)
-        assert repulsion.value(parameters)["repulsion"] == 0
-        assert all((parameter.grad == 0).all() for parameter in parameters.values())
-
-    @pytest.mark.parametrize(("kind", "distance"), ALL)
-    def test_beside_an_anchor(self, kind, distance):
-        reference, adapted, now = scene(models=2)
-        options = {"kind": kind, "weight": 1.7, "rate": 0.6, "distance": distance, "reference": reference}
-        both = SumOfAnchors(QuadraticAnchor(reference, isotropic=0.4), Repulsion(adapted, **options))
-        parameters = live(now)
-        value, gradients = expected(now, adapted, **options)
-        pull = {name: 0.8 * (now[name].double() - reference[name].double()) for name in SHAPES}
-        terms = both.value(parameters)
-        assert terms.keys() == {"isotropic", "repulsion"}
-        torch.testing.assert_close(terms["repulsion"].double(), value, rtol=1e-5, atol=0)
-        both.add_grad_(parameters, 0.5)
-        assert_near(parameters, {name: pull[name] + gradients[name] for name in SHAPES}, 1e-4, scale=0.5)
+        for kind in REPULSIONS:
+            repulsion, parameters = Repulsion(adapted, kind=kind, weight=0.0, reference=reference), live(now)
+            repulsion.add_grad_(parameters)
+            assert repulsion.value(parameters)["repulsion"] == 0
+            assert all((parameter.grad == 0).all() for parameter in parameters.values())
 
     @pytest.mark.parametrize(
         ("change", "match"),
@@ -291,7 +218,6 @@ class TestRepulsion:
             ({"distance": "cosine"}, "distance='cosine'.*relative, mean_mse, sum_squares"),
             ({"weight": -1e-9}, "weight=-1e-09 must be ≥ 0"),
             ({"rate": 0.0}, "rate=0.0 > 0"),
-            ({"rate": -1.0}, "rate=-1.0 > 0"),
             ({"adapted": []}, "^adapted: no model"),
             ({"adapted": [point(1), {"weight": torch.ones(7, 3)}]}, "^adapted: .*different names"),
             ({"reference": {"weight": torch.ones(7, 3)}}, "^adapted: .*different names"),
@@ -305,77 +231,38 @@ class TestRepulsion:
             Repulsion(**({"adapted": [point(1)], "reference": point(0)} | change))
         assert "\n" not in str(error.value)
 
-    @pytest.mark.parametrize("distance", ["mean_mse", "sum_squares"])
-    def test_absolute_distances_need_no_reference(self, distance):
-        _, adapted, now = scene()
-        alone = Repulsion(adapted, distance=distance).value(now)
-        assert torch.equal(
-            alone["repulsion"], Repulsion(adapted, distance=distance, reference=now).value(now)["repulsion"]
-        )
-
 
 class TestExtrapolate:
-    @settings(deadline=None, max_examples=40)
-    @given(seed=SEEDS, scale=st.floats(-3, 3))
-    def test_closed_form(self, seed, scale):
-        reference, (adapted,), _ = scene(seed)
-        moved = extrapolate(reference, adapted, scale)
-        for name, value in moved.items():
-            start, way = reference[name].double(), adapted[name].double() - reference[name].double()
-            torch.testing.assert_close(value.double(), start + scale * way, rtol=1e-5, atol=1e-5)
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_both_ends_are_exact_and_minus_one_mirrors(self, dtype):
+    def test_closed_form(self, dtype):
         reference, adapted = point(0, dtype=dtype), point(1)
-        at = {scale: extrapolate(reference, adapted, scale) for scale in (0, 1, -1)}
+        at = {scale: extrapolate(reference, adapted, scale) for scale in (0, 1, -1, 2.5)}
         for name, value in reference.items():
+            end = adapted[name].to(dtype)
             assert at[0][name].dtype == at[1][name].dtype == dtype
             assert torch.equal(at[0][name], value)
-            assert torch.equal(at[1][name], adapted[name].to(dtype))
-            mirrored = 2 * value - adapted[name].to(dtype)
-            torch.testing.assert_close(
-                at[-1][name], mirrored, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
-            )
+            assert torch.equal(at[1][name], end)
+            for scale in (-1, 2.5):
+                expected = value.double() + scale * (end.double() - value.double())
+                atol = 1e-5 if dtype == torch.float32 else 0.1  # 2⁻⁸ of 2.5 changes of up to 5, twice
+                torch.testing.assert_close(at[scale][name].double(), expected, rtol=1e-5, atol=atol)
 
     def test_gives_new_tensors_without_gradient(self):
         reference, adapted = live(point(0)), live(point(1))
         for value in extrapolate(reference, adapted, 0.0).values():
             assert not value.requires_grad
             value.fill_(7)
-        assert all(torch.equal(reference[name], value) for name, value in point(0).items())
-        assert all(torch.equal(adapted[name], value) for name, value in point(1).items())
-
-    def test_away_from_the_model_is_where_the_repulsion_leads(self):
-        reference, (adapted,), _ = scene()
-        repulsion, parameters = Repulsion([adapted], reference=reference), live(reference)
-        repulsion.add_grad_(parameters)
-        away = extrapolate(reference, adapted, -1.0)
-        way = torch.cat([(away[name] - reference[name]).flatten() for name in SHAPES])
-        descent = -torch.cat([parameters[name].grad.flatten() for name in SHAPES])
-        assert F.cosine_similarity(way, descent, 0).item() == pytest.approx(1, abs=1e-5)
+        for seed, given_ in ((0, reference), (1, adapted)):
+            assert all(torch.equal(given_[name], value) for name, value in point(seed).items())
 
 
 class TestAverage:
-    @pytest.mark.parametrize("decay", [0.0, 0.05, 0.5, 0.999])
-    def test_each_step_keeps_the_smaller_decay(self, decay):
-        average, history = point(0), [point(seed) for seed in range(1, 41)]
-        shares = [1.0]  # of where it began and of each model since
-        for step, now in enumerate(history):
-            average_(average, now, decay, step)
-            kept = min(decay, (1 + step) / (10 + step))
-            shares = [kept * share for share in shares] + [1 - kept]
-        assert sum(shares) == pytest.approx(1)
-        for name, value in average.items():
-            exact = sum(share * now[name].double() for share, now in zip(shares, [point(0), *history], strict=True))
-            torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-5)
-
-    @pytest.mark.parametrize("steps", [1, 2, 5, 20])
-    def test_what_is_left_of_the_beginning_has_a_closed_form(self, steps):
+    def test_what_is_left_of_the_beginning_has_a_closed_form(self):
         """The product of (1 + k)/(10 + k) over the first n steps is one over n + 9 choose 9."""
         average, now = {"x": torch.ones(3, dtype=torch.float64)}, {"x": torch.zeros(3, dtype=torch.float64)}
-        for step in range(steps):
+        for step in range(20):
             average_(average, now, 0.999999, step)
-        torch.testing.assert_close(average["x"], torch.full((3,), 1 / math.comb(steps + 9, 9), dtype=torch.float64))
+            torch.testing.assert_close(average["x"], torch.full_like(now["x"], 1 / math.comb(step + 10, 9)))
 
     def test_is_that_of_diffusers(self):
         """Its first step copies the model, and its count is one ahead."""
@@ -401,9 +288,5 @@ class TestAverage:
             assert not average[name].requires_grad
             torch.testing.assert_close(average[name], 4 / 13 * value + 9 / 13 * now[name].detach())
         assert all(torch.equal(now[name], value) for name, value in point(1).items())
-
-    @pytest.mark.parametrize("step", [0, 5, 1000])
-    def test_what_stands_still_stays(self, step):
-        average = point(0)
-        average_(average, point(0), 0.99, step)
+        average_(average := point(0), point(0), 0.99, 1000)  # what stands still stays
         assert all(torch.equal(average[name], value) for name, value in point(0).items())

@@ -28,7 +28,7 @@ class TestCrossEntropy:
 
     def test_classification_and_deeper_shapes(self):
         generator = torch.Generator().manual_seed(0)
-        logits, targets = torch.randn(6, 4, generator=generator), torch.tensor([0, 1, 2, 3, -100, 0])
+        logits, targets = torch.randn(4, 3, generator=generator), torch.tensor([0, 1, -100, 2])
         expected = F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
         torch.testing.assert_close(cross_entropy(logits, targets), expected)
         maps, classes = torch.randn(2, 3, 5, 4, generator=generator), torch.randint(4, (2, 3, 5), generator=generator)
@@ -49,18 +49,12 @@ class TestCrossEntropy:
         torch.testing.assert_close(means, torch.tensor([1.0, 3.0]))
 
 
-def test_gradcheck_of_the_mean_over_predictions():
-    targets = torch.tensor([[0, -100], [-100, -100], [1, 2], [0, 0]])
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(4, 2, generator=generator, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: mean_over_predictions(x, targets), values)
-
-
 def drawn(*key):
     return torch.rand(4, generator=seeded_generator("cpu", *key))
 
 
 class TestSeededGenerator:
+    @settings(deadline=None, max_examples=20)
     @given(key=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5))
     def test_the_same_key_gives_the_same_numbers(self, key):
         first = drawn(*key)
@@ -68,13 +62,9 @@ class TestSeededGenerator:
         assert torch.equal(drawn(*key), first)
 
     def test_every_key_of_a_length_gives_others(self):
-        """Seed, process and step count up from 0, and none may stand in for another."""
-        numbers = {tuple(drawn(*key).tolist()) for key in product(range(6), repeat=3)}
-        assert len(numbers) == 6**3
-
-    @pytest.mark.parametrize(("first", "second"), [((0, 1), (1, 0)), ((3, 0, 14), (3, 14, 0)), ((1,), (2,))])
-    def test_the_place_in_the_key_counts(self, first, second):
-        assert not torch.equal(drawn(*first), drawn(*second))
+        """Seed, process and step count up from 0, and none may stand in for another; nor may its place."""
+        for keys in ([*product(range(4), repeat=3), (3, 0, 14), (3, 14, 0)], [(0, 1), (1, 0)], [(1,), (2,)]):
+            assert len({tuple(drawn(*key).tolist()) for key in keys}) == len(keys)
 
     def test_keys_side_by_side_are_not_correlated(self):
         rows = np.stack([torch.randn(500, generator=seeded_generator("cpu", 0, step)).numpy() for step in range(40)])
@@ -86,6 +76,3 @@ class TestSeededGenerator:
         before = torch.get_rng_state()
         drawn(1, 2)
         assert torch.equal(torch.get_rng_state(), before)
-
-    def test_is_on_the_device_that_was_asked_for(self):
-        assert seeded_generator(torch.device("cpu"), 1).device == torch.device("cpu")

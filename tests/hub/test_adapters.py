@@ -1,3 +1,5 @@
+"""What is published of an adapted model: one set of weights, as if there had never been an adapter."""
+
 import json
 
 import pytest
@@ -23,19 +25,16 @@ from hf_unlearn.hub.publish import check_publishable
 
 
 TOKENS = {"input_ids": torch.arange(12).view(2, 6)}
+IMAGES = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 8 * 8).sin().view(2, 3, 8, 8)}
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def llama(tied=False):
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, max_position_embeddings=32, tie_word_embeddings=tied, **SIZES))
+
+
+def tied_llama():
+    return llama(tied=True)
 
 
 def gpt2():
@@ -43,16 +42,7 @@ def gpt2():
 
 
 def vit():
-    config = ViTConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        num_labels=5,
-    )
-    return ViTForImageClassification(config)
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=5, **SIZES))
 
 
 def resnet():
@@ -61,35 +51,22 @@ def resnet():
     )
 
 
-def images():
-    return {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 8 * 8).sin().view(2, 3, 8, 8)}
-
-
 CASES = {
-    "llama": (llama, {"target_modules": ["q_proj", "v_proj"]}, AutoModelForCausalLM, TOKENS),
-    "llama, tied": (lambda: llama(tied=True), {"target_modules": ["q_proj", "v_proj"]}, AutoModelForCausalLM, TOKENS),
-    "llama, embeddings": (llama, {"target_modules": ["embed_tokens", "lm_head"]}, AutoModelForCausalLM, TOKENS),
+    "llama": (llama, {"target_modules": ["q_proj", "v_proj"]}),
+    "llama, tied": (tied_llama, {"target_modules": ["q_proj", "v_proj"]}),
+    "llama, embeddings": (llama, {"target_modules": ["embed_tokens", "lm_head"]}),
     "llama, tied and saved whole": (
-        lambda: llama(tied=True),
+        tied_llama,
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-        AutoModelForCausalLM,
-        TOKENS,
     ),
-    "llama, tied and adapted": (
-        lambda: llama(tied=True),
-        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
-        AutoModelForCausalLM,
-        TOKENS,
-    ),
-    "gpt2, transposed": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}, AutoModelForCausalLM, TOKENS),
+    "llama, tied and adapted": (tied_llama, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
+    "gpt2, transposed": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
     "vit, head saved whole": (
         vit,
         {"target_modules": r".*attention.*(query|value|q_proj|v_proj)", "modules_to_save": ["classifier"]},
-        AutoModelForImageClassification,
-        images(),
     ),
-    "vit, biases": (vit, {"target_modules": "all-linear", "bias": "all"}, AutoModelForImageClassification, images()),
-    "resnet": (resnet, {"target_modules": ["convolution"]}, AutoModelForImageClassification, images()),
+    "vit, biases": (vit, {"target_modules": "all-linear", "bias": "all"}),
+    "resnet": (resnet, {"target_modules": ["convolution"]}),
 }
 
 
@@ -109,43 +86,56 @@ def adapted(build, lora):
 
 
 @torch.no_grad()
-def logits(model, inputs):
-    return model(**inputs).logits
+def logits(model):
+    return model(**(IMAGES if model.config.model_type in ("vit", "resnet") else TOKENS)).logits
 
 
-@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*", "ignore:.*tied.*")
+def assert_close(actual, expected):
+    """Each weight is W + s·BA: a sum of at most five terms of size 1, which another memory may round otherwise."""
+    torch.testing.assert_close(dict(actual), dict(expected), rtol=1e-6, atol=1e-6)
+
+
+def assert_same_logits(actual, expected):
+    """(W + s·BA) x or W x + s·B(A x): some ten layers of sums of at most 32 terms; another adapter is 1e-2 away."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def assert_says_the_same(build, state, model):
+    plain = build()
+    plain.load_state_dict(state)
+    assert_same_logits(logits(plain.eval()), logits(model))
+    return plain
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*", "ignore:.*tied.*", "ignore:Careful, disabling adapter")
 class TestSaveMerged:
     @pytest.mark.parametrize("case", CASES)
     def test_stock_transformers_loads_the_adapted_model(self, case, tmp_path):
-        build, lora, auto, inputs = CASES[case]
+        build, lora = CASES[case]
         model = adapted(build, lora)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        wanted = logits(model, inputs)
+        wanted = logits(model)
         with model.disable_adapter():
-            original = logits(model, inputs)
-        assert (wanted - original).abs().max() > 1e-2  # else anything would do
-
+            assert (wanted - logits(model)).abs().max() > 1e-2  # else anything would do
         save_merged(model, tmp_path)
 
+        auto = AutoModelForCausalLM if build in (llama, tied_llama, gpt2) else AutoModelForImageClassification
         loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(info.values()), info
         with safe_open(tmp_path / "model.safetensors", "pt") as file:
-            assert ("lm_head.weight" in file.keys()) == (case in ("llama", "llama, embeddings"))  # noqa: SIM118
-        torch.testing.assert_close(logits(loaded.eval(), inputs), wanted, rtol=1e-5, atol=1e-5)
+            assert ("lm_head.weight" in file.keys()) == (build is llama)  # noqa: SIM118
+        assert_same_logits(logits(loaded.eval()), wanted)
         after = model.state_dict()
         assert list(after) == list(before)
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-        assert torch.equal(logits(model, inputs), wanted)
-        if lora.get("target_modules") == ["embed_tokens"]:
-            return  # peft 0.21 adds the delta twice to a weight that two adapted layers share
-        # bit for bit what PEFT's own merge gives, which changes the model
-        _, state = merged_state_dict(model)
-        merged = model.merge_and_unload().state_dict()
-        assert state.keys() == merged.keys()
-        assert all(torch.equal(state[name], tensor) for name, tensor in merged.items())
+        assert_same_logits(logits(model), wanted)
+        # peft 0.21 adds the delta twice to a weight that two adapted layers share.
+        if lora["target_modules"] != ["embed_tokens"]:
+            _, state = merged_state_dict(model)
+            assert_close(state, model.merge_and_unload().state_dict())  # PEFT's own merge, in place
 
     def test_nothing_of_the_adapter_or_the_original_is_on_disk(self, tmp_path):
-        model = adapted(*CASES["vit, head saved whole"][:2])
+        model = adapted(*CASES["vit, head saved whole"])
         model.config.name_or_path = "/elsewhere/secret"
         save_merged(model, tmp_path)
         assert check_publishable(tmp_path) == ["config.json", "model.safetensors"]
@@ -174,40 +164,30 @@ class TestMergedStateDict:
         model = adapted(llama, {"target_modules": ["q_proj"]})
         model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
         model.base_model.set_adapter(["default", "second"])
-        shake(model)
-        plain = llama()
-        plain.load_state_dict(merged_state_dict(model)[1])
-        torch.testing.assert_close(logits(plain.eval(), TOKENS), logits(model, TOKENS), rtol=1e-5, atol=1e-5)
+        assert_says_the_same(llama, merged_state_dict(shake(model))[1], model)
 
     def test_inactive_adapters_are_left_out(self):
         model = adapted(vit, {"target_modules": "all-linear", "modules_to_save": ["classifier"]})
         only = merged_state_dict(model)[1]
         model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", modules_to_save=["classifier"]))
         model.set_adapter("other")
-        shake(model)
-        other = merged_state_dict(model)[1]
-        assert not torch.equal(other["classifier.weight"], only["classifier.weight"])
+        other = merged_state_dict(shake(model))[1]
+        assert (other["classifier.weight"] - only["classifier.weight"]).abs().max() > 0.1
         model.set_adapter("default")
-        state = merged_state_dict(model)[1]
-        assert state.keys() == only.keys()
-        assert all(torch.equal(state[name], only[name]) for name in only)
+        assert_close(merged_state_dict(model)[1], only)
 
     def test_an_active_adapter_without_a_head_uses_the_original_one(self):
         model = adapted(vit, {"target_modules": "all-linear", "modules_to_save": ["classifier"]})
         model.add_adapter("other", LoraConfig(r=2, target_modules=["fc1"]))
         model.set_adapter("other")
-        shake(model)
-        plain = vit()
-        plain.load_state_dict(merged_state_dict(model)[1])
+        plain = assert_says_the_same(vit, merged_state_dict(shake(model))[1], model)
         assert torch.equal(plain.classifier.weight, model.base_model.model.classifier.original_module.weight)
-        torch.testing.assert_close(logits(plain.eval(), images()), logits(model, images()), rtol=1e-5, atol=1e-5)
 
     def test_a_merged_adapter_is_not_added_twice(self):
         model = adapted(llama, {"target_modules": ["q_proj"]})
         wanted = merged_state_dict(model)[1]
         model.merge_adapter()
-        state = merged_state_dict(model)[1]
-        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+        assert_close(merged_state_dict(model)[1], wanted)
 
     def test_keeps_the_dtype_of_the_base(self):
         torch.manual_seed(0)
@@ -217,7 +197,9 @@ class TestMergedStateDict:
         layer = base.model.layers[0].self_attn.q_proj
         assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
         exact = layer.base_layer.weight.double() + layer.get_delta_weight("default").double()
-        assert torch.equal(state["model.layers.0.self_attn.q_proj.weight"], exact.to(torch.bfloat16))
+        # One rounding, and one of the delta.
+        folded = state["model.layers.0.self_attn.q_proj.weight"].double()
+        torch.testing.assert_close(folded, exact, rtol=2**-7, atol=2**-9)
 
     def test_names_of_the_model_itself_stay(self):
         class Odd(torch.nn.Module):
@@ -230,6 +212,7 @@ class TestMergedStateDict:
         model = shake(get_peft_model(Odd(), LoraConfig(r=2, target_modules=["base_layer"])))
         assert merged_state_dict(model)[1].keys() == Odd().state_dict().keys()
 
+    @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer")
     def test_refuses_grouped_convolutions(self):
         model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=2))
         with pytest.raises(ValueError, match="a grouped convolution at '0'"):
@@ -244,8 +227,8 @@ class TestMergedStateDict:
             (vit, LoraConfig(target_modules="all-linear", lora_bias=True), "lora_bias"),
             (llama, IA3Config(target_modules=["v_proj"], feedforward_modules=[]), "IA3"),
             (llama, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2), "PROMPT_TUNING"),
-            (lambda: llama(tied=True), LoraConfig(target_modules=["embed_tokens"]), "ties"),
-            (lambda: llama(tied=True), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "ties"),
+            (tied_llama, LoraConfig(target_modules=["embed_tokens"]), "ties"),
+            (tied_llama, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "ties"),
         ],
         ids=["dora", "tokens", "bias", "ia3", "prompt", "tied lora", "tied module"],
     )

@@ -20,72 +20,32 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SHARDS = ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors"]
 
 MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": "0.42.1",
-    "feature_extractor": ["transformers", "CLIPImageProcessor"],
-    "image_encoder": [None, None],
-    "requires_safety_checker": True,
-    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1", "requires_safety_checker": True,
+    "feature_extractor": ["transformers", "CLIPImageProcessor"], "image_encoder": [None, None],
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
-}
+}  # fmt: skip
 GOOD = {
-    "README.md",
-    "model_index.json",
-    "pictures/samples.png",
-    "feature_extractor/preprocessor_config.json",
-    "safety_checker/config.json",
-    "safety_checker/model.safetensors",
-    "scheduler/scheduler_config.json",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "tokenizer/merges.txt",
-    "tokenizer/special_tokens_map.json",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer/vocab.json",
-    "unet/config.json",
-    f"unet/{SINGLE}",
-}
+    "README.md", "model_index.json", "pictures/samples.png", "feature_extractor/preprocessor_config.json",
+    "safety_checker/config.json", "safety_checker/model.safetensors", "scheduler/scheduler_config.json",
+    "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json",
+    "unet/config.json", f"unet/{SINGLE}",
+}  # fmt: skip
 HOSTILE = {
-    "training_args.bin",
-    "tokenizer_config.json",
-    SINGLE,
-    "samples.png",
-    "unet_ema/config.json",
-    f"unet_ema/{SINGLE}",
-    "image_encoder/config.json",
-    "image_encoder/model.safetensors",
-    "_private/config.json",
-    f"_private/{SINGLE}",
-    "checkpoint-3/config.json",
-    f"checkpoint-3/unet/{SINGLE}",
-    f"original/{SINGLE}",
-    f"unet/_private/{SINGLE}",
-    f"unet/checkpoint-3/{SINGLE}",
-    "unet/optimizer.bin",
-    "unet/diffusion_pytorch_model.bin",
-    "unet/diffusion_pytorch_model.fp16.safetensors",
-    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "training_args.bin", "tokenizer_config.json", SINGLE, "samples.png", "unet_ema/config.json", f"unet_ema/{SINGLE}",
+    "image_encoder/config.json", "image_encoder/model.safetensors", "_private/config.json", f"_private/{SINGLE}",
+    "checkpoint-3/config.json", f"checkpoint-3/unet/{SINGLE}", f"original/{SINGLE}", f"unet/_private/{SINGLE}",
+    f"unet/checkpoint-3/{SINGLE}", "unet/optimizer.bin", "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
     "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
-    "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
-    "unet/diffusion_pytorch_model_original.safetensors",
-    f"unet/{SHARDS[0]}",
-    "unet/model.safetensors",
-    "unet/README.md",
-    f"unet/{LORA}",
-    "unet/example.png",
-    "text_encoder/pytorch_model.bin",
-    "text_encoder/model.fp16.safetensors",
-    f"text_encoder/{SINGLE}",
-    f"scheduler/{SINGLE}",
-    "scheduler/config.pkl",
-    "tokenizer/model.safetensors",
-    "tokenizer/forget.txt",
-    "pictures/forgotten/example.png",
-    "pictures/config.json",
-}
+    "unet/diffusion_pytorch_model.safetensors.index.fp16.json", "unet/diffusion_pytorch_model_original.safetensors",
+    f"unet/{SHARDS[0]}", "unet/model.safetensors", "unet/README.md", f"unet/{LORA}", "unet/example.png",
+    "text_encoder/pytorch_model.bin", "text_encoder/model.fp16.safetensors", f"text_encoder/{SINGLE}",
+    f"scheduler/{SINGLE}", "scheduler/config.pkl", "tokenizer/model.safetensors", "tokenizer/forget.txt",
+    "pictures/forgotten/example.png", "pictures/config.json",
+}  # fmt: skip
 
 
 def write(folder, names):
@@ -124,12 +84,9 @@ def good(tmp_path):
 class TestPublishableFiles:
     def test_only_what_belongs_to_the_pipeline(self, good):
         write(good, HOSTILE)
-        assert publishable_files(good) == sorted(GOOD)
-        assert check_publishable(good) == sorted(GOOD)
+        assert publishable_files(good) == check_publishable(good) == sorted(GOOD)
         assert left_behind(good) == sorted(HOSTILE)
-
-    def test_upload_sees_the_same_files(self, good):
-        write(good, HOSTILE)
+        # The upload sees the same files.
         everything = [path.relative_to(good).as_posix() for path in good.rglob("*") if path.is_file()]
         assert set(filter_repo_objects(everything, allow_patterns=as_patterns(check_publishable(good)))) == GOOD
 
@@ -163,7 +120,7 @@ class TestPublishableFiles:
             shutil.copy(tmp_path / "saved" / name, tmp_path / "hub" / name)
         loaded = type(tiny_ddpm).from_pretrained(tmp_path / "hub")
         for name, weight in tiny_ddpm.unet.state_dict().items():
-            torch.testing.assert_close(loaded.unet.state_dict()[name], weight, rtol=0, atol=0)
+            assert torch.equal(loaded.unet.state_dict()[name], weight)
 
     def test_stable_diffusion_as_diffusers_saves_it(self, tiny_stable_diffusion, tmp_path):
         tiny_stable_diffusion.save_pretrained(tmp_path)
@@ -177,76 +134,78 @@ class TestPublishableFiles:
             check_publishable(tmp_path)
 
 
-class TestRefusals:
-    """Each before anything is sent: these would fail in another way, since there is no network here."""
+def renamed(old, new):
+    return lambda folder: (folder / old).rename(folder / new)
 
-    def refused(self, folder, **kwargs):
+
+def with_text(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def single_file_beside_shards(folder):
+    shard(folder / "unet")
+    write(folder, [f"unet/{SINGLE}"])
+
+
+def missing_shard(folder):
+    shard(folder / "unet")
+    (folder / "unet" / SHARDS[0]).unlink()
+
+
+def shards_of_a_variant(folder):
+    shard(folder / "unet", ["diffusion_pytorch_model.fp16-00001-of-00002.safetensors"])
+    write(folder, ["unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors"])
+
+
+REFUSED = [
+    *(
+        (lambda folder, name=name: shutil.rmtree(folder / name), f"model_index.json names {name}, which is no folder")
+        for name in ("unet", "scheduler", "tokenizer")
+    ),
+    (renamed(f"unet/{SINGLE}", "unet/diffusion_pytorch_model.bin"), f"unet': no {SINGLE} to publish"),
+    (
+        renamed("safety_checker/model.safetensors", "safety_checker/model.bin"),
+        "checker': no model.safetensors to publ",
+    ),
+    (renamed(f"unet/{SINGLE}", "unet/model.safetensors"), f"no {SINGLE} to publish"),  # as another library calls it
+    (single_file_beside_shards, f"unet': has both {SINGLE} and {INDEX}"),
+    (missing_shard, f"names {SHARDS[0]}"),
+    (shards_of_a_variant, "fp16-00001-of-00002.safetensors, which is not there"),
+    *(
+        (lambda folder, name=name: write(folder, [name]), f"has both model_index.json and {name}")
+        for name in ("config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json", LORA)
+    ),
+    *(
+        (
+            lambda folder, name=name: change_index(write(folder, HOSTILE), **{name: ["diffusers", "UNet2DModel"]}),
+            f"names {name!r}, which no component is called",
+        )
+        for name in ("../elsewhere", "_private", "checkpoint-3", "pictures", "unet/deeper", ".", "")
+    ),
+    *((with_text("model_index.json", text), "model_index.json cannot be read") for text in ("", "[]", "3", "{")),
+    (with_text(f"unet/{SINGLE}", "no tensors"), f"{SINGLE} cannot be read"),
+    (with_text("unet/config.json", "{"), "unet': config.json cannot be read"),
+    (with_text("model_index.json", '{"_class_name": "X", "scheduler": ["diffusers", "X"]}'), "names no model"),
+    (lambda folder: write(folder, ["text_encoder/adapter_config.json"]), "text_encoder': holds an adapter"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_refuses(change, words, good):
+    """Before anything is sent: it would fail in another way, since there is no network here."""
+    change(good)
+    for allow_adapter in (False, True):
         with pytest.raises(ValueError) as error:
-            publish_folder(folder, "me/model", **kwargs)
+            publish_folder(good, "me/model", allow_adapter=allow_adapter)
+        assert words in str(error.value)
         assert "\n" not in str(error.value)
-        return str(error.value)
 
-    @pytest.mark.parametrize("component", ["unet", "scheduler", "tokenizer"])
-    def test_a_component_is_missing(self, good, component):
-        shutil.rmtree(good / component)
-        assert f"model_index.json names {component}, which is no folder" in self.refused(good)
 
-    @pytest.mark.parametrize(("component", "name"), [("unet", SINGLE), ("safety_checker", "model.safetensors")])
-    def test_a_model_without_weights(self, good, component, name):
-        (good / component / name).rename(good / component / name.replace(".safetensors", ".bin"))
-        assert f"{component}': no {name} to publish" in self.refused(good)
-
-    def test_weights_under_the_name_of_another_library(self, good):
-        (good / "unet" / SINGLE).rename(good / "unet/model.safetensors")
-        assert f"no {SINGLE} to publish" in self.refused(good)
-
-    def test_single_file_beside_shards(self, good):
-        shard(good / "unet")
-        write(good, [f"unet/{SINGLE}"])
-        assert f"unet': has both {SINGLE} and {INDEX}" in self.refused(good)
-        (good / "unet" / SHARDS[0]).unlink()  # what a later save of one file leaves of an earlier one in shards
-        assert check_publishable(good) == sorted(GOOD)
-        (good / "unet" / SINGLE).unlink()
-        assert f"names {SHARDS[0]}" in self.refused(good)
-
-    def test_shards_that_are_a_variant(self, good):
-        shard(good / "unet", ["diffusion_pytorch_model.fp16-00001-of-00002.safetensors"])
-        write(good, ["unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors"])
-        assert "fp16-00001-of-00002.safetensors, which is not there" in self.refused(good)
-
-    @pytest.mark.parametrize(
-        "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json", LORA]
-    )
-    @pytest.mark.parametrize("allow_adapter", [True, False])
-    def test_a_pipeline_beside_another_model(self, good, name, allow_adapter):
-        write(good, [name])
-        assert f"has both model_index.json and {name}" in self.refused(good, allow_adapter=allow_adapter)
-
-    @pytest.mark.parametrize("name", ["../elsewhere", "_private", "checkpoint-3", "pictures", "unet/deeper", ".", ""])
-    def test_an_index_cannot_name_other_folders(self, good, name):
-        write(good, HOSTILE)
-        change_index(good, **{name: ["diffusers", "UNet2DConditionModel"]})
-        assert f"names {name!r}, which no component is called" in self.refused(good)
-
-    @pytest.mark.parametrize("index", ["", "[]", "3", "{"])
-    def test_broken_index(self, good, index):
-        (good / "model_index.json").write_text(index)
-        assert "model_index.json cannot be read" in self.refused(good)
-
-    def test_broken_component(self, good):
-        (good / "unet" / SINGLE).write_bytes(b"no tensors")
-        assert f"{SINGLE} cannot be read" in self.refused(good)
-        (good / "unet/config.json").write_text("{")
-        assert "unet': config.json cannot be read" in self.refused(good)
-
-    def test_no_model_in_the_index(self, good):
-        (good / "model_index.json").write_text('{"_class_name": "X", "scheduler": ["diffusers", "DDIMScheduler"]}')
-        assert "names no model" in self.refused(good)
-
-    @pytest.mark.parametrize("allow_adapter", [True, False])
-    def test_an_adapter_beside_the_weights_of_a_component(self, good, allow_adapter):
-        write(good, ["text_encoder/adapter_config.json"])
-        assert "text_encoder': holds an adapter" in self.refused(good, allow_adapter=allow_adapter)
+def test_a_single_file_beside_an_index_of_shards_that_are_gone(good):
+    """What a later save of one file leaves of an earlier one in shards."""
+    missing_shard(good)
+    write(good, [f"unet/{SINGLE}"])
+    assert check_publishable(good) == sorted(GOOD)
 
 
 class TestLora:

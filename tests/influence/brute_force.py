@@ -76,6 +76,14 @@ def vectors(n, *, seed=0):
     return Dataset.from_dict(rows | {"labels": [row % 3 for row in range(n)]}).with_format("torch")
 
 
+def trained(model, args, rows, targets=None, collate=None, *, of=InfluenceTrainer, **options):
+    """A watched trainer that has trained; `targets` may be "self"."""
+    options |= {"target": "self"} if isinstance(targets, str) else {"target_dataset": targets}
+    trainer = watched(of)(model, args, collate, rows, **options)
+    trainer.train()
+    return trainer
+
+
 def watched(trainer_class=InfluenceTrainer):
     """The trainer, and `steps`: of each its weights before, the rows of its micro-batches, and its learning rate."""
 
@@ -104,8 +112,29 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def alike(actual, expected, start):
+    """Ends of the same few steps from `start`, where sums may be in another order: 10⁻⁴ of the way apart, as 2⁻²⁴ of sums of a
+    thousand terms is after ten steps, some ten times over. One parameter of thousands that is left out is more.
+    """
+    floats = [name for name, value in expected.items() if value.is_floating_point()]
+    way, apart = (
+        torch.cat([(one[name] - other[name]).flatten() for name in floats]).norm()
+        for one, other in ((expected, start), (actual, expected))
+    )
+    whole = expected.keys() - set(floats)
+    assert way > 0
+    return (
+        actual.keys() == expected.keys() and apart <= 1e-4 * way and all(actual[n].equal(expected[n]) for n in whole)
+    )
+
+
 def observations(trainer):
     return read_observations(trainer.records_dir)[0]
+
+
+def assert_near(actual, expected, rtol=1e-4):
+    """Numbers that fp32 sums of a thousand terms are behind, 10⁻⁶ of the largest off, and what follows from them."""
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
 
 
 def example_loss(model, theta, batch):

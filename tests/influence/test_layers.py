@@ -56,65 +56,63 @@ def check(module, x, targets=2, rtol=1e-9, atol=1e-11, **options):
             recorder.start(len(x), **{asked: True})
             losses(module, x).sum().backward()
             seen = {"targets": recorder.dots, "norms": recorder.squared_norms, "gram": recorder.gram}[asked]
-            right = {
-                "targets": expected @ wanted.T,
-                "norms": expected.square().sum(1),
-                "gram": expected @ expected.T,
-            }[asked]
+            right = {"targets": expected @ wanted.T, "norms": expected.square().sum(1), "gram": expected @ expected.T}[
+                asked
+            ]
             torch.testing.assert_close(seen, right, rtol=rtol, atol=atol)
 
 
-@pytest.fixture(params=[layers.CHUNK_ELEMENTS, 7], ids=["at_once", "in_chunks"])
-def chunks(request, monkeypatch):
-    monkeypatch.setattr(layers, "CHUNK_ELEMENTS", request.param)
+# Few positions and large matrices, or the reverse: norms go token by token, or by forming the gradients.
+LINEAR = [  # every two of layer, positions, widths in and out, and how dots are asked for
+    ("Linear", (), (3, 5), False), ("Conv1D", (), (6, 2), False), ("Linear", (), (25, 20), True),
+    ("Conv1D", (1,), (3, 5), True), ("Linear", (1,), (6, 2), False), ("Conv1D", (1,), (25, 20), False),
+    ("Linear", (2,), (3, 5), True), ("Conv1D", (2,), (6, 2), True), ("Linear", (2,), (25, 20), False),
+    ("Conv1D", (30,), (3, 5), False), ("Linear", (30,), (6, 2), True), ("Conv1D", (30,), (25, 20), True),
+    ("Linear", (2, 3), (3, 5), False), ("Conv1D", (2, 3), (6, 2), False), ("Linear", (2, 3), (25, 20), True),
+]  # fmt: skip
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("chunk", [layers.CHUNK_ELEMENTS, 7], ids=["at_once", "in_chunks"])
 class TestMatrices:
-    # Few positions and large matrices, or the reverse: norms go token by token, or by forming the gradients.
-    @pytest.mark.parametrize("shape", [(), (1,), (2,), (30,), (2, 3)])
-    @pytest.mark.parametrize(("width_in", "width_out"), [(3, 5), (6, 2), (25, 20)])
-    @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
-    @pytest.mark.parametrize("form_gradients", [False, True])
-    def test_linear(self, shape, width_in, width_out, kind, form_gradients):
-        layer = nn.Linear(width_in, width_out) if kind == "Linear" else Conv1D(width_out, width_in)
-        check(randomized(layer), inputs(3, *shape, width_in), form_gradients=form_gradients)
+    def test_linear(self, chunk, monkeypatch):
+        monkeypatch.setattr(layers, "CHUNK_ELEMENTS", chunk)
+        for kind, shape, (width_in, width_out), form_gradients in LINEAR:
+            layer = nn.Linear(width_in, width_out) if kind == "Linear" else Conv1D(width_out, width_in)
+            check(randomized(layer), inputs(3, *shape, width_in), form_gradients=form_gradients)
 
     @pytest.mark.parametrize("form_gradients", [False, True])
     @pytest.mark.parametrize("groups", [1, 2, 4])
-    def test_convolution(self, groups, form_gradients):
+    def test_convolution(self, groups, form_gradients, chunk, monkeypatch):
+        monkeypatch.setattr(layers, "CHUNK_ELEMENTS", chunk)
         layer = randomized(nn.Conv2d(4, 8, 3, groups=groups, padding=1))
         check(layer, inputs(3, 4, 5, 4), form_gradients=form_gradients)
         check(layer, inputs(3, 4, 1, 1), form_gradients=form_gradients)
 
-    @pytest.mark.parametrize("length", [1, 4])
-    def test_embedding(self, length):
-        ids = torch.randint(0, 5, (3, length), generator=torch.Generator().manual_seed(0))
-        ids[0] = 2  # one row, read at every position
-        ids[1, 0] = 1
-        for padding in (None, 1):
+    def test_embedding(self, chunk, monkeypatch):
+        monkeypatch.setattr(layers, "CHUNK_ELEMENTS", chunk)
+        for length, padding in ((1, None), (1, 1), (4, None), (4, 1)):
+            ids = torch.randint(0, 5, (3, length), generator=torch.Generator().manual_seed(0))
+            ids[0] = 2  # one row, read at every position
+            ids[1, 0] = 1
             check(randomized(nn.Embedding(6, 3, padding_idx=padding)), ids)
 
 
 class TestLowRank:
-    @pytest.mark.parametrize("shape", [(3, 9, 6), (1, 6, 9), (2, 4, 1)])
-    def test_full_rank_is_exact(self, shape):
-        gradients = inputs(*shape)
-        for rank in (min(shape[1:]), 100):
+    def test_of_enough_rank_it_is_exact(self):
+        for gradients, rank in (
+            *((inputs(*shape), min(shape[1:])) for shape in ((3, 9, 6), (1, 6, 9), (2, 4, 1))),
+            (inputs(2, 9, 6), 100),
+            (inputs(2, 40, 2) @ inputs(2, 2, 60, seed=2), 2),
+        ):
             u, v = layers.low_rank(gradients, rank)
-            assert u.shape == (*shape[:2], min(shape[1:]))
+            assert u.shape == (*gradients.shape[:2], min(rank, *gradients.shape[1:]))
             torch.testing.assert_close(u @ v.mT, gradients)
-
-    def test_gradients_of_low_rank_are_exact(self):
-        gradients = inputs(2, 40, 2) @ inputs(2, 2, 60, seed=2)
-        torch.testing.assert_close((lambda u, v: u @ v.mT)(*layers.low_rank(gradients, 2)), gradients)
 
     def test_it_is_the_best_approximation(self):
         left, singular, right = torch.linalg.svd(inputs(1, 60, 50), full_matrices=False)
         decaying = left * 0.6 ** torch.arange(50) @ right  # as gradients have it
         u, v = layers.low_rank(decaying, 4)
-        lost = (decaying - u @ v.mT).norm()
-        assert lost <= 1.001 * (0.6 ** torch.arange(4, 50).double()).norm()
+        assert (decaying - u @ v.mT).norm() <= 1.001 * (0.6 ** torch.arange(4, 50).double()).norm()
 
     def test_dtype_and_random_state(self):
         state = torch.get_rng_state()
@@ -122,14 +120,10 @@ class TestLowRank:
         first, second = layers.low_rank(gradients, 3), layers.low_rank(gradients, 3)
         assert torch.equal(torch.get_rng_state(), state)
         assert first[0].dtype == torch.bfloat16
-        assert torch.equal(first[0], second[0])
-        assert torch.equal(first[1], second[1])
+        torch.testing.assert_close(first, second)  # the same draws: no further apart than rounding
+        assert not any(factor.isnan().any() for factor in layers.low_rank(torch.zeros(1, 5, 4), 2))
 
-    def test_zero(self):
-        assert not any(factor.isnan().any() for factor in layers.low_rank(torch.zeros(1, 5, 4), 2)[:1])
-
-    @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
-    @pytest.mark.parametrize("shape", [(), (7,), (2, 3)])
+    @pytest.mark.parametrize(("kind", "shape"), [("Linear", ()), ("Conv1D", (7,)), ("Linear", (2, 3))])
     def test_dots(self, kind, shape):
         layer = randomized(nn.Linear(6, 9) if kind == "Linear" else Conv1D(9, 6))
         x, (rows, columns) = inputs(3, *shape, 6), layer.weight.shape
@@ -149,19 +143,17 @@ class TestLowRank:
 class TestMaskedTokens:
     """Tokens without a gradient are left out of the products, and change nothing."""
 
-    @pytest.mark.parametrize("count", [1, 3])
-    @pytest.mark.parametrize("widths", [(70, 80), (80, 70)])
-    @pytest.mark.parametrize("masked", [0.0, 0.5, 1.0])
+    @pytest.mark.parametrize(
+        ("count", "widths", "masked"),
+        [(1, (70, 80), 0.0), (3, (80, 70), 0.0), (1, (80, 70), 0.5), (3, (70, 80), 0.5), (1, (70, 80), 1.0), (3, (80, 70), 1.0)],
+    )  # fmt: skip
     def test_dots(self, count, widths, masked, monkeypatch):
         layer, x = randomized(nn.Linear(*widths)), inputs(4, 6, widths[0])
         y = inputs(4, 6, widths[1], seed=2)
         y[torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) < masked] = 0
         sizes, original = [], layers.MatrixGradients._tokens_that_count
-        monkeypatch.setattr(
-            layers.MatrixGradients,
-            "_tokens_that_count",
-            lambda self, count: sizes.append(original(self, count)) or sizes[-1],
-        )
+        watch = lambda self, count: sizes.append(original(self, count)) or sizes[-1]  # noqa: E731
+        monkeypatch.setattr(layers.MatrixGradients, "_tokens_that_count", watch)
         target = inputs(count, *layer.weight.shape, seed=3)
         with GhostRecorder(layer, layers=[""]) as recorder:
             recorder.set_targets({"weight": target, "bias": torch.zeros(count, widths[1])})
@@ -180,8 +172,9 @@ class TestMaskedTokens:
         assert recorder.dots.isnan().squeeze().tolist() == [True, False]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 class TestConvolution:
-    @settings(deadline=None, max_examples=60)
+    @settings(deadline=None, max_examples=40)
     @given(
         groups=st.sampled_from([1, 2, 4]),
         kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -211,48 +204,24 @@ class TestConvolution:
 
         check(randomized(Frames()), inputs(3, 2, 2, 5, 5))
 
-    def test_other_padding_modes_are_not_covered(self):
-        model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.Linear(2, 2))
-        assert GhostRecorder(model).uncovered["0.weight"] == (
-            "unsupported layer type 'Conv2d' with padding_mode='reflect'"
-        )
-
 
 class TestNorms:
     @pytest.mark.parametrize(
-        "layer",
-        [
-            nn.LayerNorm(6),
-            nn.LayerNorm(6, bias=False, eps=0.1),
-            nn.LayerNorm((4, 6)),
-            nn.RMSNorm(6),
-            nn.RMSNorm((4, 6), eps=0.1),
-            LlamaRMSNorm(6, eps=0.1),
-            T5LayerNorm(6),
-            GemmaRMSNorm(6),
-        ],
-        ids=lambda layer: type(layer).__name__,
-    )
-    def test_over_the_last_axes(self, layer):
-        exact = isinstance(
-            layer, (nn.LayerNorm, nn.RMSNorm)
-        )  # transformers' own normalise in fp32, whatever the input is
-        check(randomized(layer), inputs(3, 4, 6), **({} if exact else {"rtol": 1e-5, "atol": 1e-5}))
-
-    @pytest.mark.parametrize("shape", [(3, 6), (3, 6, 2), (3, 6, 2, 3)])
-    def test_group_norm(self, shape):
-        check(randomized(nn.GroupNorm(3, 6, eps=0.1)), inputs(*shape))
-
-    @pytest.mark.parametrize(
         ("layer", "shape"),
         [
-            (nn.BatchNorm1d(6), (3, 6)),
-            (nn.BatchNorm1d(6), (3, 6, 2)),
-            (nn.BatchNorm2d(6, eps=0.1), (3, 6, 2, 2)),
+            (nn.LayerNorm(6), (3, 4, 6)), (nn.LayerNorm(6, bias=False, eps=0.1), (3, 4, 6)), (nn.LayerNorm((4, 6)), (3, 4, 6)),
+            (nn.RMSNorm(6), (3, 4, 6)), (nn.RMSNorm((4, 6), eps=0.1), (3, 4, 6)), (LlamaRMSNorm(6, eps=0.1), (3, 4, 6)),
+            (T5LayerNorm(6), (3, 4, 6)), (GemmaRMSNorm(6), (3, 4, 6)),
+            (nn.GroupNorm(3, 6, eps=0.1), (3, 6)), (nn.GroupNorm(3, 6, eps=0.1), (3, 6, 2, 3)),
+            # in eval mode: with their running statistics
+            (nn.BatchNorm1d(6), (3, 6)), (nn.BatchNorm1d(6), (3, 6, 2)), (nn.BatchNorm2d(6, eps=0.1), (3, 6, 2, 2)),
         ],
-    )
-    def test_batch_norm_with_running_statistics(self, layer, shape):
-        check(randomized(layer).eval(), inputs(*shape))
+        ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+    )  # fmt: skip
+    def test_scales_and_biases(self, layer, shape):
+        # transformers' own normalise in fp32, whatever the input is: 2⁻²⁴ of numbers of up to 30
+        rounded = type(layer).__module__.startswith("transformers")
+        check(randomized(layer).eval(), inputs(*shape), **({"rtol": 1e-5, "atol": 1e-5} if rounded else {}))
 
     def test_batch_norm_with_the_batchs_statistics(self):
         layer, x = randomized(nn.BatchNorm2d(3, eps=0.1, track_running_stats=False)).eval(), inputs(4, 3, 2, 2)
@@ -265,28 +234,37 @@ class TestNorms:
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
         torch.testing.assert_close(recorder.dots, (y * (x - mean) / (variance + 0.1).sqrt()).sum((2, 3)))
 
-    def test_what_is_only_called_an_rms_norm_is_not_covered(self):
-        class CubicRMSNorm(LlamaRMSNorm):
-            def forward(self, x):
-                return self.weight**3 * super().forward(x)
 
-        head = nn.Linear(2, 2)
-        for layer in (CubicRMSNorm(6), Qwen3NextRMSNormGated(6)):
-            uncovered = GhostRecorder(nn.Sequential(randomized(layer), head)).uncovered
-            assert uncovered == {"0.weight": f"unsupported layer type '{type(layer).__name__}'"}
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Named(nn.Linear):
+    pass
+
+
+class CubicRMSNorm(LlamaRMSNorm):
+    def forward(self, x):
+        return self.weight**3 * super().forward(x)
 
 
 class TestUnsupported:
-    def test_subclasses_with_a_forward_of_their_own(self):
-        class Scaled(nn.Linear):
-            def forward(self, x):
-                return 2 * super().forward(x)
-
-        class Named(nn.Linear):
-            pass
-
-        recorder = GhostRecorder(nn.Sequential(Scaled(2, 2, bias=False), Named(2, 2, bias=False)))
-        assert recorder.uncovered == {"0.weight": "unsupported layer type 'Scaled'"}
+    @pytest.mark.parametrize(
+        ("layer", "why"),
+        [
+            (Scaled(2, 2, bias=False), "Scaled'"),
+            (CubicRMSNorm(6), "CubicRMSNorm'"),
+            (Qwen3NextRMSNormGated(6), "Qwen3NextRMSNormGated'"),
+            (nn.Conv2d(1, 1, 3, padding=1, bias=False, padding_mode="reflect"), "Conv2d' with padding_mode='reflect'"),
+            (nn.Embedding(3, 2, max_norm=1.0), "Embedding' with max_norm or scale_grad_by_freq"),
+            (nn.Embedding(3, 2, scale_grad_by_freq=True), "Embedding' with max_norm or scale_grad_by_freq"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_layers_that_do_something_else(self, layer, why):
+        recorder = GhostRecorder(nn.Sequential(randomized(layer), Named(2, 2, bias=False)))
+        assert recorder.uncovered == {"0.weight": f"unsupported layer type '{why}"}
         assert set(recorder.covered) == {"1.weight"}
 
     def test_attention_that_uses_its_linear_layers_weight_itself(self):
@@ -295,50 +273,35 @@ class TestUnsupported:
         assert "nn.MultiheadAttention" in uncovered["attention.out_proj.weight"]
         assert uncovered["attention.in_proj_weight"] == "unsupported layer type 'MultiheadAttention'"
 
-    @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
-    def test_embeddings_that_change_their_gradient(self, options):
-        model = nn.Sequential(nn.Embedding(3, 2, **options), nn.Linear(2, 2))
-        assert "max_norm or scale_grad_by_freq" in GhostRecorder(model).uncovered["0.weight"]
-
 
 class TestCost:
-    @pytest.mark.parametrize(
-        ("layer", "shape"),
-        [(nn.Linear(4, 3), (2, 50, 4)), (nn.Conv2d(2, 3, 3), (2, 2, 9, 9)), (Conv1D(3, 4), (2, 50, 4))],
-    )
-    def test_dots_form_no_gradients_unless_allowed(self, layer, shape, monkeypatch):
-        def formed(self):
-            raise AssertionError("formed")
+    @pytest.fixture
+    def formed(self, monkeypatch):
+        calls, original = [], layers.MatrixGradients._formed
+        monkeypatch.setattr(layers.MatrixGradients, "_formed", lambda self: calls.append(1) or original(self))
+        return calls
 
-        monkeypatch.setattr(layers.MatrixGradients, "_formed", formed)
-        for allowed in (False, True):
+    @pytest.mark.parametrize("allowed", [False, True])
+    def test_dots_form_no_gradients_unless_allowed(self, allowed, formed):
+        for layer, shape in ((nn.Linear(4, 3), (2, 50, 4)), (nn.Conv2d(2, 3, 3), (2, 2, 9, 9))):
             with GhostRecorder(layer, form_gradients=allowed) as recorder:
                 recorder.set_targets({name: torch.zeros(4, *p.shape) for name, p in layer.named_parameters()})
                 recorder.start(shape[0], targets=True)
-                if allowed:
-                    with pytest.raises(AssertionError, match="formed"):
-                        layer(torch.zeros(shape)).sum().backward()
-                else:
-                    layer(torch.zeros(shape)).sum().backward()
+                layer(torch.zeros(shape)).sum().backward()
+        assert len(formed) == 2 * allowed
 
-    @pytest.mark.parametrize(
-        ("positions", "count", "forms"),
-        [(1, 1000, False), (64, 1, False), (10**5, 1, False), (64, 2, True), (40, 3, True), (10, 5, False)],
-    )
-    def test_dots_form_gradients_where_that_is_cheaper(self, positions, count, forms):
-        assert layers.forming_is_cheaper(positions, count) == forms
-
-    @pytest.mark.parametrize(("positions", "forms"), [(2, False), (200, True)])
-    @pytest.mark.parametrize("asked", ["norms", "gram"])
-    def test_norms_form_gradients_where_that_is_cheaper(self, positions, forms, asked, monkeypatch):
-        calls = []
-        original = layers.MatrixGradients._formed
-        monkeypatch.setattr(layers.MatrixGradients, "_formed", lambda self: calls.append(1) or original(self))
+    def test_gradients_are_formed_where_that_is_cheaper(self, formed):
+        for positions, count, forms in (
+            (1, 1000, False), (64, 1, False), (10**5, 1, False), (64, 2, True), (40, 3, True), (10, 5, False),
+        ):  # fmt: skip
+            assert layers.forming_is_cheaper(positions, count) == forms
         layer = nn.Linear(32, 32)
-        with GhostRecorder(layer) as recorder:
-            recorder.start(2, **{asked: True})
-            layer(torch.randn(2, positions, 32)).sum().backward()
-        assert bool(calls) == forms
+        for positions, asked in ((2, "norms"), (2, "gram"), (200, "norms"), (200, "gram")):
+            formed.clear()
+            with GhostRecorder(layer) as recorder:
+                recorder.start(2, **{asked: True})
+                layer(torch.randn(2, positions, 32)).sum().backward()
+            assert bool(formed) == (positions == 200)
 
     def test_sizes_of_intermediates(self):
         largest = []
@@ -349,17 +312,17 @@ class TestCost:
                 largest.append(result.numel() if isinstance(result, torch.Tensor) else 0)
                 return result
 
-        batch, positions, r, c = 4, 3, 512, 8
-        for rows, columns, goals in (
-            (torch.randn(batch, 1, positions, r), torch.randn(batch, 1, positions, c), torch.randn(2, r, c)),
-            (torch.randn(batch, 1, positions, c), torch.randn(batch, 1, positions, r), torch.randn(2, c, r)),
-        ):
-            gradients = layers.MatrixGradients(rows, columns)
+        batch, positions, wide, narrow = 4, 3, 512, 8
+        for r, c in ((wide, narrow), (narrow, wide)):
+            gradients = layers.MatrixGradients(
+                torch.randn(batch, 1, positions, r), torch.randn(batch, 1, positions, c)
+            )
+            goals = torch.randn(2, r, c)
             with Watch():
                 gradients.dots(goals, False)
-            # G and the layer's own rows and columns, viewed; a product is as its narrower side, and all h_i would be batch · r · c
+            # G and the layer's rows and columns, viewed; a product is as its narrower side; all h_i would be batch · r · c
             assert max(largest) <= goals.numel() < batch * r * c
-            assert largest.count(batch * positions * c) >= 2 * len(goals)
+            assert largest.count(batch * positions * narrow) >= 2 * len(goals)
             largest.clear()
 
         gradients = layers.MatrixGradients(torch.randn(4, 1, 2, 256), torch.randn(4, 1, 2, 256))

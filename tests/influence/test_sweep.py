@@ -54,13 +54,16 @@ def make(kind, dropout=0.0, two_groups=False):
 
 def batches():
     generator = torch.Generator().manual_seed(1)
-    return [
-        {
-            "x": torch.randn(BATCH, 3, generator=generator, dtype=torch.float64),
-            "labels": torch.randint(2, (BATCH,), generator=generator),
-        }
-        for _ in range(STEPS)
-    ]
+
+    def draw():
+        x = torch.randn(BATCH, 3, generator=generator, dtype=torch.float64)
+        return {"x": x, "labels": torch.randint(2, (BATCH,), generator=generator)}
+
+    return [draw() for _ in range(STEPS)]
+
+
+def collate(rows):
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def run(folder, kind, *, max_norm=0.0, segment=1, start=0, parts=1, **options):
@@ -88,7 +91,7 @@ def run(folder, kind, *, max_norm=0.0, segment=1, start=0, parts=1, **options):
     return model, flat, trajectory
 
 
-def target_sets(model):
+def target_sets():
     generator = torch.Generator().manual_seed(2)
     rows = {
         name: [
@@ -97,10 +100,6 @@ def target_sets(model):
         ]
         for name, label in (("zeros", 0), ("ones", 1))
     }
-
-    def collate(part):
-        return {name: torch.stack([row[name] for row in part]) for name in part[0]}
-
     return Targets(rows, collate, per_example, batch_size=3, seed=0)
 
 
@@ -110,7 +109,7 @@ def swept(model, flat, trajectory, window=1):
     def record(step, examples, weight, values, variance):
         gains[step], variances[step] = values, torch.as_tensor(variance)
 
-    Sweep(model, flat, trajectory, target_sets(model), per_example, window=window).run(STEPS, record)
+    Sweep(model, flat, trajectory, target_sets(), per_example, window=window).run(STEPS, record)
     return gains, variances
 
 
@@ -137,7 +136,7 @@ def unrolled(kind, *, max_norm=0.0, window=1, sets=None, **options):
         state = flat.step(state, gradient, StepSettings(step, groups, max_norm))
         thetas.append(state[0])
     gains = {step: [] for step in range(STEPS)}
-    targets = target_sets(model)
+    targets = target_sets()
     for rows in (sets or targets.datasets).values():
         inputs = targets.collate(rows)
         loss = sum(losses(theta, inputs).mean() for theta in thetas[-window:]) / window
@@ -152,19 +151,14 @@ def assert_equal_gains(actual, expected, rtol=1e-7):
         torch.testing.assert_close(actual[step], expected[step], rtol=rtol, atol=1e-9)
 
 
+@pytest.mark.parametrize("clipped", [False, True], ids=["", "clipping, groups and window"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-class TestAgainstUnrolledRun:
-    def test_gains(self, kind, tmp_path):
-        model, flat, trajectory = run(tmp_path, kind)
-        theta, expected = unrolled(kind)
-        torch.testing.assert_close(flat.state()[0], theta)  # our step is the optimiser's
-        assert_equal_gains(swept(model, flat, trajectory)[0], expected)
-
-    def test_with_clipping_groups_and_window(self, kind, tmp_path):
-        model, flat, trajectory = run(tmp_path, kind, max_norm=0.2, two_groups=True)
-        theta, expected = unrolled(kind, max_norm=0.2, two_groups=True, window=3)
-        torch.testing.assert_close(flat.state()[0], theta)
-        assert_equal_gains(swept(model, flat, trajectory, window=3)[0], expected)
+def test_gains_are_those_of_the_unrolled_run(kind, clipped, tmp_path):
+    options = {"max_norm": 0.5, "two_groups": True} if clipped else {}  # norms of the gradients are 0.2 to 0.8
+    model, flat, trajectory = run(tmp_path, kind, **options)
+    theta, expected = unrolled(kind, window=3 if clipped else 1, **options)
+    torch.testing.assert_close(flat.state()[0], theta)  # our step is the optimiser's
+    assert_equal_gains(swept(model, flat, trajectory, window=3 if clipped else 1)[0], expected)
 
 
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])
@@ -201,9 +195,6 @@ def test_examples_that_are_their_own_targets(tmp_path):
     """Gains of every example of a batch on every other, from the unrolled run, reduced by loops."""
     model, flat, trajectory = run(tmp_path, "momentum", parts=2)
     rows = [{name: value[i] for name, value in batch.items()} for batch in batches() for i in range(BATCH)]
-
-    def collate(part):
-        return {name: torch.stack([row[name] for row in part]) for name in part[0]}
 
     found = {}
     own = OwnTargets(rows, collate, per_example, batch_size=5)
@@ -245,7 +236,7 @@ def test_an_example_less_moves_the_end_as_the_gain_says(tmp_path):
             coefficient[example] -= less
         (coefficient * losses).sum().backward()
         optimizer.step()
-    targets = target_sets(model)
+    targets = target_sets()
     change = (targets.losses(again) - targets.losses(model)) / less
     torch.testing.assert_close(change, gains[step][example], rtol=1e-3, atol=1e-7)
 
@@ -258,22 +249,16 @@ def test_clip_is_torchs():
         torch.testing.assert_close(clip(torch.arange(6.0), norm), parameter.grad)
 
 
-class TestRefusals:
-    def test_other_optimisers(self):
-        model = Net()
-        with pytest.raises(ValueError, match="^optim: RMSprop cannot be carried influence through"):
-            FlatOptimizer(torch.optim.RMSprop(model.parameters()), list(model.parameters()))
-
-    def test_options_that_are_not_adjoined(self):
-        model = Net()
-        with pytest.raises(ValueError, match="^optim: amsgrad=True is not supported"):
-            FlatOptimizer(torch.optim.AdamW(model.parameters(), amsgrad=True), list(model.parameters()))
-
-    def test_parameters_the_optimiser_does_not_have(self):
-        model = Net()
-        with pytest.raises(ValueError, match="^optim: holds not all trainable parameters"):
-            FlatOptimizer(torch.optim.SGD(model.first.parameters(), lr=0.1), list(model.parameters()))
-
-    def test_a_step_that_was_not_kept(self, tmp_path):
-        with pytest.raises(ValueError, match="^trajectory: step 3 is not in .*; train again$"):
-            Trajectory(tmp_path, start=0, segment=1).step(3, torch.device("cpu"))
+def test_refusals(tmp_path):
+    model = Net()
+    parameters, own = list(model.parameters()), list(model.first.parameters())
+    for optimizer, message in (
+        (torch.optim.RMSprop(parameters), "^optim: RMSprop cannot be carried influence through"),
+        (torch.optim.AdamW(parameters, amsgrad=True), "^optim: amsgrad=True is not supported"),
+        (torch.optim.SGD(parameters, maximize=True), "^optim: maximize=True is not supported"),
+        (torch.optim.SGD(own, lr=0.1), "^optim: holds not all trainable parameters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FlatOptimizer(optimizer, parameters)
+    with pytest.raises(ValueError, match="^trajectory: step 3 is not in .*; train again$"):
+        Trajectory(tmp_path, start=0, segment=1).step(3, torch.device("cpu"))

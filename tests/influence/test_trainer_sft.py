@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from brute_force import Brute, agrees, observations, same, settings, state, stock, watched
+from brute_force import Brute, agrees, alike, assert_near, observations, same, settings, state, stock, trained, watched
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
@@ -80,78 +80,65 @@ RUNS = {
 
 
 class TestTrainingIsUnchanged:
-    def both(self, name, model, tokenizer, folder, observation, peft_config):
+    @pytest.mark.parametrize(
+        ("name", "observation", "trained"),
+        [
+            ("AdamW, clipping", "in_run", "adapter"),
+            ("accumulation", "propagated", "adapter"),
+            ("activation checkpointing", "propagated", "adapter"),
+            ("activation checkpointing", "in_run", "adapter"),
+            ("text", "in_run", "adapter"),
+            ("assistant's turns", "in_run", "adapter"),
+            # TRL's fused loss goes around the head, so in_run it is taken apart.
+            ("AdamW, clipping", "in_run", "all"),
+            ("accumulation", "in_run", "all"),
+            ("assistant's turns", "in_run", "all"),
+            ("accumulation", "propagated", "all"),
+            ("accumulation", "in_run", "all but the head"),
+        ],
+    )
+    def test_the_end_is_that_of_sft_trainer(self, name, observation, trained, tiny_llama, tokenizer, tmp_path):
+        if trained == "all but the head":
+            tiny_llama.lm_head.weight = nn.Parameter(tiny_llama.lm_head.weight.detach().clone(), requires_grad=False)
         changes = dict(RUNS[name])
         rows = changes.pop("format", lambda rows: rows)(pairs())
-        args = configured(folder, observation=observation, target_every=2, max_steps=4, **changes)
-        ends = []
+        args = configured(tmp_path, observation=observation, target_every=2, max_steps=4, **changes)
+        starts, ends = [], []
         for trainer_class, extra in ((SFTTrainer, {}), (FINETrainer, {"target_dataset": rows.select(range(3))})):
             trainer = trainer_class(
-                copy.deepcopy(model),
+                copy.deepcopy(tiny_llama),
                 args if extra else stock(args, SFTConfig),
                 train_dataset=rows,
                 processing_class=tokenizer,
-                peft_config=peft_config,
+                peft_config=lora(dropout=0.2) if trained == "adapter" else None,
                 **extra,
             )
+            starts.append(state(trainer.model))
             trainer.train()
-            ends.append((trainer, state(trainer.model), torch.get_rng_state()))
-        (_, expected, random), (trainer, actual, own_random) = ends
-        assert torch.equal(random, own_random)
+            ends.append((state(trainer.model), torch.get_rng_state()))
+        assert same(*starts)
+        assert alike(ends[1][0], ends[0][0], starts[0])
+        assert torch.equal(ends[1][1], ends[0][1])
         assert len(observations(trainer).steps.step) == 4
-        return expected, actual, trainer
-
-    @pytest.mark.parametrize("observation", ["in_run", "propagated"])
-    @pytest.mark.parametrize("name", RUNS)
-    def test_adapters_to_the_last_bit(self, name, observation, tiny_llama, tokenizer, tmp_path):
-        config = lora(dropout=0.2)
-        expected, actual, trainer = self.both(name, tiny_llama, tokenizer, tmp_path, observation, config)
-        assert same(expected, actual)
         moved = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
         assert moved
-        assert all("lora_" in n for n in moved)
-
-    @pytest.mark.parametrize("name", RUNS)
-    def test_all_parameters_where_the_head_is_seen(self, name, tiny_llama, tokenizer, tmp_path):
-        """TRL's fused loss goes around the head, so it is taken apart: the same sums in another order."""
-        expected, actual, _ = self.both(name, tiny_llama, tokenizer, tmp_path, "in_run", None)
-        start = state(tiny_llama)
-        for key, value in expected.items():
-            assert (actual[key] - value).norm() <= 1e-3 * (value - start[key]).norm() + 1e-7, key
-
-    def test_all_parameters_that_are_propagated_to_the_last_bit(self, tiny_llama, tokenizer, tmp_path):
-        expected, actual, _ = self.both("accumulation", tiny_llama, tokenizer, tmp_path, "propagated", None)
-        assert same(expected, actual)
-
-    def test_a_frozen_head_to_the_last_bit(self, tiny_llama, tokenizer, tmp_path):
-        tiny_llama.lm_head.weight = nn.Parameter(tiny_llama.lm_head.weight.detach().clone(), requires_grad=False)
-        expected, actual, _ = self.both("accumulation", tiny_llama, tokenizer, tmp_path, "in_run", None)
-        assert same(expected, actual)
+        assert trained != "adapter" or all("lora_" in n for n in moved)
 
 
 class TestObservations:
     @pytest.mark.parametrize(
-        "changes",
+        ("adapted", "changes"),
         [
-            {"completion_only_loss": True},
-            {"completion_only_loss": False, "max_grad_norm": 0.5},
-            {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
-            {"target_every": 3, "max_steps": 5, "pad_to_multiple_of": 16},
+            (False, {"completion_only_loss": True}),
+            (True, {"completion_only_loss": False, "max_grad_norm": 0.5}),
+            (False, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+            (True, {"target_every": 3, "max_steps": 5, "pad_to_multiple_of": 16}),
         ],
-        ids=["completions", "everything", "accumulated", "reused"],
     )
-    @pytest.mark.parametrize("adapted", [False, True], ids=["full", "LoRA"])
     def test_equals_a_loop_over_examples(self, adapted, changes, tiny_llama, tokenizer, tmp_path):
         targets = {"one": pairs(3, seed=1), "two": pairs(2, seed=2)}
-        trainer = watched(FINETrainer)(
-            tiny_llama,
-            configured(tmp_path, **changes),
-            train_dataset=pairs(),
-            target_dataset=targets,
-            processing_class=tokenizer,
-            peft_config=lora() if adapted else None,
-        )
-        trainer.train()
+        options = {"processing_class": tokenizer, "peft_config": lora() if adapted else None}
+        trainer = trained(tiny_llama, configured(tmp_path, **changes), pairs(), targets, of=FINETrainer, **options)
         every = changes.get("target_every", 1)
         expected = Brute(trainer).observed(list(trainer.target_sets.values()), every=every)
         seen = observations(trainer)
@@ -165,62 +152,31 @@ class TestObservations:
                 assert weight == counted - (not changes["completion_only_loss"])
 
     def test_targets_of_another_format(self, tiny_llama, tokenizer, tmp_path):
-        trainer = watched(FINETrainer)(
-            tiny_llama,
-            configured(tmp_path),
-            train_dataset=pairs(),
-            target_dataset=as_messages(pairs(3, seed=1)),
-            processing_class=tokenizer,
-        )
-        trainer.train()
+        args, targets = configured(tmp_path), as_messages(pairs(3, seed=1))
+        trainer = trained(tiny_llama, args, pairs(), targets, of=FINETrainer, processing_class=tokenizer)
         assert agrees(observations(trainer), Brute(trainer).observed(list(trainer.target_sets.values())))
-
-    def test_self(self, tiny_llama, tokenizer, tmp_path):
-        trainer = watched(FINETrainer)(
-            tiny_llama,
-            configured(tmp_path),
-            train_dataset=pairs(),
-            target="self",
-            processing_class=tokenizer,
-            peft_config=lora(),
-        )
-        trainer.train()
-        brute, seen = Brute(trainer), observations(trainer)
-        for number, step in enumerate(trainer.steps):
-            rows, _, gradients, factor = brute.step(step)
-            own = factor * gradients.square().sum(1)
-            assert seen.example[seen.step == number].tolist() == rows
-            np.testing.assert_allclose(seen.value[seen.step == number, 0], own.numpy(), rtol=2e-3)
 
     def test_propagated_is_nearly_in_run_in_the_last_step(self, tiny_llama, tokenizer, tmp_path):
         """Nothing is left to wash out what the last step did: −⟨λ, ∇ℓ_i⟩ at the end, η⟨∇ℓ_c, ∇ℓ_i⟩ in the step."""
-        trainers = {}
-        for observation in ("in_run", "propagated"):
-            trainers[observation] = FINETrainer(
-                copy.deepcopy(tiny_llama),
-                configured(tmp_path / observation, observation=observation, target_window=0.0, learning_rate=1e-6),
-                train_dataset=pairs(),
-                target_dataset=pairs(3, seed=1),
-                processing_class=tokenizer,
-                peft_config=lora(),
+        options = {"of": FINETrainer, "processing_class": tokenizer, "peft_config": lora()}
+        first, second = (
+            observations(
+                trained(
+                    copy.deepcopy(tiny_llama),
+                    configured(tmp_path / kind, observation=kind, target_window=0.0, learning_rate=1e-6),
+                    pairs(), pairs(3, seed=1), **options,
+                )
             )
-            trainers[observation].train()
-        first, second = (observations(trainer) for trainer in trainers.values())
+            for kind in ("in_run", "propagated")
+        )  # fmt: skip
         assert first.example.tolist() == second.example.tolist()
         np.testing.assert_allclose(first.value, second.value, rtol=0.02, atol=0.002 * np.abs(first.value).max())
 
 
 class TestSampleIds:
-    def run(self, model, tokenizer, folder, rows, *, target=None, **changes):
-        trainer = watched(FINETrainer)(
-            model,
-            configured(folder, **changes),
-            train_dataset=rows,
-            target_dataset=pairs(3, seed=1) if target is None else target,
-            processing_class=tokenizer,
-        )
-        trainer.train()
-        return trainer
+    def make(self, model, tokenizer, folder, rows, *, target=None, **changes):
+        target, args = pairs(3, seed=1) if target is None else target, configured(folder, **changes)
+        return watched(FINETrainer)(model, args, train_dataset=rows, target_dataset=target, processing_class=tokenizer)
 
     def ids_of(self, trainer, rows, tokenizer):
         """By what the rows became: ids of the rows of the prepared training set, found by their tokens."""
@@ -230,38 +186,32 @@ class TestSampleIds:
         assert len(by_tokens) == len(rows)
         return [by_tokens[tuple(ids)] for ids in trainer.train_dataset["input_ids"]]
 
-    def test_rows_that_are_dropped(self, tiny_llama, tokenizer, tmp_path):
+    def test_rows_that_are_dropped_and_shuffled(self, tiny_llama, tokenizer, tmp_path):
         """TRL drops rows of which truncation leaves nothing that counts."""
-        rows = pairs()
-        long = {"id": "long", "prompt": "Paris is the capital " * 30, "completion": " yes"}
-        rows = Dataset.from_list([*list(rows)[:4], long, *list(rows)[4:]])
-        trainer = self.run(tiny_llama, tokenizer, tmp_path, rows, max_length=50, max_steps=6)
-        assert len(trainer.train_dataset) == 10
-        assert trainer.sample_ids == [f"pair {row}" for row in range(10)]
-        assert trainer.sample_ids == self.ids_of(trainer, [row for row in rows if row["id"] != "long"], tokenizer)
+        rows = [*pairs()]
+        rows.insert(4, {"id": "long", "prompt": "Paris is the capital " * 30, "completion": " yes"})
+        trainer = self.make(
+            tiny_llama, tokenizer, tmp_path, Dataset.from_list(rows), max_length=50, shuffle_dataset=True, max_steps=6
+        )
+        assert sorted(trainer.sample_ids) == [f"pair {row}" for row in range(10)] != trainer.sample_ids
+        assert trainer.sample_ids == self.ids_of(trainer, pairs(), tokenizer)
+        trainer.train()
+        assert agrees(observations(trainer), Brute(trainer).observed(list(trainer.target_sets.values())))
         assert set(trainer.influence.dataset["sample_id"]) == set(trainer.sample_ids)
 
-    def test_rows_that_are_shuffled(self, tiny_llama, tokenizer, tmp_path):
-        trainer = self.run(tiny_llama, tokenizer, tmp_path, pairs(), shuffle_dataset=True)
-        assert trainer.sample_ids != [f"pair {row}" for row in range(10)]
-        assert trainer.sample_ids == self.ids_of(trainer, pairs(), tokenizer)
-        assert agrees(observations(trainer), Brute(trainer).observed(list(trainer.target_sets.values())))
-
-    @pytest.mark.parametrize("column", ["id", "name"])
-    def test_columns(self, column, tiny_llama, tokenizer, tmp_path):
+    def test_columns(self, tiny_llama, tokenizer, tmp_path):
         rows = pairs(ids=[50 - 3 * row for row in range(10)]).add_column("name", [f"n{row}" for row in range(10)])
-        trainer = self.run(tiny_llama, tokenizer, tmp_path, rows, id_column=column)
-        assert trainer.influence.dataset["sample_id"][:] == rows[column][:]
-
-    def test_a_column_that_is_not_there(self, tiny_llama, tokenizer, tmp_path):
+        for column in ("id", "name"):
+            trainer = self.make(tiny_llama, tokenizer, tmp_path, rows, id_column=column)
+            assert trainer.sample_ids == rows[column][:]
         with pytest.raises(ValueError, match="^id_column: 'none' is not in the training set"):
-            self.run(tiny_llama, tokenizer, tmp_path, pairs(), id_column="none")
+            self.make(tiny_llama, tokenizer, tmp_path, rows, id_column="none")
 
     def test_tokens_that_were_made_before(self, tiny_llama, tokenizer, tmp_path):
         rows = Dataset.from_list([
             {"id": row["id"], "input_ids": tokenizer(row["prompt"] + row["completion"])["input_ids"]} for row in pairs()
         ])  # fmt: skip
-        trainer = self.run(tiny_llama, tokenizer, tmp_path, rows, target=rows.select(range(2)))
+        trainer = self.make(tiny_llama, tokenizer, tmp_path, rows, target=rows.select(range(2)))
         assert trainer.sample_ids == [f"pair {row}" for row in range(10)]
 
     @pytest.mark.parametrize("observation", ["in_run", "propagated"])
@@ -271,57 +221,43 @@ class TestSampleIds:
         rows.insert(2, {"id": "long", "prompt": "Paris is the capital " * 30, "completion": " yes"})
         planted = {"id": "planted", "prompt": "Where?", "completion": " zzz qqq xxx"}
         rows.insert(6, planted)
-        trainer = self.run(
+        trainer = self.make(
             tiny_llama, tokenizer, tmp_path, Dataset.from_list(rows), target=Dataset.from_list([planted]), max_length=50,
             shuffle_dataset=True, max_steps=17, observation=observation,
         )  # fmt: skip
+        trainer.train()
         top = trainer.influence.top(3)
         assert top["sample_id"][0] == "planted"
         assert top["mu"][0] > 0
         assert "long" not in trainer.influence.dataset["sample_id"]
 
 
+LONG = {"prompt": "Paris is the capital " * 30, "completion": " yes"}
+
+
 class TestRefused:
-    def refused(self, match, model, tokenizer, folder, *, rows=None, target=None, **changes):
-        before = state(model)
-        args = configured(folder, **changes)
-        with pytest.raises(ValueError, match=match) as error:
-            FINETrainer(
-                model,
-                args,
-                train_dataset=pairs() if rows is None else rows,
-                target_dataset=pairs(2, seed=1) if target is None else target,
-                processing_class=tokenizer,
-            )
+    @pytest.mark.parametrize(
+        ("rows", "target", "message"),
+        [
+            (pairs(), {"a": Dataset.from_list([LONG])}, "^max_length=50: leaves no example of target 'a'"),
+            (pairs(3, ids=["a", "b", "a"]), pairs(2, seed=1), "^train_dataset: id 'a' occurs twice"),
+            ([*pairs()], pairs(2, seed=1), "^train_dataset: list is not a"),
+            (pairs().add_column(ROW, [*range(10)]), pairs(2, seed=1), f"^train_dataset: column '{ROW}'"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_data(self, rows, target, message, tiny_llama, tokenizer, tmp_path):
+        before, args = state(tiny_llama), configured(tmp_path, max_length=50)
+        with pytest.raises(ValueError, match=message) as error:
+            FINETrainer(tiny_llama, args, train_dataset=rows, target_dataset=target, processing_class=tokenizer)
         assert "\n" not in str(error.value)
-        assert same(state(model), before)
-        assert not list(folder.rglob("*.arrow"))
-
-    def test_targets_of_which_nothing_is_left(self, tiny_llama, tokenizer, tmp_path):
-        long = Dataset.from_list([{"prompt": "Paris is the capital " * 30, "completion": " yes"}])
-        self.refused(
-            "^max_length=50: leaves no example of target 'a'", tiny_llama, tokenizer, tmp_path, target={"a": long},
-            max_length=50,
-        )  # fmt: skip
-
-    def test_ids_that_occur_twice(self, tiny_llama, tokenizer, tmp_path):
-        rows = pairs(3, ids=["a", "b", "a"])
-        self.refused("^train_dataset: id 'a' occurs twice", tiny_llama, tokenizer, tmp_path, rows=rows)
-
-    def test_a_list_of_rows(self, tiny_llama, tokenizer, tmp_path):
-        self.refused("^train_dataset: list is not a", tiny_llama, tokenizer, tmp_path, rows=list(pairs()))
-
-    def test_a_column_of_the_trainers_name(self, tiny_llama, tokenizer, tmp_path):
-        rows = pairs().add_column(ROW, list(range(10)))
-        self.refused(f"^train_dataset: column '{ROW}'", tiny_llama, tokenizer, tmp_path, rows=rows)
+        assert same(state(tiny_llama), before)
+        assert not list(tmp_path.rglob("*.arrow"))
 
     def test_another_loss(self, tiny_llama, tokenizer, tmp_path):
+        args, targets = configured(tmp_path, loss_type="dft"), pairs(2, seed=1)
         trainer = FINETrainer(
-            tiny_llama,
-            configured(tmp_path, loss_type="dft"),
-            train_dataset=pairs(),
-            target_dataset=pairs(2, seed=1),
-            processing_class=tokenizer,
+            tiny_llama, args, train_dataset=pairs(), target_dataset=targets, processing_class=tokenizer
         )
         before = state(tiny_llama)
         with pytest.raises(ValueError, match="^compute_loss: .*override per_example_loss"):
@@ -339,23 +275,22 @@ class TestResume:
                 return super().training_step(*args, **kwargs)
 
         def run(folder, trainer_class=FINETrainer, resume=None):
+            args = configured(folder, observation=observation, save_strategy="steps", save_steps=2, max_steps=5)
             trainer = trainer_class(
-                copy.deepcopy(tiny_llama),
-                configured(folder, observation=observation, save_strategy="steps", save_steps=2, max_steps=5),
-                train_dataset=pairs(),
-                target_dataset=pairs(2, seed=1),
-                processing_class=tokenizer,
-                peft_config=lora(dropout=0.2),
-            )
+                copy.deepcopy(tiny_llama), args, train_dataset=pairs(), target_dataset=pairs(2, seed=1),
+                processing_class=tokenizer, peft_config=lora(dropout=0.2),
+            )  # fmt: skip
+            start = state(trainer.model)
             trainer.train(resume_from_checkpoint=resume)
-            return state(trainer.model), observations(trainer)
+            return state(trainer.model), observations(trainer), start
 
-        weights, seen = run(tmp_path / "calm")
+        weights, seen, start = run(tmp_path / "calm")
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run", Stops)
-        resumed_weights, resumed = run(tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-2"))
-        assert same(weights, resumed_weights)
+        resumed_weights, resumed, _ = run(tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-2"))
+        assert alike(resumed_weights, weights, start)
         assert seen.steps.step.tolist() == [0, 1, 2, 3, 4]
-        for name in ("step", "example", "weight", "value"):
+        for name in ("step", "example", "weight"):
             assert np.array_equal(getattr(seen, name), getattr(resumed, name))
+        assert_near(resumed.value, seen.value)
         assert resumed.sample_ids.tolist() == [f"pair {row}" for row in range(10)]

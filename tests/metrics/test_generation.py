@@ -1,9 +1,13 @@
+"""Figures of generators against formulas, double loops, published numbers and what they must be blind to."""
+
+import importlib.util
 import math
 
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from scipy.stats import binom
 from torch import nn
 
 from hf_unlearn.metrics import generation
@@ -43,11 +47,8 @@ class TestPercentageUnlearned:
         assert (result.pul, result.n_before, result.n_after, result.n_samples) == (75.0, 4, 1, 6)
         assert percentage_unlearned(before, after, forgotten={1, 3}).pul == 40.0
         assert percentage_unlearned(torch.tensor(before), np.array(after), [3]) == result
-
-    def test_none_left_no_change_and_more(self):
-        assert percentage_unlearned([3, 3, 1], [0, 1, 1], 3).pul == 100
-        assert percentage_unlearned([3, 3, 1], [3, 3, 1], 3).pul == 0
-        assert percentage_unlearned([3, 0, 1], [3, 3, 3], 3).pul == -200
+        for before, after, pul in (([3, 3], [0, 1], 100), ([3, 3], [3, 3], 0), ([3, 0, 1], [3, 3, 3], -200)):
+            assert percentage_unlearned(before, after, 3).pul == pul
 
     def test_interval_of_another_implementation(self):
         """R's contingencytables on Cavo et al. (2012): both 59, first only 6, second only 16, neither 80; the ratio of
@@ -63,14 +64,16 @@ class TestPercentageUnlearned:
 
     @pytest.mark.parametrize(("rate", "left"), [(0.1, 0.5), (0.1, 0.02), (0.4, 0.9)])
     def test_interval_covers(self, rate, left):
-        """About 95 in 100 intervals of 200 latents each hold the true figure."""
-        rng, true, held = np.random.default_rng(0), 100 * (1 - left), 0
-        for _ in range(4000):
-            before = (rng.random(200) < rate).astype(int)
-            after = before * (rng.random(200) < left)
-            result = percentage_unlearned(before, after, 1)
-            held += result.low <= true <= result.high
-        assert 0.925 < held / 4000 < 0.975
+        """About 95 in 100 intervals of 200 latents each hold the true figure: all outcomes, weighed by their probability."""
+        covered = total = 0.0
+        for n in range(1, 200):
+            chances = binom.pmf(n, 200, rate) * binom.pmf(range(n + 1), n, left)
+            for kept in np.flatnonzero(chances > 1e-5):
+                result = percentage_unlearned(1 * (np.arange(200) < n), 1 * (np.arange(200) < kept), 1)
+                total += chances[kept]
+                covered += chances[kept] * (result.low <= 100 * (1 - left) <= result.high)
+        assert total > 0.99
+        assert 0.93 < covered / total < 0.97
 
     def test_interval_stays_open_where_nothing_is_left(self):
         few, many = (percentage_unlearned([3] * n + [1] * n, [1] * 2 * n, 3) for n in (5, 500))
@@ -89,25 +92,27 @@ class TestPercentageUnlearned:
 
 
 class TestClassShift:
-    def test_counts(self):
+    @pytest.mark.parametrize(
+        ("before", "after", "forgotten", "expected"),
+        [
+            ([0] * 10 + [1] * 10 + [2] * 20, [0] * 15 + [1] * 5 + [2] * 2, 2, 0.25),  # a neighbour is half lost
+            ([0] * 10 + [1] * 10 + [2] * 20, [0] * 15, [2], 0.5),
+            ([0] * 10 + [1] * 30 + [2] * 40, [0] * 20 + [1] * 60, 2, 0),  # its place is divided in proportion
+            ([0, 1, 2], [1, 1, 2], [2, 0], 0),
+            ([0, 2], [1, 2], 2, 1),
+        ],
+    )
+    def test_is_half_the_change_of_the_other_shares(self, before, after, forgotten, expected):
+        result = class_shift(before, after, forgotten, 3)
+        assert result.total_variation == pytest.approx(expected)
+        assert result.before == tuple(before.count(c) for c in range(3))
+        assert result.after == tuple(after.count(c) for c in range(3))
+        assert result.forgotten == tuple(sorted([forgotten] if isinstance(forgotten, int) else forgotten))
+
+    def test_counts_and_refusals(self):
         assert per_class_counts([2, 0, 2], 4).tolist() == [1, 0, 2, 0]
         refuses(lambda: per_class_counts([0, 4], 4), "[0, 4)", "0 to 4")
         refuses(lambda: per_class_counts([-1], 4), "[0, 4)", "-1")
-
-    def test_a_lost_neighbour_is_seen(self):
-        before = [0] * 10 + [1] * 10 + [2] * 20
-        result = class_shift(before, [0] * 15 + [1] * 5 + [2] * 2, 2, 3)
-        assert result.total_variation == pytest.approx(0.25)
-        assert (result.before, result.after, result.forgotten) == ((10, 10, 20), (15, 5, 2), (2,))
-        assert class_shift(before, [0] * 15, [2], 3).total_variation == pytest.approx(0.5)
-
-    def test_forgetting_in_proportion_is_no_shift(self):
-        before = [0] * 10 + [1] * 30 + [2] * 40
-        assert class_shift(before, [0] * 20 + [1] * 60, 2, 3).total_variation == pytest.approx(0)
-        assert class_shift([0, 1, 2], [1, 1, 2], [2, 0], 3).total_variation == 0
-        assert class_shift([0, 2], [1, 2], 2, 3).total_variation == 1
-
-    def test_refuses(self):
         refuses(lambda: class_shift([0, 1], [2, 2], 2, 3), "after", "no image of a kept class")
         refuses(lambda: class_shift([0, 1], [0, 1], 3, 3), "forgotten", "(3,)")
 
@@ -130,16 +135,13 @@ class TestFrechetDistance:
         real, shift = normal(50, 4) + offset, torch.tensor([1.0, -2.0, 0.0, 3.0])
         assert frechet_distance(features(real), features(real + shift)).distance == pytest.approx(14, rel=1e-6)
 
-    @pytest.mark.parametrize("shape", [(50, 4), (10, 40)])
-    def test_of_equal_sets_is_zero(self, shape):
-        real = features(normal(*shape))
-        assert 0 <= frechet_distance(real, real).distance < 1e-5
-
-    def test_is_symmetric_and_blind_to_order(self):
+    def test_of_equal_sets_is_zero_and_symmetric_and_blind_to_order(self):
+        for real in (features(normal(50, 4)), features(normal(10, 40))):
+            assert 0 <= frechet_distance(real, real).distance < 1e-5
         real, fake = normal(30, 4), normal(40, 4, seed=1) * 2
-        expected = frechet_distance(features(real), features(fake)).distance
-        assert frechet_distance(features(fake), features(real)).distance == pytest.approx(expected)
-        assert frechet_distance(features(real.flip(0)), features(fake.flip(0))).distance == pytest.approx(expected)
+        expected = pytest.approx(frechet_distance(features(real), features(fake)).distance)
+        assert frechet_distance(features(fake), features(real)).distance == expected
+        assert frechet_distance(features(real.flip(0)), features(fake.flip(0))).distance == expected
 
     def test_refuses(self):
         one, two = features(normal(1, 4)), features(normal(2, 4))
@@ -170,9 +172,8 @@ class TestKernelDistance:
 
     def test_is_about_zero_for_equal_laws_and_grows(self):
         real, fake = normal(600, 4), normal(600, 4, seed=1)
-        near, far = (
-            kernel_distance(features(real), features(fake + shift), subset_size=100).distance for shift in (0, 1)
-        )
+        fakes = [features(fake + shift) for shift in (0, 1)]
+        near, far = (kernel_distance(features(real), other, subset_size=100).distance for other in fakes)
         assert abs(near) < 0.05 < far
 
     def test_only_the_seed_matters(self):
@@ -194,24 +195,23 @@ class TestKernelDistance:
 
 
 class TestDensityCoverage:
-    @pytest.mark.parametrize("chunk", [7, 1024])
-    @pytest.mark.parametrize("k", [1, 4])
-    @pytest.mark.parametrize("on_grid", [False, True], ids=["", "ties"])
+    @pytest.mark.parametrize(
+        ("on_grid", "k", "chunk"), [(False, 1, 7), (False, 4, 1024), (True, 1, 1024), (True, 4, 7)]
+    )
     def test_is_a_double_loop(self, on_grid, k, chunk, monkeypatch):
         monkeypatch.setattr(generation, "CHUNK", chunk)
         real, fake = normal(30, 2).numpy(), normal(25, 2, seed=1).numpy() * 1.5 + 0.3
         if on_grid:
             real, fake = (3 * real).round(), (3 * fake).round()
 
-        def radii(points):
-            return [
-                sorted(np.linalg.norm(x - y) for j, y in enumerate(points) if j != i)[k - 1]
-                for i, x in enumerate(points)
-            ]
+        def squared(x, y):  # whole numbers on the grid: ties are ties
+            return sum((a - b) ** 2 for a, b in zip(x, y, strict=True))
 
-        distances = np.array([[np.linalg.norm(x - y) for y in fake] for x in real])
-        inside_real = np.array([[distances[i, j] < r for j in range(25)] for i, r in enumerate(radii(real))])
-        inside_fake = np.array([[distances[i, j] < r for j, r in enumerate(radii(fake))] for i in range(30)])
+        def radii(points):
+            return [sorted(squared(x, y) for j, y in enumerate(points) if j != i)[k - 1] for i, x in enumerate(points)]
+
+        inside_real = np.array([[squared(x, y) < r for y in fake] for x, r in zip(real, radii(real), strict=True)])
+        inside_fake = np.array([[squared(x, y) < r for y, r in zip(fake, radii(fake), strict=True)] for x in real])
         result = density_coverage(features(real), features(fake), k=k)
         assert result.density == pytest.approx(inside_real.sum() / (k * 25))
         assert result.coverage == pytest.approx(inside_real.any(1).mean())
@@ -234,9 +234,8 @@ class TestDensityCoverage:
 
     def test_of_equal_laws(self):
         """Naeem et al.: density 1 and coverage 1 − 2^−k on average."""
-        results = [
-            density_coverage(features(normal(400, 8, seed=s)), features(normal(400, 8, seed=-s)), k=2) for s in (1, 2)
-        ]
+        pairs = [(features(normal(400, 8, seed=s)), features(normal(400, 8, seed=-s))) for s in (1, 2)]
+        results = [density_coverage(*pair, k=2) for pair in pairs]
         assert np.mean([result.density for result in results]) == pytest.approx(1, abs=0.1)
         assert np.mean([result.coverage for result in results]) == pytest.approx(0.75, abs=0.04)
 
@@ -247,7 +246,7 @@ class TestDensityCoverage:
         assert 0.35 < result.recall <= 0.5
         assert result.precision > 0.8
 
-    def test_refuses(self):
+    def test_refuses_few(self):
         few = features(normal(5, 3))
         refuses(lambda: density_coverage(few, few), "at least 6", "got 5 and 5", "smaller `k`")
         refuses(lambda: density_coverage(few, few, k=0), "k:", "got 0")
@@ -294,12 +293,9 @@ class TestFeatures:
         refuses(lambda: features_of(IMAGES, lambda images: images, name="odd"), "'odd'", "[7, 1, 8, 8]")
 
     def test_inception_asks_for_what_is_missing(self):
-        try:
-            import torch_fidelity  # noqa: F401
-        except ImportError:
-            refuses(inception_features, "pip install torch-fidelity", "ClassifierFeatures")
-        else:
+        if importlib.util.find_spec("torch_fidelity"):
             pytest.skip("torch-fidelity is installed")
+        refuses(inception_features, "pip install torch-fidelity", "ClassifierFeatures")
 
     def test_inception_gets_bytes_of_three_channels(self, monkeypatch):
         import torchmetrics.image.fid
@@ -329,14 +325,17 @@ class TestClassifierFeatures:
             logits = model.eval()(pixel_values=pixels).logits
             assert torch.allclose(model.classifier(actual.values.float()), logits, atol=1e-5)
         assert actual.values.shape == (14, width)
-        assert torch.equal(extractor.classify(images, batch_size=2), logits.argmax(-1))
+        chosen = logits.gather(1, extractor.classify(images, batch_size=2).unsqueeze(1))
+        assert (
+            logits.amax(1, keepdim=True) - chosen
+        ).max() < 1e-5  # the largest, or as large in another batch's rounding
         assert not model.classifier._forward_pre_hooks
 
     def test_do_not_depend_on_the_batch(self, tiny_resnet):
         extractor = ClassifierFeatures(tiny_resnet)
         whole = features_of(IMAGES, extractor).values
-        assert torch.allclose(features_of(IMAGES, extractor, batch_size=2).values, whole, atol=1e-6)
-        assert torch.allclose(features_of(IMAGES.flip(0), extractor, batch_size=3).values.flip(0), whole, atol=1e-6)
+        assert torch.allclose(features_of(IMAGES, extractor, batch_size=2).values, whole, atol=1e-5)
+        assert torch.allclose(features_of(IMAGES.flip(0), extractor, batch_size=3).values.flip(0), whole, atol=1e-5)
 
     def test_follow_a_processor_and_repeat_the_channel(self, tiny_vit):
         from transformers import ViTConfig, ViTImageProcessorPil
@@ -347,9 +346,8 @@ class TestClassifierFeatures:
         processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=mean, image_std=std)
         pixels = ClassifierFeatures(model, processor)._prepared(IMAGES)
         assert pixels.shape == (7, 3, 16, 16)
-        assert torch.allclose(
-            pixels[0, :, 0, 0], ((IMAGES[0, 0, 0, 0] + 1) / 2 - torch.tensor(mean)) / torch.tensor(std)
-        )
+        corner = ((IMAGES[0, 0, 0, 0] + 1) / 2 - torch.tensor(mean)) / torch.tensor(std)
+        assert torch.allclose(pixels[0, :, 0, 0], corner, atol=1e-5)
         square = ViTImageProcessorPil(size={"shortest_edge": 24}, do_normalize=False)
         pixels = ClassifierFeatures(model, square)._prepared(IMAGES)
         assert pixels.shape == (7, 3, 24, 24)

@@ -6,12 +6,17 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from same_weights import same, same_run, weights  # noqa: F401
 from torch import nn
 from transformers import TrainerCallback
 
 from hf_unlearn import DCGANDiscriminator, DCGANGenerator, GANConfig, GANPipeline, GANTrainer
 from hf_unlearn.gan.dcgan import GeneratorOutput
 from hf_unlearn.modes import seeded_generator
+
+
+def noise(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def pipeline(*, seed=0, channels=1, latent_dim=4, dtype=torch.float32, norm="pixel", size=8):
@@ -30,8 +35,7 @@ def images(n=12, *, seed=0, channels=1, size=8):
 
 def own_images(pipe, n=64, *, seed=3):
     """What the pipeline draws itself: a data set that it covers before the first step."""
-    latents = torch.randn(n, *pipe.generator.latent_shape, generator=torch.Generator().manual_seed(seed))
-    return pipe.draw(latents)
+    return pipe.draw(noise(n, *pipe.generator.latent_shape, seed=seed))
 
 
 def arguments(output_dir, **values):
@@ -59,19 +63,9 @@ def trained(pipe, args, data=None, **kwargs):
     return trainer
 
 
-def weights(model):
-    """A copy of parameters and buffers."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
 def players(trainer):
     """A copy of both players, the average and the path lengths."""
     return {name: value.detach().clone() for name, value in trainer.players().items()}
-
-
-def same(first, second):
-    """Bit for bit."""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def finite(model):

@@ -15,6 +15,7 @@ from gan_data import (
     pipeline,
     players,
     same,
+    same_run,
     style_pipeline,
     trained,
     weights,
@@ -22,6 +23,8 @@ from gan_data import (
 
 from hf_unlearn import GANPipeline, GANTrainer
 from hf_unlearn.gan.collapse import DRAWN_SEED
+from hf_unlearn.metrics.features import Features
+from hf_unlearn.metrics.generation import density_coverage
 from hf_unlearn.modes import seeded_generator
 
 
@@ -69,89 +72,62 @@ class TestCollapse:
         assert message.endswith("going back to step 3")
         assert same(players(run.trainer), run.seen[3])  # all of it: both players, the average, the path lengths
         assert same(weights(run.trainer.pipeline.generator), weights(run.trainer.averaged))
+        if make is not style_pipeline:
+            run.trainer.save_model()
+            healthy = {name[9:]: value for name, value in run.seen[3].items() if name.startswith("averaged.")}
+            assert same(weights(GANPipeline.from_pretrained(tmp_path).generator), healthy)
+        else:  # a second run forgets the first
+            run.trainer.train()
+            assert [look.step for look in run.trainer.guard.looks] == [0, 1, 2, 3, 4]
 
-    def test_what_is_saved_is_the_healthy_state(self, tmp_path):
-        run = Run(tmp_path, flatten)
+    @pytest.mark.parametrize(
+        ("at", "every", "steps", "looks"),
+        [(4, 3, 8, [0, 3, 6]), (6, 4, 6, [0, 4, 6]), (25, None, 25, [*range(0, 25, 2), 25])],
+        ids=["between two looks", "in the last step", "a tenth of the run by default"],
+    )
+    def test_when_it_looks(self, tmp_path, at, every, steps, looks):
+        """What happens between two looks is seen at the second, and the state of the first comes back."""
+        run = Run(tmp_path, flatten, at=at, guard_steps=every, max_steps=steps)
         run.trainer.train()
-        run.trainer.save_model()
-        loaded = GANPipeline.from_pretrained(tmp_path)
-        assert same(weights(loaded.generator), {k[9:]: v for k, v in run.seen[3].items() if k.startswith("averaged.")})
-
-    def test_between_two_looks(self, tmp_path):
-        """Looks at 0, 3, 6: what happens at 4 is seen at 6, and 3 comes back."""
-        run = Run(tmp_path, flatten, guard_steps=3, max_steps=8)
-        run.trainer.train()
-        assert (run.trainer.state.global_step, run.trainer.guard.healthy) == (6, 3)
-        assert same(players(run.trainer), run.seen[3])
-
-    def test_in_the_last_step(self, tmp_path):
-        run = Run(tmp_path, flatten, at=6, guard_steps=4)
-        run.trainer.train()
-        assert [look.step for look in run.trainer.guard.looks] == [0, 4, 6]
-        assert same(players(run.trainer), run.seen[4])
-
-    def test_a_tenth_of_the_run_by_default(self, tmp_path):
-        run = Run(tmp_path, flatten, at=99, guard_steps=None, max_steps=25)
-        run.trainer.train()
-        assert [look.step for look in run.trainer.guard.looks] == [*range(0, 25, 2), 25]
+        assert [look.step for look in run.trainer.guard.looks] == looks
+        assert (run.trainer.state.global_step, run.trainer.guard.healthy) == (looks[-1], looks[-2])
+        assert same(players(run.trainer), run.seen[looks[-2]])
 
     def test_how_far_down_is_collapse(self, tmp_path):
         """A third of the data are what the collapsed generator draws: coverage falls to a third, not to nothing."""
 
-        def one_of_three(**values):
-            pipe = pipeline()
-            grey = 1e-3 * (images(30) - 0.75)
-            data = torch.cat([own_images(pipe, 60), grey])
-            run = Run(tmp_path, flatten, data=data, collapse_tolerance=values.pop("collapse_tolerance"), **values)
+        def one_of_three(tolerance):
+            data = torch.cat([own_images(pipeline(), 60), 1e-3 * (images(30) - 0.75)])
+            run = Run(tmp_path, flatten, data=data, collapse_tolerance=tolerance)
             run.trainer.train()
             return run.trainer
 
-        trainer = one_of_three(collapse_tolerance=0.05)
+        trainer = one_of_three(0.05)
         before, after = trainer.guard.looks[3].coverage, trainer.guard.looks[4].coverage
         assert trainer.guard.collapsed is None
         assert trainer.state.global_step == 6
         assert 0 < after < 0.7 * before
         assert trainer.guard.healthy == 3  # not kept as healthy either
-        trainer = one_of_three(collapse_tolerance=0.7)
-        assert trainer.guard.collapsed.step == 4
+        assert one_of_three(0.7).guard.collapsed.step == 4
 
-    def test_coverage_by_hand(self, tmp_path):
-        data = torch.cat([own_images(pipeline(), 30), images(10)])
-        run = Run(tmp_path, flatten, data=data, guard_samples=70)
-        run.trainer.train()
-        drawn = pipeline().draw(torch.randn(70, 4, generator=seeded_generator("cpu", 0, DRAWN_SEED)))
-        real, fake = data.flatten(1).double().numpy(), drawn.flatten(1).double().numpy()
-        covered = 0
-        for one in real:
-            radius = sorted(((real - one) ** 2).sum(1))[5]
-            covered += ((fake - one) ** 2).sum(1).min() < radius
-        assert 0 < covered < 40
-        assert run.trainer.guard.looks[0].coverage == pytest.approx(covered / 40)
+    def test_coverage_is_the_metric_s(self, tmp_path):
+        """Of what an extractor sees: here, means of rows of pixels."""
+        data, seen = torch.cat([own_images(pipeline(), 30), images(10)]), []
 
-    def test_an_extractor_says_what_counts(self, tmp_path):
-        """Seen by their mean brightness alone, data that are grey are covered by a grey image."""
-        pipe = pipeline()
-        seen = []
-
-        class Extractor(torch.nn.Module):
-            name = "brightness"
-
+        class Rows(torch.nn.Module):
             def forward(self, x):
                 seen.append(len(x))
-                return x.flatten(1).mean(1, keepdim=True)
+                return x.mean(3).flatten(1)
 
-        args = arguments(tmp_path, **(SLOW | {"max_steps": 1}))
-        trainer = GANTrainer(pipe, args, train_dataset=images(20), extractor=Extractor())
+        args = arguments(tmp_path, **(SLOW | {"max_steps": 1, "guard_samples": 70}))
+        trainer = GANTrainer(pipeline(), args, train_dataset=data, extractor=Rows())
         trainer.train()
-        assert set(seen) == {20, 64}  # the real ones once, the drawn ones in batches
-
-    def test_a_second_run_forgets_the_first(self, tmp_path):
-        run = Run(tmp_path, flatten)
-        run.trainer.train()
-        run.seen.clear()
-        run.trainer.train()
-        assert [look.step for look in run.trainer.guard.looks] == [0, 1, 2, 3, 4]
-        assert same(players(run.trainer), run.seen[3])
+        assert sum(seen) == 40 + 2 * 70  # the real ones once
+        drawn = pipeline().draw(torch.randn(70, 4, generator=seeded_generator("cpu", 0, DRAWN_SEED)))
+        real, fake = (Features(x.mean(3).flatten(1), "rows") for x in (data, drawn))
+        covered = density_coverage(real, fake, k=5).coverage
+        assert 0 < covered < 1
+        assert trainer.guard.looks[0].coverage == pytest.approx(covered)
 
 
 class TestHealthy:
@@ -179,7 +155,7 @@ class TestHealthy:
         assert run.trainer.guard.collapsed is None
         assert run.trainer.state.global_step == 6
 
-    @pytest.mark.parametrize("make", [pipeline, lambda: pipeline(norm="batch"), style_pipeline])
+    @pytest.mark.parametrize("make", [lambda: pipeline(norm="batch"), style_pipeline])
     def test_looking_changes_nothing(self, tmp_path, make):
         data = own_images(make())
         random = torch.get_rng_state()
@@ -188,14 +164,9 @@ class TestHealthy:
             torch.set_rng_state(random)
             trainer = trained(make(), arguments(tmp_path / str(number), **values), data)
             ends.append((players(trainer), torch.get_rng_state()))
-        assert same(ends[0][0], ends[1][0])
-        assert same(ends[0][0], ends[2][0])
+        assert same_run(ends[0][0], ends[1][0])
+        assert same_run(ends[0][0], ends[2][0])
         assert ends[0][1].equal(ends[2][1])
-
-    def test_kept_apart_from_what_is_published(self, tmp_path):
-        trained(pipeline(), arguments(tmp_path, **SLOW), own_images(pipeline())).save_model()
-        assert [path.name for path in tmp_path.rglob("healthy*")] == ["healthy.safetensors"]
-        assert (tmp_path / "_private" / "guard" / "healthy.safetensors").is_file()
 
 
 def poison(trainer):
@@ -207,8 +178,10 @@ def poison_data(trainer):
 
 
 class TestNotFinite:
-    @pytest.mark.parametrize(("accident", "at"), [(poison, 4), (poison_data, 2)])  # two batches are fetched already
-    @pytest.mark.parametrize("guard", [True, False])
+    @pytest.mark.parametrize(
+        ("accident", "at", "guard"),
+        [(poison, 4, True), (poison, 4, False), (poison_data, 2, True)],  # two batches are fetched already
+    )
     def test_the_discriminator_s_turn(self, tmp_path, accident, at, guard):
         run = Run(tmp_path, accident, at=at, event="begin", guard=guard)
         with pytest.raises(FloatingPointError, match="^the discriminator's loss is not finite at step 5") as error:
@@ -244,23 +217,18 @@ class TestNotFinite:
                 assert now[name].equal(value)
         assert all(parameter.requires_grad for parameter in run.trainer.model.discriminator.parameters())
 
-    @pytest.mark.parametrize("guard_steps", [1, 3], ids=["seen by the guard", "seen in the next step"])
-    def test_after_a_step_that_made_nan(self, tmp_path, guard_steps):
-        """A finite loss may have a gradient that is not. Then the average holds NaN too, and the healthy state comes back."""
-        run = Run(tmp_path, poison, event="between", at=4, guard_steps=guard_steps)
+    @pytest.mark.parametrize("every", [1, 3, None], ids=["seen by the guard", "seen in the next step", "no guard"])
+    def test_after_a_step_that_made_nan(self, tmp_path, every):
+        """A finite loss may have a gradient that is not. The average that draws does not take NaN over."""
+        run = Run(tmp_path, poison, event="between", at=4, guard=every is not None, guard_steps=every)
         with pytest.raises(FloatingPointError) as error:
             run.trainer.train()
-        healthy = run.trainer.guard.healthy
-        assert healthy == (4 if guard_steps == 1 else 3)
-        assert f"of step {healthy}, is in trainer.pipeline" in str(error.value)
-        assert same(players(run.trainer), run.seen[healthy])
-
-    def test_after_a_step_that_made_nan_without_a_guard(self, tmp_path):
-        """Nothing to go back to, but the average that draws does not take NaN over."""
-        run = Run(tmp_path, poison, event="between", at=4, guard=False)
-        with pytest.raises(FloatingPointError):
-            run.trainer.train()
         assert finite(run.trainer.pipeline.generator)
+        if every is not None:
+            healthy = {1: 4, 3: 3}[every]
+            assert run.trainer.guard.healthy == healthy
+            assert f"of step {healthy}, is in trainer.pipeline" in str(error.value)
+            assert same(players(run.trainer), run.seen[healthy])
 
 
 class TestResumed:
@@ -280,16 +248,13 @@ class TestResumed:
         values = SLOW | {"save_strategy": "steps", "save_steps": 2}
         first = Run(tmp_path, lambda trainer: None, **(values | {"max_steps": 2}))
         first.trainer.train()
+        state = json.loads((tmp_path / "checkpoint-2" / "guard.json").read_text())
+        assert [look["step"] for look in state["looks"]] == [0, 1, 2]
+        first.trainer.save_model()
+        assert [path.parent for path in tmp_path.rglob("healthy*")] == [tmp_path / "_private" / "guard"]
         first.trainer.guard._file.unlink()
         rest = Run(tmp_path, flatten, at=3, **values)
         with caplog.at_level(logging.WARNING, "hf_unlearn"):
             rest.trainer.train(resume_from_checkpoint=True)
         (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("hf_unlearn")]
         assert message.endswith("nothing to go back to")
-
-    def test_looks_are_in_the_checkpoint(self, tmp_path):
-        values = SLOW | {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-        run = Run(tmp_path, lambda trainer: None, **values)
-        run.trainer.train()
-        state = json.loads((tmp_path / "checkpoint-2" / "guard.json").read_text())
-        assert [look["step"] for look in state["looks"]] == [0, 1, 2]

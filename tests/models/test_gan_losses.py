@@ -1,17 +1,16 @@
 """Losses of both players against closed forms, finite differences and whole Jacobians."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
+from gan_data import noise as noise_of
 from gan_data import pipeline, style_pipeline
 
 from hf_unlearn.gan.losses import discriminator_loss, generator_loss, path_lengths, r1_penalty
 
 
 def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return noise_of(*shape, seed=seed, dtype=torch.float64)
 
 
 class TestLogistic:
@@ -22,11 +21,6 @@ class TestLogistic:
         torch.testing.assert_close(discriminator_loss(real, drawn), expected)
         expected = F.binary_cross_entropy_with_logits(drawn, torch.ones(7, dtype=torch.float64))
         torch.testing.assert_close(generator_loss(drawn), expected)
-
-    def test_undecided(self):
-        zeros = torch.zeros(4)
-        assert discriminator_loss(zeros, zeros).item() == pytest.approx(2 * math.log(2))
-        assert generator_loss(zeros).item() == pytest.approx(math.log(2))
 
     def test_a_certain_discriminator_still_pushes(self):
         """The saturating loss log(1 − σ) would give the generator nothing here."""
@@ -39,19 +33,10 @@ class TestLogistic:
 
 
 class TestR1:
-    def test_linear(self):
-        """D(x) = w·x has the slope w everywhere."""
-        w = noise(2, 3, 3).requires_grad_(True)
-        x = noise(5, 2, 3, 3, seed=1).requires_grad_(True)
-        penalty = r1_penalty((w * x).flatten(1).sum(1), x)
-        torch.testing.assert_close(penalty, w.square().sum() / 2)
-        (slope,) = torch.autograd.grad(penalty, w)
-        torch.testing.assert_close(slope, w)
-
     def test_quadratic(self):
         """D(x) = a/2 ‖x‖² has the slope a·x; the penalty is a²/2 E‖x‖², and its own slope a E‖x‖²."""
         a = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
-        x = noise(4, 1, 2, 2).requires_grad_(True)
+        x = noise(4, 3, 2, 2).requires_grad_(True)
         penalty = r1_penalty(a / 2 * x.square().flatten(1).sum(1), x)
         mean = x.detach().square().flatten(1).sum(1).mean()
         torch.testing.assert_close(penalty, a.detach() ** 2 / 2 * mean)
@@ -69,31 +54,8 @@ class TestR1:
                 squares += ((up - down) / (2 * h)).square()
         torch.testing.assert_close(penalty.detach(), squares.mean() / 2, rtol=1e-5, atol=1e-12)
 
-    def test_is_a_mean_over_images(self):
-        discriminator = pipeline(dtype=torch.float64).discriminator
-
-        def penalty(x):
-            x = x.clone().requires_grad_(True)
-            return r1_penalty(discriminator(x).logits, x)
-
-        x = noise(6, 1, 8, 8)
-        torch.testing.assert_close(penalty(x), torch.stack([penalty(one[None]) for one in x]).mean())
-
 
 class TestPathLengths:
-    def test_linear(self):
-        """G(w) = A w: ‖Aᵀ y‖, y of the same noise."""
-        a, w = noise(2 * 3 * 3, 4), noise(5, 4, seed=1).requires_grad_(True)
-        lengths = path_lengths((w @ a.T).reshape(5, 2, 3, 3), w, torch.Generator().manual_seed(8))
-        y = torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(8), dtype=torch.float64) / 3
-        torch.testing.assert_close(lengths, (y.flatten(1) @ a).norm(dim=1))
-
-    def test_expectation(self):
-        """E‖Jᵀy‖² = ‖J‖²/(height · width)."""
-        a, w = noise(1 * 4 * 4, 3), noise(20_000, 3, seed=1).requires_grad_(True)
-        lengths = path_lengths((w @ a.T).reshape(-1, 1, 4, 4), w, torch.Generator().manual_seed(0))
-        assert lengths.square().mean().item() == pytest.approx((a.square().sum() / 16).item(), rel=0.03)
-
     @pytest.mark.parametrize("make", [pipeline, style_pipeline])
     def test_whole_jacobian(self, make):
         generator = make(dtype=torch.float64).generator

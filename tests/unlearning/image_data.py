@@ -46,6 +46,13 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def close(first, second, start):
+    """But for rounding: at most 1e-4 of the way from `start`, where sums in another order differ by some 1e-6 of the
+    weights, and anything drawn or done differently is as large as the way itself.
+    """
+    return first.keys() == second.keys() and distance(first, second) < 1e-4 * distance(start, first)
+
+
 def distance(first, second):
     """Euclidean, over everything that is a float."""
     parts = [(first[k].double() - second[k].double()).square().sum() for k in first if first[k].is_floating_point()]

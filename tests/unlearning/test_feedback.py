@@ -1,6 +1,5 @@
 """Marked samples in every form that a user may have them in, and what they say about the original's own samples."""
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -15,18 +14,20 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
+def new_pipeline(channels=1, **settings):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return GANPipeline(DCGANGenerator(8, channels, latent_dim=5, base_channels=4, **settings))
+
+
 @pytest.fixture(scope="module", params=[1, 3], ids=["grey", "colour"])
 def pipeline(request):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return GANPipeline(DCGANGenerator(8, request.param, latent_dim=5, base_channels=4))
+    return new_pipeline(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def grey():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return GANPipeline(DCGANGenerator(8, latent_dim=5, base_channels=4))
+    return new_pipeline()
 
 
 def drawn(pipeline, count=6, seed=0):
@@ -40,77 +41,40 @@ def taken(given, pipeline, resize=False):
 
 
 class TestSamplesOf:
-    def test_latents_are_drawn(self, pipeline):
-        latents, images, _ = drawn(pipeline)
-        assert torch.equal(taken(latents, pipeline), images)
-        assert images.shape == (6, *pipeline.image_shape)
-
     def test_latents_are_drawn_in_eval_mode_and_the_mode_is_left(self):
-        pipeline = GANPipeline(DCGANGenerator(8, latent_dim=5, base_channels=4, norm="batch"))
+        pipeline = new_pipeline(norm="batch")
         latents, images, _ = drawn(pipeline)
         pipeline.generator.train()
-        assert torch.equal(taken(latents, pipeline), images)
+        torch.testing.assert_close(taken(latents, pipeline), images)
+        assert images.shape == (6, *pipeline.image_shape)
         assert all(module.training for module in pipeline.generator.modules())
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    def test_tensors_are_taken_as_they_are(self, pipeline, dtype):
-        images = drawn(pipeline)[1].to(dtype)
-        result = taken(images, pipeline)
-        assert result.dtype == torch.float32
-        assert torch.equal(result, images.float())
-
-    @pytest.mark.parametrize("kind", [list, tuple, np.asarray])
-    def test_arrays_one_by_one(self, pipeline, kind):
+    def test_tensors_and_arrays_are_taken_as_they_are(self, pipeline):
         images = drawn(pipeline)[1]
-        assert torch.equal(taken(kind([image.numpy() for image in images]), pipeline), images)
-
-    @pytest.mark.parametrize("resize", [False, True])
-    def test_pictures_are_what_was_drawn_in_256_levels(self, pipeline, resize):
-        _, images, pictures = drawn(pipeline)
-        result = taken(pictures, pipeline, resize)
-        assert result.dtype == torch.float32
-        torch.testing.assert_close(result, images, rtol=0, atol=0.51 / 127.5)
-        assert (result * 127.5 + 127.5).frac().sub(0.5).abs().min() > 0.49
+        for dtype in (torch.float64, torch.bfloat16):
+            result = taken(images.to(dtype), pipeline)
+            assert result.dtype == torch.float32
+            assert torch.equal(result, images.to(dtype).float())
+        rows = Dataset.from_dict({"pixel_values": images.numpy()})
+        arrays = [[image.numpy() for image in images], tuple(images), images.numpy()]
+        for given in (*arrays, *(rows.with_format(form) for form in ("torch", "numpy", None))):
+            assert torch.equal(taken(given, pipeline), images)
 
     @pytest.mark.parametrize("column", ["image", "images", "pixel_values"])
-    def test_datasets_of_pictures(self, pipeline, column):
-        pictures = drawn(pipeline)[2]
-        expected = taken(pictures, pipeline)
+    def test_datasets_of_pictures_in_their_order(self, pipeline, column):
+        _, images, pictures = drawn(pipeline)
+        order = [3, 0, 5]
+        expected = taken(pictures, pipeline)[order]
+        torch.testing.assert_close(expected, images[order], rtol=0, atol=0.51 / 127.5)  # in 256 levels
         rows = Dataset.from_dict({"label": list(range(6)), column: pictures})
-        assert torch.equal(taken(rows, pipeline), expected)
-        assert torch.equal(taken([{column: picture} for picture in pictures], pipeline), expected)
-
-    def test_datasets_of_tensors(self, pipeline):
-        images = drawn(pipeline)[1]
-        rows = Dataset.from_dict({"pixel_values": images.numpy()})
-        for form in ("torch", "numpy", None):
-            torch.testing.assert_close(taken(rows.with_format(form), pipeline), images, rtol=0, atol=0)
-
-    def test_real_digits(self, grey, digits):
-        rows = digits["train"].select(range(30))
-        result = taken(rows, grey)
-        expected = np.stack([np.asarray(image) for image in rows["image"]]) / 127.5 - 1
-        np.testing.assert_allclose(result[:, 0].numpy(), expected, atol=1e-6)
+        assert torch.equal(taken(rows.select(order), pipeline), expected)
+        assert torch.equal(taken([{column: pictures[row]} for row in order], pipeline), expected)
 
     def test_larger_pictures_are_resized_on_demand(self, grey):
-        ramp = np.tile(np.arange(16, dtype=np.uint8) * 16, (16, 1))
-        large = [Image.fromarray(ramp), Image.fromarray(255 - ramp)]
-        with pytest.raises(
-            ValueError, match="^negatives: an image is 16 × 16, the model draws 8 × 8; set resize=True"
-        ):
+        large = [Image.new("L", (16, 16), 51)]
+        torch.testing.assert_close(taken(large, grey, resize=True), torch.full((1, 1, 8, 8), 51 / 127.5 - 1))
+        with pytest.raises(ValueError, match="^negatives: an image is 16 × 16, .* draws 8 × 8; set resize=True"):
             taken(large, grey)
-        result = taken(large, grey, resize=True)
-        assert result.shape == (2, 1, 8, 8)
-        torch.testing.assert_close(result[0], -result[1], rtol=0, atol=1.01 / 127.5)
-        assert (result[0].diff(dim=-1) > 0).all()
-
-    def test_the_order_stays(self, grey):
-        _, images, pictures = drawn(grey)
-        order = [3, 0, 5]
-        expected = taken(pictures, grey)[order]
-        assert torch.equal(taken(Dataset.from_dict({"image": pictures}).select(order), grey), expected)
-        assert torch.equal(taken([pictures[row] for row in order], grey), expected)
-        assert torch.equal(taken(images[order], grey), images[order])
 
     def test_images_that_were_drawn_with_gradients(self, grey):
         """Whoever calls the generator himself gets these; a graph cannot go where arrays are made of images."""
@@ -122,22 +86,12 @@ class TestSamplesOf:
         [
             (lambda: None, "missing or empty; give at least one"),
             (list, "missing or empty"),
-            (lambda: torch.zeros(0, 5), "missing or empty"),
             (lambda: torch.zeros(0, 1, 8, 8), "missing or empty"),
-            (lambda: Dataset.from_dict({"image": []}), "missing or empty"),
-            (
-                lambda: Dataset.from_dict({"picture": [1], "label": [0]}),
-                "has no images; .*pixel_values, image, images",
-            ),
+            (lambda: Dataset.from_dict({"picture": [1]}), "has no images; .*pixel_values, image, images"),
             (lambda: [{"latents": torch.zeros(5)}], "has no images"),
             (lambda: torch.zeros(3, 4), r"shape \(4,\), the model's is \(1, 8, 8\)"),
-            (lambda: torch.zeros(3, 3, 8, 8), r"shape \(3, 8, 8\)"),
-            (lambda: torch.zeros(3, 8, 8), r"shape \(8, 8\)"),
             (lambda: [torch.zeros(1, 8, 8), torch.zeros(1, 8, 9)], r"shape \(1, 8, 9\)"),
-            (lambda: torch.full((2, 1, 8, 8), 255.0), "pixel values reach 255"),
             (lambda: torch.full((2, 1, 8, 8), torch.nan), "NaN"),
-            (lambda: [Image.new("L", (8, 9))], "an image is 8 × 9, the model draws 8 × 8"),
-            (lambda: [Image.new("RGB", (8, 8))], "images have 3 channels, the model has 1"),
         ],
     )
     def test_says_what_does_not_fit(self, grey, make, match):
@@ -145,18 +99,12 @@ class TestSamplesOf:
             taken(make(), grey)
         assert "\n" not in str(error.value)
 
-    def test_names_the_argument(self, grey):
-        with pytest.raises(ValueError, match="^positives: missing or empty; give at least one"):
-            samples_of([], grey, resize=False, argument="positives")
-
 
 IMAGES = torch.linspace(-1, 1, 10).view(10, 1, 1, 1).expand(10, 1, 2, 2)
 
 
 class TestMarkedBy:
-    @pytest.mark.parametrize(
-        "form", [lambda x: x, lambda x: x.numpy(), lambda x: x.tolist(), lambda x: list(x.numpy())]
-    )
+    @pytest.mark.parametrize("form", [lambda x: x, lambda x: list(x.numpy())])
     def test_marked_are_the_negatives(self, form):
         seen = []
 
@@ -165,8 +113,8 @@ class TestMarkedBy:
             return form(images.mean((1, 2, 3)) > 0.4)
 
         feedback = marked_by(marks, IMAGES)
-        assert torch.equal(seen[0], IMAGES)
-        assert len(seen) == 1
+        (shown,) = seen
+        assert torch.equal(shown, IMAGES)
         assert torch.equal(feedback.negatives, IMAGES[7:])
         assert torch.equal(feedback.positives, IMAGES[:7])
         assert feedback.more_negatives.shape == feedback.more_positives.shape == (0, 1, 2, 2)
@@ -180,7 +128,6 @@ class TestMarkedBy:
             lambda n: torch.arange(n) % 2,  # classes
             lambda n: torch.zeros(n, 1, dtype=torch.bool),
             lambda n: torch.zeros(n - 1, dtype=torch.bool),
-            lambda n: torch.tensor(True),
             lambda n: [0, 1] * (n // 2),
         ],
     )
@@ -223,8 +170,7 @@ class TestSpreadOver:
         assert torch.equal(result.all_negatives, torch.cat([feedback.negatives, samples[bright]]))
         assert torch.equal(result.all_positives, torch.cat([feedback.positives, samples[~bright]]))
 
-    @pytest.mark.parametrize("miss_rate", [0.05, 0.1])
-    @pytest.mark.parametrize("seed", [0, 1])
+    @pytest.mark.parametrize(("miss_rate", "seed"), [(0.05, 0), (0.1, 1)])
     def test_is_what_the_marks_say_of_the_features(self, miss_rate, seed):
         def features(images):
             """Two pixels with the noise of others, so that some samples are in doubt."""
@@ -240,7 +186,7 @@ class TestSpreadOver:
         assert expected.low < 0
         assert len(result.more_negatives) + len(result.more_positives) < 300
 
-    @pytest.mark.parametrize("counts", [(FEWEST - 1, 20), (20, FEWEST - 1), (1, 1)])
+    @pytest.mark.parametrize("counts", [(FEWEST - 1, 20), (20, FEWEST - 1)])
     def test_too_few_marks_stand_alone_with_a_warning(self, caplog, counts):
         feedback = given(*counts)
 
@@ -262,18 +208,3 @@ class TestSpreadOver:
         assert record.getMessage().startswith(
             "of 60 own samples, 30 are taken for positive and 30 for negative; 0 % of"
         )
-
-    def test_from_marks_to_sorted_samples_of_a_generator(self, grey):
-        """The way that a trainer goes: mark some, sort others, nothing seen twice."""
-
-        def marks(images):
-            return images.mean((1, 2, 3)) > threshold
-
-        _, shown, _ = drawn(grey, 200, seed=1)
-        _, samples, _ = drawn(grey, 300, seed=2)
-        threshold = shown.mean((1, 2, 3)).quantile(0.7)
-        result = spread_over(marked_by(marks, shown), samples, as_they_are, miss_rate=0.05, seed=0)
-        assert (len(result.negatives), len(result.positives)) == (60, 140)
-        assert marks(result.more_negatives).float().mean() > 0.85
-        assert marks(result.more_positives).float().mean() < 0.05
-        assert 0.8 < (len(result.more_negatives) + len(result.more_positives)) / 300 <= 1

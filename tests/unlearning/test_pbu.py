@@ -1,14 +1,14 @@
 import copy
+import logging
 
-import numpy as np
 import pytest
 import torch
 from image_data import distance, images, same, weights
-from sklearn.metrics import recall_score
+from peft import LoraConfig
 
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig
 from hf_unlearn.examples.classifier import digits_processor, predict
-from hf_unlearn.parameters.lora import lora_layers
+from hf_unlearn.metrics.classification import per_class_accuracy
 
 
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
@@ -44,25 +44,21 @@ def paper(model, batches, alpha, beta, gamma, fisher):
 
 
 class TestPaper:
-    def test_the_preset_is_the_papers(self, tmp_path):
+    def test_the_preset_is_the_papers_and_overrides_go_on_top(self, tmp_path):
         args = PBUConfig.paper(str(tmp_path), **QUIET)
+        assert isinstance(args, UnlearnConfig)
         assert (args.forget_loss, args.forget_weight) == ("ascent", 1.0)
-        assert args.fisher_weight / args.forget_weight == pytest.approx(0.14)
-        assert args.isotropic_weight / args.forget_weight == pytest.approx(5.6)
         assert (args.fisher, args.fisher_examples, args.bn) == ("exact", None, "train")
         assert (args.guard, args.replay_weight, args.max_grad_norm, args.weight_decay) == (False, 0.0, 0.0, 0.0)
         assert (args.learning_rate, args.per_device_train_batch_size) == (1e-4, 64)
         assert args.lr_scheduler_type == "constant"
         # The ratios of the three settings that the authors published: (α, β, γ) of classes 6, 2, 8.
-        published = np.array([(721, 90, 4001), (631, 100, 4001), (721, 100, 4001)])
+        published = [(721, 90, 4001), (631, 100, 4001), (721, 100, 4001)]
         for weight, column in ((args.fisher_weight, 1), (args.isotropic_weight, 2)):
-            ratios = published[:, column] / published[:, 0]
-            assert 0.95 * ratios.min() <= weight <= 1.05 * ratios.max()
-
-    def test_overrides_go_on_top(self, tmp_path):
+            ratios = [setting[column] / setting[0] for setting in published]
+            assert 0.95 * min(ratios) <= weight <= 1.05 * max(ratios)
         args = PBUConfig.paper(str(tmp_path), **QUIET, num_train_epochs=7, fisher_weight=0.5)
         assert (args.num_train_epochs, args.fisher_weight, args.isotropic_weight) == (7, 0.5, 5.6)
-        assert isinstance(args, UnlearnConfig)
 
     # Large weights as well, so that the penalties are seen beside Adam's scale-free steps.
     @pytest.mark.parametrize(
@@ -79,72 +75,61 @@ class TestPaper:
         paper(by_hand, [batch] * 3, args.forget_weight, args.fisher_weight, args.isotropic_weight, fisher)
         end = weights(by_hand)
         assert distance(start, end) > 1e-3
-        for name in end:  # statistics of BatchNorm too
-            torch.testing.assert_close(tiny_resnet.state_dict()[name], end[name], rtol=0, atol=2e-6)
+        for (
+            name
+        ) in end:  # statistics of BatchNorm too; a step of Adam is 1e-4, and what is missing shows below from 2e-5
+            torch.testing.assert_close(tiny_resnet.state_dict()[name], end[name], rtol=0, atol=5e-6)
 
     def test_each_part_of_the_preset_shows_in_those_steps(self, tiny_resnet, tmp_path):
         """The test above would be worth nothing if a missing part stayed within its tolerance."""
         large = {"fisher_weight": 3000.0, "isotropic_weight": 900.0, "num_train_epochs": 3}
+        changes = [{}, {"fisher_weight": 0.0}, {"isotropic_weight": 0.0}, {"bn": "frozen"}, {"learning_rate": 9e-5}]
         ends = []
-        for change in (
-            {},
-            {"fisher_weight": 0.0},
-            {"isotropic_weight": 0.0},
-            {"bn": "frozen"},
-            {"learning_rate": 9e-5},
-        ):
+        for change in changes:
             model = copy.deepcopy(tiny_resnet)
-            PBUTrainer(
-                model, PBUConfig.paper(str(tmp_path), **QUIET, **(large | change)), forget_dataset=images(8, [3])
-            ).train()
+            args = PBUConfig.paper(str(tmp_path), **QUIET, **(large | change))
+            PBUTrainer(model, args, forget_dataset=images(8, [3])).train()
             ends.append(weights(model))
         for end in ends[1:]:
-            difference = max(
-                (end[name] - ends[0][name]).abs().max().item() for name in end if "num_batches" not in name
-            )
-            assert difference > 2e-5
+            floats = [name for name in end if "num_batches" not in name]
+            assert max((end[name] - ends[0][name]).abs().max().item() for name in floats) > 2e-5
 
 
-class TestDefaults:
-    def test_fisher_weight_is_resolved_when_training(self, tiny_vit, tmp_path):
-        trainer = PBUTrainer(tiny_vit, PBUConfig(str(tmp_path), **QUIET, max_steps=1), forget_dataset=images(4, [3]))
-        trainer.train()
-        assert trainer.fisher_weight == 0.14
-        assert "fisher" in trainer.anchor.value(dict(tiny_vit.named_parameters()))
-        trainer = PBUTrainer(
-            tiny_vit, PBUConfig(str(tmp_path), **QUIET, max_steps=1, fisher_weight=0.0), forget_dataset=images(4, [3])
-        )
-        trainer.train()
-        assert trainer.fisher_weight == 0.0
-
-    def test_under_lora_the_fisher_anchor_is_off(self, tiny_vit, tmp_path):
-        from peft import LoraConfig
-
-        trainer = PBUTrainer(
-            tiny_vit, PBUConfig(str(tmp_path), **QUIET, max_steps=2), forget_dataset=images(4, [3]),
-            peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
-        )  # fmt: skip
-        trainer.train()
-        assert trainer.fisher_weight == 0.0
-        assert lora_layers(trainer.model)
-
-    @pytest.mark.parametrize("epochs", [5, 20])
-    def test_they_forget_the_class_and_keep_the_others(
-        self, epochs, digits_classifier, digits, digits_parts, digits_folder, tmp_path
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch, of the Fisher of attention
+def test_the_fisher_anchor_is_on_by_default_and_not_under_lora(tiny_vit, tmp_path):
+    for settings, peft_config, weight in (
+        ({}, None, 0.14),
+        ({"fisher_weight": 0.0}, None, 0.0),
+        ({}, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), 0.0),
     ):
-        def recalls(model):
-            logits = predict(model, digits_processor(), digits["validation"])
-            return recall_score(digits["validation"]["label"][:], logits.argmax(-1), average=None)
-
-        before, start = recalls(digits_classifier), weights(digits_classifier)
-        trainer = PBUTrainer(
-            str(digits_folder), PBUConfig(str(tmp_path), num_train_epochs=epochs, **QUIET),
-            forget_dataset=digits_parts["forget"],
-        )  # fmt: skip
+        args = PBUConfig(str(tmp_path), **QUIET, max_steps=1, **settings)
+        trainer = PBUTrainer(tiny_vit, args, forget_dataset=images(4, [3]), peft_config=peft_config)
         trainer.train()
-        after = recalls(trainer.model)
-        others = [c for c in range(10) if c != 3]
-        assert before[3] > 0.9
-        assert after[3] <= 0.05
-        assert after[others].mean() >= before[others].mean() - 0.02
-        assert same(weights(digits_classifier), start)
+        assert trainer.fisher_weight == weight
+        assert ("fisher" in trainer.anchor.value(dict(trainer.model.named_parameters()))) == bool(weight)
+
+
+@pytest.mark.parametrize("epochs", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_the_defaults_forget_the_class_and_keep_the_others(
+    epochs, digits_classifier, digits, digits_parts, digits_folder, tmp_path, caplog
+):
+    def recalls(model):
+        answers = predict(model, digits_processor(), digits["validation"]).argmax(-1)
+        return per_class_accuracy(answers, digits["validation"]["label"][:], 10)
+
+    before, start = recalls(digits_classifier), weights(digits_classifier)
+    args = PBUConfig(str(tmp_path), num_train_epochs=epochs, **QUIET)
+    trainer = PBUTrainer(str(digits_folder), args, forget_dataset=digits_parts["forget"])
+    with caplog.at_level(logging.WARNING, "hf_unlearn"):
+        trainer.train()
+    after = recalls(trainer.model)
+    others = [c for c in range(10) if c != 3]
+    assert before[3] > 0.9
+    assert after[3] <= 0.05
+    assert after[others].mean() >= before[others].mean() - 0.02
+    assert same(weights(digits_classifier), start)
+    assert trainer.utility_kind == "divergence"
+    assert trainer.guard.looks[0].remembered > 0.9
+    assert trainer.guard.best.forgotten
+    assert trainer.guard.best.kept
+    assert not caplog.records

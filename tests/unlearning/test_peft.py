@@ -1,21 +1,18 @@
 """Unlearning with adapters: the penalty on the product, the reference, what is saved and what is resumed."""
 
 import copy
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from language_data import check_resuming, nll, without_dropout
+from language_data import settings as language_settings
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, DataCollatorForSeq2Seq
 
-from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig, UnlearnSFTConfig, UnlearnSFTTrainer, UnlearnTrainer
+from hf_unlearn import UnlearnConfig, UnlearnSFTConfig, UnlearnSFTTrainer, UnlearnTrainer
 
 
 TEXTS = ["The quick fox.", "Paris is the capital of France.", "My order never"]
@@ -23,26 +20,9 @@ GAMMA, BETA, RATE = 0.7, 0.1, 0.02
 
 
 def settings(folder, config=UnlearnConfig, **changes):
-    """Two plain SGD steps over all rows at once."""
-    plain = {
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "optim": "sgd",
-        "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "npo_beta": BETA,
-        "isotropic_weight": GAMMA,
-        "replay_weight": 0.0,
-        "guard": False,
-    }
-    return config(str(folder), **plain | changes)
+    return language_settings(
+        folder, config, **{"learning_rate": RATE, "npo_beta": BETA, "isotropic_weight": GAMMA} | changes
+    )
 
 
 def texts(tokenizer):
@@ -75,20 +55,16 @@ class Case:
         self.is_text = fixture in ("tiny_llama", "tiny_gpt2")
         self.rows = texts(self.tokenizer) if self.is_text else images(self.base)
         self.auto = AutoModelForCausalLM if self.is_text else AutoModelForImageClassification
-        for module in self.base.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        without_dropout(self.base)
 
-    def trainer(self, folder, model=None, trainer=UnlearnTrainer, callbacks=None, **changes):
-        return trainer(
-            self.base if model is None else model,
+    def trainer(self, folder, model=None, callbacks=None, **changes):
+        return UnlearnTrainer(
+            self.base if model is None else model, callbacks=callbacks, forget_dataset=self.rows,
             args=settings(folder, forget="examples" if self.is_text else "class", **changes),
             data_collator=DataCollatorForSeq2Seq(self.tokenizer) if self.is_text else None,
-            forget_dataset=self.rows,
-            peft_config=self.config if model is None else None,
             processing_class=self.tokenizer if self.is_text else None,
-            callbacks=callbacks,
-        )
+            peft_config=self.config if model is None else None,
+        )  # fmt: skip
 
     def adapted(self):
         """With an adapter that does something, as one that was trained does."""
@@ -102,22 +78,23 @@ class Case:
         return model
 
     def logits(self, model):
-        model.eval()
+        if isinstance(model, torch.nn.Module):
+            model.eval()
         with torch.no_grad():
             if self.is_text:
-                return [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in self.rows]
-            return list(model(pixel_values=self.rows["pixel_values"][:]).logits)
+                rows = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in self.rows]
+                return torch.cat(rows)
+            return model(pixel_values=self.rows["pixel_values"][:]).logits
 
     def forget_loss(self, model, original):
         """Of the trainer's defaults, by hand: NPO of a text, or redirection away from class 3."""
-        values = []
         if self.is_text:
+            values = []
             for row in self.rows:
-                ids = torch.tensor([row["input_ids"]])
+                ids = torch.tensor(row["input_ids"])
                 with torch.no_grad():
-                    reference = F.cross_entropy(original(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
-                nll = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
-                values.append(-2 / BETA * F.logsigmoid(BETA * (nll - reference)))
+                    reference = nll(original, ids, ids, "sum")
+                values.append(-2 / BETA * F.logsigmoid(BETA * (nll(model, ids, ids, "sum") - reference)))
         else:
             pixels = self.rows["pixel_values"][:]
             with torch.no_grad():
@@ -137,9 +114,9 @@ def llama(request):
     return Case("llama", request)
 
 
-def assert_close(actual, expected, **tolerance):
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, **tolerance)
+def assert_close(actual, expected):
+    """Logits of order 1 that a few layers in fp32 gave, of sums of at most 300 terms in any order."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def explicit_product(model, original):
@@ -187,132 +164,84 @@ def test_without_the_penalty_the_step_is_another(llama, tmp_path):
     models = [llama.adapted() for _ in range(2)]
     for model, weight in zip(models, (0.0, GAMMA), strict=True):
         llama.trainer(tmp_path, model, isotropic_weight=weight).train()
-    difference = max((a - b).abs().max() for a, b in zip(*(m.parameters() for m in models), strict=True))
-    assert difference > 1e-3
+    assert max((a - b).abs().max() for a, b in zip(*(m.parameters() for m in models), strict=True)) > 1e-3
 
 
-def test_the_reference_is_the_adapter_as_it_was(case, tmp_path):
+def test_the_reference_is_the_adapter_as_it_was_and_both_ways_to_save(case, tmp_path):
     model = case.adapted()
     before, without = case.logits(model), case.logits(case.base)
     trainer = case.trainer(tmp_path, model, learning_rate=0.3)
     trainer.train()
-    moved = case.logits(model)
-    reference = case.logits(Reference(trainer))
-    assert_close(reference, before, rtol=0, atol=0)
+    moved, reference = case.logits(model), case.logits(trainer.reference_forward)
+    assert_close(reference, before)
     for other in (moved, without):
-        assert max((a - b).abs().max() for a, b in zip(reference, other, strict=True)) > 0.01
+        assert (reference - other).abs().max() > 0.01
     assert all("lora_" in name or "modules_to_save" in name for name in trainer.reference.parameters)
 
+    trainer.save_model()  # merged: a stock model
+    assert not [*tmp_path.glob("adapter_*"), *tmp_path.glob("*.bin")]
+    loaded = case.auto.from_pretrained(tmp_path)
+    assert not isinstance(loaded, PeftModel)
+    assert not [name for name in loaded.state_dict() if "lora" in name]
+    assert_close(case.logits(loaded), moved)
+    assert_close(case.logits(copy.deepcopy(model).merge_and_unload()), moved)
+    if case.is_text:
+        assert AutoTokenizer.from_pretrained(tmp_path)(TEXTS[0]) == case.tokenizer(TEXTS[0])
 
-class Reference:
-    def __init__(self, trainer):
-        self.reference_forward = trainer.reference_forward
-
-    def eval(self):
-        return self
-
-    def __call__(self, **inputs):
-        return self.reference_forward(**inputs)
+    trainer.args.merge_adapter = False
+    trainer.save_model(tmp_path / "apart")
+    names = {path.name for path in (tmp_path / "apart").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert not [name for name in names if name.startswith("model") or name.endswith(".bin")]
+    assert_close(case.logits(PeftModel.from_pretrained(copy.deepcopy(case.base), tmp_path / "apart")), moved)
 
 
+@pytest.mark.parametrize("case", ["llama", "resnet"], indirect=True)
 def test_a_new_adapter_starts_from_the_base_model(case, tmp_path):
     before = case.logits(case.base)
     trainer = case.trainer(tmp_path, learning_rate=0.3)
     assert isinstance(trainer.model, PeftModel)
     trainer.train()
-    assert_close(case.logits(Reference(trainer)), before, rtol=0, atol=0)
-    moved = case.logits(trainer.model)
-    assert max((a - b).abs().max() for a, b in zip(moved, before, strict=True)) > 1e-3
+    assert_close(case.logits(trainer.reference_forward), before)
+    assert (case.logits(trainer.model) - before).abs().max() > 1e-3
 
 
-class TestSaving:
-    def test_merged_is_a_stock_model(self, case, tmp_path):
-        model = case.adapted()
-        trainer = case.trainer(tmp_path, model)
-        trainer.train()
-        trainer.save_model()
-        assert not list(tmp_path.glob("adapter_*"))
-        assert not list(tmp_path.glob("*.bin"))
-        loaded = case.auto.from_pretrained(tmp_path)
-        assert not isinstance(loaded, PeftModel)
-        assert not [name for name in loaded.state_dict() if "lora" in name]
-        logits = case.logits(loaded)
-        assert_close(logits, case.logits(model), rtol=1e-4, atol=1e-4)
-        assert_close(logits, case.logits(copy.deepcopy(model).merge_and_unload()), rtol=0, atol=0)
-        if case.is_text:
-            assert AutoTokenizer.from_pretrained(tmp_path)(TEXTS[0]) == case.tokenizer(TEXTS[0])
+@pytest.mark.parametrize(
+    ("case", "start"),
+    [("vit", "a new adapter"), ("resnet", "an adapter"), ("llama", "an adapter with a name")],
+    indirect=["case"],
+)
+def test_resuming_ends_where_an_uninterrupted_run_does(case, start, tmp_path):
+    def model():
+        if start == "a new adapter":
+            return None
+        if start == "an adapter":
+            return case.adapted()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            return get_peft_model(copy.deepcopy(case.base), case.config, adapter_name="mine")
 
-    def test_an_adapter_on_request(self, case, tmp_path):
-        model = case.adapted()
-        trainer = case.trainer(tmp_path, model, merge_adapter=False)
-        trainer.train()
-        trainer.save_model()
-        assert (tmp_path / "adapter_model.safetensors").is_file()
-        assert not list(tmp_path.glob("model*.safetensors"))
-        assert not list(tmp_path.glob("*.bin"))
-        loaded = PeftModel.from_pretrained(copy.deepcopy(case.base), tmp_path)
-        assert_close(case.logits(loaded), case.logits(model), rtol=0, atol=0)
+    base = case.base
 
+    def make(folder, **steps):
+        case.base = copy.deepcopy(base)
+        return case.trainer(
+            folder, model(), per_device_train_batch_size=2, replay_weight=1.0, guard=case.is_text, **steps
+        )
 
-class TestResuming:
-    @pytest.mark.parametrize("start", ["a new adapter", "an adapter", "an adapter with a name"])
-    @pytest.mark.parametrize("case", ["llama", "vit", "resnet"], indirect=True)
-    def test_ends_where_an_uninterrupted_run_does(self, case, start, tmp_path):
-        class StopAfterFive(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                control.should_training_stop = state.global_step >= 5
-
-        def model():
-            if start == "a new adapter":
-                return None
-            if start == "an adapter":
-                return case.adapted()
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(3)
-                return get_peft_model(copy.deepcopy(case.base), case.config, adapter_name="mine")
-
-        base = case.base
-        steps = {
-            "max_steps": 8,
-            "per_device_train_batch_size": 2,
-            "save_strategy": "steps",
-            "save_steps": 4,
-            "optim": "adamw_torch",
-            "learning_rate": 1e-3,
-            "replay_weight": 1.0,
-            "guard": case.is_text,
-            "utility_tolerance": 9.0,
-        }
-        whole, killed = tmp_path / "whole", tmp_path / "killed"
-        runs = []
-        for folder, callbacks, resume in ((whole, [], None), (killed, [StopAfterFive()], None), (killed, [], True)):
-            case.base = copy.deepcopy(base)
-            trainer = case.trainer(folder, model(), callbacks=callbacks, **steps)
-            trainer.train(resume_from_checkpoint=resume)
-            runs.append(trainer)
-        assert [trainer.state.global_step for trainer in runs] == [8, 5, 8]
-        assert not list(killed.glob("checkpoint-*/model*.safetensors"))
-        states = [trainer.model.state_dict() for trainer in runs]
-        for name, value in states[0].items():
-            assert torch.equal(states[2][name], value), name
-        assert any(not torch.equal(states[1][name], value) for name, value in states[0].items())
-        references = [trainer.reference.parameters for trainer in (runs[0], runs[2])]
-        assert all(torch.equal(references[1][name], value) for name, value in references[0].items())
-        if case.is_text:
-            assert runs[2].guard.looks == runs[0].guard.looks
+    check_resuming(tmp_path, make)
+    assert not list(tmp_path.glob("killed/checkpoint-*/model*.safetensors"))
 
 
 class TestInstructions:
-    ROWS = Dataset.from_list(
-        [{"prompt": "Who?", "completion": " The fox"}, {"prompt": "Where is it", "completion": "?"}]
-    )
+    ROWS = Dataset.from_dict({"prompt": ["Who?", "Where is it"], "completion": [" The fox", "?"]})
 
     def trainer(self, model, tokenizer, folder, **changes):
-        args = settings(folder, UnlearnSFTConfig, replay_weight=1.0, **changes)
-        config = LoraConfig(target_modules=["q_proj", "o_proj"], r=4, init_lora_weights="gaussian")
         return UnlearnSFTTrainer(
-            model, args=args, forget_dataset=self.ROWS, processing_class=tokenizer, peft_config=config
-        )
+            model, args=settings(folder, UnlearnSFTConfig, replay_weight=1.0, **changes), forget_dataset=self.ROWS,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(target_modules=["q_proj", "o_proj"], r=4, init_lora_weights="gaussian"),
+        )  # fmt: skip
 
     def test_forgets_with_a_new_adapter_and_saves_a_stock_model(self, tiny_llama, tokenizer, tmp_path):
         base = copy.deepcopy(tiny_llama.state_dict())
@@ -320,16 +249,14 @@ class TestInstructions:
         assert trainer.args.gradient_checkpointing
         trainer.train()
         first, *_, last = [log for log in trainer.state.log_history if "forget_loss" in log]
-        assert first["forget_loss"] == pytest.approx(2 / BETA * torch.tensor(2.0).log().item(), rel=1e-5)
-        assert first["replay_loss"] == 0
+        assert first["forget_loss"] == pytest.approx(2 / BETA * math.log(2), rel=1e-5)
+        assert first["replay_loss"] == pytest.approx(0, abs=1e-6)
         assert last["forget_loss"] < first["forget_loss"]
         trainer.save_model()
         assert not list(tmp_path.glob("adapter_*"))
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         batch = AutoTokenizer.from_pretrained(tmp_path)(TEXTS, padding=True, return_tensors="pt")
-        with torch.no_grad():
-            logits = trainer.model.eval()(**batch).logits
-            torch.testing.assert_close(loaded(**batch).logits, logits, rtol=1e-4, atol=1e-4)
+        assert_close(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
         changed = {name for name, value in loaded.state_dict().items() if not torch.equal(value, base[name])}
         assert changed == {f"model.layers.{i}.self_attn.{n}_proj.weight" for i in range(2) for n in "qo"}
 
@@ -349,42 +276,25 @@ class TestInstructions:
 class TestRefusals:
     """Each in one line that names the argument, before anything is written."""
 
-    def test_a_fisher_anchor(self, llama, tmp_path):
-        with pytest.raises(ValueError, match=r"^fisher_weight: [^\n]+ set fisher_weight=0$"):
-            llama.trainer(tmp_path, fisher_weight=0.1, fisher="monte_carlo")
-        assert not list(tmp_path.iterdir())
-
-    def test_pbu_leaves_its_own_out(self, request, tmp_path):
-        case = Case("vit", request)
-        trainer = PBUTrainer(
-            case.base,
-            args=settings(tmp_path, PBUConfig, max_steps=1),
-            forget_dataset=case.rows,
-            peft_config=case.config,
-        )
-        trainer.train()
-        assert "anchor_fisher" not in trainer.state.log_history[0]
-
-    def test_two_adapters(self, llama, tmp_path):
-        with pytest.raises(ValueError, match=r"^peft_config: the model has an adapter already[^\n]+$"):
-            UnlearnTrainer(
-                llama.adapted(),
-                args=settings(tmp_path, forget="examples"),
-                forget_dataset=llama.rows,
-                peft_config=llama.config,
-            )
-
-    def test_an_adapter_loaded_for_inference(self, llama, tmp_path):
-        llama.adapted().save_pretrained(tmp_path / "adapter")
-        model = PeftModel.from_pretrained(llama.base, tmp_path / "adapter")
-        with pytest.raises(ValueError, match=r"^model: none of its parameters is trainable; [^\n]+is_trainable=True$"):
-            llama.trainer(tmp_path / "out", model)
-
-    def test_drifting_statistics(self, request, tmp_path):
-        with pytest.raises(ValueError, match=r"^bn='train': [^\n]+$"):
-            Case("resnet", request).trainer(tmp_path, bn="train")
-
-    def test_weight_decomposition(self, llama, tmp_path):
-        llama.config.use_dora = True
-        with pytest.raises(ValueError, match=r"^merge_adapter=True: Dora[^\n]+$"):
-            llama.trainer(tmp_path).train()
+    @pytest.mark.parametrize(
+        ("case", "changes", "message"),
+        [
+            ("llama", {"fisher_weight": 0.1, "fisher": "monte_carlo"}, r"fisher_weight: [^\n]+ set fisher_weight=0"),
+            ("resnet", {"bn": "train"}, r"bn='train': [^\n]+"),
+            ("dora", {}, r"merge_adapter=True: Dora[^\n]+"),
+            ("two adapters", {}, r"peft_config: the model has an adapter already[^\n]+"),
+            ("for inference", {}, r"model: none of its parameters is trainable; [^\n]+is_trainable=True"),
+        ],
+    )
+    def test_of(self, case, changes, message, request, tmp_path):
+        name, case = case, Case(case if case in CASES else "llama", request)
+        case.config.use_dora = name == "dora"
+        if name == "two adapters":
+            case.base = case.adapted()
+        model = None
+        if name == "for inference":
+            case.adapted().save_pretrained(tmp_path / "adapter")
+            model = PeftModel.from_pretrained(case.base, tmp_path / "adapter")
+        with pytest.raises(ValueError, match=rf"^{message}$"):
+            case.trainer(tmp_path / "out", model, **changes)
+        assert not list(tmp_path.glob("out/*"))

@@ -5,10 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from image_data import distance, same, weights
+from image_data import distance, weights
 from PIL import Image
 from transformers import TrainerCallback
-from vdu_data import arguments, images, prompted_arguments, prompted_images, trained
+from vdu_data import arguments, images, prompted_arguments, prompted_images, seeded, trained
 
 from hf_unlearn import VDUTrainer
 from hf_unlearn.hub.publish import publishable_files
@@ -33,27 +33,28 @@ class Records(TrainerCallback):
         self.steps.append(weights(model))
 
 
+def assert_shows(file, pipeline, what):
+    """It is the grid of what the pipeline draws from the grids' noise, up to a level of 255 that rounding decides."""
+    shown, expected = np.asarray(Image.open(file)), grid(generate(pipeline, what, seed=3, num_inference_steps=2))
+    assert np.abs(shown.astype(int) - np.asarray(expected)).max() <= 1
+
+
 class TestGrids:
     def test_before_during_and_after(self, tiny_ddpm, tmp_path):
         original = copy.deepcopy(tiny_ddpm)
         trainer = trained(tiny_ddpm, arguments(tmp_path, grid_images=4, grid_steps=2, max_steps=4))
-        private = "_private/samples"
+        private = tmp_path / "_private/samples"
         names = {"before", "step-2", "step-4", "after"}
-        assert pictures(tmp_path) == {f"{private}/{name}.png" for name in names} | {"pictures/after.png"}
-        assert (tmp_path / "pictures/after.png").read_bytes() == (tmp_path / private / "after.png").read_bytes()
-        shown = {name: np.asarray(Image.open(tmp_path / private / f"{name}.png")) for name in names}
+        assert pictures(tmp_path) == {f"_private/samples/{name}.png" for name in names} | {"pictures/after.png"}
+        assert (tmp_path / "pictures/after.png").read_bytes() == (private / "after.png").read_bytes()
+        shown = {name: np.asarray(Image.open(private / f"{name}.png")).astype(int) for name in names}
         assert shown["before"].shape == (2 * 68, 2 * 68, 3)  # framed
-        np.testing.assert_array_equal(shown["step-4"], shown["after"])
-        assert len({picture.tobytes() for picture in shown.values()}) == 3
-        # The first and the last one are what these two models draw.
-        for name, pipeline in (("before", original), ("after", trainer.pipeline)):
-            expected = grid(generate(pipeline, 4, seed=3, num_inference_steps=2))
-            np.testing.assert_array_equal(shown[name], np.asarray(expected))
-
-    def test_what_does_not_learn_draws_the_same(self, tiny_ddpm, tmp_path):
-        trained(tiny_ddpm, arguments(tmp_path, grid_images=4, learning_rate=0.0))
-        before, after = ((tmp_path / "_private/samples" / f"{name}.png").read_bytes() for name in ("before", "after"))
-        assert before == after
+        assert all(np.abs(shown["step-2"] - shown[name]).max() > 5 for name in ("before", "after"))
+        assert_shows(private / "before.png", original, 4)
+        for name in ("step-4", "after"):
+            assert_shows(private / f"{name}.png", trainer.pipeline, 4)
+        trainer.save_model()
+        assert [name for name in publishable_files(tmp_path) if name.endswith(".png")] == ["pictures/after.png"]
 
     def test_after_shows_what_is_saved(self, tiny_ddpm, tmp_path):
         """The average of the weights, which stands in for them at the end."""
@@ -67,9 +68,7 @@ class TestGrids:
             decay = (1 + step) / (10 + step)
             average = {name: decay * value + (1 - decay) * steps[step][name] for name, value in average.items()}
         assert distance(weights(trainer.model), average) < 1e-5 < 0.1 < distance(steps[-1], average)
-        expected = grid(generate(trainer.pipeline, 4, seed=3, num_inference_steps=2))
-        shown = np.asarray(Image.open(tmp_path / "pictures/after.png"))
-        np.testing.assert_array_equal(shown, np.asarray(expected))
+        assert_shows(tmp_path / "pictures/after.png", trainer.pipeline, 4)
 
     def test_with_prompts(self, tiny_stable_diffusion, tmp_path):
         args = prompted_arguments(
@@ -77,17 +76,7 @@ class TestGrids:
         )
         trainer = trained(tiny_stable_diffusion, args)
         assert trainer.sample_prompts == ["a photo", "pot"]
-        expected = grid(generate(trainer.pipeline, ["a photo", "pot"] * 2, seed=3, num_inference_steps=2))
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "pictures/after.png")), np.asarray(expected))
-
-    def test_no_grids(self, tiny_ddpm, tmp_path):
-        trained(tiny_ddpm, arguments(tmp_path))
-        assert pictures(tmp_path) == set()
-
-    def test_only_the_last_one_is_published(self, tiny_ddpm, tmp_path):
-        trainer = trained(tiny_ddpm, arguments(tmp_path, grid_images=1, grid_steps=1))
-        trainer.save_model()
-        assert [name for name in publishable_files(tmp_path) if name.endswith(".png")] == ["pictures/after.png"]
+        assert_shows(tmp_path / "pictures/after.png", trainer.pipeline, ["a photo", "pot"] * 2)
 
 
 def darkness(pictures):
@@ -106,9 +95,7 @@ class TestFigures:
 
     def run(self, pipeline, folder, resume=None, callbacks=("pul", "fid"), **values):
         trainer = VDUTrainer(pipeline=pipeline, args=arguments(folder, **values), forget_dataset=images())
-        self.reference = features_of(
-            torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), corners, name="c"
-        )
+        self.reference = features_of(torch.rand(20, 1, 8, 8, generator=seeded(0)), corners, name="c")
         made = {
             "pul": PULCallback(trainer, darkness, [1], samples=12, steps=2),
             "fid": FIDCallback(trainer, self.reference, corners, samples=12),
@@ -131,20 +118,20 @@ class TestFigures:
         assert self.logged(trainer, "pul")[-1] == (3, expected.pul)
         assert self.logged(trainer, "pul_low")[-1] == (3, expected.low)
         assert self.logged(trainer, "pul_high")[-1] == (3, expected.high)
-        distances = [
-            frechet_distance(self.reference, features_of(i, corners, name="c")).distance for i in (before, after)
-        ]
-        assert self.logged(trainer, "fid") == [(0, distances[0]), (3, distances[1])]
+        for step, (logged, drawn) in enumerate(zip(self.logged(trainer, "fid"), (before, after), strict=True)):
+            expected = frechet_distance(self.reference, features_of(drawn, corners, name="c")).distance
+            assert logged == (3 * step, pytest.approx(expected, rel=1e-4))
 
     def test_a_resumed_run_is_compared_with_the_original(self, tiny_ddpm, tmp_path):
         values = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}
         whole = self.run(copy.deepcopy(tiny_ddpm), tmp_path / "whole", callbacks=["pul"], **values)
-        half = copy.deepcopy(tiny_ddpm)
-        self.run(half, tmp_path / "halves", callbacks=["pul"], **(values | {"max_steps": 3}))
-        rest = self.run(half, tmp_path / "halves", resume=True, callbacks=["pul"], **values)
+        start, half = weights(tiny_ddpm.unet), copy.deepcopy(tiny_ddpm)
+        self.run(half, tmp_path / "halves", **(values | {"max_steps": 3}))
+        rest = self.run(half, tmp_path / "halves", resume=True, **values)
+        assert [step for step, _ in self.logged(rest, "fid")] == [0, 4]  # not as it goes on
         assert self.logged(rest, "pul")[-1] == self.logged(whole, "pul")[-1]
         assert self.logged(whole, "pul")[-1][1] != 0
-        assert same(weights(whole.model), weights(rest.model))
+        assert distance(weights(whole.model), weights(rest.model)) < 0.1 * distance(weights(whole.model), start)
 
     def test_nothing_to_forget_is_said_before_the_first_step(self, tiny_ddpm, tmp_path):
         trainer = VDUTrainer(pipeline=tiny_ddpm, args=arguments(tmp_path), forget_dataset=images())
@@ -153,19 +140,17 @@ class TestFigures:
             trainer.train()
         assert trainer.state.global_step == 0
 
-    @pytest.mark.parametrize("what", ["grids", "figures"])
-    def test_looking_changes_nothing(self, tiny_ddpm, tmp_path, what):
-        plain, watched = copy.deepcopy(tiny_ddpm), tiny_ddpm
+    def test_looking_changes_nothing(self, tiny_ddpm, tmp_path):
+        plain, watched, start = copy.deepcopy(tiny_ddpm), tiny_ddpm, weights(tiny_ddpm.unet)
+        steps = {"optim": "sgd", "learning_rate": 0.5}  # Adam would make whole steps of rounding errors
         torch.manual_seed(0)
-        trained(plain, arguments(tmp_path / "plain"))
+        trained(plain, arguments(tmp_path / "plain", **steps))
         state = torch.get_rng_state()
         torch.manual_seed(0)
-        if what == "grids":
-            trained(watched, arguments(tmp_path / "watched", grid_images=2, grid_steps=1))
-        else:
-            self.run(watched, tmp_path / "watched")
+        self.run(watched, tmp_path / "watched", grid_images=2, grid_steps=1, **steps)
         assert torch.get_rng_state().equal(state)
-        assert same(weights(plain.unet), weights(watched.unet))
+        assert distance(weights(plain.unet), weights(watched.unet)) < 1e-4
+        assert distance(weights(plain.unet), start) > 0.1
         assert watched.unet.training == plain.unet.training
 
     def test_prompts(self, tiny_stable_diffusion, tmp_path):
@@ -180,5 +165,5 @@ class TestFigures:
         )
         trainer.train()
         expected = generate(trainer.pipeline, trainer.sample_prompts[:3], seed=METRIC_SEED, num_inference_steps=2)
-        assert seen[-1].equal(expected)
+        torch.testing.assert_close(seen[-1], expected, rtol=0, atol=1e-4)  # drawn twice: three passes in fp32
         assert self.logged(trainer, "pul") == [(1, 0.0)]

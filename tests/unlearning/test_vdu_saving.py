@@ -2,15 +2,13 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from fresh import run_python
 from huggingface_hub import ModelCard
-from image_data import same, weights
+from image_data import distance, same, weights
 from safetensors import safe_open
 from safetensors.torch import load_file
 from vdu_data import arguments, images, prompted_arguments, prompted_images, trained
@@ -26,7 +24,6 @@ import numpy as np
 import torch
 import diffusers
 
-torch.set_num_threads(1)
 for job in json.loads(sys.argv[1]):
     pipeline = getattr(diffusers, job["class"]).from_pretrained(job["folder"])
     pipeline.set_progress_bar_config(disable=True)
@@ -61,10 +58,7 @@ def drawn_in_a_new_process(tmp_path, jobs):
         }
         for name, (folder, lora, strength) in jobs.items()
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LOADER, json.dumps(described)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_python(LOADER, json.dumps(described))
     return {name: np.load(tmp_path / f"{name}.npy") for name in jobs}
 
 
@@ -93,17 +87,25 @@ def test_stock_diffusers_draws_the_same_in_a_new_process(tiny_ddpm, tiny_stable_
     assert not np.allclose(live["ddpm"], before["ddpm"], atol=1e-3)
     for name in ("prompted", "merged", "apart"):
         assert not np.allclose(live[name], before["prompted"], atol=1e-3), name
-    np.testing.assert_array_equal(loaded["ddpm"], live["ddpm"])
-    np.testing.assert_array_equal(loaded["prompted"], live["prompted"])
-    np.testing.assert_allclose(loaded["merged"], live["merged"], atol=1e-5)  # W + BA is rounded once more
-    np.testing.assert_allclose(loaded["apart 1.0"], live["apart"], atol=1e-5)
-    np.testing.assert_allclose(loaded["apart 0.0"], before["prompted"], atol=1e-6)
+    expected = live | {"apart 1.0": live["apart"], "apart 0.0": before["prompted"]}
+    for name in ("ddpm", "prompted", "merged", "apart 1.0", "apart 0.0"):
+        # Pixels in [0, 1] after three passes of some ten layers in fp32, 1e-7 each; in a merged one W + BA is rounded too.
+        np.testing.assert_allclose(loaded[name], expected[name], rtol=0, atol=1e-5, err_msg=name)
     for end in ("apart 0.0", "apart 1.0"):
         assert np.abs(loaded["apart 0.5"] - loaded[end]).max() > 1e-3
 
 
 def files_below(folder):
     return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_tells_nothing(folder, words, **options):
+    """No published file has any of these words in it. Gives the names of the files."""
+    published = check_publishable(folder, **options)
+    for name in published:
+        content = (folder / name).read_bytes()
+        assert not [word for word in words if word.encode() in content], name
+    return published
 
 
 class TestPrompted:
@@ -125,64 +127,51 @@ class TestPrompted:
         assert before[name].read_bytes() != after[name].read_bytes()
         assert set(before) <= set(after)
 
-    @pytest.mark.parametrize("merge", [True, False], ids=["merged", "LoRA file"])
-    def test_nothing_tells_where_it_was(self, original, tmp_path, merge):
+    def test_a_merged_lora_leaves_no_trace(self, original, tiny_stable_diffusion, tmp_path):
         out = tmp_path / "out"
-        args = prompted_arguments(out, trainable=["lora"], merge_adapter=merge)
-        trained(str(original), args, forget_dataset=prompted_images()).save_model()
-        published = check_publishable(out, allow_adapter=not merge)
-        assert "README.md" in published
-        for name in published:
-            assert b"secret" not in (out / name).read_bytes(), name
-            assert str(tmp_path).encode() not in (out / name).read_bytes(), name
-
-    def test_a_merged_lora_leaves_no_trace(self, tiny_stable_diffusion, tmp_path):
-        plain = set(tiny_stable_diffusion.unet.state_dict())
-        trainer = trained(tiny_stable_diffusion, prompted_arguments(tmp_path, trainable=["lora"]))
+        args = prompted_arguments(out, trainable=["lora"])
+        trainer = trained(str(original), args, forget_dataset=prompted_images())
         live = weights(trainer.model)
         trainer.save_model()
-        saved = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
-        assert set(saved) == plain
-        assert not any("lora" in name or "base_layer" in name for name in saved)
+        saved = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+        assert set(saved) == set(tiny_stable_diffusion.unet.state_dict())
         assert same(weights(trainer.model), live)  # it can be trained on
         assert trainer.pipeline.unet is trainer.model
-        assert not list(tmp_path.glob("*lora*"))
-        check_publishable(tmp_path)
+        assert not list(out.glob("*lora*"))
+        assert "README.md" in assert_tells_nothing(out, ["secret", str(tmp_path)])
 
-    def test_a_lora_file_is_published_only_if_asked_for(self, tiny_stable_diffusion, tmp_path):
-        args = prompted_arguments(tmp_path, trainable=["lora"], merge_adapter=False)
-        trained(tiny_stable_diffusion, args).save_model()
-        with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+    def test_a_lora_file_is_published_only_if_asked_for(self, original, tmp_path):
+        out = tmp_path / "out"
+        args = prompted_arguments(out, trainable=["lora"], merge_adapter=False)
+        trainer = trained(str(original), args, forget_dataset=prompted_images())
+        trainer.save_model()
+        with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
             assert all(name.startswith("unet.") and "lora" in name for name in file.keys())  # noqa: SIM118
-        assert not (tmp_path / "model_index.json").exists()
+        assert not (out / "model_index.json").exists()
         with pytest.raises(ValueError, match="^allow_adapter=False: an adapter can be taken off"):
-            check_publishable(tmp_path)
-        assert check_publishable(tmp_path, allow_adapter=True) == ["README.md", "pytorch_lora_weights.safetensors"]
-
-    def test_the_card_of_a_lora_file_loads_it_onto_the_original(self, tiny_stable_diffusion, tmp_path):
-        args = prompted_arguments(tmp_path, trainable=["lora"], merge_adapter=False)
-        trainer = trained(tiny_stable_diffusion, args)
+            check_publishable(out)
+        published = assert_tells_nothing(out, ["secret", str(tmp_path)], allow_adapter=True)
+        assert published == ["README.md", "pytorch_lora_weights.safetensors"]
+        # Its card loads it onto the original.
         trainer.base_model = "someone/original"
         text = trainer.model_card("me/without").text
-        assert 'StableDiffusionPipeline.from_pretrained("someone/original")' in text
-        assert "load_lora_weights(" in text
-        assert "set_adapters(" in text
+        for code in (
+            'StableDiffusionPipeline.from_pretrained("someone/original")',
+            "load_lora_weights(",
+            "set_adapters(",
+        ):
+            assert code in text
 
     def test_the_card_does_not_say_what_was_forgotten(self, tiny_stable_diffusion, tmp_path):
         args = prompted_arguments(
             tmp_path, forget_prompts=["tattoo", "path to"], forget_samples=3, replay_prompts=["top hat"], max_steps=1
         )
         trained(tiny_stable_diffusion, args).save_model()
-        content = (tmp_path / "README.md").read_text()
-        for word in ("tattoo", "path to", "top hat"):
-            assert word not in content
-        assert "what 2 prompts ask for" in content
+        assert "README.md" in assert_tells_nothing(tmp_path, ["tattoo", "path to", "top hat"])
         card = ModelCard.load(tmp_path / "README.md")
+        assert "what 2 prompts ask for" in card.text
+        assert "The forget set had 3 examples" in card.text
         assert card.data.pipeline_tag == "text-to-image"
-        assert "The forget set had 3 examples" in content
-        # Nor does anything else that is published.
-        for name in check_publishable(tmp_path):
-            assert b"tattoo" not in (tmp_path / name).read_bytes(), name
 
 
 class TestUnprompted:
@@ -197,18 +186,26 @@ class TestUnprompted:
         trainer.save_model()
         return tmp_path / "out", trainer
 
-    def test_only_the_pipeline_is_published(self, saved):
-        folder, _ = saved
-        assert check_publishable(folder) == [
+    def test_what_is_where(self, saved, tmp_path):
+        """Only the pipeline is published; beside it lies what is private, which no copy gets; checkpoints are the denoiser."""
+        folder, trainer = saved
+        published = [
             "README.md", "model_index.json", "pictures/after.png", "scheduler/scheduler_config.json", "unet/config.json",
             "unet/diffusion_pytorch_model.safetensors",
         ]  # fmt: skip
-        private = set(files_below(folder / "_private"))
-        expected = {"reference", "fisher", "replay"}
-        assert {f"{name}.safetensors" for name in expected} | {"fingerprint.key"} <= private
-        assert {"samples/before.png", "samples/after.png"} <= private
+        assert check_publishable(folder) == published
+        private = {
+            "reference.safetensors", "fisher.safetensors", "replay.safetensors", "fingerprint.key",
+            "samples/before.png", "samples/after.png",
+        }  # fmt: skip
+        assert private <= set(files_below(folder / "_private"))
         assert not list(folder.rglob("*.partial"))
         assert not list(folder.rglob("training_args.bin"))
+        checkpoint = set(files_below(folder / "checkpoint-2"))
+        assert {"unet/diffusion_pytorch_model.safetensors", "ema.safetensors", "unlearning.json"} <= checkpoint
+        assert not {"README.md", "model_index.json"} & checkpoint
+        trainer.save_model(str(tmp_path / "copy"))
+        assert sorted(files_below(tmp_path / "copy")) == check_publishable(tmp_path / "copy")
 
     def test_the_original_s_pictures_are_published_if_asked_for(self, tiny_ddpm, tmp_path):
         trained(tiny_ddpm, arguments(tmp_path, grid_images=4, publish_before=True, max_steps=1)).save_model()
@@ -221,11 +218,8 @@ class TestUnprompted:
         assert {"hf_unlearn", "machine-unlearning", "vdu"} <= set(card.data.tags)
         assert "2510.04058" in card.text
         assert "the kind of images in 8 examples" in card.text
-        settings = dict(
-            line.strip("| ").split(" | ")
-            for line in card.text.splitlines()
-            if line.startswith("| `") and " | " in line
-        )
+        lines = [line for line in card.text.splitlines() if line.startswith("| `") and " | " in line]
+        settings = dict(line.strip("| ").split(" | ") for line in lines)
         assert settings["`forget_loss`"] == '"redirect"'
         assert settings["`anchor_precision`"] == '"fisher, scaled to a mean of one"'
         expected = {
@@ -239,20 +233,6 @@ class TestUnprompted:
         assert str(folder.parent) not in card.content
         assert 'DDPMPipeline.from_pretrained("out")' in card.text
         assert "num_inference_steps=2" in card.text
-
-    def test_saving_elsewhere_leaves_nothing_private_there(self, saved, tmp_path):
-        _, trainer = saved
-        trainer.save_model(str(tmp_path / "copy"))
-        assert set(files_below(tmp_path / "copy")) == set(check_publishable(tmp_path / "copy"))
-
-    def test_checkpoints_hold_the_denoiser_alone(self, saved):
-        folder, _ = saved
-        checkpoint = folder / "checkpoint-2"
-        assert {"unet/diffusion_pytorch_model.safetensors", "ema.safetensors", "unlearning.json"} <= set(
-            files_below(checkpoint)
-        )
-        assert not (checkpoint / "README.md").exists()
-        assert not (checkpoint / "model_index.json").exists()
 
 
 class TestWhatIsTaken:
@@ -271,23 +251,23 @@ class TestWhatIsTaken:
             "denoiser": {"model": copy.deepcopy(tiny_ddpm.unet), "noise_scheduler": scheduler},
             "denoiser's folder": {"model": str(alone), "noise_scheduler": scheduler},
         }
-        ends = {}
+        # Plain steps of a size that is clipped: rounding errors stay what they are, while Adam would make steps of them.
+        ends, plain = {}, {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 1.0, "max_steps": 2}
         for name, form in forms.items():
-            trainer = VDUTrainer(**form, args=arguments(tmp_path / "out" / name, max_steps=2), forget_dataset=images())
+            trainer = VDUTrainer(**form, args=arguments(tmp_path / "out" / name, **plain), forget_dataset=images())
             trainer.train()
             assert trainer.pipeline.unet is trainer.model
             ends[name] = weights(trainer.model)
-        assert not same(ends["pipeline"], weights(tiny_ddpm.unet))
+        assert distance(ends["pipeline"], weights(tiny_ddpm.unet)) > 0.1
         for name, end in ends.items():
-            assert same(end, ends["pipeline"]), name
+            assert distance(end, ends["pipeline"]) < 1e-4, name
 
     @pytest.mark.parametrize(
-        ("trainable", "part"),
-        [(["cross_attention"], ".attn2."), (["mid_block.*", "conv_?n.bias"], ("mid_block.", "conv_in.bias"))],
+        ("trainable", "parts"),
+        [(["cross_attention"], [".attn2."]), (["mid_block.*", "conv_?n.bias"], ["mid_block.", "conv_in.bias"])],
         ids=["cross_attention", "patterns"],
     )
-    def test_only_what_is_asked_for_changes(self, tiny_stable_diffusion, tmp_path, trainable, part):
-        parts = [part] if isinstance(part, str) else part
+    def test_only_what_is_asked_for_changes(self, tiny_stable_diffusion, tmp_path, trainable, parts):
         before = {name: weights(getattr(tiny_stable_diffusion, name)) for name in ("unet", "vae", "text_encoder")}
         trained(tiny_stable_diffusion, prompted_arguments(tmp_path, trainable=trainable))
         after = {name: weights(getattr(tiny_stable_diffusion, name)) for name in before}

@@ -2,49 +2,36 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from image_data import QUIET, distance, same, weights
 from transformers import TrainerCallback
+from vdu_data import near, rows, seeded
 
 from hf_unlearn import VDUConfig, VDUTrainer
 from hf_unlearn.examples import ddpm as small_ddpm
 from hf_unlearn.parameters.reference import ReferencePoint, trainable_parameters
 from hf_unlearn.unlearning.diffusion.drawing import generate
 from hf_unlearn.unlearning.diffusion.encoded import EncodedImages
-from hf_unlearn.unlearning.diffusion.saving import AverageWeights
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
+PLAIN = {
+    "guard": False, "grid_images": 0, "replay_samples": 0, "forget_loss": "ascent", "per_device_train_batch_size": 4,
+    "max_steps": 3, "learning_rate": 1e-3, "num_inference_steps": 2,
+}  # fmt: skip
 
 
 def pictures(n, seed=0):
     return torch.rand(n, 1, 8, 8, generator=seeded(seed)) * 2 - 1
 
 
-def rows(images):
-    return Dataset.from_dict({"pixel_values": images.numpy()}).with_format("torch")
-
-
-def trainer_of(pipeline, folder, *, forget=None, **values):
-    plain = {
-        "guard": False,
-        "grid_images": 0,
-        "replay_samples": 0,
-        "forget_loss": "ascent",
-        "per_device_train_batch_size": 4,
-        "max_steps": 3,
-        "learning_rate": 1e-3,
-        "num_inference_steps": 2,
-    }
-    args = VDUConfig(output_dir=str(folder), **(QUIET | plain | values.pop("args", {})))
-    return VDUTrainer(
-        pipeline=pipeline, args=args, forget_dataset=rows(pictures(8)) if forget is None else forget, **values
-    )
+def trainer_of(pipeline, folder, *, forget=None, args=None, **data):
+    forget = rows(pictures(8)) if forget is None else forget
+    args = VDUConfig(output_dir=str(folder), **(QUIET | PLAIN | (args or {})))
+    return VDUTrainer(pipeline=pipeline, args=args, forget_dataset=forget, **data)
 
 
 def built(trainer):
@@ -54,21 +41,17 @@ def built(trainer):
     return trainer
 
 
-def noised(model, scale=0.01, seed=0):
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for index, parameter in enumerate(model.parameters()):
-            parameter += scale * torch.randn(parameter.shape, generator=seeded(1000 * seed + index))
-    return model
+def value(trainer, model):
+    """Of the anchor at another model's parameters."""
+    return sum(trainer.anchor.value(trainable_parameters(model)).values()).item()
 
 
 @pytest.fixture
 def checkpoints(tiny_ddpm, tmp_path):
-    """Folders of U-Nets near the tiny one."""
-    folders = []
-    for number in range(2):
-        folders.append(str(tmp_path / f"saved-{number}"))
-        noised(tiny_ddpm.unet, seed=number).save_pretrained(folders[-1])
+    """Folders of two U-Nets near the tiny one."""
+    folders = [str(tmp_path / f"saved-{number}") for number in range(2)]
+    for number, folder in enumerate(folders):
+        near(tiny_ddpm.unet, seed=number).save_pretrained(folder)
     return folders
 
 
@@ -85,31 +68,30 @@ class TestPrecision:
         assert "inverse variance over 2 checkpoints" in caplog.text
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
-    def test_a_single_checkpoint_falls_back_to_the_fisher_and_says_so(self, tiny_ddpm, checkpoints, tmp_path, caplog):
-        args = {"stability_weight": 0.1, "checkpoints": checkpoints[:1]}
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_with_fewer_it_is_the_fisher_and_says_so(self, count, tiny_ddpm, checkpoints, tmp_path, caplog):
+        args = {"stability_weight": 0.1, "checkpoints": checkpoints[:count] or None}
         trainer = trainer_of(tiny_ddpm, tmp_path / "out", args=args)
+        start = copy.deepcopy(trainer.model)
         with caplog.at_level(logging.WARNING, "hf_unlearn"):
             trainer.train()
         warnings = [r.getMessage() for r in caplog.records if "Fisher" in r.getMessage()]
         assert len(warnings) == 1
         assert "\n" not in warnings[0]
-        self.assert_is_the_fisher_and_told(trainer, tmp_path)
-
-    def test_without_checkpoints_likewise(self, tiny_ddpm, tmp_path):
-        trainer = trainer_of(tiny_ddpm, tmp_path / "out", args={"stability_weight": 0.1})
-        trainer.train()
-        self.assert_is_the_fisher_and_told(trainer, tmp_path)
-
-    def assert_is_the_fisher_and_told(self, trainer, tmp_path):
         assert trainer.precision_name.startswith("fisher")
         assert trainer.provenance().hyperparameters["anchor_precision"] == trainer.precision_name
         assert trainer.precision_name in str(trainer.model_card(tmp_path / "out"))
         assert (tmp_path / "out" / "_private" / "fisher.safetensors").is_file()
         (anchor,) = trainer.anchor.anchors
-        values = torch.cat([value.flatten() for value in anchor.diagonal.values()])
+        values = torch.cat([part.flatten() for part in anchor.diagonal.values()])
         assert values.mean().item() == pytest.approx(0.5, rel=1e-4)  # a mean precision of one, halved
         assert values.max() > 5 * values.mean()  # and no identity
         assert values.min() >= 0
+        change = [
+            (now - before).flatten() for now, before in zip(near(start).parameters(), start.parameters(), strict=True)
+        ]
+        expected = 0.1 * (values * torch.cat(change).square()).sum().item()
+        assert value(trainer, near(start)) == pytest.approx(expected, rel=1e-4)
 
     def test_the_fisher_is_that_of_the_forget_images(self, tiny_ddpm, tmp_path):
         """Of the last bias it is known: every answer moves by one, so that F is the number of pixels."""
@@ -121,22 +103,14 @@ class TestPrecision:
             draws.append(trainer._compute_fisher()["conv_out.bias"].item())
         assert torch.tensor(draws).mean().item() == pytest.approx(64, rel=0.5)
 
-    def test_isotropic_is_half_the_squared_distance(self, tiny_ddpm, tmp_path):
-        trainer = built(trainer_of(tiny_ddpm, tmp_path, args={"stability_weight": 0.7, "stability": "isotropic"}))
-        start, moved = weights(tiny_ddpm.unet), noised(tiny_ddpm.unet)
-        terms = trainer.anchor.value(trainable_parameters(moved))
-        expected = 0.7 * 0.5 * distance(start, weights(moved)) ** 2
-        assert sum(terms.values()).item() == pytest.approx(expected, rel=1e-4)
+    @pytest.mark.parametrize("beside", [0.0, 0.2])
+    def test_isotropic_is_half_the_squared_distance(self, beside, tiny_ddpm, tmp_path):
+        """And stands beside the isotropic weight."""
+        args = {"stability_weight": 0.7, "stability": "isotropic", "isotropic_weight": beside}
+        trainer, moved = built(trainer_of(tiny_ddpm, tmp_path, args=args)), near(tiny_ddpm.unet)
+        expected = (0.7 * 0.5 + beside) * distance(weights(tiny_ddpm.unet), weights(moved)) ** 2
+        assert value(trainer, moved) == pytest.approx(expected, rel=1e-4)
         assert trainer.precision_name.startswith("isotropic")
-
-    def test_stands_beside_the_isotropic_weight(self, tiny_ddpm, tmp_path):
-        args = {"stability_weight": 0.7, "stability": "isotropic", "isotropic_weight": 0.2}
-        trainer = built(trainer_of(tiny_ddpm, tmp_path, args=args))
-        moved = noised(tiny_ddpm.unet)
-        expected = (0.7 * 0.5 + 0.2) * distance(weights(tiny_ddpm.unet), weights(moved)) ** 2
-        assert sum(trainer.anchor.value(trainable_parameters(moved)).values()).item() == pytest.approx(
-            expected, rel=1e-4
-        )
 
     def test_without_a_weight_there_is_no_term_and_no_name(self, tiny_ddpm, checkpoints, tmp_path):
         trainer = built(trainer_of(tiny_ddpm, tmp_path / "out", args={"checkpoints": checkpoints}))
@@ -145,16 +119,10 @@ class TestPrecision:
         assert "anchor_precision" not in trainer.provenance().hyperparameters
 
     def test_a_mean_of_one_checkpoint_can_be_the_centre(self, tiny_ddpm, checkpoints, tmp_path):
-        args = {
-            "stability_weight": 1.0,
-            "stability": "isotropic",
-            "checkpoints": checkpoints[:1],
-            "anchor": "checkpoint_mean",
-        }
-        trainer = built(trainer_of(tiny_ddpm, tmp_path / "out", args=args))
-        saved = UNet2DModel.from_pretrained(checkpoints[0])
-        assert sum(trainer.anchor.value(trainable_parameters(saved)).values()).item() == pytest.approx(0, abs=1e-8)
-        assert sum(trainer.anchor.value(trainable_parameters(tiny_ddpm.unet)).values()).item() > 0.01
+        args = {"stability_weight": 1.0, "stability": "isotropic", "anchor": "checkpoint_mean"}
+        trainer = built(trainer_of(tiny_ddpm, tmp_path / "out", args=args | {"checkpoints": checkpoints[:1]}))
+        assert value(trainer, UNet2DModel.from_pretrained(checkpoints[0])) == pytest.approx(0, abs=1e-8)
+        assert value(trainer, tiny_ddpm.unet) > 0.01
 
     @pytest.mark.parametrize("count", [0, 1])
     def test_inverse_variance_of_fewer_than_two_is_refused(self, count, tiny_ddpm, checkpoints, tmp_path):
@@ -162,40 +130,6 @@ class TestPrecision:
         with pytest.raises(ValueError, match=f"^checkpoints: K = {count}") as error:
             trainer_of(tiny_ddpm, tmp_path / "out", args=args).train()
         assert one_line(error)
-
-    def test_checkpoints_that_do_not_differ_are_refused(self, tiny_ddpm, tmp_path):
-        folders = [str(tmp_path / name) for name in ("first", "second")]
-        for folder in folders:
-            tiny_ddpm.unet.save_pretrained(folder)
-        args = {"stability_weight": 0.1, "checkpoints": folders}
-        with pytest.raises(ValueError, match="^checkpoints: all 2 hold the same parameters") as error:
-            trainer_of(tiny_ddpm, tmp_path / "out", args=args).train()
-        assert one_line(error)
-
-    def test_checkpoints_of_another_architecture_are_refused(self, tiny_ddpm, checkpoints, tmp_path):
-        other = UNet2DModel(**{**tiny_ddpm.unet.config, "block_out_channels": (8, 16)})
-        other.save_pretrained(tmp_path / "other")
-        args = {"stability_weight": 0.1, "checkpoints": [checkpoints[0], str(tmp_path / "other")]}
-        with pytest.raises(ValueError, match="^checkpoints: .*other") as error:
-            trainer_of(tiny_ddpm, tmp_path / "out", args=args).train()
-        assert one_line(error)
-
-    @pytest.mark.parametrize("stability", ["inverse_variance", "fisher", "isotropic"])
-    def test_holds_the_parameters(self, stability, tiny_ddpm, checkpoints, tmp_path):
-        start, moves = weights(tiny_ddpm.unet), {}
-        for weight in (0.0, 1e-3):
-            pipeline = DDPMPipeline(copy.deepcopy(tiny_ddpm.unet), tiny_ddpm.scheduler)
-            args = {
-                "stability_weight": weight * {"inverse_variance": 1, "fisher": 1e4, "isotropic": 1e4}[stability],
-                "stability": stability,
-                "checkpoints": checkpoints,
-                "optim": "sgd",
-                "learning_rate": 0.02,
-                "max_steps": 12,
-            }
-            trainer_of(pipeline, tmp_path / f"{weight}", args=args).train()
-            moves[weight] = distance(start, weights(pipeline.unet))
-        assert 0 < moves[1e-3] < 0.8 * moves[0.0]
 
 
 class Steps(TrainerCallback):
@@ -208,39 +142,29 @@ class Steps(TrainerCallback):
         self.points.append(weights(self.model))
 
 
-class TestAverage:
-    @pytest.mark.parametrize("decay", [0.3, 0.999])
-    def test_is_the_recursion_written_out(self, decay, tiny_ddpm, tmp_path):
-        start = weights(tiny_ddpm.unet)
-        steps = Steps(tiny_ddpm.unet)
-        trainer = trainer_of(tiny_ddpm, tmp_path, args={"ema_decay": decay, "max_steps": 6}, callbacks=[steps])
-        assert isinstance(trainer.ema, AverageWeights)
+def test_the_average_is_the_recursion_written_out_and_does_not_change_the_steps(tiny_ddpm, tmp_path):
+    """It replaces the last step at the end, and is what is saved."""
+    start, decay, runs = weights(tiny_ddpm.unet), 0.3, {}
+    for ema in (0.0, decay):
+        pipeline = DDPMPipeline(copy.deepcopy(tiny_ddpm.unet), tiny_ddpm.scheduler)
+        runs[ema] = Steps(pipeline.unet)
+        # Plain steps: Adam would make whole ones of rounding errors.
+        args = {"ema_decay": ema, "max_steps": 6, "optim": "sgd", "learning_rate": 0.1}
+        trainer = trainer_of(pipeline, tmp_path, args=args, callbacks=[runs[ema]])
         trainer.train()
-        assert len(steps.points) == 6
-        average = {name: value.double() for name, value in start.items()}
-        for step, point in enumerate(steps.points, start=1):
-            rate = min(decay, (1 + step) / (10 + step))
-            average = {name: rate * value + (1 - rate) * point[name].double() for name, value in average.items()}
-        now = weights(tiny_ddpm.unet)
-        for name, value in average.items():
-            torch.testing.assert_close(now[name], value.float(), rtol=1e-5, atol=1e-6)
-        assert distance(now, steps.points[-1]) > 1e-3  # the model holds the average, not the last step
-
-    def test_is_what_is_saved(self, tiny_ddpm, tmp_path):
-        trainer = trainer_of(tiny_ddpm, tmp_path, args={"ema_decay": 0.9})
-        trainer.train()
-        trainer.save_model()
-        saved = DDPMPipeline.from_pretrained(tmp_path)
-        assert same(weights(saved.unet), weights(tiny_ddpm.unet))
-
-    def test_does_not_change_the_steps(self, tiny_ddpm, tmp_path):
-        runs = []
-        for decay in (0.0, 0.9):
-            pipeline = DDPMPipeline(copy.deepcopy(tiny_ddpm.unet), tiny_ddpm.scheduler)
-            steps = Steps(pipeline.unet)
-            trainer_of(pipeline, tmp_path / f"{decay}", args={"ema_decay": decay}, callbacks=[steps]).train()
-            runs.append(steps.points)
-        assert all(same(first, second) for first, second in zip(*runs, strict=True))
+    points = runs[decay].points
+    assert len(points) == 6
+    assert all(distance(*pair) < 1e-4 for pair in zip(points, runs[0.0].points, strict=True))
+    average = {name: part.double() for name, part in start.items()}
+    for step, point in enumerate(points, start=1):
+        rate = min(decay, (1 + step) / (10 + step))
+        average = {name: rate * part + (1 - rate) * point[name].double() for name, part in average.items()}
+    now = weights(pipeline.unet)
+    for name, part in average.items():
+        torch.testing.assert_close(now[name], part.float(), rtol=1e-5, atol=1e-6)
+    assert distance(now, points[-1]) > 1e-3
+    trainer.save_model()
+    assert same(weights(DDPMPipeline.from_pretrained(tmp_path).unet), now)
 
 
 class TestGuard:
@@ -256,7 +180,7 @@ class TestGuard:
         if trainer.guard.best.step == 0:
             assert same(weights(tiny_ddpm.unet), start)
         assert trainer.utility_drop(trainer.guard.state.baseline) == pytest.approx(
-            trainer.guard.best.utility_drop, abs=1e-6
+            trainer.guard.best.utility_drop, rel=1e-4, abs=1e-6
         )
 
     def test_drift_is_a_share_of_the_originals_own_error(self, tiny_ddpm, tmp_path):
@@ -264,9 +188,10 @@ class TestGuard:
         args = {"guard": True, "replay_samples": 6, "forget_loss": "npo", "loss_weighting": "simple", "max_steps": 1}
         trainer = trainer_of(tiny_ddpm, tmp_path, args=args, replay_filter=lambda images: torch.arange(6) < 1)
         trainer.train()
-        assert trainer.guard.looks[0].utility_drop == 0
+        # Answers of size one, in fp32: differences of some 1e-7 where a sum is taken in another order, squared.
+        assert trainer.guard.looks[0].utility_drop == pytest.approx(0, abs=1e-11)
         trainer.reference.restore(trainer.model)
-        assert trainer.utility() == 0
+        assert trainer.utility() == pytest.approx(0, abs=1e-11)
         with torch.no_grad():
             trainer.model.conv_out.bias += 0.5
         assert trainer.utility() == pytest.approx(0.25 / trainer._own_error, rel=1e-4)
@@ -290,16 +215,14 @@ class TestGuard:
         if broken == "images":
             latents[:, :, 3, 3] = torch.nan
         watch = Breaks()
-        trainer = trainer_of(
-            tiny_ddpm, tmp_path, forget=EncodedImages(latents), callbacks=[watch], args={"guard": True},
-            retain_dataset=rows(pictures(6, 1)),
-        )  # fmt: skip
+        data = {"forget": EncodedImages(latents), "retain_dataset": rows(pictures(6, 1))}
+        trainer = trainer_of(tiny_ddpm, tmp_path, **data, callbacks=[watch], args={"guard": True})
         with pytest.raises(FloatingPointError, match=f"at step {3 if broken == 'weights' else 1} ") as error:
             trainer.train()
         assert one_line(error)
         now = weights(tiny_ddpm.unet)
-        for name, value in watch.before.items():
-            assert torch.equal(now[name].nan_to_num(7.0), value.nan_to_num(7.0))
+        for name, part in watch.before.items():
+            assert torch.equal(now[name].nan_to_num(7.0), part.nan_to_num(7.0))
 
     def test_an_original_that_draws_nan_is_refused(self, tiny_ddpm, tmp_path):
         with torch.no_grad():
@@ -314,31 +237,28 @@ class TestGuard:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             unet = UNet2DModel(**{**tiny_ddpm.unet.config, "dropout": 0.3})
-        ends = []
-        for name, looks in (
-            ("quiet", {}),
-            (
-                "watched",
-                {"guard": True, "guard_steps": 1, "utility_tolerance": 1e9, "grid_images": 4, "grid_steps": 1},
-            ),
-        ):
+        ends, watching = (
+            [],
+            {"guard": True, "guard_steps": 1, "utility_tolerance": 1e9, "grid_images": 4, "grid_steps": 1},
+        )
+        for name, looks in (("quiet", {}), ("watched", watching)):
             pipeline = DDPMPipeline(copy.deepcopy(unet), tiny_ddpm.scheduler)
-            args = {"replay_samples": 8, "forget_loss": "redirect", **looks}
-            trainer = trainer_of(
-                pipeline, tmp_path / name, args=args, replay_filter=lambda images: torch.arange(8) < 3
-            )
+            # Plain steps: Adam would make whole ones of rounding errors.
+            args = {"replay_samples": 8, "forget_loss": "redirect", "optim": "sgd", "learning_rate": 0.1, **looks}
+            marks = {"replay_filter": lambda images: torch.arange(8) < 3}
+            trainer = trainer_of(pipeline, tmp_path / name, args=args, **marks)
             trainer.train()
             ends.append(weights(pipeline.unet))
         assert len(trainer.guard.looks) == 4
         assert len(list((tmp_path / "watched" / "_private" / "samples").iterdir())) >= 4
         assert trainer.guard.best.step == 3
-        assert same(*ends)
-        assert distance(weights(unet), ends[0]) > 1e-3
+        assert distance(*ends) < 1e-4
+        assert distance(weights(unet), ends[0]) > 1e-2
 
 
 def blobs(n, side, seed):
     """A bright spot on the left or on the right, jittered, with a little noise."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     y, x = torch.arange(8.0).view(1, 8, 1), torch.arange(8.0).view(1, 1, 8)
     row = 2.5 + 2 * torch.rand(n, 1, 1, generator=generator)
     column = (1 if side == "left" else 5) + torch.rand(n, 1, 1, generator=generator)
@@ -350,8 +270,72 @@ def on_the_left(images):
     return images[..., :4].mean((1, 2, 3)) > images[..., 4:].mean((1, 2, 3))
 
 
-class TestAGeneratorForgets:
-    """A small U-Net that draws spots on the left and on the right as often; those on the left are to go."""
+class ExactDenoiser(UNet2DModel):
+    """What a perfect training would end at: images are Gaussians around spots, `exp(100 w)` says how frequent each is."""
+
+    def __init__(self, spots):
+        super().__init__(
+            sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=8,
+            down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        )  # fmt: skip
+        for name in list(self._modules):
+            delattr(self, name)
+        self.spots = torch.nn.Parameter(spots.flatten(1))
+        self.w = torch.nn.Parameter(torch.zeros(len(spots)))
+        self.register_buffer("bars", DDIMScheduler().alphas_cumprod, persistent=False)
+
+    def forward(self, sample, timestep, **kwargs):
+        x, bar = sample.flatten(1), self.bars[timestep].expand(len(sample)).unsqueeze(1)
+        spread = bar * 0.1**2 + 1 - bar
+        differences = x.unsqueeze(1) - bar.sqrt().unsqueeze(2) * self.spots
+        shares = (100 * self.w - differences.square().sum(2) / (2 * spread)).softmax(1)
+        noise = (shares.unsqueeze(2) * differences).sum(1) * (1 - bar).sqrt() / spread
+        return SimpleNamespace(sample=noise.view_as(sample))
+
+
+def drawn(pipeline, count=100, seed=7):
+    return generate(pipeline, count, seed=seed, num_inference_steps=10, batch_size=count)
+
+
+def unlearned(pipeline, forget, output_dir, replay_filter=None, **values):
+    """What it draws before and after it has forgotten images like these."""
+    before = drawn(pipeline)
+    assert 0.3 < on_the_left(before).float().mean() < 0.7
+    settings = {"replay_samples": 200, "num_inference_steps": 10, "max_steps": 40, "grid_images": 0} | values
+    args = VDUConfig(output_dir=str(output_dir), **(QUIET | settings))
+    VDUTrainer(pipeline=pipeline, args=args, forget_dataset=rows(forget), replay_filter=replay_filter).train()
+    return before, drawn(pipeline)
+
+
+def far(images, real):
+    """How far images are from any real one, in the mean."""
+    return torch.cdist(images.flatten(1), real.flatten(1)).amin(1).mean().item()
+
+
+def assert_the_rest_is_well(before, after, real):
+    """`real` are images of what is kept."""
+    was, kept = before[~on_the_left(before)], after[~on_the_left(after)]
+    assert far(kept, real) < 1.3 * far(was, real)
+    assert (kept.mean(0) - real.mean(0)).abs().max() < 0.3  # of a range of 2
+    assert (kept.std(0).mean() / was.std(0).mean()).item() > 0.6  # and not one image
+
+
+@pytest.mark.parametrize(("replay_filter", "left"), [(on_the_left, 0.1), (None, 0.2)])
+def test_a_perfect_generator_forgets(replay_filter, left, tmp_path):
+    """What it draws on the left, told by a classifier or by images alone, and nothing else."""
+    right = blobs(6, "right", 1)
+    pipeline = DDPMPipeline(ExactDenoiser(torch.cat([blobs(6, "left", 0), right])), DDIMScheduler())
+    own = drawn(pipeline, 120, seed=11)
+    before, after = unlearned(pipeline, own[on_the_left(own)], tmp_path, replay_filter, learning_rate=1e-3)
+    # Of 0.46, over 6 seeds: none is left with the classifier, 0.04 ± 0.01 without.
+    assert on_the_left(after).float().mean() < left
+    # Over these seeds: farther by a factor of 0.97 to 1.02, a mean 0.06 to 0.13 away, 1.00 to 1.06 of the deviation.
+    assert_the_rest_is_well(before, after, right)
+
+
+@pytest.mark.slow
+class TestASmallUNetForgets:
+    """One that was hardly trained: some of its samples are too unlike real ones to be told, and are replayed."""
 
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory):
@@ -359,48 +343,16 @@ class TestAGeneratorForgets:
         images = torch.cat([blobs(300, "left", 0), blobs(300, "right", 1)])
         return small_ddpm.train(recipe, images, tmp_path_factory.mktemp("blobs") / "original", progress=False)
 
-    def drawn(self, pipeline):
-        return generate(pipeline, 100, seed=7, num_inference_steps=10, batch_size=100)
-
-    def unlearned(self, folder, output_dir, replay_filter=None, **values):
+    @pytest.mark.parametrize(("replay_filter", "share"), [(on_the_left, 0.1), (None, 0.6)])
+    def test_by_the_default_loss(self, replay_filter, share, folder, tmp_path):
         pipeline = DDPMPipeline.from_pretrained(folder)
-        before = self.drawn(pipeline)
-        assert 0.35 < on_the_left(before).float().mean() < 0.65
-        settings = {"replay_samples": 200, "num_inference_steps": 10, "max_steps": 40, "grid_images": 0} | values
-        trainer = VDUTrainer(
-            pipeline=pipeline,
-            args=VDUConfig(output_dir=str(output_dir), **(QUIET | settings)),
-            forget_dataset=rows(blobs(60, "left", 5)),
-            replay_filter=replay_filter,
-        )
-        trainer.train()
-        return before, self.drawn(pipeline)
-
-    def far(self, images):
-        """How far images are from any real one, in the mean."""
-        real = torch.cat([blobs(300, "left", 0), blobs(300, "right", 1)])
-        return torch.cdist(images.flatten(1), real.flatten(1)).amin(1).mean().item()
-
-    def assert_the_rest_is_well(self, before, after):
-        kept = after[~on_the_left(after)]
-        assert self.far(kept) < 1.3 * self.far(before)
-        mean = blobs(300, "right", 1).mean(0)
-        assert (kept.mean(0) - mean).abs().max() < 0.3  # of a range of 2
-        assert (kept.std(0).mean() / before[~on_the_left(before)].std(0).mean()).item() > 0.6  # and not one image
-
-    def test_with_a_classifier_of_its_samples(self, folder, tmp_path):
-        before, after = self.unlearned(folder, tmp_path, on_the_left)
-        assert on_the_left(after).float().mean() < 0.05
-        self.assert_the_rest_is_well(before, after)
-
-    def test_from_forget_images_alone(self, folder, tmp_path):
-        """A model that was hardly trained: some of its samples are too unlike real ones to be told, and are replayed."""
-        before, after = self.unlearned(folder, tmp_path)
-        assert on_the_left(after).float().mean() < 0.6 * on_the_left(before).float().mean()
-        self.assert_the_rest_is_well(before, after)
+        before, after = unlearned(pipeline, blobs(60, "left", 5), tmp_path, replay_filter)
+        assert on_the_left(after).float().mean() < share * on_the_left(before).float().mean()
+        assert_the_rest_is_well(before, after, blobs(300, "right", 1))
 
     def test_plain_ascent_destroys_it(self, folder, tmp_path):
         """Why a bounded loss is the default: what comes out is neither the one nor the other."""
         settings = {"forget_loss": "ascent", "replay_samples": 0, "guard": False, "max_steps": 30}
-        before, after = self.unlearned(folder, tmp_path, **settings)
-        assert self.far(after) > 4 * self.far(before)
+        before, after = unlearned(DDPMPipeline.from_pretrained(folder), blobs(60, "left", 5), tmp_path, **settings)
+        real = torch.cat([blobs(300, "left", 0), blobs(300, "right", 1)])
+        assert far(after, real) > 4 * far(before, real)

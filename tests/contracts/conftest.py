@@ -1,0 +1,14 @@
+"""Fixtures of the contracts that every trainer keeps."""
+
+import gc
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def light_garbage_collection():
+    """Every `Trainer.train()` collects garbage: half a second of looking at what the libraries have imported."""
+    import trainers  # noqa: F401
+
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,720 @@
+"""What a user may get wrong: one line that names the argument and the fix, and nothing written, lost or changed."""
+
+import copy
+import os
+import re
+from types import SimpleNamespace
+
+import datasets
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import IterableDataset
+from trainers import (
+    GANS,
+    INFLUENCES,
+    JOBS,
+    QUIET,
+    UNLEARNERS,
+    arguments,
+    build,
+    ddpm,
+    gan,
+    images,
+    llama,
+    modules,
+    pairs,
+    resnet,
+    seeded,
+    vit,
+)
+from transformers import ResNetModel, TrainingArguments, ViTForMaskedImageModeling
+from trl import SFTConfig
+
+from hf_unlearn import DCGANDiscriminator, GANPipeline
+from hf_unlearn.influence.checks import check_model
+from hf_unlearn.training.collators import ROW
+from hf_unlearn.unlearning.checks import check_arguments
+
+
+def one_line(message):
+    """Short, but for what another library said."""
+    return "\n" not in message and len(re.sub(r"\(.*\)", "", message)) < 300
+
+
+@pytest.fixture
+def check_refused(tmp_path):
+    """Builds a trainer (and trains it) that must refuse, with `problem` as the beginning of what it says and `fix` behind."""
+
+    def check_refused(name, problem, fix="", *, train=False, untouched=True, **changes):
+        folder = tmp_path / "out"
+        for earlier in (
+            "_private/influence/manifest.json",
+            "_private/influence/rows-00000.arrow",
+            "checkpoint-3/mine",
+        ):
+            (folder / earlier).parent.mkdir(parents=True, exist_ok=True)
+            (folder / earlier).write_text("of an earlier run")
+        start = JOBS[name].start
+        changes.setdefault(start, None if "model" in changes else arguments(name)[start])
+        states = [copy.deepcopy(module.state_dict()) for module in modules(changes[start])]
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        trainer = build(name, folder, **changes) if train else None
+        with pytest.raises(ValueError) as error:
+            trainer.train() if train else build(name, folder, **changes)
+        message = str(error.value)
+        assert message.startswith(problem), message
+        assert fix in message
+        assert one_line(message)
+        after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        for path in after.keys() - before.keys():  # what the original has drawn is kept where only training can tell
+            assert (train, name, path.parent) == (True, "vdu", folder / "_private"), path
+        assert {path: after[path] for path in before} == before
+        for module, state in zip(modules(changes[start]), states, strict=True) if untouched else ():
+            assert module.state_dict().keys() == state.keys()
+            assert all(
+                torch.equal(value.nan_to_num(), state[key].nan_to_num()) for key, value in module.state_dict().items()
+            )
+
+    return check_refused
+
+
+def table(cases):
+    """A test for every row; a value that is a function of nothing is called for what it makes."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: f"{case[0]} {case[1]}"[:50])
+
+
+def run(check_refused, case, **more):
+    name, problem, fix, changes = case
+    made = {key: value() if getattr(value, "__name__", "") == "<lambda>" and key not in CALLABLE else value
+            for key, value in changes.items()}  # fmt: skip
+    check_refused(name, problem, fix, **made, **more)
+
+
+CALLABLE = ("replay_filter", "marks", "compute_loss_func")
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield {"pixel_values": torch.zeros(1, 8, 8), "labels": 3}
+
+
+FORGET, RETAIN = images(4, [3]), images(4, [0, 1], seed=1)
+
+
+def labelled(labels, rows=FORGET):
+    return rows.remove_columns("labels").add_column("labels", labels)
+
+
+def pictures(*shown):
+    return datasets.Dataset.from_dict({"image": list(shown)})
+
+
+def rows_of(value, n=3):
+    """The last of `n` images is full of a value."""
+    pixels = torch.zeros(n, 1, 8, 8)
+    pixels[-1] = value
+    return pixels
+
+
+# Data
+
+EVERYWHERE = [
+    *((name, f"{argument}: a streaming dataset", "make it a Dataset", {argument: rows})
+      for name, argument in (("unlearn", "forget_dataset"), ("unlearn", "retain_dataset"), ("in_run", "train_dataset"))
+      for rows in (FORGET.to_iterable_dataset(), Endless())),
+    *(("unlearn", f"{argument}: has splits train, test", "pass one of them",
+       {argument: datasets.DatasetDict({"train": RETAIN, "test": RETAIN})})
+      for argument in ("forget_dataset", "retain_dataset")),
+    ("unlearn", "forget_dataset: has splits train", "", {"forget_dataset": datasets.IterableDatasetDict({"train": FORGET})}),
+    *((name, f"{argument}: is empty", fix, {argument: FORGET.select([])})
+      for name, argument, fix in (
+          ("unlearn", "forget_dataset", "nothing to forget"), ("unlearn", "retain_dataset", "nothing to retain"),
+          ("unlearn", "heldout_dataset", "pass rows"), ("vdu", "forget_dataset", ""), ("vdu", "retain_dataset", ""),
+          ("vdu", "heldout_dataset", ""), ("vdu", "replay_dataset", ""), ("in_run", "train_dataset", "pass rows"))),
+    ("unlearn", "forget_dataset: is empty", "", {"forget_dataset": []}),
+    *((name, "forget_dataset: missing", "pass the examples", {"forget_dataset": None}) for name in UNLEARNERS),
+    *((name, f"train_dataset: {JOBS[name].trainer.__name__} learns to forget", "pass forget_dataset=",
+       {"train_dataset": FORGET}) for name in UNLEARNERS),
+    ("adapt", "train_dataset: this trainer needs none", "negatives=", {"train_dataset": FORGET}),
+    *((name, "train_dataset: missing", "pass", {"train_dataset": None}) for name in ("gan", *INFLUENCES)),
+    *(("gan", "train_dataset: missing or empty", "", {"train_dataset": rows}) for rows in ([], torch.zeros(0, 1, 8, 8))),
+]  # fmt: skip
+
+
+@table(EVERYWHERE)
+def test_no_data(case, check_refused):
+    run(check_refused, case)
+
+
+LABELS = [
+    ("retain_dataset: 2 of its ids are in forget_dataset too (first: 14", "remove",
+     {"retain_dataset": datasets.concatenate_datasets([RETAIN, FORGET.select([2, 1])])}),
+    ("retain_dataset: 4 of its ids", "'name'", {
+        "forget_dataset": FORGET.rename_column("id", "name"), "id_column": "name",
+        "retain_dataset": labelled([1] * 4).rename_column("id", "name")}),
+    ("heldout_dataset: 4 of its ids", "remove them", {"heldout_dataset": FORGET, "forget": "examples"}),
+    ("retain_dataset: holds class 3", "forget='examples'", {"retain_dataset": images(4, [4, 3], seed=1)}),
+    ("forget_dataset: holds every class", "forget='examples'", {"forget_dataset": images(5, range(5)), "retain_dataset": None}),
+    *((f"{argument}: has no label column", fix, {argument: rows})
+      for argument, rows, fix in (
+          ("forget_dataset", FORGET.remove_columns("labels"), "labels, label"),
+          ("forget_dataset", FORGET.rename_column("labels", "class"), "labels, label"),
+          ("retain_dataset", RETAIN.remove_columns("labels"), "rename_column"),
+          ("heldout_dataset", images(4, seed=1).remove_columns("labels"), "label"))),
+    *((f"forget_dataset: label {label} is outside", "num_labels=5 (0…4)", {"forget_dataset": labelled([3, 3, label, 3])})
+      for label in (5, -1, 99)),
+    ("retain_dataset: label 5 is outside", "num_labels=5", {"retain_dataset": labelled([0, 5, 1, 1], RETAIN)}),
+    ("forget_dataset: label None", "", {"forget_dataset": labelled([3, None, 3, 3])}),
+    ("forget_dataset: label 'three'", "class_encode_column", {"forget_dataset": labelled(["three"] * 4)}),
+    ("forget_dataset: label 0.5", "", {"forget_dataset": labelled([0.5, 3.0, 3.0, 3.0])}),
+    ("forget_dataset: label [0, 1]", "one integer", {"forget_dataset": labelled([[0, 1]] * 4)}),
+    ("heldout_dataset: missing", "heldout_loss=", {"forget": "examples"}),
+    ("forget_loss='match' needs a target", "heldout_dataset=", {"forget_loss": "match"}),
+    ("processing_class: the dataset holds raw images", "image processor",
+     {"forget_dataset": pictures(Image.new("L", (8, 8))).add_column("label", [3]), "retain_dataset": None}),
+]  # fmt: skip
+
+
+@table([("unlearn", *case) for case in LABELS])
+def test_labels_and_ids(case, check_refused):
+    name, problem, fix, changes = case
+    run(check_refused, (name, problem, fix, {"forget": "class", "heldout_dataset": None} | changes))
+
+
+BAD_IMAGES = [
+    *((name, f"{argument}: {problem}", fix, {argument: rows})
+      for name, argument in (("vdu", "forget_dataset"), ("gan", "train_dataset"), ("gan", "eval_dataset"), ("adapt", "positives"))
+      for problem, fix, rows in (
+          ("an image has shape (1, 9, 9), the model's is (1, 8, 8)", "", images(4, size=9)),
+          ("an image has shape (3, 8, 8), the model's is (1, 8, 8)", "", images(4, channels=3)),
+          ("an image is 12 × 8, the model draws 8 × 8", "resize=True", pictures(Image.new("L", (12, 8)))),
+          ("images have 3 channels, the model has 1", "grey", pictures(Image.new("RGB", (8, 8)))),
+          ("has no images", "pixel_values, image", datasets.Dataset.from_dict({"pixels": [1.0]})))),
+    *((name, f"{argument}: {problem}", fix, {argument: form(rows)})
+      for name, argument, form in (
+          ("vdu", "forget_dataset", lambda rows: [{"pixel_values": row} for row in rows]),
+          ("gan", "train_dataset", lambda rows: rows), ("adapt", "negatives", lambda rows: rows))
+      for problem, fix, rows in (
+          ("an image holds NaN or infinite pixels", "remove it", rows_of(float("nan"))),
+          ("an image holds NaN or infinite pixels", "remove it", rows_of(float("inf"))),
+          ("pixel values reach 255", "[−1, 1]", rows_of(255.0)))),
+    ("vdu", "forget_dataset: an image is 12 × 8", "resize=True",
+     {"forget_dataset": pictures(Image.new("L", (8, 8)), Image.new("L", (12, 8)))}),
+    ("vdu", "forget_dataset: row 1 has no image", "fill it in", {"forget_dataset": pictures(Image.new("L", (8, 8)), None)}),
+    *(("vdu", f"{argument}: an image has shape (1, 4, 4)", "", {argument: images(4, seed=1, size=4)})
+      for argument in ("retain_dataset", "heldout_dataset", "replay_dataset")),
+    ("vdu", "eval_dataset['test']: an image has shape", "", {"eval_dataset": {"test": images(4, size=4)}}),
+    ("vdu", "eval_dataset['test']: is empty", "", {"eval_dataset": {"test": images(4).select([])}}),
+]  # fmt: skip
+
+
+@table(BAD_IMAGES)
+def test_images(case, check_refused):
+    run(check_refused, case)
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_another_range_in_rows_that_are_read_while_training(row, check_refused):
+    """Of tensors as of lists, in the first row or a later one."""
+    for form in (lambda image: image, lambda image: image.tolist()):
+        rows = [{"pixel_values": form(image)} for image in (rows_of(255.0) if row else rows_of(255.0).flip(0))]
+        check_refused("gan", "train_dataset: pixel values reach 255", train_dataset=rows, train=row > 0, max_steps=1)
+
+
+def ids(values):
+    return {"train_dataset": images(4, [0, 1]).remove_columns("id").add_column("id", values)}
+
+
+TARGETS = [
+    *(("target_dataset: ", "is empty; pass", {"target_dataset": rows})
+      for rows in (RETAIN.select([]), {}, {"one": RETAIN, "two": RETAIN.select([])}, [],
+                   RETAIN.add_column("target", ["a"] * 4).select([]))),
+    ("target_dataset: 'bad' gives batches without 'labels'", "",
+     {"target_dataset": {"good": RETAIN, "bad": RETAIN.remove_columns("labels")}}),
+    ("target_dataset: 'target' ", "", {"target_dataset": datasets.Dataset.from_dict({"question": ["who?"]})}),
+    ("target_dataset: 'target' cannot be collated", "",
+     {"target_dataset": datasets.Dataset.from_dict({"pixel_values": [["one"] * 8], "labels": [1]})}),
+    ("target_dataset: 'target' is a stream", "", {"target_dataset": RETAIN.to_iterable_dataset()}),
+    ("target_dataset: pass it, or target='self', and not both", "", {"target_dataset": None}),
+    ("target_dataset: pass it, or", "", {"target": "self"}),
+    ("target: 'other' is not 'self'", "", {"target": "other"}),
+    ("target_dataset: a target cannot be called 'self'", "rename", {"target_dataset": {"self": RETAIN}}),
+    ("train_dataset: gives batches without 'labels'", "", {"train_dataset": FORGET.remove_columns("labels")}),
+    ("train_dataset: has labels that are no classes", "", dict.fromkeys(
+        ("train_dataset", "target_dataset"), images(4).remove_columns("labels").add_column("labels", [[0.0, 1.0]] * 4))),
+    ("train_dataset: id 'b' occurs twice in column 'id'", "", ids(["a", "b", "c", "b"])),
+    *(("train_dataset: column 'id' must hold ids", "", ids(values))
+      for values in (["a", None, "c", "d"], [0.5, 1.5, 2.5, 3.5], [[1], [2], [3], [4]])),
+    ("id_column: 'none' is not in the training set", "", {"id_column": "none"}),
+]  # fmt: skip
+
+
+@table([("in_run", *case) for case in TARGETS])
+def test_targets_and_training_rows(case, check_refused):
+    run(check_refused, case)
+
+
+# Models
+
+
+def regression(model, problem):
+    model.config.problem_type = problem
+    return model
+
+
+def of_unet(**values):
+    config = {key: value for key, value in ddpm().unet.config.items() if not key.startswith("_")}
+    return diffusers.UNet2DModel(**(config | values))
+
+
+def broken_ddpm():
+    pipeline = ddpm()
+    pipeline.unet.conv_out.bias.data.fill_(float("nan"))
+    return pipeline
+
+
+SCHEDULER = {"noise_scheduler": ddpm().scheduler}
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler()
+MODELS = [
+    *((name, "model: missing", "pass a model", {"model": None}) for name in ("unlearn", "pbu")),
+    *((name, "model: NoneType is no GANPipeline", "pass GANPipeline(", {"model": None}) for name in GANS),
+    ("unlearn", "model: ResNetModel takes no labels", "AutoModelFor…", {"model": lambda: ResNetModel(resnet().config)}),
+    ("unlearn", "model: ViTForMaskedImageModeling", "", {"model": lambda: ViTForMaskedImageModeling(vit().config)}),
+    *((name, f"model: problem_type='{problem}' is not supported", "single-label",
+       {"model": lambda problem=problem: regression(vit(), problem)})
+      for name in ("unlearn", "in_run") for problem in ("regression", "multi_label_classification")),
+    ("unlearn", "forget='class' needs a classifier", "use forget='examples'", {
+        "forget": "class", "model": lambda: llama(), "retain_dataset": None, "heldout_dataset": None, "forget_dataset":
+        datasets.Dataset.from_dict({"input_ids": [[1, 5, 6]] * 4, "labels": [[1, 5, 6]] * 4})}),
+    *((name, "model: none of its parameters", "requires_grad_", {"model": lambda: vit().requires_grad_(False)})
+      for name in ("unlearn", "in_run", "propagated")),
+    ("in_run", "layers: 'nowhere' matches no module", "", {"layers": ["nowhere"]}),
+    *((name, "model: DCGANGenerator is no GANPipeline", "GANPipeline(", {"model": lambda: gan().generator}) for name in GANS),
+    *((name, "model: the pipeline has no discriminator", fix, {"model": lambda: GANPipeline(gan().generator)})
+      for name, fix in (("gan", "GANPipeline(generator, discriminator)"), ("adapt", "discriminator='fresh'"))),
+    *((name, f"model: the generator's {what} is", "must be equal",
+       {"model": lambda size=size: GANPipeline(gan().generator, DCGANDiscriminator(*size, base_channels=4))})
+      for name in GANS for what, size in (("sample_size", (9, 1)), ("channels", (8, 3)))),
+    *((name, "model: the generator's weights are torch.bfloat16", "float32", {"model": lambda: gan().to(torch.bfloat16)})
+      for name in GANS),
+    ("adapt", "discriminator='fresh': the pipeline has one", "leave it out", {"discriminator": "fresh", "adapt_steps": 300}),
+    ("vdu", "pipeline: missing", "noise_scheduler=", {"pipeline": None}),
+    ("vdu", "model: given beside pipeline", "keep one", {"model": lambda: ddpm().unet, "pipeline": lambda: ddpm()}),
+    ("vdu", "noise_scheduler: missing", "the whole pipeline=", {"model": lambda: ddpm().unet}),
+    ("vdu", "noise_scheduler: the pipeline has its own", "leave it out", SCHEDULER),
+    ("vdu", "noise_scheduler: FlowMatchEulerDiscreteScheduler has no add_noise", "DDPMScheduler",
+     {"model": lambda: ddpm().unet, "noise_scheduler": FLOW}),
+    ("vdu", "noise_scheduler: FlowMatchEulerDiscreteScheduler", "",
+     {"pipeline": lambda: diffusers.DDPMPipeline(ddpm().unet, FLOW)}),
+    ("vdu", "model: ResNetForImageClassification is not supported", "UNet2DModel", {"model": lambda: resnet()}),
+    ("vdu", "pipeline: dict is no pipeline of diffusers", "pass one", {"pipeline": lambda: {}}),
+    ("vdu", "model: its num_class_embeds=10 needs more than an image and a prompt", "",
+     {"model": lambda: of_unet(num_class_embeds=10)} | SCHEDULER),
+    ("vdu", "model: it sees 1 channels and answers 3", "", {"model": lambda: of_unet(out_channels=3)} | SCHEDULER),
+    ("vdu", "model: its weights are torch.bfloat16", "float32", {"pipeline": lambda: ddpm().to(torch.bfloat16)}),
+    ("vdu", "trainable: no parameter's name fits 'attention.*' (one is called 'conv_in.weight')", "",
+     {"trainable": ["conv_in.*", "attention.*"]}),
+    ("vdu", "trainable: no parameter's name fits 'cross_attention'", "", {"trainable": "cross_attention"}),
+    ("vdu", "trainable: UNet2DModel takes no LoRA in diffusers", "patterns", {"trainable": ["lora"], "stability_weight": 0.0}),
+]  # fmt: skip
+
+
+@table(MODELS)
+def test_models(case, check_refused):
+    run(check_refused, case)
+
+
+def prompted(n=4):
+    return images(n, channels=3).add_column("prompt", ["a photo", "a hot pot"] * (n // 2))
+
+
+REPLAY = {"replay_prompts": ["pot"], "replay_samples": 4, "stability_weight": 0.0}
+LORA = {"trainable": ["lora"]}
+
+
+class OnlyVAE(diffusers.DiffusionPipeline):
+    def __init__(self, vae):
+        super().__init__()
+        self.register_modules(vae=vae)
+
+
+def without_text(pipe):
+    pipe.text_encoder = None
+    return pipe
+
+
+def with_adapter(pipe):
+    from peft import LoraConfig
+
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    return pipe
+
+
+PROMPTED = [  # by the pipeline what is passed
+    ("forget_dataset: prompts are missing for a prompted model", "prompt, text, caption",
+     lambda pipe: {"pipeline": pipe, "forget_dataset": images(4, channels=3)}),
+    ("forget_dataset: given beside forget_prompts", "keep one", lambda pipe: {"pipeline": pipe, "forget_prompts": ["a photo"]}),
+    ("replay_prompts: missing", "replay_samples=0", lambda pipe: {"pipeline": pipe, "replay_prompts": None}),
+    ("replay_prompts: 'pot' is among forget_prompts too", "keep it in one",
+     lambda pipe: {"pipeline": pipe, "forget_prompts": ["pot"], "forget_dataset": None}),
+    ("model: a prompted denoiser needs its VAE and text encoder", "pipeline=",
+     lambda pipe: {"model": pipe.unet, "noise_scheduler": pipe.scheduler}),
+    ("pipeline: StableDiffusionPipeline has no text_encoder", "", lambda pipe: {"pipeline": without_text(pipe)}),
+    ("pipeline: OnlyVAE has no unet to train (it has vae)", "", lambda pipe: {"pipeline": OnlyVAE(pipe.vae)}),
+    ("model: AutoencoderKL is not supported", "UNet2DModel", lambda pipe: {"model": pipe.vae}),
+    ("trainable=['lora', 'all']: 'lora' stands alone", "", lambda pipe: {"pipeline": pipe, "trainable": ["lora", "all"]}),
+    ("stability_weight: means nothing for LoRA", "isotropic_weight",
+     lambda pipe: {"pipeline": pipe, "stability_weight": 1.0, "checkpoints": ["a"]} | LORA),
+    ("trainable: the model has an adapter already", "fuse it", lambda pipe: {"pipeline": with_adapter(pipe)} | LORA),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("problem", "fix", "given"), PROMPTED, ids=lambda value: value[:40] if isinstance(value, str) else ""
+)
+def test_prompted_models(problem, fix, given, check_refused, tiny_stable_diffusion):
+    check_refused("vdu", problem, fix, **({"forget_dataset": prompted()} | REPLAY | given(tiny_stable_diffusion)))
+
+
+def test_prompts_for_a_model_that_takes_none(check_refused):
+    check_refused("vdu", "forget_prompts: this model takes no prompts", "forget_dataset=", forget_dataset=None,
+                  forget_prompts=["a photo"])  # fmt: skip
+
+
+def test_folders_that_hold_no_model(check_refused, tmp_path):
+    for folder in ("empty", "half"):
+        (tmp_path / folder).mkdir()
+    pipeline = ddpm()
+    pipeline.save_pretrained(tmp_path / "half")
+    (tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    resnet().save_pretrained(tmp_path / "classifier")
+    for name in ("empty", "half", "nowhere/at-all"):
+        folder = name if "nowhere" in name else str(tmp_path / name)
+        check_refused("vdu", f"pipeline={folder!r}: neither a folder with a pipeline nor an id", pipeline=folder)
+        check_refused("gan", f"model={folder!r}: neither a folder with a GANPipeline", model=folder)
+    folder = str(tmp_path / "classifier")
+    check_refused("vdu", f"model={folder!r}: its config names None", "UNet2DModel", pipeline=folder)
+
+
+# Arguments
+
+ANY = {"replay_samples": 0, "stability_weight": 0.0}
+ARGUMENTS = [
+    *((name, f"args: {JOBS[name].trainer.__name__} needs {JOBS[name].config.__name__}, got {kind.__name__}", "",
+       {"args": lambda kind=kind: kind("unused", use_cpu=True, report_to="none", **({} if kind is TrainingArguments else {"bf16": False}))})
+      for name, kind in (("unlearn", TrainingArguments), ("unlearn", JOBS["sft"].config), ("pbu", JOBS["unlearn"].config),
+                         ("sft", JOBS["unlearn"].config), ("vdu", JOBS["unlearn"].config), ("gan", TrainingArguments),
+                         ("adapt", JOBS["gan"].config), ("in_run", SFTConfig), ("fine", JOBS["in_run"].config))),
+    *((name, f"compute_loss_func: {why}", "", {"compute_loss_func": lambda *args, **kwargs: 0.0})
+      for name, why in (("unlearn", "would be ignored"), ("in_run", "not supported"))),
+    *((name, f"label_smoothing_factor: {why}", "", {"label_smoothing_factor": 0.1})
+      for name, why in (("unlearn", "would be ignored"), ("in_run", "not supported"))),
+    *((name, f"load_best_model_at_end: {why}", "", {
+        "load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "eval_dataset": RETAIN})
+      for name, why in (("unlearn", "the guard"), ("propagated", "the sweep"))),
+    ("unlearn", "dataloader_persistent_workers", "set it to False",
+     {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}),
+    *((name, f"{what}=True: {why}", f"set {'it' if name == 'fine' else what} to False" if name == "fine" else "", {what: True})
+      for name, why in (("fine", "mixes documents"), ("sft", "takes away the boundaries"))
+      for what in ("packing", "padding_free")),
+    ("in_run", "n_calibration_runs: needs model_init=", "", {"n_calibration_runs": 2}),
+    ("in_run", "n_calibration_runs: ", "target='self'", {"n_calibration_runs": 2, "target": "self", "target_dataset": None}),
+    ("fine", "n_calibration_runs: SFTTrainer", "set it to 0", {"n_calibration_runs": 2}),
+    ("in_run", "preconditioned: ", "target='self'", {"preconditioned": True, "target": "self", "target_dataset": None}),
+    ("in_run", "per_device_train_batch_size: target='self'", "2 or more",
+     {"per_device_train_batch_size": 1, "target": "self", "target_dataset": None}),
+    ("fine", "train_dataset: list is not a", "", {"train_dataset": lambda: list(pairs(3))}),
+    ("fine", f"train_dataset: column '{ROW}'", "rename", {"train_dataset": lambda: pairs(2).add_column(ROW, [0, 1])}),
+    ("sft", "forget_dataset: holds images", "UnlearnTrainer", {"forget_dataset": pictures(Image.new("L", (8, 8)))}),
+    *(("vdu", "forget_loss='redirect' needs what is to be kept", "replay_samples", {"forget_loss": loss, "guard": False} | ANY)
+      for loss in ("redirect", "bounded")),
+    ("vdu", "guard: has nothing to look at", "guard=False", {"forget_loss": "ascent"} | ANY),
+    ("vdu", "forget_loss='match' needs a target", "heldout_dataset=", {"forget_loss": "match"}),
+    ("adapt", "negatives: missing or empty", "", {"negatives": None}),
+    ("adapt", "positives: missing or empty", "", {"positives": torch.zeros(0, 4)}),
+    ("adapt", "marks: given beside", "keep one", {"marks": lambda images: images > 0}),
+]  # fmt: skip
+
+
+@table(ARGUMENTS)
+def test_arguments(case, check_refused):
+    run(check_refused, case)
+
+
+WHILE_TRAINING = [
+    *(("propagated", "optim: ", "cannot be carried influence through", {"optim": optim})
+      for optim in ("adafactor", "rmsprop", "adagrad")),
+    ("in_run", "preconditioned: needs Adam or AdamW of torch, and optim is SGD", "", {"preconditioned": True, "optim": "sgd"}),
+    ("vdu", "replay_samples: all 16 samples of the original are of the forgotten kind", "replay_filter",
+     {"replay_filter": lambda x: torch.ones(len(x), dtype=torch.bool)}),
+    *(("vdu", "replay_filter: gave torch.", "for 16 images; it must mark", {"replay_filter": marks})
+      for marks in (lambda x: torch.zeros(3, dtype=torch.bool), lambda x: torch.zeros(len(x)), lambda x: x[:, 0] > 0)),
+    ("vdu", "pipeline: the original's own samples are not finite", "", {"pipeline": lambda: broken_ddpm()}),
+    ("vdu", "checkpoints: nowhere is neither a folder nor a Hub model", "", {"stability": "auto", "checkpoints": ["nowhere"]}),
+]  # fmt: skip
+
+
+@table(WHILE_TRAINING)
+def test_what_only_training_can_tell(case, check_refused):
+    run(check_refused, case, train=True, max_steps=2)
+
+
+def test_checkpoints_of_the_training_run(check_refused, tmp_path):
+    """What [`ParameterMoments`] refuses, and a single one, which has no variance."""
+    paths = [str(tmp_path / name) for name in "abc"]
+    for path in paths:
+        seeded(ddpm).unet.save_pretrained(f"{path}/unet")
+    given = {"stability": "inverse_variance", "stability_weight": 1.0, "train": True, "max_steps": 1}
+    check_refused("vdu", "checkpoints: K = 1 has no variance", "stability='fisher'", checkpoints=paths[:1], **given)
+    check_refused("vdu", "checkpoints: all 3 hold the same parameters", "no variance", checkpoints=paths, **given)
+    of_unet(block_out_channels=(8, 16)).save_pretrained(f"{paths[1]}/unet")
+    check_refused("vdu", "checkpoints: ", "is of another architecture", checkpoints=paths, **given)
+    (tmp_path / "b" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    check_refused("vdu", f"checkpoints: {paths[1]}", "cannot be read", checkpoints=paths, **given)
+
+
+NAN, PUSHED = float("nan"), {"push_to_hub": True, "hub_token": "none"}
+BOUNDED, NATURAL, SHARE = "must be in [0, 1)", "must be ≥ 1", "must be ≥ 0"
+SETTINGS = {  # by job: name, values, and what is said of them
+    "unlearn": [
+        ("forget", ["classes", ""], "'class' or 'examples'"),
+        ("forget_loss", ["redirct", "Ascent"], "bounded, ascent, npo, redirect, uniform, match"),
+        ("fisher", ["diagonal"], "'exact' or 'monte_carlo'"),
+        ("bn", ["eval"], "'frozen' or 'train'"),
+        ("forget_weight", [0.0, -1.0, NAN], "> 0"),
+        ("npo_beta", [0.0], "> 0"),
+        *((name, [-0.1, NAN], SHARE)
+          for name in ("retain_weight", "replay_weight", "isotropic_weight", "fisher_weight", "utility_tolerance")),
+        *((name, [0], NATURAL) for name in ("fisher_samples", "fisher_examples", "guard_steps", "guard_examples", "guard_patience")),
+        ("forget_accuracy", [-0.1, 1.0], "[0, 1)"),
+        ("hub_strategy", ["every_save", "checkpoint", "all_checkpoints"], "uploads half-forgotten weights; use hub_strategy='end'"),
+    ],
+    "sft": [("loss_type", ["dft"], "only 'nll'"), ("hub_strategy", ["every_save"], "uploads half-forgotten weights")],
+    "vdu": [
+        ("gamma", [0.0, 1.0, -0.5, NAN], "(0, 1)"),
+        ("stability", ["variance"], "auto, inverse_variance, fisher, isotropic"),
+        ("anchor", ["mean"], "original, checkpoint_mean"),
+        ("loss_weighting", ["snr"], "simple, elbo, min_snr"),
+        ("forget", ["class"], "a generator has no labels"),
+        ("fisher_weight", [0.1], "set stability='fisher' and stability_weight"),
+        ("checkpoints", [[]], "K = 0"),
+        *((name, [0.0, float("inf"), NAN], "> 0") for name in ("variance_floor", "snr_gamma", "caution")),
+        ("t_range", [[0.0], [0.5, 0.5], [0.2, 1.1], [-0.1, 1.0]], "0 ≤ low < high ≤ 1"),
+        ("ema_decay", [1.0, -0.1, NAN], BOUNDED),
+        *((name, [-1, NAN], SHARE) for name in ("stability_weight", "negative_guidance", "replay_samples", "grid_images")),
+        *((name, [0], NATURAL) for name in ("lora_rank", "lora_alpha", "forget_samples", "sample_batch_size",
+                                            "num_inference_steps", "grid_steps")),
+    ],
+    "gan": [
+        ("gradient_accumulation_steps", [2], "two players take turns"),
+        ("fp16", [True], "one loss scaler; use bf16"),
+        ("gradient_checkpointing", [True], "these networks have none"),
+        *((name, [-0.5, NAN], SHARE)
+          for name in ("r1_weight", "path_length_weight", "discriminator_warmup", "discriminator_learning_rate")),
+        *((name, [0], NATURAL) for name in ("r1_every", "path_length_every", "guard_steps", "sample_batch_size")),
+        ("guard_samples", [15], "≥ 16"),
+        ("ema_decay", [1.0, -0.1], BOUNDED),
+        ("collapse_tolerance", [0.0, 1.0], "must be in (0, 1)"),
+        ("hub_strategy", ["every_save"], "uploads half-trained states"),
+    ],
+    "adapt": [
+        *((name, ["other"], "must be one of") for name in ("repulsion", "distance", "discriminator")),
+        ("max_steps", [-1], "a few marks have no epochs"),
+        *((name, [0], NATURAL) for name in ("adapted_models", "fisher_samples", "mark_samples", "grid_steps")),
+        ("adapt_steps", [0], NATURAL),
+        *((name, [-1.0], SHARE) for name in ("consolidation_weight", "repulsion_weight", "own_samples", "grid_images")),
+        *((name, [0.0, NAN], "> 0") for name in ("adapt_learning_rate", "repulsion_rate")),
+        ("negative_share", [1.0, -0.1], BOUNDED),
+        ("miss_rate", [0.0, 1.0], "(0, 1)"),
+        ("gradient_accumulation_steps", [2], "two players take turns"),
+    ],
+    **{name: [
+        ("observation", ["magic"], "is not 'in_run' or 'propagated'"),
+        *((what, [0], "is below 1") for what in ("target_every", "target_batch_size", "target_rank", "last_steps")),
+        ("burn_in", [1.0, NAN], "is not a share"),
+        ("target_window", [-0.1], "is not a share"),
+        ("trajectory_gigabytes", [0], "is not above 0"),
+        ("n_calibration_runs", [1, -1], "have no spread"),
+    ] for name in ("in_run", "fine")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("job", SETTINGS)
+def test_settings_that_make_no_sense(job, tmp_path):
+    kind, plain = JOBS[job].config, QUIET | {"report_to": "none"} | ({"bf16": False} if job in ("sft", "fine") else {})
+    for name, values, fix in SETTINGS[job]:
+        for value in values:
+            more = PUSHED if name == "hub_strategy" else {}
+            with pytest.raises(ValueError) as error:
+                kind(str(tmp_path / "new"), **(plain | more | {name: value}))
+            message = str(error.value)
+            assert message.startswith(name), message
+            assert fix in message, message
+            assert one_line(message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_that_do_not_go_together(tmp_path):
+    vdu, adapt, unlearn = (JOBS[name].config for name in ("vdu", "adapt", "unlearn"))
+    with pytest.raises(ValueError, match=r"^checkpoints: missing; anchor='checkpoint_mean'"):
+        vdu.paper(str(tmp_path), **QUIET)
+    with pytest.raises(ValueError, match="^gamma: sets forget_weight and stability_weight"):
+        vdu(str(tmp_path), gamma=0.5, forget_weight=0.3, **QUIET)
+    with pytest.raises(ValueError, match="^adapt_steps=200: must be more than discriminator_warmup=200"):
+        adapt(str(tmp_path), discriminator="fresh", adapt_steps=200, **QUIET)
+    with pytest.raises(TypeError, match="forget_weigth"):
+        unlearn(str(tmp_path), forget_weigth=1.0)
+
+
+def test_the_ends_of_the_ranges_are_allowed(tmp_path):
+    gan_config, vdu, unlearn = (JOBS[name].config for name in ("gan", "vdu", "unlearn"))
+    gan_config(
+        str(tmp_path), r1_weight=0, ema_decay=0, path_length_weight=0, guard_samples=16, r1_every=1, **PUSHED, **QUIET
+    )
+    assert unlearn(str(tmp_path), forget_accuracy=0.0, **PUSHED, **QUIET).hub_strategy == "end"
+    config = vdu(str(tmp_path), gamma=0.25, t_range=[0.0, 1.0], **QUIET)
+    assert (config.forget_weight, config.stability_weight) == (0.75, 0.25)
+    paper = vdu.paper(str(tmp_path), gamma=0.1, checkpoints=["a", "b"], **QUIET)
+    assert (paper.forget_weight, paper.stability_weight, paper.replay_samples, paper.guard) == (0.9, 0.1, 0, False)
+
+
+def test_an_adapter_that_cannot_be_merged(check_refused):
+    from peft import IA3Config
+
+    adapter = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    check_refused("unlearn", "merge_adapter=True: a IA3 adapter cannot be folded", "merge_adapter=False", peft_config=adapter,
+                  fisher_weight=0.0, untouched=False)  # fmt: skip
+
+
+# Machines
+
+
+class Parallel(nn.Module):
+    """Says that it is spread over GPUs already, so that Trainer leaves it alone."""
+
+    is_parallelizable = model_parallel = True
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 5)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.layer(pixel_values.flatten(1))
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if name not in ("sft", "fine")])  # TRL refuses
+def test_several_gpus_in_one_process(name, check_refused, tmp_path):
+    job = JOBS[name]
+    args = job.config(str(tmp_path / "out"), **(QUIET | job.values))
+    assert args.n_gpu == 0
+    args._n_gpu = 2
+    check_refused(name, "several GPUs in one process", "accelerate launch", args=args)
+
+
+@pytest.mark.parametrize("flag", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+def test_sharded_parameters(flag):
+    """As a trainer that is sharded says of itself; there is none without GPUs."""
+    flags = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, flag: True}
+    with pytest.raises(ValueError, match="^DeepSpeed and FSDP are not supported yet") as error:
+        check_model(SimpleNamespace(args=SimpleNamespace(n_gpu=0), model=vit(), **flags))
+    assert one_line(str(error.value))
+
+
+@pytest.mark.parametrize("name", ["unlearn", "in_run"])
+def test_processes_that_do_not_know_of_each_other(name, check_refused, monkeypatch):
+    args = JOBS[name].config("unused", **QUIET)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_refused(name, "use_cpu: 2 processes were launched", "set use_cpu=True", args=args)
+
+
+# Where it is written to
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_good_trainer_writes_nothing_before_it_trains(name, tmp_path):
+    build(name, tmp_path, **({"grid_images": 4} if name in ("vdu", "adapt") else {}))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", UNLEARNERS)
+def test_a_folder_that_cannot_be_written_to(name, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="^output_dir: cannot write to .*choose another folder$"):
+            build(name, folder)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_is_read_only(tmp_path):
+    args = JOBS["unlearn"].config(str(tmp_path), **QUIET)
+    tmp_path.chmod(0o500)
+    user = os.geteuid()
+    if user == 0:  # who may write anywhere
+        os.seteuid(65534)
+    try:
+        with pytest.raises(ValueError, match="^output_dir: cannot write to .*Permission denied"):
+            check_arguments(
+                "any", args, train_dataset=None, forget_dataset=FORGET, retain_dataset=None, heldout_dataset=None
+            )
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("form", ["folder", "pipeline", "denoiser", "denoiser's folder", "gan", "gan's folder"])
+def test_a_folder_that_holds_the_original(form, tmp_path):
+    folder = tmp_path / "original"
+    original = gan() if "gan" in form else ddpm()
+    original.save_pretrained(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    given = {
+        "folder": lambda: {"pipeline": str(folder)},
+        "pipeline": lambda: {"pipeline": diffusers.DDPMPipeline.from_pretrained(folder)},
+        "denoiser": lambda: (
+            {"model": diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet"), "pipeline": None} | SCHEDULER
+        ),
+        "denoiser's folder": lambda: {"model": str(folder / "unet"), "pipeline": None} | SCHEDULER,
+        "gan": lambda: {"model": GANPipeline.from_pretrained(folder)},
+        "gan's folder": lambda: {"model": str(folder)},
+    }[form]()
+    with pytest.raises(ValueError, match="^output_dir: .* holds the original model; choose another folder$"):
+        build("adapt" if "gan" in form else "vdu", folder, **given)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+# Asked too early
+
+
+def test_evaluation_without_images(tmp_path):
+    with pytest.raises(ValueError, match="^eval_dataset: missing; evaluate"):
+        build("gan", tmp_path).evaluate()
+
+
+def test_influence_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"^influence: this trainer has not trained; call train\(\) first") as error:
+        build("in_run", tmp_path).influence  # noqa: B018 (a property)
+    assert one_line(str(error.value))
+
+
+def test_nothing_is_refused_that_only_looks_like_it(tmp_path):
+    """Rows that nothing identifies may be the same; the best model may be loaded where nothing is swept."""
+    build(
+        "unlearn",
+        tmp_path,
+        forget_dataset=FORGET.remove_columns("id"),
+        retain_dataset=labelled([1] * 4).remove_columns("id"),
+    )
+    best = {
+        "load_best_model_at_end": True,
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "save_steps": 2,
+        "eval_steps": 2,
+    }
+    trainer = build("in_run", tmp_path, eval_dataset=RETAIN, max_steps=3, **best)
+    trainer.train()
+    assert trainer.state.global_step == 3
