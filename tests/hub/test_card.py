@@ -1,5 +1,7 @@
 """The card as a reader and the Hub get it, and snippets that run."""
 
+from dataclasses import replace
+
 import diffusers
 import numpy as np
 import pytest

@@ -21,7 +21,7 @@ from hf_unlearn.examples.classifier import TRAINING, cached_digits_classifier, d
 from hf_unlearn.jobs import adapt_then_unlearn, influence, selecting, unlearn, vdu
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 DIGITS = RECIPES / "pbu_digits.yaml"
 QUICK = ("--use_cpu", "true", "--disable_tqdm", "true", "--dataloader_pin_memory", "false", "--report_to", "none")

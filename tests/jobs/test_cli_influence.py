@@ -20,7 +20,7 @@ from hf_unlearn import InfluenceReport, cli, data
 from hf_unlearn.examples import datasets as example_data
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 LABELS, POISON, LLAMA = (str(RECIPES / f"influence_{name}.yaml") for name in ("labels_digits", "poison", "llama_lora"))
 QUICK = ("--use_cpu", "true", "--disable_tqdm", "true", "--dataloader_pin_memory", "false", "--report_to", "none")
 MODEL_FILES = {"config.json", "model.safetensors"}

@@ -18,7 +18,7 @@ from hf_unlearn.filtering.fitting.rates import Rate
 from hf_unlearn.modes import seeded_generator
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = ("filter_digits_gan", "filter_digits_ddpm", "filter_stable_diffusion")
 SHEET, UNMARKED, EVALUATION, RUN = range(4)  # purposes of samples
 LOOSE = {"threshold": "pooled_mean", "score": "mean_difference", "unmarked": 40}

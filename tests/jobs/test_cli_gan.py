@@ -26,7 +26,7 @@ from hf_unlearn.metrics.generation import percentage_unlearned
 from hf_unlearn.modes import seeded_generator
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 QUICK = ("--use_cpu", "true", "--disable_tqdm", "true", "--dataloader_pin_memory", "false", "--report_to", "none")
 SHORT = (
     "--max_steps", "2", "--adapt_steps", "2", "--fisher_samples", "8", "--mark_samples", "40", "--own_samples", "40",

@@ -18,7 +18,7 @@ from hf_unlearn.metrics.generation import percentage_unlearned
 from hf_unlearn.unlearning.diffusion.drawing import generate
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 QUICK = ("--use_cpu", "true", "--disable_tqdm", "true", "--dataloader_pin_memory", "false", "--report_to", "none")
 SHORT = (
     "--max_steps", "2", "--replay_samples", "12", "--num_inference_steps", "2", "--grid_images", "1",
