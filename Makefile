@@ -14,8 +14,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
+# The long ones; and everything once as on a machine whose user has not set MKL_CBWR, which tests otherwise do.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+	HF_UNLEARN_TESTS_MKL=default $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -100,8 +100,8 @@ def steppers(side: int, channels: tuple[int, ...], folder: str) -> dict[str, Ste
             pipeline=pipeline(side, channels),
             args=args,
             forget_dataset=EncodedImages(images[: args.per_device_train_batch_size]),
-            replay_dataset=EncodedImages(images) if args.replay_samples else None,
-            replay_filter=lambda own: torch.arange(len(own)) < 100,
+            replay_dataset=EncodedImages(images) if args.own_samples else None,
+            marker=lambda own: torch.arange(len(own)) < 100,
         )
         out[name] = Steps(trainer, {"forget": {"latents": trainer.forget_dataset.latents}})
     return out

@@ -141,7 +141,7 @@ class FineTuner(VDUTrainer):
         return torch.zeros(())
 
 
-PLAIN = {"replay_samples": 0, "replay_weight": 0.0, "guard": False, "loss_weighting": "simple"}
+PLAIN = {"own_samples": 0, "replay_weight": 0.0, "guard": False, "loss_weighting": "simple"}
 BOTH_SEEDS = ("original", "vdu", "npo_replay")  # the others run with the first, of which the summary is
 
 
@@ -249,8 +249,8 @@ def unlearned(
             args=args,
             forget_dataset=EncodedImages(forget_images(task, forgotten, seed)),
             retain_dataset=EncodedImages(images[labels != forgotten]) if spec.get("retained") else None,
-            replay_dataset=own_samples(task, seed) if args.replay_samples else None,
-            replay_filter=marks_forgotten,
+            replay_dataset=own_samples(task, seed) if args.own_samples else None,
+            marker=marks_forgotten,
         )
         trainer.pop_callback(PrinterCallback)
         look = Look(trainer, marks, partial(measured, task=task, seed=seed, forgotten=forgotten, count=count))

@@ -52,9 +52,9 @@ class GANSteps(Steps):
         self.trainer.state.global_step += 1
 
     def held(self) -> int:
-        anchor, negatives = self.trainer.anchor, getattr(self.trainer, "_negatives", None)
+        anchor, undesired = self.trainer.anchor, getattr(self.trainer, "_negatives", None)
         tensors = [] if anchor is None else list(anchor.mean.values())
-        return sum(tensor.nbytes for tensor in (*tensors, *([] if negatives is None else [negatives])))
+        return sum(tensor.nbytes for tensor in (*tensors, *([] if undesired is None else [undesired])))
 
 
 def pipeline(side: int, channels: int) -> GANPipeline:
@@ -73,8 +73,8 @@ def steppers(side: int, channels: int, folder: str) -> dict[str, Steps]:
         trainer = AdaptThenUnlearnTrainer(
             pipeline(side, channels),
             AdaptThenUnlearnConfig(f"{folder}/{len(out)}", **(settings | own)),
-            negatives=images[:100],
-            positives=images[100:],
+            undesired=images[:100],
+            clean=images[100:],
         )
         out[name] = GANSteps(trainer, batch)
     return out

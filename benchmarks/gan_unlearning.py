@@ -68,7 +68,7 @@ def latents(count: int, seed: int, length: int = 64) -> Tensor:
 
 @cache
 def feedback(task: str, seed: int, forgotten: int, marks: int) -> tuple[Tensor, Tensor]:
-    """Images that a user marks, negative and positive, who stops after so many negatives."""
+    """Images that a user marks, negative and positive, who stops after so many undesired."""
     seen = model(task, seed).draw(latents(20_000, 300 + seed))
     negative = called(task, forgotten, seen)
     end = int(negative.nonzero()[marks - 1]) + 1
@@ -128,7 +128,7 @@ def method(label: str, settings: dict, tuned: dict | list | None = None, **flags
 METHODS = {
     "ours": method("**ours, the defaults**", {}),
     "ours_no_repulsion": method("ours, no repulsion", {"repulsion": "none"}, first_seed=True),
-    "ours_no_false": method("ours, negatives not shown as drawn", {"negative_share": 0.0}, first_seed=True),
+    "ours_no_false": method("ours, undesired not shown as drawn", {"negative_share": 0.0}, first_seed=True),
     "ours_no_spread": method("ours, marks not spread", {"own_samples": 0}, first_seed=True),
     "el2": method("EL2, marks alone", MARKED, {"learning_rate": RATES, "repulsion_weight": (0.3, 3.0, 30.0)}),
     "nl2": method("NL2, marks alone", MARKED | {"repulsion": "nl2"}, {"learning_rate": RATES, "repulsion_weight": (3e-4, 1e-3, 1e-2)}, first_seed=True),
@@ -137,7 +137,7 @@ METHODS = {
         "consolidation only", MARKED | {"repulsion": "none"}, {"learning_rate": RATES, "consolidation_weight": (1e-3, 1e-2, 1e-1)},
         trainer=Consolidated, first_seed=True,
     ),
-    "finetune": method("fine-tuned on positives", MARKED | {"repulsion": "none"}, {"learning_rate": (2e-4, *RATES)}),
+    "finetune": method("fine-tuned on clean", MARKED | {"repulsion": "none"}, {"learning_rate": (2e-4, *RATES)}),
     "extrapolation": method("extrapolation", MARKED, {"scale": (-0.2, -0.5, -1.0, -2.0, -4.0)}, first_seed=True),
 }  # fmt: skip
 
@@ -149,7 +149,7 @@ def unlearned(
     spec = METHODS[name]
     settings = spec["settings"] | option
     scale = settings.pop("scale", None)
-    negatives, positives = feedback(task, seed, forgotten, marks)
+    undesired, clean = feedback(task, seed, forgotten, marks)
     with tempfile.TemporaryDirectory() as scratch:
         args = AdaptThenUnlearnConfig(
             scratch,
@@ -163,7 +163,7 @@ def unlearned(
             **settings,
         )
         began = time.perf_counter()
-        trainer = spec["trainer"](model(task, seed), args, negatives=negatives, positives=positives)
+        trainer = spec["trainer"](model(task, seed), args, undesired=undesired, clean=clean)
         trainer.pop_callback(PrinterCallback)
         if args.repulsion != "none":
             began -= adapt(trainer, (task, seed, forgotten, marks, args.adapt_steps))

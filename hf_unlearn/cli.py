@@ -23,6 +23,19 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from . import __version__
 
 
+# Keys that recipes had before, and what they are called now.
+RENAMED = {
+    "replay_samples": "own_samples",
+    "replay_filter": "marker",
+    "guard_samples": "guard_examples",
+    "sample_batch_size": "batch_size",
+    "forget_classes": "classes",
+    "undesired_classes": "classes",
+    "negatives": "undesired_folder",
+    "positives": "clean_folder",
+}
+
+
 class UsageError(Exception):
     """The command line or the recipe is wrong."""
 
@@ -300,6 +313,13 @@ def _parse_recipe(
         raise UsageError(f"{path}: {error}") from error.__cause__
 
 
+def recipe_file(path: str) -> Path:
+    """The file, or the recipe of that name that came with the package (`recipes/pbu_digits.yaml`, or `pbu_digits`)."""
+    file = Path(path)
+    shipped = Path(__file__).parent / "recipes" / file.with_suffix(".yaml").name
+    return shipped if not file.exists() and shipped.is_file() else file
+
+
 def load_recipe(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A recipe twice: with every scalar as it is written, and as YAML understands it.
 
@@ -309,7 +329,7 @@ def load_recipe(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     import yaml
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = recipe_file(path).read_text(encoding="utf-8")
         words, values = yaml.load(text, Loader=yaml.BaseLoader), yaml.safe_load(text)
     except OSError as error:
         raise UsageError(f"config: cannot read {path!r} ({error.strerror}); give the path of a recipe") from error
@@ -356,6 +376,8 @@ def _of(dataclass_type: type, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
+    if RENAMED.get(word) in (known := list(known)):
+        return f"it is called {RENAMED[word]!r} now"
     return f"did you mean {difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]!r}?"
 
 

@@ -99,9 +99,9 @@ class CollapseGuard(TrainerCallback):
         trainer = self.trainer
         if self.real is None:
             self.real = trainer.features(
-                trainer.real_images(trainer.train_dataset, trainer.args.guard_samples, REAL_SEED)
+                trainer.real_images(trainer.train_dataset, trainer.args.guard_examples, REAL_SEED)
             )
-        drawn = trainer.features(trainer.draw(trainer.args.guard_samples, DRAWN_SEED))
+        drawn = trainer.features(trainer.draw(trainer.args.guard_examples, DRAWN_SEED))
         k = min(5, len(self.real) - 1)
         coverage = torch.tensor(
             density_coverage(self.real, drawn, k=k).coverage if k else 1.0, device=trainer.args.device

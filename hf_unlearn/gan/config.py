@@ -11,7 +11,7 @@ from ..training.checks import check_fields, check_hub_strategy
 
 RANGES = {
     "≥ 0": ("r1_weight", "path_length_weight", "discriminator_warmup", "discriminator_learning_rate"),
-    "≥ 1": ("r1_every", "path_length_every", "guard_steps", "sample_batch_size"),
+    "≥ 1": ("r1_every", "path_length_every", "guard_steps", "batch_size"),
     "in [0, 1)": ("ema_decay",),
     "in (0, 1)": ("collapse_tolerance",),
 }
@@ -36,13 +36,13 @@ class GANConfig(TrainingArguments):
     > When to stop
         guard (`bool`, defaults to `True`): look for mode collapse while training; see [`CollapseGuard`].
         guard_steps (`int`, *optional*): steps between two looks. Default: a tenth of the run.
-        guard_samples (`int`, defaults to 256): images drawn at a look, and real ones they are compared with, at most.
+        guard_examples (`int`, defaults to 256): images drawn at a look, and real ones they are compared with, at most.
         collapse_tolerance (`float`, defaults to 0.5): coverage below this share of the best one seen counts as collapse, in
             (0, 1).
 
     > Images
         resize (`bool`, defaults to `False`): scale and crop images that do not have the model's size.
-        sample_batch_size (`int`, defaults to 64): images drawn at a time.
+        batch_size (`int`, defaults to 64): images drawn at a time.
     """
 
     learning_rate: float = 2e-3
@@ -65,10 +65,10 @@ class GANConfig(TrainingArguments):
     ema_decay: float = 0.999
     guard: bool = True
     guard_steps: int | None = None
-    guard_samples: int = 256
+    guard_examples: int = 256
     collapse_tolerance: float = 0.5
     resize: bool = False
-    sample_batch_size: int = 64
+    batch_size: int = 64
 
     def __post_init__(self):
         if self.ddp_find_unused_parameters is None:
@@ -90,5 +90,5 @@ class GANConfig(TrainingArguments):
         check_fields(self, RANGES)
         if self.gradient_checkpointing:
             raise ValueError("gradient_checkpointing=True: these networks have none; set it to False")
-        if self.guard_samples < 16:
-            raise ValueError(f"guard_samples={self.guard_samples}: must be ≥ 16, or coverage says nothing")
+        if self.guard_examples < 16:
+            raise ValueError(f"guard_examples={self.guard_examples}: must be ≥ 16, or coverage says nothing")

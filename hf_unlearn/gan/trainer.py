@@ -250,7 +250,7 @@ class GANTrainer(GANSavingMixin, Trainer):
         latents = torch.randn(
             (count, *self.averaged.latent_shape), generator=seeded_generator("cpu", self.args.seed, seed)
         )
-        return self.pipeline.draw(latents, batch_size=self.args.sample_batch_size)
+        return self.pipeline.draw(latents, batch_size=self.args.batch_size)
 
     def features(self, images: Tensor) -> Features:
         """What images are compared by: the extractor's features, or pixels."""

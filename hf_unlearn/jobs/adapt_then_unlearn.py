@@ -44,8 +44,8 @@ class GANJob:
     """Which GAN forgets what: the keys of a recipe with `method: adapt_then_unlearn` besides those of
     [`AdaptThenUnlearnConfig`].
 
-    What is forgotten is said by marks on samples: by a classifier that plays the user (`marker` with `forget_classes`), by
-    two sets of images (`negatives` and `positives`), or by numbers on a sheet of samples (`undesired`). With none of the three
+    What is forgotten is said by marks on samples: by a classifier that plays the user (`marker` with `classes`), by
+    two sets of images (`undesired_folder` and `clean_folder`), or by numbers on a sheet of samples (`undesired`). With none of the three
     the job writes that sheet and ends.
 
     Args:
@@ -54,13 +54,13 @@ class GANJob:
         model (`str`): `"digits-gan"` or `"fashion-mnist-gan"` (small GANs, trained on first use: minutes), the folder or the
             id of a [`GANPipeline`].
         marker (`str`, *optional*): `"digits"`, a folder or an id of an image classifier, which marks the samples that it sees
-            one of `forget_classes` in. Not the classifier that counts, or the figures flatter.
-        forget_classes (`list[str]`, *optional*): names or numbers of classes, for `marker` and for `classifier`.
-        marks (`int`, *optional*, defaults to 100): negative marks: samples are looked at one after another until there are so
-            many, and all others looked at are positive. `None`: all `mark_samples` samples are looked at.
-        negatives, positives (`str`, *optional*): folders of datasets written by `save_to_disk`, with a column of images: with
+            one of `classes` in. Not the classifier that counts, or the figures flatter.
+        classes (`list[str]`, *optional*): names or numbers of classes, for `marker` and for `classifier`.
+        marks (`int`, *optional*, defaults to 100): undesired marks: samples are looked at one after another until there are so
+            many, and all others looked at are clean. `None`: all `mark_samples` samples are looked at.
+        undesired_folder, clean_folder (`str`, *optional*): folders of datasets written by `save_to_disk`, with a column of images: with
             what is to be forgotten, and without.
-        undesired (`list[int]`, *optional*): numbers on the sheet of the samples that show it; all others there are positive.
+        undesired (`list[int]`, *optional*): numbers on the sheet of the samples that show it; all others there are clean.
         looked_at (`int`, defaults to 200): samples on the sheet. Which ones they are is decided by model and seed.
         classifier (`str`, *optional*): counts what is drawn before and after: `"digits"`, a folder or an id.
         measure_samples (`int`, defaults to 500): images drawn before and after for it.
@@ -79,10 +79,10 @@ class GANJob:
     preset: Literal["paper"] | None = None
     model: str | None = None
     marker: str | None = None
-    forget_classes: list[str] | None = None
+    classes: list[str] | None = None
     marks: int | None = 100
-    negatives: str | None = None
-    positives: str | None = None
+    undesired_folder: str | None = None
+    clean_folder: str | None = None
     undesired: list[int] | None = None
     looked_at: int = 200
     classifier: str | None = None
@@ -101,20 +101,24 @@ class GANJob:
         self._check_measuring()
 
     def _check_feedback(self) -> None:
-        given = [name for name in ("marker", "negatives", "positives", "undesired") if getattr(self, name) is not None]
-        for name, other in (("negatives", "positives"), ("positives", "negatives")):
+        given = [
+            name
+            for name in ("marker", "undesired_folder", "clean_folder", "undesired")
+            if getattr(self, name) is not None
+        ]
+        for name, other in (("undesired_folder", "clean_folder"), ("clean_folder", "undesired_folder")):
             if given == [name]:
                 raise ValueError(f"{other}: missing, which {name} needs; set it to a folder written by save_to_disk")
-        if len(given) > 1 and given != ["negatives", "positives"]:
+        if len(given) > 1 and given != ["undesired_folder", "clean_folder"]:
             raise ValueError(f"{given[-1]}: given beside {given[0]}; keep one of them")
-        if self.marker is not None and not self.forget_classes:
-            raise ValueError("forget_classes: missing; list the classes that marker is to mark, as in [3]")
-        check_numbers(self.undesired, self.looked_at, others="positive")
+        if self.marker is not None and not self.classes:
+            raise ValueError("classes: missing; list the classes that marker is to mark, as in [3]")
+        check_numbers(self.undesired, self.looked_at, others="clean")
 
     def _check_measuring(self) -> None:
-        if self.forget_classes and not (self.marker or self.classifier):
+        if self.classes and not (self.marker or self.classifier):
             raise ValueError(
-                "classifier: missing, which forget_classes needs; set it, or marker, to 'digits', a folder, or an id"
+                "classifier: missing, which classes needs; set it, or marker, to 'digits', a folder, or an id"
             )
         check_needs(
             self,
@@ -122,7 +126,7 @@ class GANJob:
             ("eval_split", "dataset", "'digits', a folder, or an id"),
             ("dataset", "eval_split", "the split to compare with, as in test"),
             ("eval_split", "classifier", "'digits', a folder, or an id"),
-            ("eval_split", "forget_classes", "the classes that are not to be compared with, as in [3]"),
+            ("eval_split", "classes", "the classes that are not to be compared with, as in [3]"),
         )
 
     def config(self, config_class: type[AdaptThenUnlearnConfig], given: dict[str, Any]) -> AdaptThenUnlearnConfig:
@@ -156,8 +160,10 @@ def run_adapt_then_unlearn(
     if job.eval_split is not None:
         others = other_real_images(job.dataset, job.dataset_revision, job.eval_split, forgotten)
     marked = {}
-    if job.negatives is not None:
-        marked = {name: saved_dataset(getattr(job, name), name) for name in ("negatives", "positives")}
+    if job.undesired_folder is not None:
+        marked = {
+            name: saved_dataset(getattr(job, f"{name}_folder"), f"{name}_folder") for name in ("undesired", "clean")
+        }
     if job.marker is not None and job.marker == job.classifier != "digits":
         logger.warning("classifier: is the one that marks too, so its figures flatter; take another one to count")
 
@@ -167,7 +173,7 @@ def run_adapt_then_unlearn(
         reference = reference_of(others, classifier, pipeline.image_shape, resize=config.resize)
         judge = Judge(classifier, job.measure_samples, forgotten, reference, job.eval_split, coverage=True)
     if marker is not None and job.marks is None:
-        marked["marks"] = lambda images: torch.isin(marker.classify(images), torch.tensor(to_mark))
+        marked["marker"] = lambda images: torch.isin(marker.classify(images), torch.tensor(to_mark))
     elif marker is not None:
         marked = _until_marked(job, config, pipeline, marker, to_mark)
     elif not marked:
@@ -177,14 +183,14 @@ def run_adapt_then_unlearn(
                 _write_sheet(samples, Path(config.output_dir, "_private"))
             return
         shows = torch.zeros(len(samples), dtype=torch.bool).index_fill(0, torch.tensor(job.undesired), True)
-        marked = {"negatives": samples[shows], "positives": samples[~shows]}
+        marked = {"undesired": samples[shows], "clean": samples[~shows]}
 
     trainer = trainer_class(pipeline, config, **marked)
     if job.dataset and not Path(job.dataset).exists():
         trainer.card_values = {"dataset_name": job.dataset, "dataset_type": job.dataset}
     if trainer.is_world_process_zero():
-        counts = (len(trainer.feedback.negatives), len(trainer.feedback.positives))
-        console().print("marks    {:,} negative, {:,} positive".format(*counts))
+        counts = (len(trainer.feedback.undesired), len(trainer.feedback.clean))
+        console().print("marks    {:,} undesired, {:,} clean".format(*counts))
     forget_and_report(trainer, judge)
 
 
@@ -198,7 +204,7 @@ def _draw(pipeline: GANPipeline, config: AdaptThenUnlearnConfig, count: int, fir
         torch.randn(shape, generator=seeded_generator("cpu", config.seed, MARK_SEED, number))
         for number in range(first, first + count)
     ]
-    return pipeline.to(config.device).draw(torch.stack(latents), batch_size=config.sample_batch_size)
+    return pipeline.to(config.device).draw(torch.stack(latents), batch_size=config.batch_size)
 
 
 def _write_sheet(samples: Tensor, folder: Path) -> None:
@@ -214,30 +220,30 @@ def _until_marked(
     job: GANJob, config: AdaptThenUnlearnConfig, pipeline: GANPipeline, marker: ClassifierFeatures, to_mark: list[int]
 ) -> dict[str, Tensor]:
     """Looks at samples one after another until `marks` of them are negative, at `mark_samples` at most."""
-    samples, shows, negatives = [], [], 0
-    for first in range(0, config.mark_samples, config.sample_batch_size):
-        samples.append(_draw(pipeline, config, min(config.sample_batch_size, config.mark_samples - first), first))
+    samples, shows, found = [], [], 0
+    for first in range(0, config.mark_samples, config.batch_size):
+        samples.append(_draw(pipeline, config, min(config.batch_size, config.mark_samples - first), first))
         shows.append(torch.isin(marker.classify(samples[-1]), torch.tensor(to_mark)))
-        negatives += int(shows[-1].sum())
-        if negatives >= job.marks:
+        found += int(shows[-1].sum())
+        if found >= job.marks:
             break
     images, undesired = torch.cat(samples), torch.cat(shows)
-    if negatives < job.marks:
+    if found < job.marks:
         raise ValueError(
-            f"marks: {job.marks} are wanted, and marker={job.marker!r} sees forget_classes in {negatives} of "
+            f"marks: {job.marks} are wanted, and marker={job.marker!r} sees classes in {found} of "
             f"{len(images)} samples; set a smaller number, or raise mark_samples"
         )
     looked_at = int(undesired.nonzero()[job.marks - 1]) + 1
     images, undesired = images[:looked_at], undesired[:looked_at]
     if undesired.all():
         raise ValueError(
-            f"forget_classes: marker={job.marker!r} sees them in all of {looked_at} samples, none is left as positive; "
+            f"classes: marker={job.marker!r} sees them in all of {looked_at} samples, none is left as positive; "
             "set fewer, or raise marks"
         )
-    return {"negatives": images[undesired], "positives": images[~undesired]}
+    return {"undesired": images[undesired], "clean": images[~undesired]}
 
 
 def _classes(job: GANJob, classifier: ClassifierFeatures, argument: str) -> list[int]:
-    """`forget_classes` as a classifier numbers them."""
+    """`classes` as a classifier numbers them."""
     name = getattr(job, argument)
-    return class_numbers(job.forget_classes, classifier, key="forget_classes", argument=argument, name=name)
+    return class_numbers(job.classes, classifier, key="classes", argument=argument, name=name)

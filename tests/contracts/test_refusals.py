@@ -94,7 +94,7 @@ def run(check_refused, case, **more):
     check_refused(name, problem, fix, **made, **more)
 
 
-CALLABLE = ("replay_filter", "marks", "compute_loss_func")
+CALLABLE = ("marker", "marks", "compute_loss_func")
 
 
 class Endless(IterableDataset):
@@ -139,7 +139,7 @@ EVERYWHERE = [
     *((name, "forget_dataset: missing", "pass the examples", {"forget_dataset": None}) for name in UNLEARNERS),
     *((name, f"train_dataset: {JOBS[name].trainer.__name__} learns to forget", "pass forget_dataset=",
        {"train_dataset": FORGET}) for name in UNLEARNERS),
-    ("adapt", "train_dataset: this trainer needs none", "negatives=", {"train_dataset": FORGET}),
+    ("adapt", "train_dataset: this trainer needs none", "undesired=", {"train_dataset": FORGET}),
     *((name, "train_dataset: missing", "pass", {"train_dataset": None}) for name in ("gan", *INFLUENCES)),
     *(("gan", "train_dataset: missing or empty", "", {"train_dataset": rows}) for rows in ([], torch.zeros(0, 1, 8, 8))),
 ]  # fmt: skip
@@ -187,7 +187,7 @@ def test_labels_and_ids(case, check_refused):
 
 BAD_IMAGES = [
     *((name, f"{argument}: {problem}", fix, {argument: rows})
-      for name, argument in (("vdu", "forget_dataset"), ("gan", "train_dataset"), ("gan", "eval_dataset"), ("adapt", "positives"))
+      for name, argument in (("vdu", "forget_dataset"), ("gan", "train_dataset"), ("gan", "eval_dataset"), ("adapt", "clean"))
       for problem, fix, rows in (
           ("an image has shape (1, 9, 9), the model's is (1, 8, 8)", "", images(4, size=9)),
           ("an image has shape (3, 8, 8), the model's is (1, 8, 8)", "", images(4, channels=3)),
@@ -197,7 +197,7 @@ BAD_IMAGES = [
     *((name, f"{argument}: {problem}", fix, {argument: form(rows)})
       for name, argument, form in (
           ("vdu", "forget_dataset", lambda rows: [{"pixel_values": row} for row in rows]),
-          ("gan", "train_dataset", lambda rows: rows), ("adapt", "negatives", lambda rows: rows))
+          ("gan", "train_dataset", lambda rows: rows), ("adapt", "undesired", lambda rows: rows))
       for problem, fix, rows in (
           ("an image holds NaN or infinite pixels", "remove it", rows_of(float("nan"))),
           ("an image holds NaN or infinite pixels", "remove it", rows_of(float("inf"))),
@@ -332,7 +332,7 @@ def prompted(n=4):
     return images(n, channels=3).add_column("prompt", ["a photo", "a hot pot"] * (n // 2))
 
 
-REPLAY = {"replay_prompts": ["pot"], "replay_samples": 4, "stability_weight": 0.0}
+REPLAY = {"replay_prompts": ["pot"], "own_samples": 4, "stability_weight": 0.0}
 LORA = {"trainable": ["lora"]}
 
 
@@ -358,7 +358,7 @@ PROMPTED = [  # by the pipeline what is passed
     ("forget_dataset: prompts are missing for a prompted model", "prompt, text, caption",
      lambda pipe: {"pipeline": pipe, "forget_dataset": images(4, channels=3)}),
     ("forget_dataset: given beside forget_prompts", "keep one", lambda pipe: {"pipeline": pipe, "forget_prompts": ["a photo"]}),
-    ("replay_prompts: missing", "replay_samples=0", lambda pipe: {"pipeline": pipe, "replay_prompts": None}),
+    ("replay_prompts: missing", "own_samples=0", lambda pipe: {"pipeline": pipe, "replay_prompts": None}),
     ("replay_prompts: 'pot' is among forget_prompts too", "keep it in one",
      lambda pipe: {"pipeline": pipe, "forget_prompts": ["pot"], "forget_dataset": None}),
     ("model: a prompted denoiser needs its VAE and text encoder", "pipeline=",
@@ -402,7 +402,7 @@ def test_folders_that_hold_no_model(check_refused, tmp_path):
 
 # Arguments
 
-ANY = {"replay_samples": 0, "stability_weight": 0.0}
+ANY = {"own_samples": 0, "stability_weight": 0.0}
 ARGUMENTS = [
     *((name, f"args: {JOBS[name].trainer.__name__} needs {JOBS[name].config.__name__}, got {kind.__name__}", "",
        {"args": lambda kind=kind: kind("unused", use_cpu=True, report_to="none", **({} if kind is TrainingArguments else {"bf16": False}))})
@@ -430,13 +430,13 @@ ARGUMENTS = [
     ("fine", "train_dataset: list is not a", "", {"train_dataset": lambda: list(pairs(3))}),
     ("fine", f"train_dataset: column '{ROW}'", "rename", {"train_dataset": lambda: pairs(2).add_column(ROW, [0, 1])}),
     ("sft", "forget_dataset: holds images", "UnlearnTrainer", {"forget_dataset": pictures(Image.new("L", (8, 8)))}),
-    *(("vdu", "forget_loss='redirect' needs what is to be kept", "replay_samples", {"forget_loss": loss, "guard": False} | ANY)
+    *(("vdu", "forget_loss='redirect' needs what is to be kept", "own_samples", {"forget_loss": loss, "guard": False} | ANY)
       for loss in ("redirect", "bounded")),
     ("vdu", "guard: has nothing to look at", "guard=False", {"forget_loss": "ascent"} | ANY),
     ("vdu", "forget_loss='match' needs a target", "heldout_dataset=", {"forget_loss": "match"}),
-    ("adapt", "negatives: missing or empty", "", {"negatives": None}),
-    ("adapt", "positives: missing or empty", "", {"positives": torch.zeros(0, 4)}),
-    ("adapt", "marks: given beside", "keep one", {"marks": lambda images: images > 0}),
+    ("adapt", "undesired: missing or empty", "", {"undesired": None}),
+    ("adapt", "clean: missing or empty", "", {"clean": torch.zeros(0, 4)}),
+    ("adapt", "marker: given beside", "keep one", {"marker": lambda images: images > 0}),
 ]  # fmt: skip
 
 
@@ -449,9 +449,9 @@ WHILE_TRAINING = [
     *(("propagated", "optim: ", "cannot be carried influence through", {"optim": optim})
       for optim in ("adafactor", "rmsprop", "adagrad")),
     ("in_run", "preconditioned: needs Adam or AdamW of torch, and optim is SGD", "", {"preconditioned": True, "optim": "sgd"}),
-    ("vdu", "replay_samples: all 16 samples of the original are of the forgotten kind", "replay_filter",
-     {"replay_filter": lambda x: torch.ones(len(x), dtype=torch.bool)}),
-    *(("vdu", "replay_filter: gave torch.", "for 16 images; it must mark", {"replay_filter": marks})
+    ("vdu", "own_samples: all 16 samples of the original are of the forgotten kind", "marker",
+     {"marker": lambda x: torch.ones(len(x), dtype=torch.bool)}),
+    *(("vdu", "marker: gave torch.", "for 16 images; it must mark", {"marker": marks})
       for marks in (lambda x: torch.zeros(3, dtype=torch.bool), lambda x: torch.zeros(len(x)), lambda x: x[:, 0] > 0)),
     ("vdu", "pipeline: the original's own samples are not finite", "", {"pipeline": lambda: broken_ddpm()}),
     ("vdu", "checkpoints: nowhere is neither a folder nor a Hub model", "", {"stability": "auto", "checkpoints": ["nowhere"]}),
@@ -505,8 +505,8 @@ SETTINGS = {  # by job: name, values, and what is said of them
         *((name, [0.0, float("inf"), NAN], "> 0") for name in ("variance_floor", "snr_gamma", "caution")),
         ("t_range", [[0.0], [0.5, 0.5], [0.2, 1.1], [-0.1, 1.0]], "0 ≤ low < high ≤ 1"),
         ("ema_decay", [1.0, -0.1, NAN], BOUNDED),
-        *((name, [-1, NAN], SHARE) for name in ("stability_weight", "negative_guidance", "replay_samples", "grid_images")),
-        *((name, [0], NATURAL) for name in ("lora_rank", "lora_alpha", "forget_samples", "sample_batch_size",
+        *((name, [-1, NAN], SHARE) for name in ("stability_weight", "negative_guidance", "own_samples", "grid_images")),
+        *((name, [0], NATURAL) for name in ("lora_rank", "lora_alpha", "forget_samples", "batch_size",
                                             "num_inference_steps", "grid_steps")),
     ],
     "gan": [
@@ -515,8 +515,8 @@ SETTINGS = {  # by job: name, values, and what is said of them
         ("gradient_checkpointing", [True], "these networks have none"),
         *((name, [-0.5, NAN], SHARE)
           for name in ("r1_weight", "path_length_weight", "discriminator_warmup", "discriminator_learning_rate")),
-        *((name, [0], NATURAL) for name in ("r1_every", "path_length_every", "guard_steps", "sample_batch_size")),
-        ("guard_samples", [15], "≥ 16"),
+        *((name, [0], NATURAL) for name in ("r1_every", "path_length_every", "guard_steps", "batch_size")),
+        ("guard_examples", [15], "≥ 16"),
         ("ema_decay", [1.0, -0.1], BOUNDED),
         ("collapse_tolerance", [0.0, 1.0], "must be in (0, 1)"),
         ("hub_strategy", ["every_save"], "uploads half-trained states"),
@@ -573,13 +573,13 @@ def test_settings_that_do_not_go_together(tmp_path):
 def test_the_ends_of_the_ranges_are_allowed(tmp_path):
     gan_config, vdu, unlearn = (JOBS[name].config for name in ("gan", "vdu", "unlearn"))
     gan_config(
-        str(tmp_path), r1_weight=0, ema_decay=0, path_length_weight=0, guard_samples=16, r1_every=1, **PUSHED, **QUIET
+        str(tmp_path), r1_weight=0, ema_decay=0, path_length_weight=0, guard_examples=16, r1_every=1, **PUSHED, **QUIET
     )
     assert unlearn(str(tmp_path), forget_accuracy=0.0, **PUSHED, **QUIET).hub_strategy == "end"
     config = vdu(str(tmp_path), gamma=0.25, t_range=[0.0, 1.0], **QUIET)
     assert (config.forget_weight, config.stability_weight) == (0.75, 0.25)
     paper = vdu.paper(str(tmp_path), gamma=0.1, checkpoints=["a", "b"], **QUIET)
-    assert (paper.forget_weight, paper.stability_weight, paper.replay_samples, paper.guard) == (0.9, 0.1, 0, False)
+    assert (paper.forget_weight, paper.stability_weight, paper.own_samples, paper.guard) == (0.9, 0.1, 0, False)
 
 
 def test_an_adapter_that_cannot_be_merged(check_refused):

@@ -216,7 +216,7 @@ REFUSED = {  # job, what is done to its folder, what is other in the new run, wh
     },
     "other players": ("gan", None, {"model": lambda: gan(latent_dim=5)}, "holds the state of other models"),
     "other norms": ("gan", None, {"model": lambda: gan("pixel")}, "holds the state of other models"),
-    "other feedback": ("adapt", None, {"negatives": lambda: own_images(7)}, "had other feedback or another stage 1"),
+    "other feedback": ("adapt", None, {"undesired": lambda: own_images(7)}, "had other feedback or another stage 1"),
     "another stage 1": ("adapt", None, {"adapted_models": 2}, "had other feedback or another stage 1"),
     **{
         f"{name} {what}": (name, None, {"train_dataset": rows}, words)

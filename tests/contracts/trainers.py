@@ -184,8 +184,8 @@ JOBS = {
         VDUConfig,
         lambda dropout: {"pipeline": ddpm(), "forget_dataset": images(9)},
         {
-            "learning_rate": 1e-2, "ema_decay": 0.5, "stability_weight": 1e-4, "stability": "fisher", "replay_samples": 16,
-            "num_inference_steps": 2, "sample_batch_size": 16, "grid_images": 0, "max_steps": -1, "guard_steps": 1,
+            "learning_rate": 1e-2, "ema_decay": 0.5, "stability_weight": 1e-4, "stability": "fisher", "own_samples": 16,
+            "num_inference_steps": 2, "batch_size": 16, "grid_images": 0, "max_steps": -1, "guard_steps": 1,
         } | GUARDED,
         "pipeline",
     ),
@@ -199,7 +199,7 @@ JOBS = {
         AdaptThenUnlearnTrainer,
         AdaptThenUnlearnConfig,
         lambda dropout: {
-            "model": gan("pixel"), "negatives": own_images(30, "pixel")[:10], "positives": own_images(30, "pixel")[10:]
+            "model": gan("pixel"), "undesired": own_images(30, "pixel")[:10], "clean": own_images(30, "pixel")[10:]
         },
         {"adapt_steps": 3, "fisher_samples": 8, "own_samples": 32, "grid_images": 0, "negative_share": 0.25} | GAN_VALUES,
     ),

@@ -119,7 +119,7 @@ class TestCollapse:
                 seen.append(len(x))
                 return x.mean(3).flatten(1)
 
-        args = arguments(tmp_path, **(SLOW | {"max_steps": 1, "guard_samples": 70}))
+        args = arguments(tmp_path, **(SLOW | {"max_steps": 1, "guard_examples": 70}))
         trainer = GANTrainer(pipeline(), args, train_dataset=data, extractor=Rows())
         trainer.train()
         assert sum(seen) == 40 + 2 * 70  # the real ones once

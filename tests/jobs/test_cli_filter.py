@@ -163,7 +163,7 @@ class TestFit:
         kind = undesired_kind(judge)
         arguments = (
             "--config", RECIPES / "filter_digits_gan.yaml", "--pipeline", gan, "--encoder", encoder, "--marker", judge,
-            "--undesired_classes", kind, "--looked_at", 200, "--unmarked", 400, "--output_dir", "out",
+            "--classes", kind, "--looked_at", 200, "--unmarked", 400, "--output_dir", "out",
         )  # fmt: skip
         shown = done("fit", *arguments)
 
@@ -263,7 +263,7 @@ class TestFit:
         kind = undesired_kind(judge, 100)
         total = int((loaded(judge).classify(samples(SHEET, 100)) == kind).sum())
         assert total > 3
-        keys = {"marker": judge, "undesired_classes": [f"LABEL_{kind}"], "looked_at": 100, "marks": 3}
+        keys = {"marker": judge, "classes": [f"LABEL_{kind}"], "looked_at": 100, "marks": 3}
         shown = done("fit", "--config", recipe(encoder=encoder, batch_size=7, **keys))
         assert f"undesired: 3 undesired and {100 - total} clean marks" in shown
 
@@ -511,7 +511,7 @@ class TestRun:
 class TestEvaluate:
     def test_figures(self, fitted, judge, recipe, encoder, done):
         kind = undesired_kind(judge)
-        keys = {"classifier": judge, "undesired_classes": [kind], "samples": 150}
+        keys = {"classifier": judge, "classes": [kind], "samples": 150}
         keys |= {"dataset": "digits", "eval_split": "test"}
         shown = done("evaluate", "--config", recipe(**keys, batch_size=40))
         drawn = samples(EVALUATION, 150)
@@ -562,7 +562,7 @@ class TestEvaluate:
 
     def test_the_promise(self, recipe, encoder, judge, done):
         kind = undesired_kind(judge)
-        keys = {"encoder": encoder, "marker": judge, "undesired_classes": [kind], "looked_at": 200, "unmarked": 300}
+        keys = {"encoder": encoder, "marker": judge, "classes": [kind], "looked_at": 200, "unmarked": 300}
         keys |= {"threshold": "max_false_alarm", "score": "quadratic", "classifier": judge, "samples": 300}
         shown = done("fit", "--config", recipe(**keys))
         promise = shown.split("promise  ")[1].splitlines()[0]
@@ -579,7 +579,7 @@ class TestEvaluate:
         fitter.update(undesired=images[:5], concept="one").update(undesired=images[5:10], concept="two")
         fitter.update(clean=images[10:])
         fitter.fit(threshold="pooled_mean").checker().save_pretrained("out")
-        keys = {"classifier": judge, "undesired_classes": [3], "samples": 20}
+        keys = {"classifier": judge, "classes": [3], "samples": 20}
         line = fails("evaluate", "--config", recipe(**keys), code=1, left=["out"])
         assert line == "concept: missing; the filter has one, two"
         line = fails("evaluate", "--config", recipe(**keys, concept="three"), code=1, left=["out"])
@@ -593,7 +593,7 @@ class TestEvaluate:
         assert table(done("run", "--config", recipe(num_images=9)), "above the threshold of two")
 
     def test_warns_where_the_encoder_judges(self, fitted, recipe, encoder, done, caplog):
-        done("evaluate", "--config", recipe(classifier=encoder, undesired_classes=[1], samples=10))
+        done("evaluate", "--config", recipe(classifier=encoder, classes=[1], samples=10))
         assert "classifier: is the filter's encoder too" in caplog.text
 
     def test_intervals_of_the_area(self):
@@ -702,13 +702,13 @@ class TestBadRecipes:
             ({"encoder_layer": 1}, "encoder: missing, which encoder_layer needs"),
             ({"store_encoder": False}, "store_encoder=False: only an encoder on the Hub can be referred to"),
             ({"store_encoder": False, "encoder": "digits"}, "store_encoder=False: only an encoder on the Hub"),
-            ({"marker": "digits"}, "undesired_classes: missing, which marker needs; set it to the classes"),
-            ({"marker": "digits", "undesired_classes": [3], "undesired": [1]}, "undesired: given beside marker; keep one of them"),
+            ({"marker": "digits"}, "classes: missing, which marker needs; set it to the classes"),
+            ({"marker": "digits", "classes": [3], "undesired": [1]}, "undesired: given beside marker; keep one of them"),
             ({"undesired": [1], "undesired_folder": "x"}, "undesired_folder: given beside undesired; keep one of them"),
             ({"undesired_folder": "x"}, "encoder: missing, which undesired_folder needs"),
             ({"clean_folder": "x"}, "undesired_folder: missing, which clean_folder needs"),
             ({"marks": 3}, "marker: missing, which marks needs"),
-            ({"marker": "digits", "undesired_classes": [3], "marks": 1}, "marks=1: must be ≥ 2"),
+            ({"marker": "digits", "classes": [3], "marks": 1}, "marks=1: must be ≥ 2"),
             ({"unmarked": -1}, "unmarked=-1: must be ≥ 0"),
             ({"looked_at": 1}, "looked_at=1: must be ≥ 2"),
             ({"undesired": [200]}, "undesired: 200 is not on the sheet, whose samples are 0 to 199; correct it"),
@@ -735,10 +735,10 @@ class TestBadRecipes:
             ("run", {"max_tries": 0}, "max_tries=0: must be ≥ 1"),
             ("run", {"action": "blurr"}, "{path}: action: invalid choice: 'blurr'"),
             ("evaluate", {}, "classifier: missing; set it to 'digits'"),
-            ("evaluate", {"classifier": "digits"}, "undesired_classes: missing; list the classes"),
-            ("evaluate", {"classifier": "digits", "undesired_classes": [3], "samples": 1}, "samples=1: must be ≥ 2"),
-            ("evaluate", {"classifier": "digits", "undesired_classes": [3], "dataset": "digits"}, "eval_split: missing, which dataset needs"),
-            ("evaluate", {"classifier": "digits", "undesired_classes": [3], "eval_split": "test"}, "dataset: missing, which eval_split needs"),
+            ("evaluate", {"classifier": "digits"}, "classes: missing; list the classes"),
+            ("evaluate", {"classifier": "digits", "classes": [3], "samples": 1}, "samples=1: must be ≥ 2"),
+            ("evaluate", {"classifier": "digits", "classes": [3], "dataset": "digits"}, "eval_split: missing, which dataset needs"),
+            ("evaluate", {"classifier": "digits", "classes": [3], "eval_split": "test"}, "dataset: missing, which eval_split needs"),
         ],
     )  # fmt: skip
     def test_run_and_evaluate(self, recipe, fails, verb, keys, message):
@@ -770,7 +770,7 @@ class TestBadData:
         [
             (MARKED | {"pipeline": "nobody/nothing"}, "pipeline='nobody/nothing': neither a folder with a pipeline nor an id"),
             (MARKED | {"encoder": "nobody/nothing"}, "encoder='nobody/nothing': cannot be had ("),
-            ({"marker": "nobody/nothing", "undesired_classes": [3]}, "marker='nobody/nothing': neither a folder with a classifier"),
+            ({"marker": "nobody/nothing", "classes": [3]}, "marker='nobody/nothing': neither a folder with a classifier"),
             (MARKED | {"prompts": ["a dog"]}, "prompts: GANPipeline takes none; leave it out"),
             (MARKED | {"num_inference_steps": 3}, "num_inference_steps: GANPipeline takes none; leave it out"),
             (MARKED | {"guidance_scale": 3.0}, "guidance_scale: GANPipeline takes none; leave it out"),
@@ -795,10 +795,10 @@ class TestBadData:
             part.save_pretrained(tmp_path / "bert")
         texts = str(tmp_path / "bert")
         for keys, words in (
-            ({"marker": judge, "undesired_classes": ["three"]},
-             f"undesired_classes: 'three' is no class of marker={judge!r}; choose among 0: LABEL_0, 1: "),
-            ({"marker": judge, "undesired_classes": [other], "looked_at": 4},
-             f"undesired_classes: marker={judge!r} sees them in 0 of 4 samples; raise looked_at"),
+            ({"marker": judge, "classes": ["three"]},
+             f"classes: 'three' is no class of marker={judge!r}; choose among 0: LABEL_0, 1: "),
+            ({"marker": judge, "classes": [other], "looked_at": 4},
+             f"classes: marker={judge!r} sees them in 0 of 4 samples; raise looked_at"),
             (MARKED | {"pipeline": ddpm},
              "encoder: missing; DDPMPipeline has no latents to filter by; set it to 'digits'"),
             (MARKED | {"encoder": encoder, "encoder_pooling": "first"},

@@ -30,7 +30,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 QUICK = ("--use_cpu", "true", "--disable_tqdm", "true", "--dataloader_pin_memory", "false", "--report_to", "none")
 SHORT = (
     "--max_steps", "2", "--adapt_steps", "2", "--fisher_samples", "8", "--mark_samples", "40", "--own_samples", "40",
-    "--guard_samples", "16", "--per_device_train_batch_size", "4", "--sample_batch_size", "16", "--grid_images", "4",
+    "--guard_examples", "16", "--per_device_train_batch_size", "4", "--batch_size", "16", "--grid_images", "4",
     "--logging_steps", "1",
 )  # fmt: skip
 
@@ -169,13 +169,13 @@ class TestRuns:
         last = int(shows.nonzero()[4])
         arguments = (
             "--config", str(RECIPES / "adapt_then_unlearn_digits.yaml"), "--model", gan, "--marker", marker,
-            "--classifier", classifier, "--forget_classes", str(forgotten), "--marks", "5", "--measure_samples", "32",
+            "--classifier", classifier, "--classes", str(forgotten), "--marks", "5", "--measure_samples", "32",
             "--output_dir", "out",
         )  # fmt: skip
         assert cli.main(["unlearn", *arguments, *SHORT, "--mark_samples", "200", *QUICK]) == 0
         shown = capsys.readouterr().out
 
-        assert f"marks    5 negative, {last + 1 - 5} positive" in shown
+        assert f"marks    5 undesired, {last + 1 - 5} clean" in shown
         assert forgot(looked_at[: last + 1][shows[: last + 1]])
         after = judge.classify(measured_samples(GANPipeline.from_pretrained("out"), 32))
         unlearned = percentage_unlearned(before, after, forgotten)
@@ -208,7 +208,7 @@ class TestRuns:
     def test_the_marker_may_look_at_all(self, recipe, marker, capsys, caplog):
         """`marks: null`. And one classifier that marks and counts is warned of."""
         forgotten = frequent(loaded(marker).classify(marked_samples(200)))
-        keys = {"marker": marker, "classifier": marker, "forget_classes": [f"LABEL_{forgotten}"], "measure_samples": 4}
+        keys = {"marker": marker, "classifier": marker, "classes": [f"LABEL_{forgotten}"], "measure_samples": 4}
         path = recipe(**keys, marks=None)
         assert cli.main(["unlearn", "--config", path, *SHORT, "--mark_samples", "80", *QUICK]) == 0
         marks = capsys.readouterr().out.split("marks    ")[1].splitlines()[0].split()
@@ -216,14 +216,16 @@ class TestRuns:
         assert "classifier: is the one that marks too" in caplog.text
 
     def test_two_folders_of_images(self, recipe, tmp_path, digits, classifier):
-        for name, part in zip(("negatives", "positives"), split_by_values(digits["test"], "label", [3]), strict=True):
+        for name, part in zip(
+            ("undesired_folder", "clean_folder"), split_by_values(digits["test"], "label", [3]), strict=True
+        ):
             part.select(range(12)).save_to_disk(tmp_path / name)
-        folders = {name: str(tmp_path / name) for name in ("negatives", "positives")}
-        path = recipe(**folders, classifier=classifier, forget_classes=["LABEL_3"], measure_samples=8)
+        folders = {name: str(tmp_path / name) for name in ("undesired_folder", "clean_folder")}
+        path = recipe(**folders, classifier=classifier, classes=["LABEL_3"], measure_samples=8)
         assert cli.main(["unlearn", "--config", path, *SHORT, *QUICK]) == 0
         card = Path("out/README.md").read_text()
         assert "what 12 marked samples show" in card
-        assert "| `positives` | 12 |" in card
+        assert "| `clean_folder` | 12 |" in card
 
     def test_a_sheet_and_then_its_numbers(self, recipe, work, capsys, monkeypatch):
         sheet = Mock(wraps=marking.image_grid)
@@ -240,7 +242,7 @@ class TestRuns:
 
         numbers = [7, 0, 12, 13, 18]
         assert cli.main(["unlearn", "--config", path, "--undesired", *map(str, numbers), *SHORT, *QUICK]) == 0
-        assert "marks    5 negative, 15 positive" in capsys.readouterr().out
+        assert "marks    5 undesired, 15 clean" in capsys.readouterr().out
         sheet.assert_called_once()
         (images, captions, _), expected = sheet.call_args.args, marked_samples(20)
         assert list(captions) == [str(number) for number in range(20)]
@@ -303,26 +305,26 @@ class TestBadRecipes:
             ({"undesired": ["a"]}, "{path}: undesired: invalid int value: 'a'"),
             ({"model": None}, "model: missing; set it to 'digits-gan', 'fashion-mnist-gan', a folder, or an id on the Hub"),
             ({"output_dir": None}, "output_dir: missing; set it to the folder that gets the unlearned model"),
-            ({"marker": "digits"}, "forget_classes: missing; list the classes that marker is to mark, as in [3]"),
-            ({"marker": "digits", "forget_classes": [3], "undesired": [1]}, "undesired: given beside marker; keep one of them"),
-            ({"marker": "digits", "forget_classes": [3], "negatives": "x", "positives": "y"},
-             "positives: given beside marker; keep one of them"),
-            ({"negatives": "x", "positives": "y", "undesired": [1]}, "undesired: given beside negatives; keep one of them"),
-            ({"negatives": "x"}, "positives: missing, which negatives needs; set it to a folder written by save_to_disk"),
-            ({"positives": "x"}, "negatives: missing, which positives needs"),
-            ({"marker": "digits", "forget_classes": [3], "marks": 0}, "marks=0: must be ≥ 1, or null to mark all"),
+            ({"marker": "digits"}, "classes: missing; list the classes that marker is to mark, as in [3]"),
+            ({"marker": "digits", "classes": [3], "undesired": [1]}, "undesired: given beside marker; keep one of them"),
+            ({"marker": "digits", "classes": [3], "undesired_folder": "x", "clean_folder": "y"},
+             "clean_folder: given beside marker; keep one of them"),
+            ({"undesired_folder": "x", "clean_folder": "y", "undesired": [1]}, "undesired: given beside undesired_folder; keep one of them"),
+            ({"undesired_folder": "x"}, "clean_folder: missing, which undesired_folder needs; set it to a folder written by save_to_disk"),
+            ({"clean_folder": "x"}, "undesired_folder: missing, which clean_folder needs"),
+            ({"marker": "digits", "classes": [3], "marks": 0}, "marks=0: must be ≥ 1"),
             ({"looked_at": 1}, "looked_at=1: must be ≥ 2"),
             ({"undesired": [200]}, "undesired: 200 is not on the sheet, whose samples are 0 to 199; correct it"),
             ({"undesired": [-1]}, "undesired: -1 is not on the sheet"),
-            ({"undesired": [0, 1], "looked_at": 2}, "undesired: names all 2 samples, none is left as positive"),
+            ({"undesired": [0, 1], "looked_at": 2}, "undesired: names all 2 samples, none is left as clean"),
             (FEEDBACK | {"measure_samples": 1}, "measure_samples=1: must be ≥ 2"),
-            (FEEDBACK | {"forget_classes": [3]}, "classifier: missing, which forget_classes needs"),
+            (FEEDBACK | {"classes": [3]}, "classifier: missing, which classes needs"),
             (FEEDBACK | {"eval_split": "test"}, "dataset: missing, which eval_split needs"),
             (FEEDBACK | {"dataset": "digits"}, "eval_split: missing, which dataset needs"),
             (FEEDBACK | {"dataset_revision": "main"}, "dataset: missing, which dataset_revision needs"),
             (FEEDBACK | {"dataset": "digits", "eval_split": "test"}, "classifier: missing, which eval_split needs"),
             (FEEDBACK | {"dataset": "digits", "eval_split": "test", "classifier": "digits"},
-             "forget_classes: missing, which eval_split needs"),
+             "classes: missing, which eval_split needs"),
             ({"negative_share": 1}, "negative_share=1.0: must be in [0, 1)"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -347,9 +349,9 @@ class TestBadData:
         ("keys", "message"),
         [
             (FEEDBACK | {"model": "nobody/nothing"}, "model='nobody/nothing': neither a folder with a GANPipeline nor the id of one ("),
-            ({"marker": "nobody/nothing", "forget_classes": [3]}, "marker='nobody/nothing': neither a folder with a classifier"),
+            ({"marker": "nobody/nothing", "classes": [3]}, "marker='nobody/nothing': neither a folder with a classifier"),
             (FEEDBACK | {"classifier": "nobody/nothing"}, "classifier='nobody/nothing': neither a folder with a classifier"),
-            ({"negatives": "here", "positives": "there"}, "negatives: 'here' is no dataset saved with save_to_disk"),
+            ({"undesired_folder": "here", "clean_folder": "there"}, "undesired_folder: 'here' is no dataset saved with save_to_disk"),
             # Said at the first call, not when everything is marked.
             ({"classifier": "nobody/nothing"}, "classifier='nobody/nothing': "),
         ],
@@ -359,27 +361,25 @@ class TestBadData:
         assert fails("--config", recipe(**keys), *SHORT, *QUICK, code=1).startswith(message)
 
     def test_classes_of_another_classifier(self, recipe, fails, marker, tmp_path):
-        path = recipe(marker=marker, forget_classes=["three"])
+        path = recipe(marker=marker, classes=["three"])
         line = fails("--config", path, *SHORT, *QUICK, code=1)
-        assert line.startswith(
-            f"forget_classes: 'three' is no class of marker={marker!r}; choose among 0: LABEL_0, 1: "
-        )
+        assert line.startswith(f"classes: 'three' is no class of marker={marker!r}; choose among 0: LABEL_0, 1: ")
         shutil.copytree(marker, marker := str(tmp_path / "marker"))
         config = json.loads((tmp_path / "marker/config.json").read_text())
         names = ["1", "0", *map(str, range(2, 10))]  # a name that is another class's number
         config["id2label"] = {str(index): name for index, name in enumerate(names)}
         config["label2id"] = {name: index for index, name in enumerate(names)}
         (tmp_path / "marker/config.json").write_text(json.dumps(config))
-        line = fails("--config", recipe(marker=marker, forget_classes=[0]), *SHORT, *QUICK, code=1)
-        assert line.startswith("forget_classes: '0' may be two classes of marker=")
+        line = fails("--config", recipe(marker=marker, classes=[0]), *SHORT, *QUICK, code=1)
+        assert line.startswith("classes: '0' may be two classes of marker=")
 
     def test_too_few_samples_or_all_show_it(self, recipe, fails, marker):
         forgotten = frequent(loaded(marker).classify(marked_samples(40)))
-        line = fails("--config", recipe(marker=marker, forget_classes=[forgotten], marks=39), *SHORT, *QUICK, code=1)
-        assert line.startswith(f"marks: 39 are wanted, and marker={marker!r} sees forget_classes in ")
+        line = fails("--config", recipe(marker=marker, classes=[forgotten], marks=39), *SHORT, *QUICK, code=1)
+        assert line.startswith(f"marks: 39 are wanted, and marker={marker!r} sees classes in ")
         assert line.endswith(" of 40 samples; set a smaller number, or raise mark_samples")
-        line = fails("--config", recipe(marker=marker, forget_classes=[*range(10)], marks=5), *SHORT, *QUICK, code=1)
-        assert line.startswith(f"forget_classes: marker={marker!r} sees them in all of 5 samples")
+        line = fails("--config", recipe(marker=marker, classes=[*range(10)], marks=5), *SHORT, *QUICK, code=1)
+        assert line.startswith(f"classes: marker={marker!r} sees them in all of 5 samples")
 
     def test_reference_images(self, recipe, fails, classifier, digits, tmp_path):
         """What the judge cannot compare with."""
@@ -391,7 +391,7 @@ class TestBadData:
             "words": few.remove_columns("label").add_column("label", ["nine"] * 60),
         }
         DatasetDict(wrong).save_to_disk(tmp_path / "data")
-        keys = FEEDBACK | {"dataset": str(tmp_path / "data"), "classifier": classifier, "forget_classes": [3]}
+        keys = FEEDBACK | {"dataset": str(tmp_path / "data"), "classifier": classifier, "classes": [3]}
         for split, message in {
             "large": "eval_split: an image is 9 × 9, the model draws 8 × 8",
             "no_labels": "eval_split: has no labels, so which images are of other classes is not known",
@@ -404,12 +404,12 @@ class TestBadData:
 
     def test_images_that_do_not_fit(self, recipe, fails, digits, tmp_path):
         few = digits["test"].select(range(12))
-        few.save_to_disk(tmp_path / "negatives")
-        for name, positives, message in (
-            ("large", few.map(lambda row: {"image": row["image"].resize((9, 9))}), "positives: an image is 9 × 9"),
-            ("no_images", few.remove_columns("image"), "positives: has no images; name the column one of "),
-            ("splits", DatasetDict({"a": few, "b": few}), f"positives: '{tmp_path}/splits' has the splits a, b; save one"),
+        few.save_to_disk(tmp_path / "undesired_folder")
+        for name, clean_folder, message in (
+            ("large", few.map(lambda row: {"image": row["image"].resize((9, 9))}), "clean_folder: an image is 9 × 9"),
+            ("no_images", few.remove_columns("image"), "clean_folder: has no images; name the column one of "),
+            ("splits", DatasetDict({"a": few, "b": few}), f"clean_folder: '{tmp_path}/splits' has the splits a, b; save one"),
         ):  # fmt: skip
-            positives.save_to_disk(tmp_path / name)
-            path = recipe(negatives=str(tmp_path / "negatives"), positives=str(tmp_path / name))
+            clean_folder.save_to_disk(tmp_path / name)
+            path = recipe(undesired_folder=str(tmp_path / "undesired_folder"), clean_folder=str(tmp_path / name))
             assert fails("--config", path, *SHORT, *QUICK, code=1).startswith(message)

@@ -21,7 +21,7 @@ from hf_unlearn.unlearning.diffusion.drawing import generate
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICK = ("--use_cpu", "true", "--disable_tqdm", "true", "--dataloader_pin_memory", "false", "--report_to", "none")
 SHORT = (
-    "--max_steps", "2", "--replay_samples", "12", "--num_inference_steps", "2", "--grid_images", "1",
+    "--max_steps", "2", "--own_samples", "12", "--num_inference_steps", "2", "--grid_images", "1",
     "--per_device_train_batch_size", "4", "--guard_steps", "1", "--logging_steps", "1",
 )  # fmt: skip
 
@@ -123,7 +123,7 @@ class TestRuns:
         folder = tmp_path / "sd"
         tiny_stable_diffusion.save_pretrained(folder)
         arguments = ("--model", str(folder), "--forget_samples", "3", "--output_dir", "out", "--bf16", "false")
-        arguments += ("--learning_rate", "0.01", "--sample_batch_size", "8")
+        arguments += ("--learning_rate", "0.01", "--batch_size", "8")
         config = str(RECIPES / "vdu_stable_diffusion.yaml")
         assert cli.main(["unlearn", "--config", config, *arguments, *SHORT, *QUICK]) == 0
         assert 'StableDiffusionPipeline.from_pretrained("out")' in capsys.readouterr().out

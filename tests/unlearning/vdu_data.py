@@ -35,15 +35,15 @@ def prompted_images(n=4, *, seed=0):
 def arguments(output_dir, **values):
     """A few steps with the guard off; `values` go on top."""
     plain = {
-        "learning_rate": 0.01, "max_steps": 3, "per_device_train_batch_size": 4, "guard": False, "replay_samples": 16,
-        "num_inference_steps": 2, "sample_batch_size": 16, "grid_images": 0, "seed": 0,
+        "learning_rate": 0.01, "max_steps": 3, "per_device_train_batch_size": 4, "guard": False, "own_samples": 16,
+        "num_inference_steps": 2, "batch_size": 16, "grid_images": 0, "seed": 0,
     }  # fmt: skip
     return VDUConfig(output_dir=str(output_dir), **(QUIET | plain | values))
 
 
 def prompted_arguments(output_dir, **values):
     """The same for a prompted pipeline."""
-    plain = {"replay_prompts": ["pot", "a hat"], "replay_samples": 4, "learning_rate": 0.05}
+    plain = {"replay_prompts": ["pot", "a hat"], "own_samples": 4, "learning_rate": 0.05}
     return arguments(output_dir, **(plain | values))
 
 

@@ -43,8 +43,8 @@ class FilterEvaluateJob(PipelineJob):
         filter, filter_revision (`str`, *optional*): as for `run`.
         concept (`str`, *optional*): of a filter with several.
         classifier (`str`): `"digits"`, a folder or an id of an image classifier: a sample is undesired if it sees one of
-            `undesired_classes` in it. Not the one that marked, nor the filter's encoder, or the figures flatter.
-        undesired_classes (`list[str]`): names or numbers of its classes.
+            `classes` in it. Not the one that marked, nor the filter's encoder, or the figures flatter.
+        classes (`list[str]`): names or numbers of its classes.
         samples (`int`, defaults to 2,000): that are drawn; others than those of `fit`.
         dataset, eval_split (`str`, *optional*): real images, and the split of them: those of the other classes are what samples
             are compared with, before and after the filter. Their labels are the classifier's numbers.
@@ -62,7 +62,7 @@ class FilterEvaluateJob(PipelineJob):
     filter_revision: str | None = None
     concept: str | None = None
     classifier: str | None = None
-    undesired_classes: list[str] | None = None
+    classes: list[str] | None = None
     samples: int = 2000
     dataset: str | None = None
     dataset_revision: str | None = None
@@ -73,8 +73,8 @@ class FilterEvaluateJob(PipelineJob):
         super().__post_init__()
         if not self.classifier:
             raise ValueError("classifier: missing; set it to 'digits', a folder, or an id of an image classifier")
-        if not self.undesired_classes:
-            raise ValueError("undesired_classes: missing; list the classes that are undesired, as in [3]")
+        if not self.classes:
+            raise ValueError("classes: missing; list the classes that are undesired, as in [3]")
         check_needs(
             self,
             ("dataset_revision", "dataset", "an id on the Hub"),
@@ -91,9 +91,7 @@ def run_evaluate(job: FilterEvaluateJob) -> None:
     """
     check_alone()
     classifier = classifier_of(job.classifier, job)
-    classes = class_numbers(
-        job.undesired_classes, classifier, key="undesired_classes", argument="classifier", name=job.classifier
-    )
+    classes = class_numbers(job.classes, classifier, key="classes", argument="classifier", name=job.classifier)
     others = None
     if job.eval_split is not None:
         others = other_real_images(job.dataset, job.dataset_revision, job.eval_split, classes)
@@ -210,7 +208,7 @@ def _write(job: FilterEvaluateJob, checker: FASTSafetyChecker, concept: int, fig
         "filter": checker.config.fingerprint,
         "pipeline": job.pipeline,
         "classifier": job.classifier,
-        "undesired_classes": job.undesired_classes,
+        "classes": job.classes,
         "seed": job.seed,
     }
     content |= {name: asdict(value) if isinstance(value, Rate) else value for name, value in figures.items()}

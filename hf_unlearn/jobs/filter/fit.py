@@ -46,7 +46,7 @@ WAYS = ("marker", "undesired", "undesired_folder")
 class FilterFitJob(PipelineJob):
     """What is to be filtered: the keys of `hf-unlearn filter fit` besides those of [`PipelineJob`].
 
-    What is undesired is said by marks: by a classifier that plays the user (`marker` with `undesired_classes`), by numbers on a
+    What is undesired is said by marks: by a classifier that plays the user (`marker` with `classes`), by numbers on a
     sheet of samples (`undesired`), or by a folder of images (`undesired_folder`). With none of the three the job writes the
     sheet and ends.
 
@@ -56,7 +56,7 @@ class FilterFitJob(PipelineJob):
         encoder_revision, encoder_layer, encoder_pooling, store_encoder (*optional*): see [`FilterEncoder.from_pretrained`].
         concept, description (`str`): what is filtered, for people.
         marker (`str`, *optional*): `"digits"`, a folder or an id of an image classifier: of `looked_at` samples those that it
-            sees one of `undesired_classes` in are undesired, all others clean.
+            sees one of `classes` in are undesired, all others clean.
         marks (`int`, *optional*): undesired marks that it gives at most. Default: all.
         undesired (`list[int]`, *optional*): numbers on the sheet of the samples that show it; all others there are clean.
         looked_at (`int`, defaults to 200): samples that are looked at, by `marker` or on the sheet.
@@ -85,7 +85,7 @@ class FilterFitJob(PipelineJob):
     concept: str = "undesired"
     description: str = ""
     marker: str | None = None
-    undesired_classes: list[str] | None = None
+    classes: list[str] | None = None
     marks: int | None = None
     undesired: list[int] | None = None
     looked_at: int = 200
@@ -126,7 +126,7 @@ class FilterFitJob(PipelineJob):
         check_at_most_one(self, WAYS)
         check_needs(
             self,
-            ("marker", "undesired_classes", "the classes that it is to mark, as in [3]"),
+            ("marker", "classes", "the classes that it is to mark, as in [3]"),
             ("marks", "marker", "'digits', a folder, or an id"),
             ("clean_folder", "undesired_folder", "a folder of images that show what is undesired"),
             ("undesired_folder", "encoder", "'digits', a folder, or an id: images have no latents"),
@@ -262,9 +262,7 @@ def _marks(job: FilterFitJob) -> Callable[[FASTFitter, Source], tuple[int, int]]
             job, fitter, source, lambda batch: torch.tensor([number in numbers for number in batch.numbers])
         )
     marker = classifier_of(job.marker, job, argument="marker", seed=MARKER_SEED)
-    classes = torch.tensor(
-        class_numbers(job.undesired_classes, marker, key="undesired_classes", argument="marker", name=job.marker)
-    )
+    classes = torch.tensor(class_numbers(job.classes, marker, key="classes", argument="marker", name=job.marker))
     return lambda fitter, source: _look(
         job, fitter, source, lambda batch: torch.isin(marker.classify(batch.images), classes)
     )
@@ -283,7 +281,7 @@ def _look(job: FilterFitJob, fitter: FASTFitter, source: Source, shows: Callable
                 counts[kind] += len(samples)
     if job.marker is not None and counts["undesired"] < 2:
         raise ValueError(
-            f"undesired_classes: marker={job.marker!r} sees them in {counts['undesired']} of {job.looked_at} samples; raise "
+            f"classes: marker={job.marker!r} sees them in {counts['undesired']} of {job.looked_at} samples; raise "
             "looked_at"
         )
     return counts["undesired"], counts["clean"]

@@ -12,7 +12,7 @@ from ..config import UnlearnConfig
 
 RANGES = {
     "> 0": ("snr_gamma",),
-    "≥ 0": ("replay_samples",),
+    "≥ 0": ("own_samples",),
     "≥ 1": ("lora_rank", "lora_alpha", "forget_samples", "num_inference_steps"),
     "in [0, 1)": ("ema_decay",),
 }
@@ -41,7 +41,7 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
         forget_samples (`int`, defaults to 100): how many.
 
     > What to keep
-        replay_samples (`int`, defaults to 1000): images that the original draws, once, before the first step; 0 for none.
+        own_samples (`int`, defaults to 1000): images that the original draws, once, before the first step; 0 for none.
         replay_prompts (`list[str]`, *optional*): with prompts: what it draws. Must not ask for the forgotten concept.
         num_inference_steps (`int`, *optional*): denoising steps of every image drawn. Default: the pipeline's own.
         guidance_scale (`float`, *optional*): of classifier-free guidance. Default: the pipeline's own.
@@ -65,7 +65,7 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     lora_alpha: int = 8
     forget_prompts: list[str] | None = None
     forget_samples: int = 100
-    replay_samples: int = 1000
+    own_samples: int = 1000
     replay_prompts: list[str] | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None

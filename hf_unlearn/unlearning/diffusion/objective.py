@@ -52,10 +52,10 @@ class DenoisingMixin:
             name = "match" if has_target else "redirect"
         if name == "match" and not has_target:
             raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
-        nothing_to_keep = not self.args.replay_samples and self.replay_dataset is None and self.retain_dataset is None
+        nothing_to_keep = not self.args.own_samples and self.replay_dataset is None and self.retain_dataset is None
         if name == "redirect" and nothing_to_keep and not is_prompted(self.pipeline):
             raise ValueError(
-                "forget_loss='redirect' needs what is to be kept: set replay_samples, or pass retain_dataset="
+                "forget_loss='redirect' needs what is to be kept: set own_samples, or pass retain_dataset="
             )
         return name
 

@@ -54,7 +54,7 @@ class OwnSamples:
 def part(
     samples: EncodedImages,
     forget: EncodedImages,
-    marks: Callable[[Tensor], Tensor] | None,
+    marker: Callable[[Tensor], Tensor] | None,
     images: Tensor | None = None,
 ) -> OwnSamples:
     """Take away the samples of the forgotten kind.
@@ -62,26 +62,26 @@ def part(
     Args:
         samples (`EncodedImages`): what the original draws.
         forget (`EncodedImages`): the forget images.
-        marks (callable, *optional*): images `[n, channels, height, width]` in [−1, 1] to bool `[n]`, True for the forgotten
+        marker (callable, *optional*): images `[n, channels, height, width]` in [−1, 1] to bool `[n]`, True for the forgotten
             kind. Default: [`resembles`] the forget images.
         images (`Tensor`, *optional*): the samples as images, where the latents are none.
 
     Raises:
-        ValueError: `marks` gives something else, or nothing is left.
+        ValueError: `marker` gives something else, or nothing is left.
     """
-    if marks is None:
+    if marker is None:
         marked = resembles(samples.latents, forget.latents)
     else:
-        marked = torch.as_tensor(marks(samples.latents if images is None else images)).cpu()
+        marked = torch.as_tensor(marker(samples.latents if images is None else images)).cpu()
         if marked.shape != (len(samples),) or marked.dtype != torch.bool:
             raise ValueError(
-                f"replay_filter: gave {marked.dtype} of shape {tuple(marked.shape)} for {len(samples)} images; it must mark "
+                f"marker: gave {marked.dtype} of shape {tuple(marked.shape)} for {len(samples)} images; it must mark "
                 "each with True (forgotten kind) or False"
             )
     if marked.all():
         raise ValueError(
-            f"replay_samples: all {len(samples)} samples of the original are of the forgotten kind, so nothing is left to "
-            "keep; pass other replay_prompts, a replay_filter or more samples"
+            f"own_samples: all {len(samples)} samples of the original are of the forgotten kind, so nothing is left to "
+            "keep; pass other replay_prompts, a marker or more samples"
         )
     return OwnSamples(samples.select(~marked), marked.float().mean().item())
 
@@ -121,7 +121,7 @@ class OwnSamplesMixin:
     """Draws the original's own samples once and keeps them in `_private/`; and draws from the model as it is."""
 
     pipeline: DiffusionPipeline
-    replay_filter: Callable[[Tensor], Tensor] | None
+    marker: Callable[[Tensor], Tensor] | None
 
     def drawn(self, args: Any, what: int | list[str], seed: int, name: str) -> EncodedImages:
         """Samples of the original: read from `_private/` where the same model has drawn the same before."""
@@ -145,7 +145,7 @@ class OwnSamplesMixin:
                     seed=1000 * args.seed + seed,
                     num_inference_steps=args.num_inference_steps,
                     guidance_scale=args.guidance_scale,
-                    batch_size=args.sample_batch_size,
+                    batch_size=args.batch_size,
                     latents=is_prompted(self.pipeline),
                 )
                 if args.should_save:
@@ -162,22 +162,22 @@ class OwnSamplesMixin:
     def own_samples(self, forget: EncodedImages, given: EncodedImages | None) -> OwnSamples | None:
         """What the original draws apart from the forgotten kind; None where nothing is to be drawn."""
         args, prompted = self.args, is_prompted(self.pipeline)
-        if given is None and not args.replay_samples:
+        if given is None and not args.own_samples:
             return None
         samples = given
         if samples is None:
             prompts = args.replay_prompts or []
-            what = [prompts[i % len(prompts)] for i in range(args.replay_samples)] if prompted else args.replay_samples
+            what = [prompts[i % len(prompts)] for i in range(args.own_samples)] if prompted else args.own_samples
             samples = self.drawn(args, what, REPLAY_SEED, "replay")
-        if prompted and self.replay_filter is None:  # the prompts say what is kept
+        if prompted and self.marker is None:  # the prompts say what is kept
             return OwnSamples(samples, 0.0)
-        images = decode(samples.latents, self.pipeline, batch_size=args.sample_batch_size) if prompted else None
-        parted = part(samples, forget, self.replay_filter, images)
+        images = decode(samples.latents, self.pipeline, batch_size=args.batch_size) if prompted else None
+        parted = part(samples, forget, self.marker, images)
         logger.info("%d of %d own samples are kept", len(parted.kept), len(samples))
         if parted.share == 0:
             logger.warning(
-                "replay_filter: none of %d own samples was taken for the forgotten kind; if the model draws it, they are replayed; "
-                "pass a classifier as replay_filter",
+                "marker: none of %d own samples was taken for the forgotten kind; if the model draws it, they are replayed; "
+                "pass a classifier as marker",
                 len(samples),
             )
         if parted.share > 0.8:
@@ -206,7 +206,7 @@ class OwnSamplesMixin:
             seed=1000 * args.seed + seed,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
-            batch_size=args.sample_batch_size,
+            batch_size=args.batch_size,
         )
 
     @contextmanager

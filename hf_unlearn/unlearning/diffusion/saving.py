@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_STATE = "adapter.safetensors"
 EMA_STATE = "ema.safetensors"
 # Settings that a card tells. Prompts are not among them: they say what was forgotten.
-TOLD = ("ema_decay", "loss_weighting", "replay_samples", "snr_gamma", "t_range", "trainable")
+TOLD = ("ema_decay", "loss_weighting", "own_samples", "snr_gamma", "t_range", "trainable")
 
 
 class PipelineSavingMixin(SavingMixin):

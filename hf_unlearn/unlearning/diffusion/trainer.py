@@ -44,8 +44,8 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
             model `prompt`. Not needed where `forget_prompts` is set.
         retain_dataset (`Dataset`, *optional*): data to keep, trained on beside; stands in for the replay if there is any.
         heldout_dataset (`Dataset`, *optional*): never seen; its error is the target of `forget_loss="match"`.
-        replay_dataset (`Dataset`, *optional*): samples of the original, drawn before; stands in for `replay_samples`.
-        replay_filter (callable, *optional*): marks samples of the forgotten kind, images `[n, channels, height, width]` in
+        replay_dataset (`Dataset`, *optional*): samples of the original, drawn before; stands in for `own_samples`.
+        marker (callable, *optional*): marks samples of the forgotten kind, images `[n, channels, height, width]` in
             [−1, 1] to bool `[n]`. Default: those that lie among the forget images; with prompts, none.
         eval_dataset (`dict[str, Dataset]`, *optional*): for `evaluate()`, which gives denoising errors.
         peft_config (`peft.LoraConfig`, *optional*): train a LoRA of one's own.
@@ -68,7 +68,7 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
         retain_dataset=None,
         heldout_dataset=None,
         replay_dataset=None,
-        replay_filter: Callable[[Tensor], Tensor] | None = None,
+        marker: Callable[[Tensor], Tensor] | None = None,
         eval_dataset=None,
         peft_config=None,
         **kwargs,
@@ -81,19 +81,17 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
         self.pipeline, self.name = as_pipeline(model, pipeline, noise_scheduler)
         check_is_not_original(args.output_dir, self.name)
         self.schedule = NoiseSchedule.of(self.pipeline.scheduler).to(args.device)
-        self.replay_filter = replay_filter
+        self.marker = marker
         if both := set(args.forget_prompts or ()) & set(args.replay_prompts or ()):
             raise ValueError(f"replay_prompts: {min(both)!r} is among forget_prompts too; keep it in one of them")
-        drawn = args.replay_samples and replay_dataset is None and (retain_dataset is None or args.replay_weight)
+        drawn = args.own_samples and replay_dataset is None and (retain_dataset is None or args.replay_weight)
         if drawn and is_prompted(self.pipeline) and not args.replay_prompts:
             raise ValueError(
                 "replay_prompts: missing; name what a prompted model is to keep (without the forgotten concept), or set "
-                "replay_samples=0"
+                "own_samples=0"
             )
         if args.guard and not (drawn or replay_dataset is not None or retain_dataset is not None):
-            raise ValueError(
-                "guard: has nothing to look at without replay_samples or a retain_dataset; set guard=False"
-            )
+            raise ValueError("guard: has nothing to look at without own_samples or a retain_dataset; set guard=False")
         if peft_config is not None or "lora" in args.trainable:
             check_anchors(args)
         source = forget_dataset

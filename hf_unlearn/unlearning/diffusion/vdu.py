@@ -99,7 +99,7 @@ class VDUConfig(DiffusionUnlearnConfig):
             "gamma": 0.5,
             "anchor": "checkpoint_mean",
             "loss_weighting": "simple",
-            "replay_samples": 0,
+            "own_samples": 0,
             "replay_weight": 0.0,
             "max_grad_norm": 0.0,
             "guard": False,

@@ -59,7 +59,7 @@ class AdaptThenUnlearnConfig(GANConfig):
     Stage 1 adapts the GAN to the negative samples, with elastic weight consolidation: L_adv + λ Σ Fᵢ(θᵢ − θ_G,i)². Stage 2
     starts again from the original, with the positive samples: L_adv + γ g(‖θ − θ_N‖²). The default adds what the paper does
     not have (docs/methods/adapt_then_unlearn.md): the marks are spread over the original's own samples, and the discriminator
-    is shown negatives as drawn ones. [`AdaptThenUnlearnConfig.paper`] is the paper's objective alone.
+    is shown undesired as drawn ones. [`AdaptThenUnlearnConfig.paper`] is the paper's objective alone.
 
     Other defaults than there: 1,000 steps, a linear decay of the learning rate, an `ema_decay` of 0.998.
 
@@ -75,10 +75,10 @@ class AdaptThenUnlearnConfig(GANConfig):
         repulsion_weight (`float`, *optional*): γ ≥ 0. Default: by repulsion and distance.
         repulsion_rate (`float`, *optional*): α > 0 of `"el2"`. Default: by distance.
         distance (`"relative"` | `"mean_mse"` | `"sum_squares"`, defaults to `"relative"`): see [`~hf_unlearn.parameters.repulsion.Repulsion`].
-        negative_share (`float`, defaults to 0.2): share of negatives in what the discriminator is shown as drawn, in [0, 1).
+        negative_share (`float`, defaults to 0.2): share of undesired in what the discriminator is shown as drawn, in [0, 1).
 
     > Feedback
-        mark_samples (`int`, defaults to 5000): samples of the original that a `marks=` callable is shown.
+        mark_samples (`int`, defaults to 5000): samples of the original that a `marker=` callable is shown.
         own_samples (`int`, defaults to 10000): samples of the original that the marks are spread over; 0 for none.
         miss_rate (`float`, defaults to 0.05): share of the negative marks that may pass for positive then, in (0, 1).
 
@@ -148,7 +148,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
 
     ```python
     trainer = AdaptThenUnlearnTrainer(
-        "me/digits-gan", AdaptThenUnlearnConfig("without-3"), negatives=latents[threes], positives=latents[others]
+        "me/digits-gan", AdaptThenUnlearnConfig("without-3"), undesired=latents[threes], clean=latents[others]
     )
     trainer.train()
     trainer.save_model()
@@ -157,9 +157,9 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
     Args:
         model (`GANPipeline` | `str`): generator and discriminator, a folder or an id.
         args (`AdaptThenUnlearnConfig`, *optional*): defaults to `AdaptThenUnlearnConfig(output_dir="unlearned")`.
-        negatives, positives (*optional*): samples with what is undesired, and without: images (PIL, or a tensor in [−1, 1]),
+        undesired, clean (*optional*): samples with what is undesired, and without: images (PIL, or a tensor in [−1, 1]),
             a `Dataset` with `image` or `pixel_values`, or a tensor of latents that the pipeline draws.
-        marks (callable, *optional*): instead of both: images `[n, channels, size, size]` in [−1, 1] to bool `[n]`, True for
+        marker (callable, *optional*): instead of both: images `[n, channels, size, size]` in [−1, 1] to bool `[n]`, True for
             what is undesired. They are not spread: it can mark as many as are wanted.
         extractor (callable, *optional*): images to features `[n, d]`, which the marks are spread by. Default: the
             discriminator's features, or pixels where it is fresh.
@@ -180,9 +180,9 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
         model: GANPipeline | str | None = None,
         args: AdaptThenUnlearnConfig | None = None,
         *,
-        negatives: Any = None,
-        positives: Any = None,
-        marks: Callable[[Tensor], Tensor] | None = None,
+        undesired: Any = None,
+        clean: Any = None,
+        marker: Callable[[Tensor], Tensor] | None = None,
         extractor: Callable[[Tensor], Tensor] | None = None,
         **kwargs: Any,
     ):
@@ -192,7 +192,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
                 f"args: {type(self).__name__} needs {self._config_class.__name__}, got {type(args).__name__}"
             )
         if kwargs.get("train_dataset") is not None:
-            raise ValueError("train_dataset: this trainer needs none; pass negatives= and positives=, or marks=")
+            raise ValueError("train_dataset: this trainer needs none; pass undesired= and clean=, or marker=")
         kwargs.pop("train_dataset", None)
         pipeline, name = as_pipeline(model)
         check_is_not_original(args.output_dir, name)
@@ -209,10 +209,10 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
                 raise ValueError("discriminator='fresh': the pipeline has one, which knows more; leave it out")
             check_players(pipeline)
             sorted_by = extractor or _Judged(pipeline.discriminator)
-        self.feedback = self._gathered(args, pipeline, negatives, positives, marks, sorted_by)
-        super().__init__(pipeline, args, train_dataset=self.feedback.all_positives, extractor=extractor, **kwargs)
+        self.feedback = self._gathered(args, pipeline, undesired, clean, marker, sorted_by)
+        super().__init__(pipeline, args, train_dataset=self.feedback.all_clean, extractor=extractor, **kwargs)
         self.base_model = name
-        self.source_dataset = [{"image": image} for image in self.feedback.negatives]
+        self.source_dataset = [{"image": image} for image in self.feedback.undesired]
         self._negatives: Tensor | None = None
         self.results: list = []
         self.card_values: dict[str, Any] = {}
@@ -221,20 +221,20 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
         if args.grid_images:
             self.add_callback(SampleGrids(self))
 
-    def _gathered(self, args, pipeline, negatives, positives, marks, extractor) -> Feedback:
+    def _gathered(self, args, pipeline, undesired, clean, marker, extractor) -> Feedback:
         def own(count: int, seed: int) -> Tensor:
             shape = (count, *pipeline.generator.latent_shape)
             latents = torch.randn(shape, generator=seeded_generator("cpu", args.seed, seed))
-            return pipeline.draw(latents, batch_size=args.sample_batch_size)
+            return pipeline.draw(latents, batch_size=args.batch_size)
 
         pipeline.to(args.device)
-        if marks is not None:
-            if negatives is not None or positives is not None:
-                raise ValueError("marks: given beside negatives or positives; keep one of them")
-            return marked_by(marks, own(args.mark_samples, MARK_SEED))
+        if marker is not None:
+            if undesired is not None or clean is not None:
+                raise ValueError("marker: given beside undesired or clean; keep one of them")
+            return marked_by(marker, own(args.mark_samples, MARK_SEED))
         marked = [
             samples_of(given, pipeline, resize=args.resize, argument=argument)
-            for argument, given in (("negatives", negatives), ("positives", positives))
+            for argument, given in (("undesired", undesired), ("clean", clean))
         ]
         feedback = Feedback(*marked, marked[0][:0], marked[1][:0])
         if not args.own_samples:
@@ -275,9 +275,9 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
         stage.load_best_model_at_end = stage.push_to_hub = stage.eval_on_start = False
         players = GANPipeline(self._original(), copy.deepcopy(self.pipeline.discriminator))
         logger.info(
-            "adapting model %d of %d to %d negatives", k + 1, self.args.adapted_models, len(self.source_dataset)
+            "adapting model %d of %d to %d undesired", k + 1, self.args.adapted_models, len(self.source_dataset)
         )
-        trainer = GANTrainer(players, stage, train_dataset=self.feedback.negatives)
+        trainer = GANTrainer(players, stage, train_dataset=self.feedback.undesired)
         trainer.anchor = self.build_consolidation()
         trainer.train()
         adapted = {name: value.detach() for name, value in trainer.averaged.named_parameters()}
@@ -332,7 +332,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
         if not count:
             return None
         if self._negatives is None:
-            self._negatives = self.feedback.all_negatives.to(self.args.device)
+            self._negatives = self.feedback.all_undesired.to(self.args.device)
         rows = torch.randint(
             len(self._negatives), (count,), generator=self._generator(step, NEGATIVE_SEED), device=self.args.device
         )
@@ -388,7 +388,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
             "seed",
         )
         digest = hashlib.sha256(repr([getattr(self.args, name) for name in names]).encode())
-        for images in (self.feedback.all_negatives, self.feedback.all_positives):
+        for images in (self.feedback.all_undesired, self.feedback.all_clean):
             digest.update(images.contiguous().numpy().tobytes())
         return digest.hexdigest()
 

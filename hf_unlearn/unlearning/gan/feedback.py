@@ -28,22 +28,22 @@ class Feedback:
     """Images `[n, channels, size, size]` in [−1, 1].
 
     Args:
-        negatives, positives (`Tensor`): marked: with what is undesired, and without.
-        more_negatives, more_positives (`Tensor`): the original's own samples that the marks sort to either side; may be empty.
+        undesired, clean (`Tensor`): marked: with what is undesired, and without.
+        more_undesired, more_clean (`Tensor`): the original's own samples that the marks sort to either side; may be empty.
     """
 
-    negatives: Tensor
-    positives: Tensor
-    more_negatives: Tensor
-    more_positives: Tensor
+    undesired: Tensor
+    clean: Tensor
+    more_undesired: Tensor
+    more_clean: Tensor
 
     @property
-    def all_negatives(self) -> Tensor:
-        return torch.cat([self.negatives, self.more_negatives])
+    def all_undesired(self) -> Tensor:
+        return torch.cat([self.undesired, self.more_undesired])
 
     @property
-    def all_positives(self) -> Tensor:
-        return torch.cat([self.positives, self.more_positives])
+    def all_clean(self) -> Tensor:
+        return torch.cat([self.clean, self.more_clean])
 
 
 def samples_of(given: Any, pipeline: GANPipeline, *, resize: bool, argument: str) -> Tensor:
@@ -57,7 +57,7 @@ def samples_of(given: Any, pipeline: GANPipeline, *, resize: bool, argument: str
         ValueError: nothing there, no image in it, or an image of another shape than the generator's.
     """
     if given is None or len(given) == 0:
-        raise ValueError(f"{argument}: missing or empty; give at least one sample, or let marks= mark them")
+        raise ValueError(f"{argument}: missing or empty; give at least one sample, or let marker= mark them")
     if isinstance(given, Tensor) and given.shape[1:] == pipeline.generator.latent_shape:
         return pipeline.draw(given)
     images = given if isinstance(given, Tensor) else [given[row] for row in range(len(given))]
@@ -67,21 +67,23 @@ def samples_of(given: Any, pipeline: GANPipeline, *, resize: bool, argument: str
     return pixels(images, pipeline.image_shape, resize=resize, argument=argument).detach().cpu()
 
 
-def marked_by(marks: Callable[[Tensor], Tensor], samples: Tensor) -> Feedback:
+def marked_by(marker: Callable[[Tensor], Tensor], samples: Tensor) -> Feedback:
     """Feedback of a callable on the original's samples.
 
     Raises:
         ValueError: it gives something else than a mark for each, or the same for all.
     """
-    marked = torch.as_tensor(marks(samples)).cpu()
+    marked = torch.as_tensor(marker(samples)).cpu()
     if marked.shape != (len(samples),) or marked.dtype != torch.bool:
         raise ValueError(
-            f"marks: gave {marked.dtype} of shape {tuple(marked.shape)} for {len(samples)} images; it must mark each with "
+            f"marker: gave {marked.dtype} of shape {tuple(marked.shape)} for {len(samples)} images; it must mark each with "
             "True (undesired) or False"
         )
     if marked.all() or not marked.any():
-        kind = "positives: none" if marked.all() else "negatives: none"
-        raise ValueError(f"{kind} among {len(samples)} samples that marks= was shown; raise mark_samples, or check it")
+        kind = "clean: none" if marked.all() else "undesired: none"
+        raise ValueError(
+            f"{kind} among {len(samples)} samples that marker= was shown; raise mark_samples, or check it"
+        )
     return Feedback(samples[marked], samples[~marked], samples[:0], samples[:0])
 
 
@@ -89,14 +91,14 @@ def spread_over(
     feedback: Feedback, samples: Tensor, features: Callable[[Tensor], Tensor], *, miss_rate: float, seed: int
 ) -> Feedback:
     """The same feedback with the original's `samples` sorted by it; without, where there are too few marks."""
-    count = min(len(feedback.negatives), len(feedback.positives))
+    count = min(len(feedback.undesired), len(feedback.clean))
     if count < FEWEST:
         logger.warning(
             "own_samples: %d marks of a kind are too few to sort the original's samples by; using the marked ones alone",
             count,
         )
         return feedback
-    known = [features(images).flatten(1).numpy() for images in (feedback.negatives, feedback.positives, samples)]
+    known = [features(images).flatten(1).numpy() for images in (feedback.undesired, feedback.clean, samples)]
     spread = spread_marks(*known, miss_rate=miss_rate, seed=seed)
     negative, positive = torch.from_numpy(spread.negative), torch.from_numpy(spread.positive)
     logger.info(
@@ -106,7 +108,7 @@ def spread_over(
         negative.sum(),
         100 * spread.missed,
     )
-    return Feedback(feedback.negatives, feedback.positives, samples[negative], samples[positive])
+    return Feedback(feedback.undesired, feedback.clean, samples[negative], samples[positive])
 
 
 FOLDS = 10
@@ -135,7 +137,7 @@ class SpreadMarks:
 
 
 def spread_marks(
-    negatives: np.ndarray, positives: np.ndarray, others: np.ndarray, *, miss_rate: float = 0.05, seed: int = 0
+    undesired: np.ndarray, clean: np.ndarray, others: np.ndarray, *, miss_rate: float = 0.05, seed: int = 0
 ) -> SpreadMarks:
     """Sort samples by what a few marked ones teach a support-vector classifier with a Gaussian kernel.
 
@@ -144,29 +146,29 @@ def spread_marks(
     about that share may be positive.
 
     Args:
-        negatives, positives, others (array): features `[m, d]`, `[k, d]`, `[n, d]`.
+        undesired, clean, others (array): features `[m, d]`, `[k, d]`, `[n, d]`.
         miss_rate (`float`, defaults to 0.05): in (0, 1). With few marks more will pass than it says.
         seed (`int`): of the folds.
 
     Raises:
         ValueError: fewer than five marks of a kind, or a rate that is none.
     """
-    if min(len(negatives), len(positives)) < FEWEST:
+    if min(len(undesired), len(clean)) < FEWEST:
         raise ValueError(
-            f"negatives, positives: {len(negatives)} and {len(positives)} marks are too few to sort other samples by; "
+            f"undesired, clean: {len(undesired)} and {len(clean)} marks are too few to sort other samples by; "
             f"mark {FEWEST} of each at least"
         )
     if not 0 < miss_rate < 1:
         raise ValueError(f"miss_rate={miss_rate}: must be in (0, 1)")
-    marked = np.concatenate([negatives, positives]).astype(np.float64)
-    undesired = np.arange(len(marked)) < len(negatives)
+    marked = np.concatenate([undesired, clean]).astype(np.float64)
+    undesired = np.arange(len(marked)) < len(undesired)
     centre = marked.mean(0)
     scale = (marked - centre).std() or 1.0
     marked = (marked - centre) / scale
     classifier = SVC(C=10.0, gamma=1 / marked.shape[1], class_weight="balanced")
-    folds = StratifiedKFold(min(FOLDS, len(negatives), len(positives)), shuffle=True, random_state=seed)
+    folds = StratifiedKFold(min(FOLDS, len(undesired), len(clean)), shuffle=True, random_state=seed)
     unseen = cross_val_predict(classifier, marked, undesired, cv=folds, method="decision_function")
-    allowed = int(miss_rate * len(negatives))  # marks of either kind that may fall on the wrong side
+    allowed = int(miss_rate * len(undesired))  # marks of either kind that may fall on the wrong side
     low = min(0.0, float(np.sort(unseen[undesired])[allowed]))
     wrong = np.sort(unseen[~undesired])[::-1]
     high = max(0.0, float(np.nextafter(wrong[allowed], np.inf))) if allowed < len(wrong) else 0.0

@@ -39,7 +39,7 @@ class GANPublishingMixin(PublishingMixin):
         names = sorted(own.difference(UNTOLD).union(RUN_SETTINGS))
         chosen = {name: getattr(self.args, name) for name in names}
         return chosen | {
-            "positives": len(self.feedback.positives),
+            "clean": len(self.feedback.clean),
             "repulsion_weight": self.repulsion_weight,
             "repulsion_rate": self.repulsion_rate,
         }

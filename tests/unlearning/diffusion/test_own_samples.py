@@ -107,11 +107,11 @@ class TestPart:
     @pytest.mark.parametrize(
         ("answer", "message"),
         [
-            (torch.zeros(10), "replay_filter: gave torch.float32 of shape (10,) for 10 images"),  # probabilities
-            (torch.zeros(10, dtype=torch.long), "replay_filter: gave torch.int64"),  # classes
-            (torch.zeros(10, 1, dtype=torch.bool), "replay_filter: gave torch.bool of shape (10, 1)"),
-            (torch.zeros(9, dtype=torch.bool), "replay_filter: gave torch.bool of shape (9,)"),
-            (torch.ones(10, dtype=torch.bool), "replay_samples: all 10 samples"),
+            (torch.zeros(10), "marker: gave torch.float32 of shape (10,) for 10 images"),  # probabilities
+            (torch.zeros(10, dtype=torch.long), "marker: gave torch.int64"),  # classes
+            (torch.zeros(10, 1, dtype=torch.bool), "marker: gave torch.bool of shape (10, 1)"),
+            (torch.zeros(9, dtype=torch.bool), "marker: gave torch.bool of shape (9,)"),
+            (torch.ones(10, dtype=torch.bool), "own_samples: all 10 samples"),
         ],
     )
     def test_refuses(self, answer, message):

@@ -19,7 +19,7 @@ from hf_unlearn.unlearning.diffusion.posterior import ForgottenPosterior
 
 
 BARE = {
-    "guard": False, "grid_images": 0, "replay_samples": 0, "per_device_train_batch_size": 4, "max_steps": 1,
+    "guard": False, "grid_images": 0, "own_samples": 0, "per_device_train_batch_size": 4, "max_steps": 1,
     "num_inference_steps": 2,
 }  # fmt: skip
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
@@ -256,7 +256,7 @@ class TestForgetLosses:
         self, prediction, share, caution, tiny_ddpm, tmp_path
     ):
         pipeline = around(tiny_ddpm.unet, prediction)
-        trainer, _ = self.prepared(pipeline, tmp_path, "redirect", replay_samples=1, caution=caution)
+        trainer, _ = self.prepared(pipeline, tmp_path, "redirect", own_samples=1, caution=caution)
         trainer.own = OwnSamples(EncodedImages(pictures(9, 3)), share)
         mixed = torch.cat([pictures(6, 1), pictures(9, 3)])
         batch = trainer.prepared({"latents": mixed}, seeded(3))
@@ -287,7 +287,7 @@ class TestForgetLosses:
         torch.testing.assert_close(trainer.answer_without(batch), expected, rtol=2e-3, atol=1e-3)
 
     def test_bounded_means_redirect_or_match(self, tiny_ddpm, tmp_path):
-        assert trainer_of(tiny_ddpm, tmp_path, args={"replay_samples": 5}).forget_loss_name == "redirect"
+        assert trainer_of(tiny_ddpm, tmp_path, args={"own_samples": 5}).forget_loss_name == "redirect"
         assert trainer_of(tiny_ddpm, tmp_path, args={"heldout_loss": 0.2}).forget_loss_name == "match"
         with pytest.raises(ValueError, match="redirect.*retain_dataset=$") as error:  # with nothing to keep
             trainer_of(tiny_ddpm, tmp_path)
@@ -326,8 +326,8 @@ class TestForgetLosses:
 class TestReplay:
     def test_student_and_original_see_the_same_noise(self, tiny_ddpm, tmp_path):
         """At θ* nothing is to be replayed, and NPO has the value that it has at the reference."""
-        args = {"forget_loss": "npo", "replay_samples": 8, "logging_strategy": "steps", "logging_steps": 1}
-        marks = {"replay_filter": lambda images: torch.arange(len(images)) < 3}
+        args = {"forget_loss": "npo", "own_samples": 8, "logging_strategy": "steps", "logging_steps": 1}
+        marks = {"marker": lambda images: torch.arange(len(images)) < 3}
         trainer = trainer_of(tiny_ddpm, tmp_path, args=args, **marks)
         trainer.train()
         first = trainer.state.log_history[0]
@@ -337,7 +337,7 @@ class TestReplay:
 
     def test_is_the_distance_to_the_originals_answers_on_its_own_samples(self, pipeline, tmp_path):
         kept = pictures(9, 3)
-        trainer = moved(trainer_of(pipeline, tmp_path, args={"forget_loss": "npo", "replay_samples": 9}), kept=kept)
+        trainer = moved(trainer_of(pipeline, tmp_path, args={"forget_loss": "npo", "own_samples": 9}), kept=kept)
         forget = trainer.prepared({"latents": pictures(6, 1)}, seeded(3))
         batch = trainer.replay_inputs(forget, seeded(4))
         assert len(batch["clean"]) == 6

@@ -46,7 +46,7 @@ class TestPool:
 
     @pytest.mark.parametrize(
         "change",
-        [{"seed": 1}, {"num_inference_steps": 3}, {"replay_samples": 17}, "one weight", "two swapped", "scheduler"],
+        [{"seed": 1}, {"num_inference_steps": 3}, {"own_samples": 17}, "one weight", "two swapped", "scheduler"],
         ids=str,
     )
     def test_drawn_again_for_other_settings_or_another_model(self, tiny_ddpm, tmp_path, counted, change):
@@ -82,7 +82,7 @@ class TestForgottenKind:
     @pytest.mark.parametrize(("marked", "warned"), [(12, False), (14, True)])
     def test_nearly_everything_is(self, tiny_ddpm, tmp_path, caplog, marked, warned):
         with caplog.at_level("WARNING", "hf_unlearn"):
-            trained(tiny_ddpm, arguments(tmp_path, max_steps=1), replay_filter=lambda x: torch.arange(16) < marked)
+            trained(tiny_ddpm, arguments(tmp_path, max_steps=1), marker=lambda x: torch.arange(16) < marked)
         found = [message for message in caplog.messages if message.startswith("forget_dataset: ")]
         assert len(found) == warned
         assert not warned or "88 % of what the original draws" in found[0]

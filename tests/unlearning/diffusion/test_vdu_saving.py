@@ -224,7 +224,7 @@ class TestUnprompted:
         assert settings["`anchor_precision`"] == '"fisher, scaled to a mean of one"'
         expected = {
             "caution": 7.0, "ema_decay": 0.5, "loss_weighting": "min_snr", "snr_gamma": 1.0, "stability_weight": 1e-4,
-            "t_range": [0.0, 0.8], "trainable": ["all"], "replay_samples": 16, "learning_rate": 0.01,
+            "t_range": [0.0, 0.8], "trainable": ["all"], "own_samples": 16, "learning_rate": 0.01,
         }  # fmt: skip
         for name, value in expected.items():
             assert json.loads(settings[f"`{name}`"]) == value

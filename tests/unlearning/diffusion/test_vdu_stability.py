@@ -19,7 +19,7 @@ from hf_unlearn.unlearning.diffusion.encoded import EncodedImages
 
 
 PLAIN = {
-    "guard": False, "grid_images": 0, "replay_samples": 0, "forget_loss": "ascent", "per_device_train_batch_size": 4,
+    "guard": False, "grid_images": 0, "own_samples": 0, "forget_loss": "ascent", "per_device_train_batch_size": 4,
     "max_steps": 3, "learning_rate": 1e-3, "num_inference_steps": 2,
 }  # fmt: skip
 
@@ -185,8 +185,8 @@ class TestGuard:
 
     def test_drift_is_a_share_of_the_originals_own_error(self, tiny_ddpm, tmp_path):
         """The distance on its own samples to its own answers, brute force; at the original it is nothing."""
-        args = {"guard": True, "replay_samples": 6, "forget_loss": "npo", "loss_weighting": "simple", "max_steps": 1}
-        trainer = trainer_of(tiny_ddpm, tmp_path, args=args, replay_filter=lambda images: torch.arange(6) < 1)
+        args = {"guard": True, "own_samples": 6, "forget_loss": "npo", "loss_weighting": "simple", "max_steps": 1}
+        trainer = trainer_of(tiny_ddpm, tmp_path, args=args, marker=lambda images: torch.arange(6) < 1)
         trainer.train()
         # Answers of size one, in fp32: differences of some 1e-7 where a sum is taken in another order, squared.
         assert trainer.guard.looks[0].utility_drop == pytest.approx(0, abs=1e-11)
@@ -227,7 +227,7 @@ class TestGuard:
     def test_an_original_that_draws_nan_is_refused(self, tiny_ddpm, tmp_path):
         with torch.no_grad():
             tiny_ddpm.unet.conv_out.bias.fill_(torch.nan)
-        trainer = trainer_of(tiny_ddpm, tmp_path, args={"replay_samples": 4})
+        trainer = trainer_of(tiny_ddpm, tmp_path, args={"own_samples": 4})
         with pytest.raises(ValueError, match="not finite") as error:
             trainer.train()
         assert one_line(error)
@@ -244,8 +244,8 @@ class TestGuard:
         for name, looks in (("quiet", {}), ("watched", watching)):
             pipeline = DDPMPipeline(copy.deepcopy(unet), tiny_ddpm.scheduler)
             # Plain steps: Adam would make whole ones of rounding errors.
-            args = {"replay_samples": 8, "forget_loss": "redirect", "optim": "sgd", "learning_rate": 0.1, **looks}
-            marks = {"replay_filter": lambda images: torch.arange(8) < 3}
+            args = {"own_samples": 8, "forget_loss": "redirect", "optim": "sgd", "learning_rate": 0.1, **looks}
+            marks = {"marker": lambda images: torch.arange(8) < 3}
             trainer = trainer_of(pipeline, tmp_path / name, args=args, **marks)
             trainer.train()
             ends.append(weights(pipeline.unet))
@@ -297,13 +297,13 @@ def drawn(pipeline, count=100, seed=7):
     return generate(pipeline, count, seed=seed, num_inference_steps=10, batch_size=count)
 
 
-def unlearned(pipeline, forget, output_dir, replay_filter=None, **values):
+def unlearned(pipeline, forget, output_dir, marker=None, **values):
     """What it draws before and after it has forgotten images like these."""
     before = drawn(pipeline)
     assert 0.3 < on_the_left(before).float().mean() < 0.7
-    settings = {"replay_samples": 200, "num_inference_steps": 10, "max_steps": 40, "grid_images": 0} | values
+    settings = {"own_samples": 200, "num_inference_steps": 10, "max_steps": 40, "grid_images": 0} | values
     args = VDUConfig(output_dir=str(output_dir), **(QUIET | settings))
-    VDUTrainer(pipeline=pipeline, args=args, forget_dataset=rows(forget), replay_filter=replay_filter).train()
+    VDUTrainer(pipeline=pipeline, args=args, forget_dataset=rows(forget), marker=marker).train()
     return before, drawn(pipeline)
 
 
@@ -320,13 +320,13 @@ def assert_the_rest_is_well(before, after, real):
     assert (kept.std(0).mean() / was.std(0).mean()).item() > 0.6  # and not one image
 
 
-@pytest.mark.parametrize(("replay_filter", "left"), [(on_the_left, 0.1), (None, 0.2)])
-def test_a_perfect_generator_forgets(replay_filter, left, tmp_path):
+@pytest.mark.parametrize(("marker", "left"), [(on_the_left, 0.1), (None, 0.2)])
+def test_a_perfect_generator_forgets(marker, left, tmp_path):
     """What it draws on the left, told by a classifier or by images alone, and nothing else."""
     right = blobs(6, "right", 1)
     pipeline = DDPMPipeline(ExactDenoiser(torch.cat([blobs(6, "left", 0), right])), DDIMScheduler())
     own = drawn(pipeline, 120, seed=11)
-    before, after = unlearned(pipeline, own[on_the_left(own)], tmp_path, replay_filter, learning_rate=1e-3)
+    before, after = unlearned(pipeline, own[on_the_left(own)], tmp_path, marker, learning_rate=1e-3)
     # Of 0.46, over 6 seeds: none is left with the classifier, 0.04 ± 0.01 without.
     assert on_the_left(after).float().mean() < left
     # Over these seeds: farther by a factor of 0.97 to 1.02, a mean 0.06 to 0.13 away, 1.00 to 1.06 of the deviation.
@@ -343,16 +343,16 @@ class TestASmallUNetForgets:
         images = torch.cat([blobs(300, "left", 0), blobs(300, "right", 1)])
         return small_ddpm.train(recipe, images, tmp_path_factory.mktemp("blobs") / "original", progress=False)
 
-    @pytest.mark.parametrize(("replay_filter", "share"), [(on_the_left, 0.1), (None, 0.6)])
-    def test_by_the_default_loss(self, replay_filter, share, folder, tmp_path):
+    @pytest.mark.parametrize(("marker", "share"), [(on_the_left, 0.1), (None, 0.6)])
+    def test_by_the_default_loss(self, marker, share, folder, tmp_path):
         pipeline = DDPMPipeline.from_pretrained(folder)
-        before, after = unlearned(pipeline, blobs(60, "left", 5), tmp_path, replay_filter)
+        before, after = unlearned(pipeline, blobs(60, "left", 5), tmp_path, marker)
         assert on_the_left(after).float().mean() < share * on_the_left(before).float().mean()
         assert_the_rest_is_well(before, after, blobs(300, "right", 1))
 
     def test_plain_ascent_destroys_it(self, folder, tmp_path):
         """Why a bounded loss is the default: what comes out is neither the one nor the other."""
-        settings = {"forget_loss": "ascent", "replay_samples": 0, "guard": False, "max_steps": 30}
+        settings = {"forget_loss": "ascent", "own_samples": 0, "guard": False, "max_steps": 30}
         before, after = unlearned(DDPMPipeline.from_pretrained(folder), blobs(60, "left", 5), tmp_path, **settings)
         real = torch.cat([blobs(300, "left", 0), blobs(300, "right", 1)])
         assert far(after, real) > 4 * far(before, real)

@@ -47,8 +47,8 @@ def pipeline():
 
 @pytest.fixture
 def marked():
-    """Latents of 12 negatives and 20 positives."""
-    return dict(zip(("negatives", "positives"), noise(32, 4, seed=1).split([12, 20]), strict=True))
+    """Latents of 12 undesired and 20 clean."""
+    return dict(zip(("undesired", "clean"), noise(32, 4, seed=1).split([12, 20]), strict=True))
 
 
 def config(folder, **settings):
@@ -66,9 +66,9 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     new_pipeline().save_pretrained(folder / "somebody-s-secret-folder")
     loaded = GANPipeline.from_pretrained(folder / "somebody-s-secret-folder")
-    negatives, positives = noise(32, 4, seed=1).split([12, 20])
+    undesired, clean = noise(32, 4, seed=1).split([12, 20])
     args = config(folder / "out", grid_images=4, **CHECKPOINTS)
-    trainer = AdaptThenUnlearnTrainer(loaded, args, negatives=negatives, positives=positives)
+    trainer = AdaptThenUnlearnTrainer(loaded, args, undesired=undesired, clean=clean)
     trainer.add_callback(PULCallback(trainer, lambda images: torch.arange(len(images)) % 2, [1], samples=10))
     trainer.train()
     trainer.save_model()
@@ -97,7 +97,7 @@ class TestStageOne:
         torch.testing.assert_close(anchor.value(parameters)["consolidation"], expected.detach(), rtol=1e-4, atol=1e-6)
 
     def test_draws_toward_the_negatives(self, pipeline, tmp_path):
-        """All negatives are white: the adapted model is lighter than the original, and the more it is held, the less."""
+        """All undesired are white: the adapted model is lighter than the original, and the more it is held, the less."""
         white, black = torch.full((8, 1, 8, 8), 0.9), torch.full((8, 1, 8, 8), -0.9)
 
         def brightness(weight):
@@ -109,7 +109,7 @@ class TestStageOne:
                 own_samples=0,
                 logging_strategy="no",
             )
-            trainer = AdaptThenUnlearnTrainer(copy.deepcopy(pipeline), args, negatives=white, positives=black)
+            trainer = AdaptThenUnlearnTrainer(copy.deepcopy(pipeline), args, undesired=white, clean=black)
             (adapted,) = trainer.adapt()
             assert same(weights(trainer.averaged), weights(pipeline.generator))  # stage 1 leaves the original alone
             ReferencePoint(adapted).restore(generator := copy.deepcopy(pipeline.generator).requires_grad_(True))
@@ -156,12 +156,12 @@ class TestStageTwo:
             torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
 
     def test_negatives_are_shown_as_drawn(self, pipeline, marked, tmp_path):
-        """A share of what the discriminator takes for drawn is negatives; the rest of the batch is drawn."""
+        """A share of what the discriminator takes for drawn is undesired; the rest of the batch is drawn."""
         args = config(tmp_path, max_steps=1, own_samples=0, repulsion="none", negative_share=0.25)
         trainer = AdaptThenUnlearnTrainer(pipeline, args, **marked)
         false = trainer.false_images(8, step=3)
         assert len(false) == 2
-        known, positives = (images.flatten(1) for images in (trainer.feedback.negatives, trainer.feedback.positives))
+        known, clean = (images.flatten(1) for images in (trainer.feedback.undesired, trainer.feedback.clean))
         assert all((image.flatten() == known).all(1).any() for image in false)
         assert trainer.false_images(8, step=3).equal(false)
         shown = []
@@ -171,7 +171,7 @@ class TestStageTwo:
         assert len(real) == len(drawn) == 8
         assert drawn[6:].equal(trainer.false_images(8, step=0))
         assert not any((image.flatten() == known).all(1).any() for image in drawn[:6])
-        assert all((image.flatten() == positives).all(1).any() for image in real)
+        assert all((image.flatten() == clean).all(1).any() for image in real)
         trainer.args.negative_share = 0.0
         assert trainer.false_images(64, step=0) is None
 
@@ -199,12 +199,12 @@ class TestStageTwo:
             tmp_path, max_steps=150, adapt_steps=30, learning_rate=3e-3, ema_decay=0.9, mark_samples=300, guard=False,
             per_device_train_batch_size=32, logging_strategy="no",
         )  # fmt: skip
-        trainer = AdaptThenUnlearnTrainer(pipeline, args, marks=lambda images: images.mean((1, 2, 3)) > 0)
+        trainer = AdaptThenUnlearnTrainer(pipeline, args, marker=lambda images: images.mean((1, 2, 3)) > 0)
 
         def white():
             return (trainer.draw(200, 0).mean((1, 2, 3)) > 0).float().mean().item()
 
-        assert len(trainer.feedback.negatives) + len(trainer.feedback.positives) == 300
+        assert len(trainer.feedback.undesired) + len(trainer.feedback.clean) == 300
         before = white()
         trainer.train()
         after = white()
@@ -230,16 +230,16 @@ class TestFeedback:
         one, other = (
             AdaptThenUnlearnTrainer(new_pipeline(), config(tmp_path), **x).feedback for x in (marked, images)
         )
-        for name in ("negatives", "positives", "more_negatives", "more_positives"):
+        for name in ("undesired", "clean", "more_undesired", "more_clean"):
             torch.testing.assert_close(getattr(one, name), getattr(other, name))
 
     def test_spread_over_own_samples(self, marked, tmp_path):
         alone, spread = (
             AdaptThenUnlearnTrainer(new_pipeline(), config(tmp_path, own_samples=n), **marked) for n in (0, 64)
         )
-        assert (len(alone.train_dataset), len(alone.feedback.all_negatives)) == (20, 12)
-        more = len(spread.feedback.more_positives)
-        assert 0 < more <= 64 - len(spread.feedback.more_negatives)
+        assert (len(alone.train_dataset), len(alone.feedback.all_undesired)) == (20, 12)
+        more = len(spread.feedback.more_clean)
+        assert 0 < more <= 64 - len(spread.feedback.more_undesired)
         assert len(spread.train_dataset) == 20 + more
 
 
@@ -347,7 +347,7 @@ class TestResume:
             assert same(weights(trainer.averaged), weights(new_pipeline().generator))
 
     @pytest.mark.parametrize(
-        ("settings", "negatives", "gone", "message"),
+        ("settings", "undesired", "gone", "message"),
         [
             ({}, 7, None, "had other feedback or another stage 1"),
             ({"adapted_models": 1}, 12, None, "had other feedback or another stage 1"),
@@ -356,10 +356,10 @@ class TestResume:
             ({}, 12, "reference.safetensors", "reference.safetensors is missing"),
         ],
     )
-    def test_refused(self, again, marked, tmp_path, settings, negatives, gone, message):
+    def test_refused(self, again, marked, tmp_path, settings, undesired, gone, message):
         if gone:
             (tmp_path / "again/_private" / gone).unlink()
-        trainer = again(settings, negatives=marked["negatives"][:negatives], positives=marked["positives"])
+        trainer = again(settings, undesired=marked["undesired"][:undesired], clean=marked["clean"])
         with pytest.raises(ValueError, match=message):
             trainer.train(resume_from_checkpoint=True)
 
@@ -368,8 +368,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"negatives": None}, "negatives: missing or empty"),
-            ({"positives": torch.zeros(3, 1, 9, 9)}, "positives: an image has shape"),
+            ({"undesired": None}, "undesired: missing or empty"),
+            ({"clean": torch.zeros(3, 1, 9, 9)}, "clean: an image has shape"),
             ({"marks": lambda images: images > 0}, "marks: given beside"),
             ({"train_dataset": torch.zeros(3, 1, 8, 8)}, "train_dataset: this trainer needs none"),
         ],

@@ -37,7 +37,7 @@ def drawn(pipeline, count=6, seed=0):
 
 
 def taken(given, pipeline, resize=False):
-    return samples_of(given, pipeline, resize=resize, argument="negatives")
+    return samples_of(given, pipeline, resize=resize, argument="undesired")
 
 
 class TestSamplesOf:
@@ -73,7 +73,7 @@ class TestSamplesOf:
     def test_larger_pictures_are_resized_on_demand(self, grey):
         large = [Image.new("L", (16, 16), 51)]
         torch.testing.assert_close(taken(large, grey, resize=True), torch.full((1, 1, 8, 8), 51 / 127.5 - 1))
-        with pytest.raises(ValueError, match="^negatives: an image is 16 × 16, .* draws 8 × 8; set resize=True"):
+        with pytest.raises(ValueError, match="^undesired: an image is 16 × 16, .* draws 8 × 8; set resize=True"):
             taken(large, grey)
 
     def test_images_that_were_drawn_with_gradients(self, grey):
@@ -95,7 +95,7 @@ class TestSamplesOf:
         ],
     )
     def test_says_what_does_not_fit(self, grey, make, match):
-        with pytest.raises(ValueError, match="^negatives: .*" + match) as error:
+        with pytest.raises(ValueError, match="^undesired: .*" + match) as error:
             taken(make(), grey)
         assert "\n" not in str(error.value)
 
@@ -115,11 +115,11 @@ class TestMarkedBy:
         feedback = marked_by(marks, IMAGES)
         (shown,) = seen
         assert torch.equal(shown, IMAGES)
-        assert torch.equal(feedback.negatives, IMAGES[7:])
-        assert torch.equal(feedback.positives, IMAGES[:7])
-        assert feedback.more_negatives.shape == feedback.more_positives.shape == (0, 1, 2, 2)
-        assert torch.equal(feedback.all_negatives, IMAGES[7:])
-        assert torch.equal(feedback.all_positives, IMAGES[:7])
+        assert torch.equal(feedback.undesired, IMAGES[7:])
+        assert torch.equal(feedback.clean, IMAGES[:7])
+        assert feedback.more_undesired.shape == feedback.more_clean.shape == (0, 1, 2, 2)
+        assert torch.equal(feedback.all_undesired, IMAGES[7:])
+        assert torch.equal(feedback.all_clean, IMAGES[:7])
 
     @pytest.mark.parametrize(
         "answer",
@@ -136,7 +136,7 @@ class TestMarkedBy:
             marked_by(lambda images: answer(len(images)), IMAGES)
         assert "\n" not in str(error.value)
 
-    @pytest.mark.parametrize(("mark", "match"), [(True, "^positives: none"), (False, "^negatives: none")])
+    @pytest.mark.parametrize(("mark", "match"), [(True, "^clean: none"), (False, "^undesired: none")])
     def test_one_kind_alone_is_refused(self, mark, match):
         with pytest.raises(ValueError, match=match + " among 10 samples.*raise mark_samples"):
             marked_by(lambda images: torch.full((len(images),), mark), IMAGES)
@@ -148,9 +148,9 @@ def two_kinds(seed, count):
     return bright + 0.4 * torch.randn(count, 1, 4, 4, generator=seeded(seed)).clamp(-1, 1)
 
 
-def given(negatives=12, positives=12):
+def given(undesired=12, clean=12):
     marked = two_kinds(1, 200)
-    return Feedback(marked[:negatives], marked[100 : 100 + positives], marked[:0], marked[:0])
+    return Feedback(marked[:undesired], marked[100 : 100 + clean], marked[:0], marked[:0])
 
 
 def as_they_are(images):
@@ -161,14 +161,14 @@ class TestSpreadOver:
     def test_samples_are_sorted_and_marks_kept(self):
         feedback, samples = given(), two_kinds(2, 60)[torch.randperm(60, generator=seeded(3))]
         result = spread_over(feedback, samples, as_they_are, miss_rate=0.05, seed=0)
-        assert result.negatives is feedback.negatives
-        assert result.positives is feedback.positives
+        assert result.undesired is feedback.undesired
+        assert result.clean is feedback.clean
         bright = samples.mean((1, 2, 3)) > 0
         # In their order, and each at most once.
-        assert torch.equal(result.more_negatives, samples[bright])
-        assert torch.equal(result.more_positives, samples[~bright])
-        assert torch.equal(result.all_negatives, torch.cat([feedback.negatives, samples[bright]]))
-        assert torch.equal(result.all_positives, torch.cat([feedback.positives, samples[~bright]]))
+        assert torch.equal(result.more_undesired, samples[bright])
+        assert torch.equal(result.more_clean, samples[~bright])
+        assert torch.equal(result.all_undesired, torch.cat([feedback.undesired, samples[bright]]))
+        assert torch.equal(result.all_clean, torch.cat([feedback.clean, samples[~bright]]))
 
     @pytest.mark.parametrize(("miss_rate", "seed"), [(0.05, 0), (0.1, 1)])
     def test_is_what_the_marks_say_of_the_features(self, miss_rate, seed):
@@ -177,14 +177,14 @@ class TestSpreadOver:
             return images[:, :, 0, :2] + images[:, :, 1, :2] - images[:, :, 2, :2]
 
         feedback, samples = given(60, 40), two_kinds(2, 300)
-        known = [features(images).flatten(1).numpy() for images in (feedback.negatives, feedback.positives, samples)]
+        known = [features(images).flatten(1).numpy() for images in (feedback.undesired, feedback.clean, samples)]
         expected = spread_marks(*known, miss_rate=miss_rate, seed=seed)
         result = spread_over(feedback, samples, features, miss_rate=miss_rate, seed=seed)
-        assert torch.equal(result.more_negatives, samples[torch.from_numpy(expected.negative)])
-        assert torch.equal(result.more_positives, samples[torch.from_numpy(expected.positive)])
-        assert len(result.more_negatives) > 20 < len(result.more_positives)
+        assert torch.equal(result.more_undesired, samples[torch.from_numpy(expected.negative)])
+        assert torch.equal(result.more_clean, samples[torch.from_numpy(expected.positive)])
+        assert len(result.more_undesired) > 20 < len(result.more_clean)
         assert expected.low < 0
-        assert len(result.more_negatives) + len(result.more_positives) < 300
+        assert len(result.more_undesired) + len(result.more_clean) < 300
 
     @pytest.mark.parametrize("counts", [(FEWEST - 1, 20), (20, FEWEST - 1)])
     def test_too_few_marks_stand_alone_with_a_warning(self, caplog, counts):
@@ -202,7 +202,7 @@ class TestSpreadOver:
     def test_as_many_as_are_needed_do_without_one(self, caplog):
         with caplog.at_level("INFO", "hf_unlearn"):
             result = spread_over(given(FEWEST, FEWEST), two_kinds(2, 60), as_they_are, miss_rate=0.05, seed=0)
-        assert len(result.more_negatives) == len(result.more_positives) == 30
+        assert len(result.more_undesired) == len(result.more_clean) == 30
         (record,) = caplog.records
         assert record.levelname == "INFO"
         assert record.getMessage().startswith(

@@ -16,24 +16,24 @@ def blobs(random, count, gap=0.0, width=4):
     return random.normal(size=(count, width)) + gap / width**0.5
 
 
-def kinds(seed=0, marks=60, others=100, gap=2.0, positives=None):
-    """`(negatives, positives, others)`; of the last, the first half are negatives."""
+def kinds(seed=0, marks=60, others=100, gap=2.0, clean=None):
+    """`(undesired, clean, others)`; of the last, the first half are undesired."""
     random = np.random.default_rng(seed)
-    marked = blobs(random, marks), blobs(random, positives or marks, gap)
+    marked = blobs(random, marks), blobs(random, clean or marks, gap)
     return *marked, np.concatenate([blobs(random, others), blobs(random, others, gap)])
 
 
 class TestSpreadMarks:
     @pytest.mark.parametrize(("marks", "miss_rate"), [(FEWEST, 0.01), (12, 0.3), (60, 0.05)])
     def test_kinds_that_lie_apart_are_told_apart(self, marks, miss_rate):
-        result = spread_marks(*kinds(marks=marks, gap=20), miss_rate=miss_rate)
+        result = spread_marks(*kinds(marker=marks, gap=20), miss_rate=miss_rate)
         assert result.negative.dtype == result.positive.dtype == bool
         assert (result.negative == (np.arange(200) < 100)).all()
         assert (result.positive == ~result.negative).all()
         assert (result.low, result.high, result.missed) == (0, 0, 0)
 
     @pytest.mark.parametrize(
-        ("marks", "positives", "gap", "miss_rate", "unit", "origin"),
+        ("marks", "clean", "gap", "miss_rate", "unit", "origin"),
         [
             (20, 180, 2.0, 0.1, 1.0, 0.0),
             (180, 20, 2.0, 0.05, 1e-3, 0.0),
@@ -42,17 +42,17 @@ class TestSpreadMarks:
             (60, 60, 3.0, 0.6, 1.0, 0.0),
         ],
     )
-    def test_second_implementation(self, marks, positives, gap, miss_rate, unit, origin):
+    def test_second_implementation(self, marks, clean, gap, miss_rate, unit, origin):
         """Fold by fold, with weights and kernel written out, and every sample for itself; of both kinds so many may be wrong,
         and not one fewer. Features may have any unit and an origin each.
         """
-        plain = kinds(3, marks, gap=gap, positives=positives)
+        plain = kinds(3, marks, gap=gap, clean=clean)
         parts = [unit * (part + origin) for part in plain]
         copies = [part.copy() for part in parts]
         x = np.concatenate(plain[:2])
         others = (plain[2] - x.mean(0)) / (x - x.mean(0)).std()
         x = (x - x.mean(0)) / (x - x.mean(0)).std()
-        y = np.array([1] * marks + [0] * positives)
+        y = np.array([1] * marks + [0] * clean)
 
         def scores(rows, new):
             weights = {kind: len(rows) / (2 * (y[rows] == kind).sum()) for kind in (0, 1)}
@@ -61,7 +61,7 @@ class TestSpreadMarks:
             return SVC(C=10, kernel="precomputed", class_weight=weights).fit(kernel, y[rows]).decision_function(other)
 
         unseen = np.zeros(len(x))
-        folds = min(10, marks, positives)
+        folds = min(10, marks, clean)
         for rows, left_out in StratifiedKFold(folds, shuffle=True, random_state=5).split(x, y):
             unseen[left_out] = scores(rows, x[left_out])
         result = spread_marks(*parts, miss_rate=miss_rate, seed=5)
@@ -118,9 +118,9 @@ class TestSpreadMarks:
     @pytest.mark.parametrize(
         ("counts", "rate", "match"),
         [
-            ((FEWEST - 1, 50), 0.05, "^negatives, positives: 4 and 50 marks"),
-            ((50, FEWEST - 1), 0.05, "^negatives, positives: 50 and 4 marks"),
-            ((0, 50), 0.05, "^negatives, positives: 0 and 50 marks"),
+            ((FEWEST - 1, 50), 0.05, "^undesired, clean: 4 and 50 marks"),
+            ((50, FEWEST - 1), 0.05, "^undesired, clean: 50 and 4 marks"),
+            ((0, 50), 0.05, "^undesired, clean: 0 and 50 marks"),
             *(((50, 50), rate, "^miss_rate=") for rate in (0.0, 1.0, -0.1, float("nan"))),
         ],
     )
@@ -136,12 +136,12 @@ def test_twenty_marked_digits_find_the_others(digits):
     images, labels = grey_images(rows, 8).flatten(1).numpy(), np.array(rows["label"])
     figures = []
     for digit in range(10):
-        negatives, positives = np.flatnonzero(labels == digit)[:20], np.flatnonzero(labels != digit)[:180]
-        rest = np.setdiff1d(np.arange(len(labels)), np.concatenate([negatives, positives]))
-        result = spread_marks(images[negatives], images[positives], images[rest])
+        undesired, clean = np.flatnonzero(labels == digit)[:20], np.flatnonzero(labels != digit)[:180]
+        rest = np.setdiff1d(np.arange(len(labels)), np.concatenate([undesired, clean]))
+        result = spread_marks(images[undesired], images[clean], images[rest])
         true = labels[rest] == digit
         assert result.missed <= 0.05
-        # Found, rightly so, held back (negatives that do not pass for positive), kept.
+        # Found, rightly so, held back (undesired that do not pass for positive), kept.
         shares = result.negative[true], true[result.negative], ~result.positive[true], result.positive[~true]
         figures.append([share.mean() for share in shares])
     # 0.914, 0.988, 0.949, 0.995 of 1,300 digits, and the least of all 0.83; a verdict at a boundary is a thousandth
