@@ -29,7 +29,7 @@ class Mutant:
     Attributes:
         file (`str`): below `hf_unlearn/`.
         right, wrong (`str`): text that occurs there, and what stands in its first place instead.
-        tests (`tuple[str, ...]`): files or folders below `tests/` that should notice.
+        tests (`tuple[str, ...]`): names of the test files that should notice, wherever they stand.
     """
 
     file: str
@@ -45,67 +45,67 @@ def bug(file: str, right: str, wrong: str, *tests: str) -> Mutant:
 MUTANTS = [
     # ground
     bug("images.py", "tensors.abs().max() > 1.01", "tensors.abs().max() > 101", "test_images.py"),
-    bug("files.py", "tensor.detach().clone() for name", "tensor.detach() for name", "parameters"),
+    bug("files.py", "tensor.detach().clone() for name", "tensor.detach() for name", "test_parameters.py"),
     bug("data.py", "rows = sorted(_digest(row, key)", "rows = list(_digest(row, key)", "test_data.py"),
     bug("data.py", "digest.update(len(part).to_bytes(8, \"little\") + part)", "digest.update(part)", "test_data.py"),
-    bug("modes.py", "    model.eval()\n", "    pass\n", "unlearning/classifiers", "unlearning/language"),
+    bug("modes.py", "    model.eval()\n", "    pass\n", "test_layers.py", "test_encoders.py", "test_trainer.py"),
     bug("ensembles.py", "m.lerp_(g, 1 - beta1)", "m.lerp_(g, beta1)", "test_ensembles.py"),
-    bug("tradeoff/curve.py", "return np.sqrt(np.square(np.asarray(mus, dtype=np.float64)).sum(axis))", "return np.asarray(mus, dtype=np.float64).sum(axis)", "tradeoff"),
-    bug("tradeoff/estimate.py", "freedom / 2) - gammaln((freedom - 1) / 2)", "freedom / 2) - gammaln((freedom - 2) / 2)", "tradeoff"),
-    bug("tradeoff/bootstrap.py", "(1 - 1 / width)", "(1 + 1 / width)", "tradeoff"),
+    bug("tradeoff/curve.py", "return np.sqrt(np.square(np.asarray(mus, dtype=np.float64)).sum(axis))", "return np.asarray(mus, dtype=np.float64).sum(axis)", "test_tradeoff.py"),
+    bug("tradeoff/estimate.py", "freedom / 2) - gammaln((freedom - 1) / 2)", "freedom / 2) - gammaln((freedom - 2) / 2)", "test_tradeoff.py"),
+    bug("tradeoff/bootstrap.py", "(1 - 1 / width)", "(1 + 1 / width)", "test_tradeoff.py"),
     # parameters, metrics, hub
-    bug("parameters/anchors.py", "alpha=2 * self.isotropic * scale", "alpha=self.isotropic * scale", "parameters"),
-    bug("parameters/anchors.py", "value=2 * self.diagonal_weight * scale", "value=2 * self.diagonal_weight", "parameters"),
-    bug("parameters/repulsion.py", "else -1 / d.square()", "else -1 / d", "parameters"),
-    bug("parameters/repulsion.py", "self.spread = self.spread / start", "pass", "parameters"),
-    bug("parameters/fisher.py", "return {name: total / len(inputs) for name, total in totals.items()}", "return totals", "parameters"),
-    bug("parameters/moments.py", "squares / max(count - 1, 1)", "squares / max(count, 1)", "parameters"),
-    bug("metrics/generation.py", "kthvalue(k + 1)", "kthvalue(k)", "metrics"),
-    bug("metrics/generation.py", "low=float(100 * (1 - after_high / before_low))", "low=float(100 * (1 - after_high / before_high))", "metrics"),
-    bug("hub/allowed.py", "for inside in (path for path in folders if not path.is_symlink()):", "for inside in folders:", "hub"),
-    bug("hub/publish.py", "if not allow_adapter:", "if False:", "hub"),
-    bug("hub/publish.py", "allow_patterns=as_patterns(files)", "allow_patterns=None", "hub"),
-    bug("hub/adapters.py", "if layer.lora_bias[adapter]:", "if False:", "hub"),
+    bug("parameters/anchors.py", "alpha=2 * self.isotropic * scale", "alpha=self.isotropic * scale", "test_parameters.py"),
+    bug("parameters/anchors.py", "value=2 * self.diagonal_weight * scale", "value=2 * self.diagonal_weight", "test_parameters.py"),
+    bug("parameters/repulsion.py", "else -1 / d.square()", "else -1 / d", "test_repulsion.py"),
+    bug("parameters/repulsion.py", "self.spread = self.spread / start", "test_repulsion.py"),
+    bug("parameters/fisher.py", "return {name: total / len(inputs) for name, total in totals.items()}", "return totals", "test_fisher.py"),
+    bug("parameters/moments.py", "squares / max(count - 1, 1)", "squares / max(count, 1)", "test_moments.py"),
+    bug("metrics/generation.py", "kthvalue(k + 1)", "kthvalue(k)", "test_generation.py"),
+    bug("metrics/generation.py", "low=float(100 * (1 - after_high / before_low))", "low=float(100 * (1 - after_high / before_high))", "test_generation.py"),
+    bug("hub/allowed.py", "for inside in (path for path in folders if not path.is_symlink()):", "for inside in folders:", "test_publish.py", "test_publish_pipeline.py"),
+    bug("hub/publish.py", "if not allow_adapter:", "if False:", "test_publish.py"),
+    bug("hub/publish.py", "allow_patterns=as_patterns(files)", "allow_patterns=None", "test_publish.py"),
+    bug("hub/adapters.py", "if layer.lora_bias[adapter]:", "if False:", "test_adapters.py"),
     # training and unlearning
-    bug("training/losses.py", ".sum(1) / counted.sum(1).clamp(min=1)", ".mean(1)", "training", "unlearning/language"),
-    bug("training/collators.py", "(self.seed << 20) + epoch", "(self.seed << 20)", "training", "test_data.py"),
-    bug("unlearning/losses.py", "beta * (reference_nll - nll)", "beta * (nll - reference_nll)", "unlearning/test_losses.py"),
-    bug("unlearning/losses.py", "return (loss.mean() - target).abs()", "return (loss - target).abs().mean()", "unlearning/test_losses.py"),
-    bug("unlearning/trainer.py", "scaler.get_scale() if scaled else 1.0", "1.0", "unlearning/test_trainer.py", "contracts"),
-    bug("unlearning/trainer.py", "self.heldout_loss = state[\"heldout_loss\"]", "pass", "contracts", "unlearning/test_trainer.py"),
-    bug("unlearning/trainer.py", "with torch.random.fork_rng(self._random_devices):\n            return super().evaluate", "if True:\n            return super().evaluate", "unlearning/test_trainer.py", "unlearning/test_guard.py"),
-    bug("unlearning/guard.py", "baseline - now if self.utility_kind == \"accuracy\" else now - baseline", "now - baseline", "unlearning/test_guard.py"),
-    bug("unlearning/saving.py", "Path(output_dir, \"training_args.bin\").unlink(missing_ok=True)", "pass", "unlearning/test_saving.py"),
-    bug("unlearning/checkpoint.py", "if state.get(\"method\") != method:", "if False:", "contracts"),
+    bug("training/losses.py", ".sum(1) / counted.sum(1).clamp(min=1)", ".mean(1)", "test_task.py"),
+    bug("training/collators.py", "(self.seed << 20) + epoch", "(self.seed << 20)", "test_data.py"),
+    bug("unlearning/losses.py", "beta * (reference_nll - nll)", "beta * (nll - reference_nll)", "test_losses.py"),
+    bug("unlearning/losses.py", "return (loss.mean() - target).abs()", "return (loss - target).abs().mean()", "test_losses.py"),
+    bug("unlearning/trainer.py", "scaler.get_scale() if scaled else 1.0", "1.0", "test_trainer.py", "test_peft.py"),
+    bug("unlearning/trainer.py", "self.heldout_loss = state[\"heldout_loss\"]", "test_resume.py"),
+    bug("unlearning/trainer.py", "with torch.random.fork_rng(self._random_devices):\n            return super().evaluate", "if True:\n            return super().evaluate", "test_trainer.py", "test_peft.py"),
+    bug("unlearning/guard.py", "baseline - now if self.utility_kind == \"accuracy\" else now - baseline", "now - baseline", "test_guard.py"),
+    bug("unlearning/saving.py", "Path(output_dir, \"training_args.bin\").unlink(missing_ok=True)", "test_saving.py"),
+    bug("unlearning/checkpoint.py", "if state.get(\"method\") != method:", "if False:", "test_resume.py"),
     # diffusion
-    bug("unlearning/diffusion/noise.py", "return -(alpha / sigma if", "return (alpha / sigma if", "unlearning/diffusion"),
-    bug("unlearning/diffusion/posterior.py", "- sizes[0] + sizes[1]", "+ sizes[0] - sizes[1]", "unlearning/diffusion"),
-    bug("unlearning/diffusion/own_samples.py", "samples.select(~marked)", "samples.select(marked)", "unlearning/diffusion"),
-    bug("unlearning/diffusion/objective.py", "answer[:, : batch[\"noisy\"].shape[1]].float()", "answer[:, -batch[\"noisy\"].shape[1] :].float()", "unlearning/diffusion"),
-    bug("unlearning/diffusion/saving.py", "forget_local_paths(folder)", "pass", "unlearning/diffusion", "hub"),
+    bug("unlearning/diffusion/noise.py", "return -(alpha / sigma if", "return (alpha / sigma if", "test_noise.py"),
+    bug("unlearning/diffusion/posterior.py", "- sizes[0] + sizes[1]", "+ sizes[0] - sizes[1]", "test_posterior.py"),
+    bug("unlearning/diffusion/own_samples.py", "samples.select(~marked)", "samples.select(marked)", "test_own_samples.py"),
+    bug("unlearning/diffusion/objective.py", "answer[:, : batch[\"noisy\"].shape[1]].float()", "answer[:, -batch[\"noisy\"].shape[1] :].float()", "test_vdu_losses.py"),
+    bug("unlearning/diffusion/saving.py", "forget_local_paths(folder)", "test_vdu_saving.py"),
     # GANs
-    bug("gan/losses.py", "return 0.5 * slope.square()", "return slope.square()", "gan"),
-    bug("gan/collapse.py", "look.coverage < trainer.args.collapse_tolerance * best", "look.coverage < 0", "gan"),
-    bug("gan/saving.py", "| {\"path_mean\": self.path_mean}", "", "gan", "contracts"),
-    bug("unlearning/gan/feedback.py", "scores >= high, scores < low", "scores >= low, scores < low", "unlearning/gan"),
-    bug("unlearning/gan/saving.py", "self.pipeline.register_modules(discriminator=None)", "pass", "unlearning/gan"),
+    bug("gan/losses.py", "return 0.5 * slope.square()", "return slope.square()", "test_gan_losses.py"),
+    bug("gan/collapse.py", "look.coverage < trainer.args.collapse_tolerance * best", "look.coverage < 0", "test_gan_collapse.py"),
+    bug("gan/saving.py", "| {\"path_mean\": self.path_mean}", "", "test_resume.py", "test_gan_resume.py"),
+    bug("unlearning/gan/feedback.py", "scores >= high, scores < low", "scores >= low, scores < low", "test_marks.py"),
+    bug("unlearning/gan/saving.py", "self.pipeline.register_modules(discriminator=None)", "test_adapt_then_unlearn.py"),
     # influence
-    bug("influence/in_run/ghost.py", "return y if ctx.examples is None else y.sum(0, keepdim=True)", "return y if ctx.examples is None else y[:1]", "influence/in_run"),
-    bug("influence/propagated/optimizers.py", "momentum * state[1] + (1 - dampening) * d", "momentum * state[1] + d", "influence/propagated"),
-    bug("influence/propagated/sweep.py", "theta[:count] += self.targets.gradients(self.model, self.parameters) * share", "pass", "influence"),
-    bug("influence/report/shuffling.py", "(1 - 1 / len(examples))", "1", "influence/report"),
-    bug("influence/report/report.py", "np.argsort(mu if harmful else -mu, kind=\"stable\")", "np.argsort(mu, kind=\"stable\")", "influence/report"),
-    bug("influence/report/report.py", "{\"helpful\": z, \"harmful\": -z, \"both\": np.abs(z)}", "{\"helpful\": z, \"harmful\": z, \"both\": np.abs(z)}", "influence/report"),
+    bug("influence/in_run/ghost.py", "return y if ctx.examples is None else y.sum(0, keepdim=True)", "return y if ctx.examples is None else y[:1]", "test_ghost.py"),
+    bug("influence/propagated/optimizers.py", "momentum * state[1] + (1 - dampening) * d", "momentum * state[1] + d", "test_sweep.py"),
+    bug("influence/propagated/sweep.py", "theta[:count] += self.targets.gradients(self.model, self.parameters) * share", "test_sweep.py", "test_influence_trainer.py"),
+    bug("influence/report/shuffling.py", "(1 - 1 / len(examples))", "1", "test_shuffling.py"),
+    bug("influence/report/report.py", "np.argsort(mu if harmful else -mu, kind=\"stable\")", "np.argsort(mu, kind=\"stable\")", "test_report.py"),
+    bug("influence/report/report.py", "{\"helpful\": z, \"harmful\": -z, \"both\": np.abs(z)}", "{\"helpful\": z, \"harmful\": z, \"both\": np.abs(z)}", "test_report.py"),
     # filtering
-    bug("filtering/scores.py", "ROWS = 512", "ROWS = 0", "filtering"),
-    bug("filtering/fitting/thresholds.py", "binom.cdf(j, samples, rate) > 1 - confidence", "binom.cdf(j, samples, rate) > 1", "filtering/fitting"),
-    bug("filtering/fitting/rates.py", "Rate(1 - self.value, 1 - self.high, 1 - self.low", "Rate(1 - self.value, 1 - self.low, 1 - self.high", "filtering/fitting"),
-    bug("filtering/drawing/actions.py", "whole = images.nan_to_num(0, 0, 0)", "whole = images", "filtering/drawing"),
-    bug("filtering/drawing/formats.py", "return images, least.isfinite() & most.isfinite()", "return images, torch.ones_like(least, dtype=torch.bool)", "filtering"),
+    bug("filtering/scores.py", "ROWS = 512", "ROWS = 0", "test_scores.py"),
+    bug("filtering/fitting/thresholds.py", "binom.cdf(j, samples, rate) > 1 - confidence", "binom.cdf(j, samples, rate) > 1", "test_thresholds.py"),
+    bug("filtering/fitting/rates.py", "Rate(1 - self.value, 1 - self.high, 1 - self.low", "Rate(1 - self.value, 1 - self.low, 1 - self.high", "test_rates.py"),
+    bug("filtering/drawing/actions.py", "whole = images.nan_to_num(0, 0, 0)", "whole = images", "test_actions.py"),
+    bug("filtering/drawing/formats.py", "return images, least.isfinite() & most.isfinite()", "return images, torch.ones_like(least, dtype=torch.bool)", "test_filtered_pipeline.py"),
     # jobs and command line
-    bug("cli.py", "_parse_recipe(parser, path, hints, others) | given", "given | _parse_recipe(parser, path, hints, others)", "jobs"),
-    bug("jobs/selecting.py", "if value not in gone", "if value in gone", "jobs"),
-    bug("jobs/judging.py", "100 * density_coverage(self.reference, drawn, k=NEIGHBOUR).coverage for drawn in (before, after)", "100 * density_coverage(self.reference, drawn, k=NEIGHBOUR).coverage for drawn in (after, before)", "jobs"),
+    bug("cli.py", "_parse_recipe(parser, path, hints, others) | given", "given | _parse_recipe(parser, path, hints, others)", "test_cli.py"),
+    bug("jobs/selecting.py", "if value not in gone", "if value in gone", "test_cli.py"),
+    bug("jobs/judging.py", "100 * density_coverage(self.reference, drawn, k=NEIGHBOUR).coverage for drawn in (before, after)", "100 * density_coverage(self.reference, drawn, k=NEIGHBOUR).coverage for drawn in (after, before)", "test_cli_vdu.py"),
 ]  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def outcome(mutant: Mutant, root: Path) -> str:
     source = root / "hf_unlearn" / mutant.file
     if not source.is_file() or mutant.right not in source.read_text():
         return "no such place"
-    tests = [f"tests/{name}" for name in mutant.tests if (root / "tests" / name).exists()]
+    tests = [path.relative_to(root) for name in mutant.tests for path in (root / "tests").rglob(name)]
     if not tests:
         return "no such tests"
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +125,18 @@ def outcome(mutant: Mutant, root: Path) -> str:
         path = copy / "hf_unlearn" / mutant.file
         path.write_text(path.read_text().replace(mutant.right, mutant.wrong, 1))
         environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not slow",
+            *map(str, tests),
+        ]
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1, 2):  # 2: a test file could not be imported, which is noticed too
         return f"pytest failed: {done.stdout[-300:]}"
