@@ -65,11 +65,11 @@ def test_fashion_mnist_of_the_package():
 
 def test_fashion_mnist_in_its_own_format_and_of_the_hub_where_it_is_not_installed(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(data, "FASHION_MNIST", tmp_path / "nothing")
+    monkeypatch.setattr(example_data, "FASHION_MNIST", tmp_path / "nothing")
     monkeypatch.setattr("datasets.load_dataset", lambda name, revision: asked.append(name) or DatasetDict())
     example_data.load("fashion_mnist")
     assert asked == ["zalando-datasets/fashion_mnist"]
-    monkeypatch.setattr(data, "FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(example_data, "FASHION_MNIST", tmp_path)
     array = np.arange(2 * 3 * 260, dtype=np.uint8).reshape(2, 3, 260)
     header = bytes([0, 0, 8, 3]) + np.array(array.shape, ">u4").tobytes()
     (tmp_path / "x.gz").write_bytes(gzip.compress(header + array.tobytes()))

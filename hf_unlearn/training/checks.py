@@ -37,14 +37,31 @@ def check_fields(config: Any, ranges: Mapping[str, Iterable[str]]) -> None:
     for rule, names in ranges.items():
         for name in names:
             value = getattr(config, name)
-            if value is not None and not within(value, rule):
-                raise ValueError(f"{name}={value}: must be {rule}")
+            if value is not None and (math.isinf(value) or not within(value, rule)):
+                raise ValueError(f"{name}={value}: must be {'finite' if math.isinf(value) else rule}")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if (
+            field.name in own
+            and isinstance(value, float)
+            and not value.is_integer()
+            and _kinds(hints[field.name]) == {int}
+        ):
+            raise ValueError(f"{field.name}={value}: must be a whole number")
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """`{int}` for `int | None`."""
+    return {
+        kind
+        for kind in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
+        if kind is not NoneType
+    }
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
-    union = get_origin(hint) in (Union, UnionType)
-    kinds = get_args(hint) if union else (hint,)
-    if value is None and NoneType in kinds:
+    kinds = _kinds(hint)
+    if value is None and NoneType in get_args(hint):
         return
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     if words:
@@ -54,15 +71,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     if bool in kinds:
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r}: must be True or False")
-    elif float in kinds or int in kinds:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or (float not in kinds and value != int(value))
-        ):
-            raise ValueError(f"{name}={value!r}: must be a {'number' if float in kinds else 'whole number'}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name}={value}: must be finite")
+    elif (float in kinds or int in kinds) and (not isinstance(value, int | float) or isinstance(value, bool)):
+        raise ValueError(f"{name}={value!r}: must be a number")
 
 
 def within(value: float, rule: str) -> bool:

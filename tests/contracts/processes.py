@@ -18,7 +18,7 @@ from trainers import GANS, JOBS, arguments, build, gan, images, outcome, weights
 
 from hf_unlearn import AdaptThenUnlearnTrainer, GANTrainer
 from hf_unlearn.modes import seeded_generator
-from hf_unlearn.unlearning.diffusion import replay_pool
+from hf_unlearn.unlearning.diffusion import own_samples
 from hf_unlearn.unlearning.guard import LOOKING
 from hf_unlearn.unlearning.trainer import UnlearnMixin
 
@@ -132,19 +132,19 @@ def run_all(folder, processes):
     folder = Path(folder)
     torch.set_num_threads(1)
     gc.freeze()  # every train() collects garbage
-    generate = replay_pool.generate
+    generate = own_samples.generate
 
     def noted(*args, **kwargs):
         with open(folder / "drawn", "a") as file:
             file.write("drawn\n")
         return generate(*args, **kwargs)
 
-    replay_pool.generate = noted
+    own_samples.generate = noted
     try:
         for name, job, mixin, changes in runs(processes):
             run(folder, name, job, mixin, changes)
     finally:
-        replay_pool.generate = generate
+        own_samples.generate = generate
 
 
 # One process that stands for two

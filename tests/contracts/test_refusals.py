@@ -367,7 +367,7 @@ PROMPTED = [  # by the pipeline what is passed
     ("pipeline: OnlyVAE has no unet to train (it has vae)", "", lambda pipe: {"pipeline": OnlyVAE(pipe.vae)}),
     ("model: AutoencoderKL is not supported", "UNet2DModel", lambda pipe: {"model": pipe.vae}),
     ("trainable=['lora', 'all']: 'lora' stands alone", "", lambda pipe: {"pipeline": pipe, "trainable": ["lora", "all"]}),
-    ("stability_weight: means nothing for LoRA", "isotropic_weight",
+    ("stability_weight: an anchor on LoRA factors means nothing", "isotropic_weight",
      lambda pipe: {"pipeline": pipe, "stability_weight": 1.0, "checkpoints": ["a"]} | LORA),
     ("trainable: the model has an adapter already", "fuse it", lambda pipe: {"pipeline": with_adapter(pipe)} | LORA),
 ]  # fmt: skip
@@ -481,19 +481,19 @@ NAN, PUSHED = float("nan"), {"push_to_hub": True, "hub_token": "none"}
 BOUNDED, NATURAL, SHARE = "must be in [0, 1)", "must be ≥ 1", "must be ≥ 0"
 SETTINGS = {  # by job: name, values, and what is said of them
     "unlearn": [
-        ("forget", ["classes", ""], "'class' or 'examples'"),
+        ("forget", ["classes", ""], "must be one of class, examples"),
         ("forget_loss", ["redirct", "Ascent"], "bounded, ascent, npo, redirect, uniform, match"),
-        ("fisher", ["diagonal"], "'exact' or 'monte_carlo'"),
-        ("bn", ["eval"], "'frozen' or 'train'"),
+        ("fisher", ["diagonal"], "must be one of exact, monte_carlo"),
+        ("bn", ["eval"], "must be one of frozen, train"),
         ("forget_weight", [0.0, -1.0, NAN], "> 0"),
         ("npo_beta", [0.0], "> 0"),
         *((name, [-0.1, NAN], SHARE)
           for name in ("retain_weight", "replay_weight", "isotropic_weight", "fisher_weight", "utility_tolerance")),
         *((name, [0], NATURAL) for name in ("fisher_samples", "fisher_examples", "guard_steps", "guard_examples", "guard_patience")),
         ("forget_accuracy", [-0.1, 1.0], "[0, 1)"),
-        ("hub_strategy", ["every_save", "checkpoint", "all_checkpoints"], "uploads half-forgotten weights; use hub_strategy='end'"),
+        ("hub_strategy", ["every_save", "checkpoint", "all_checkpoints"], "uploads half-finished weights; use hub_strategy='end'"),
     ],
-    "sft": [("loss_type", ["dft"], "only 'nll'"), ("hub_strategy", ["every_save"], "uploads half-forgotten weights")],
+    "sft": [("loss_type", ["dft"], "only 'nll'"), ("hub_strategy", ["every_save"], "uploads half-finished weights")],
     "vdu": [
         ("gamma", [0.0, 1.0, -0.5, NAN], "(0, 1)"),
         ("stability", ["variance"], "auto, inverse_variance, fisher, isotropic"),
@@ -502,7 +502,8 @@ SETTINGS = {  # by job: name, values, and what is said of them
         ("forget", ["class"], "a generator has no labels"),
         ("fisher_weight", [0.1], "set stability='fisher' and stability_weight"),
         ("checkpoints", [[]], "K = 0"),
-        *((name, [0.0, float("inf"), NAN], "> 0") for name in ("variance_floor", "snr_gamma", "caution")),
+        *((name, [float("inf")], "must be finite") for name in ("variance_floor", "caution")),
+        *((name, [0.0, NAN], "> 0") for name in ("variance_floor", "snr_gamma", "caution")),
         ("t_range", [[0.0], [0.5, 0.5], [0.2, 1.1], [-0.1, 1.0]], "0 ≤ low < high ≤ 1"),
         ("ema_decay", [1.0, -0.1, NAN], BOUNDED),
         *((name, [-1, NAN], SHARE) for name in ("stability_weight", "negative_guidance", "own_samples", "grid_images")),
@@ -519,11 +520,11 @@ SETTINGS = {  # by job: name, values, and what is said of them
         ("guard_examples", [15], "≥ 16"),
         ("ema_decay", [1.0, -0.1], BOUNDED),
         ("collapse_tolerance", [0.0, 1.0], "must be in (0, 1)"),
-        ("hub_strategy", ["every_save"], "uploads half-trained states"),
+        ("hub_strategy", ["every_save"], "uploads half-finished weights"),
     ],
     "adapt": [
         *((name, ["other"], "must be one of") for name in ("repulsion", "distance", "discriminator")),
-        ("max_steps", [-1], "a few marks have no epochs"),
+        ("max_steps", [-1], "must be ≥ 1"),
         *((name, [0], NATURAL) for name in ("adapted_models", "fisher_samples", "mark_samples", "grid_steps")),
         ("adapt_steps", [0], NATURAL),
         *((name, [-1.0], SHARE) for name in ("consolidation_weight", "repulsion_weight", "own_samples", "grid_images")),
@@ -533,12 +534,13 @@ SETTINGS = {  # by job: name, values, and what is said of them
         ("gradient_accumulation_steps", [2], "two players take turns"),
     ],
     **{name: [
-        ("observation", ["magic"], "is not 'in_run' or 'propagated'"),
-        *((what, [0], "is below 1") for what in ("target_every", "target_batch_size", "target_rank", "last_steps")),
-        ("burn_in", [1.0, NAN], "is not a share"),
-        ("target_window", [-0.1], "is not a share"),
-        ("trajectory_gigabytes", [0], "is not above 0"),
-        ("n_calibration_runs", [1, -1], "have no spread"),
+        ("observation", ["magic"], "must be one of in_run, propagated"),
+        *((what, [0], "must be ≥ 1") for what in ("target_every", "target_batch_size", "target_rank", "last_steps")),
+        ("burn_in", [1.0, NAN], "must be in [0, 1)"),
+        ("target_window", [-0.1], "must be in [0, 1)"),
+        ("trajectory_gigabytes", [0], "must be > 0"),
+        ("n_calibration_runs", [1], "have no spread"),
+        ("n_calibration_runs", [-1], "must be ≥ 0"),
     ] for name in ("in_run", "fine")},
 }  # fmt: skip
 
@@ -620,7 +622,7 @@ def test_several_gpus_in_one_process(name, check_refused, tmp_path):
 def test_sharded_parameters(flag):
     """As a trainer that is sharded says of itself; there is none without GPUs."""
     flags = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, flag: True}
-    with pytest.raises(ValueError, match="^DeepSpeed and FSDP are not supported yet") as error:
+    with pytest.raises(ValueError, match="^DeepSpeed and FSDP are not supported") as error:
         check_model(SimpleNamespace(args=SimpleNamespace(n_gpu=0), model=vit(), **flags))
     assert one_line(str(error.value))
 

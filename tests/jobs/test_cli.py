@@ -274,7 +274,7 @@ class TestBadRecipes:
             ({"forget_dataset": "x"}, "", "forget_dataset: given beside forget_column; keep one of them"),
             ({"method": "unlearn", "preset": "paper"}, "", "preset: method 'unlearn' has none, only pbu, vdu and adapt_then_unlearn do"),
             ({"forget_accuracy": 2}, "", "forget_accuracy=2.0: must be in [0, 1)"),
-            ({"push_to_hub": True, "hub_strategy": "every_save"}, "", "hub_strategy='every_save': uploads half-forgotten"),
+            ({"push_to_hub": True, "hub_strategy": "every_save"}, "", "hub_strategy='every_save': uploads half-finished"),
             (UNSAID | {"dataset": None, "forget_dataset": "x", "retain": True}, "",
              "dataset: missing, which retain needs; set it to 'digits', a folder, or an id on the Hub"),
         ],
@@ -411,7 +411,7 @@ class TestRunning:
 
     def test_evaluation_does_not_steer_training(self, classifier, recipe, monkeypatch, tmp_path):
         trainers = []
-        monkeypatch.setattr(unlearn, "_report", lambda trainer, parts: trainers.append(trainer))
+        monkeypatch.setattr(unlearn, "tell", lambda trainer, *_, **__: trainers.append(trainer))
         keys = {"model": classifier, "eval_split": "test", "output_dir": str(tmp_path / "out"), "max_steps": 1}
         assert cli.main(["unlearn", "--config", recipe(**keys), *QUICK]) == 0
         assert trainers[0].utility_kind == "divergence"

@@ -10,7 +10,7 @@ import torch
 import yaml
 from fresh import run_python
 from PIL import Image
-from test_cli_gan import frequent, loaded, save_classifier, tiny_gan  # noqa: F401
+from test_cli_gan import frequent, loaded, models, save_classifier, tiny_gan  # noqa: F401
 
 from hf_unlearn import FASTFitter, FASTSafetyChecker, FilteredPipeline, FilterEncoder, cli
 from hf_unlearn.examples import gan as small_gan
@@ -645,7 +645,7 @@ class TestVerbs:
     def test_help_lists_every_key(self, capsys, verb):
         from importlib import import_module
 
-        job = getattr(import_module(f"hf_unlearn.jobs.filter_{verb}"), f"Filter{verb.title()}Job")
+        job = getattr(import_module(f"hf_unlearn.jobs.filter.{verb}"), f"Filter{verb.title()}Job")
         assert cli.main(["filter", verb, "--help"]) == 0
         shown = capsys.readouterr().out
         assert all(f"--{name}" in shown for name in cli._names(job))

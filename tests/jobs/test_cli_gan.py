@@ -225,7 +225,7 @@ class TestRuns:
         assert cli.main(["unlearn", "--config", path, *SHORT, *QUICK]) == 0
         card = Path("out/README.md").read_text()
         assert "what 12 marked samples show" in card
-        assert "| `clean_folder` | 12 |" in card
+        assert "| `clean` | 12 |" in card
 
     def test_a_sheet_and_then_its_numbers(self, recipe, work, capsys, monkeypatch):
         sheet = Mock(wraps=marking.image_grid)
@@ -283,7 +283,7 @@ class TestRuns:
 
 def test_the_classifier_of_digits_that_marks_is_not_the_one_that_counts(monkeypatch, save_classifier):
     folders = {seed: Path(save_classifier(f"seed-{seed}", seed)) for seed in (0, 1)}
-    monkeypatch.setattr(generators, "cached_digits_classifier", folders.__getitem__)
+    monkeypatch.setattr(generators, "made_once", lambda config, name, seed=0: folders[seed])
     alone = SimpleNamespace(world_size=1)
     marker = generators.classifier_of("digits", alone, argument="marker", seed=adapt_then_unlearn.MARKER_SEED)
     assert (marker.name, generators.classifier_of("digits", alone).name) == ("seed-1", "seed-0")
@@ -348,7 +348,7 @@ class TestBadData:
     @pytest.mark.parametrize(
         ("keys", "message"),
         [
-            (FEEDBACK | {"model": "nobody/nothing"}, "model='nobody/nothing': neither a folder with a GANPipeline nor the id of one ("),
+            (FEEDBACK | {"model": "nobody/nothing"}, "model='nobody/nothing': neither a folder with a GANPipeline nor an id on the Hub ("),
             ({"marker": "nobody/nothing", "classes": [3]}, "marker='nobody/nothing': neither a folder with a classifier"),
             (FEEDBACK | {"classifier": "nobody/nothing"}, "classifier='nobody/nothing': neither a folder with a classifier"),
             ({"undesired_folder": "here", "clean_folder": "there"}, "undesired_folder: 'here' is no dataset saved with save_to_disk"),
@@ -406,8 +406,8 @@ class TestBadData:
         few = digits["test"].select(range(12))
         few.save_to_disk(tmp_path / "undesired_folder")
         for name, clean_folder, message in (
-            ("large", few.map(lambda row: {"image": row["image"].resize((9, 9))}), "clean_folder: an image is 9 × 9"),
-            ("no_images", few.remove_columns("image"), "clean_folder: has no images; name the column one of "),
+            ("large", few.map(lambda row: {"image": row["image"].resize((9, 9))}), "clean: an image is 9 × 9"),
+            ("no_images", few.remove_columns("image"), "clean: has no images; name the column one of "),
             ("splits", DatasetDict({"a": few, "b": few}), f"clean_folder: '{tmp_path}/splits' has the splits a, b; save one"),
         ):  # fmt: skip
             clean_folder.save_to_disk(tmp_path / name)

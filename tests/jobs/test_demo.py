@@ -21,12 +21,13 @@ COMMAND = """
 import functools, os, runpy, sys, types
 import hf_unlearn
 from hf_unlearn import cli
+from hf_unlearn.examples import classifier
 from hf_unlearn.jobs import demo
 
 splits = demo.digits()
 splits["train"] = splits["train"].select(range(600))
 demo.digits = lambda: splits
-demo.TRAINING["num_train_epochs"] = 8
+classifier.TRAINING["num_train_epochs"] = 8
 hf_unlearn.PBUConfig = functools.partial(hf_unlearn.PBUConfig, num_train_epochs=8)
 
 def run(command, check):

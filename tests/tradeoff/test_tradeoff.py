@@ -348,7 +348,7 @@ class TestMovingBlocks:
             np.testing.assert_array_equal(default, same)
 
     def test_little_memory_is_enough(self, monkeypatch):
-        monkeypatch.setattr(tradeoff, "CHUNK_ELEMENTS", 100)
+        monkeypatch.setattr("hf_unlearn.tradeoff.bootstrap.CHUNK_ELEMENTS", 100)
         shapes = []
 
         def estimator(x, y):

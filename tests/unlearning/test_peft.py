@@ -279,7 +279,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("case", "changes", "message"),
         [
-            ("llama", {"fisher_weight": 0.1, "fisher": "monte_carlo"}, r"fisher_weight: [^\n]+ set fisher_weight=0"),
+            (
+                "llama",
+                {"fisher_weight": 0.1, "fisher": "monte_carlo"},
+                r"fisher_weight: [^\n]+ set it to 0 and use isotropic_weight",
+            ),
             ("resnet", {"bn": "train"}, r"bn='train': [^\n]+"),
             ("dora", {}, r"merge_adapter=True: Dora[^\n]+"),
             ("two adapters", {}, r"peft_config: the model has an adapter already[^\n]+"),

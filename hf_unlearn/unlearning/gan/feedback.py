@@ -161,16 +161,16 @@ def spread_marks(
     if not 0 < miss_rate < 1:
         raise ValueError(f"miss_rate={miss_rate}: must be in (0, 1)")
     marked = np.concatenate([undesired, clean]).astype(np.float64)
-    undesired = np.arange(len(marked)) < len(undesired)
+    shows = np.arange(len(marked)) < len(undesired)
     centre = marked.mean(0)
     scale = (marked - centre).std() or 1.0
     marked = (marked - centre) / scale
     classifier = SVC(C=10.0, gamma=1 / marked.shape[1], class_weight="balanced")
     folds = StratifiedKFold(min(FOLDS, len(undesired), len(clean)), shuffle=True, random_state=seed)
-    unseen = cross_val_predict(classifier, marked, undesired, cv=folds, method="decision_function")
+    unseen = cross_val_predict(classifier, marked, shows, cv=folds, method="decision_function")
     allowed = int(miss_rate * len(undesired))  # marks of either kind that may fall on the wrong side
-    low = min(0.0, float(np.sort(unseen[undesired])[allowed]))
-    wrong = np.sort(unseen[~undesired])[::-1]
+    low = min(0.0, float(np.sort(unseen[shows])[allowed]))
+    wrong = np.sort(unseen[~shows])[::-1]
     high = max(0.0, float(np.nextafter(wrong[allowed], np.inf))) if allowed < len(wrong) else 0.0
-    scores = classifier.fit(marked, undesired).decision_function((others - centre) / scale)
-    return SpreadMarks(scores >= high, scores < low, low, high, float((unseen[undesired] < low).mean()))
+    scores = classifier.fit(marked, shows).decision_function((others - centre) / scale)
+    return SpreadMarks(scores >= high, scores < low, low, high, float((unseen[shows] < low).mean()))

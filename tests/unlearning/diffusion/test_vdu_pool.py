@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from vdu_data import arguments, images, prompted_arguments, trained
 
 from hf_unlearn import VDUTrainer
-from hf_unlearn.unlearning.diffusion import replay_pool
+from hf_unlearn.unlearning.diffusion import own_samples as own_samples_module
 from hf_unlearn.unlearning.diffusion.drawing import generate
 from hf_unlearn.unlearning.diffusion.own_samples import resembles
 
@@ -17,8 +17,10 @@ from hf_unlearn.unlearning.diffusion.own_samples import resembles
 @pytest.fixture
 def counted(monkeypatch):
     """Seeds of what was drawn."""
-    counted, generate = [], replay_pool.generate
-    monkeypatch.setattr(replay_pool, "generate", lambda *a, **k: (counted.append(k["seed"]), generate(*a, **k))[1])
+    counted, generate = [], own_samples_module.generate
+    monkeypatch.setattr(
+        own_samples_module, "generate", lambda *a, **k: (counted.append(k["seed"]), generate(*a, **k))[1]
+    )
     return counted
 
 

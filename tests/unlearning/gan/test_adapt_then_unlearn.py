@@ -370,7 +370,7 @@ class TestBadInput:
         [
             ({"undesired": None}, "undesired: missing or empty"),
             ({"clean": torch.zeros(3, 1, 9, 9)}, "clean: an image has shape"),
-            ({"marks": lambda images: images > 0}, "marks: given beside"),
+            ({"marker": lambda images: images > 0}, "marker: given beside"),
             ({"train_dataset": torch.zeros(3, 1, 8, 8)}, "train_dataset: this trainer needs none"),
         ],
     )

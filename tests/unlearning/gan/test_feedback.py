@@ -132,7 +132,7 @@ class TestMarkedBy:
         ],
     )
     def test_anything_but_a_mark_for_each_is_refused(self, answer):
-        with pytest.raises(ValueError, match=r"^marks: gave .* for 10 images; it must mark each") as error:
+        with pytest.raises(ValueError, match=r"^marker: gave .* for 10 images; it must mark each") as error:
             marked_by(lambda images: answer(len(images)), IMAGES)
         assert "\n" not in str(error.value)
 

@@ -26,7 +26,7 @@ def kinds(seed=0, marks=60, others=100, gap=2.0, clean=None):
 class TestSpreadMarks:
     @pytest.mark.parametrize(("marks", "miss_rate"), [(FEWEST, 0.01), (12, 0.3), (60, 0.05)])
     def test_kinds_that_lie_apart_are_told_apart(self, marks, miss_rate):
-        result = spread_marks(*kinds(marker=marks, gap=20), miss_rate=miss_rate)
+        result = spread_marks(*kinds(marks=marks, gap=20), miss_rate=miss_rate)
         assert result.negative.dtype == result.positive.dtype == bool
         assert (result.negative == (np.arange(200) < 100)).all()
         assert (result.positive == ~result.negative).all()
