@@ -91,6 +91,15 @@ class TestDocuments:
         missing = [target for target in targets if not (ROOT / document).parent.joinpath(target).exists()]
         assert missing == []
 
+    def test_equations_are_where_the_pages_of_the_methods_say(self):
+        wrong = []
+        for page in (ROOT / "docs" / "methods").glob("*.md"):
+            for file, name in re.findall(r"`([a-z_/]+\.py)(?:: ?(\w+))?[\w.]*`", page.read_text()):
+                path = ROOT / "hf_unlearn" / file
+                if not path.is_file() or (name and not re.search(rf"(def|class) {name}\b", path.read_text())):
+                    wrong.append(f"{page.name}: {file} {name}")
+        assert wrong == []
+
     def test_the_benchmark_page_is_what_the_results_say(self, monkeypatch):
         monkeypatch.syspath_prepend(ROOT / "benchmarks")
         import report
