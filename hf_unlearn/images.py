@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 
 if TYPE_CHECKING:
@@ -110,12 +110,30 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
 
 
 @torch.no_grad()
+def of_latents(latents: Tensor, vae: nn.Module, device: torch.device | str) -> Tensor:
+    """What a VAE makes of scaled latents `[n, channels, height, width]`, about in [−1, 1]: its shift, its factor, and the mean and
+    the deviation of its channels are undone first.
+    """
+    config, dtype = vae.config, vae.dtype
+    latents = latents / (getattr(config, "scaling_factor", None) or 1)
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        mean, std = (torch.tensor(value).to(latents).view(1, -1, 1, 1) for value in (mean, std))
+        latents = latents * std + mean
+    latents = latents + (getattr(config, "shift_factor", None) or 0)
+    # SDXL's first vae overflows in half precision.
+    overflows = dtype == torch.float16 and getattr(config, "force_upcast", False)
+    if overflows:
+        vae.to(dtype=torch.float32)
+    try:
+        return vae.decode(latents.to(device, vae.dtype), return_dict=False)[0]
+    finally:
+        if overflows:
+            vae.to(dtype=dtype)
+
+
 def decode(latents: Tensor, pipeline: DiffusionPipeline, *, batch_size: int = 8) -> Tensor:
     """Images of VAE latents, `[n, channels, height, width]` in [−1, 1], fp32 on the CPU."""
     vae = pipeline.vae
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    out = [
-        vae.decode((part / vae.config.scaling_factor + shift).to(vae.device, vae.dtype)).sample.float().cpu()
-        for part in latents.split(batch_size)
-    ]
-    return torch.cat(out).clamp(-1, 1)
+    parts = [of_latents(part, vae, vae.device).float().cpu() for part in latents.split(batch_size)]
+    return torch.cat(parts).clamp(-1, 1)

@@ -10,6 +10,8 @@ from diffusers import DDPMPipeline, DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
 
+from ...images import of_latents
+
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _ROUNDING = 1e-3
@@ -83,22 +85,7 @@ def decoded(latents: Tensor, pipeline: DiffusionPipeline) -> tuple[Tensor, Tenso
     if not isinstance(latents, Tensor) or latents.ndim != 4 or latents.shape[1] != channels or not len(latents):
         shape = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
         raise ValueError(f"output_type='latent': {shape} is not [n, {channels}, height, width], which can be checked")
-    config, dtype = vae.config, vae.dtype
-    latents = latents / (getattr(config, "scaling_factor", None) or 1)
-    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-    if mean is not None and std is not None:
-        mean, std = (torch.tensor(value).to(latents).view(1, -1, 1, 1) for value in (mean, std))
-        latents = latents * std + mean
-    latents = latents + (getattr(config, "shift_factor", None) or 0)
-    # SDXL's first vae overflows in half precision, and what is not finite is not released.
-    overflows = dtype == torch.float16 and getattr(config, "force_upcast", False)
-    if overflows:
-        vae.to(dtype=torch.float32)
-    try:
-        images = vae.decode(latents.to(pipeline._execution_device, vae.dtype), return_dict=False)[0]
-    finally:
-        if overflows:
-            vae.to(dtype=dtype)
+    images = of_latents(latents, vae, pipeline._execution_device)
     pipeline.maybe_free_model_hooks()
     return as_tensor(pipeline.image_processor.postprocess(images, output_type="pt"))
 
