@@ -177,12 +177,14 @@ class RecordingMixin:
         """
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         buffers = [buffer.clone() for buffer in self.model.buffers()]
+        # Of twice as many items, so that a step of one micro-batch, as at the end of an epoch, tells the two apart as well.
+        items = None if num_items_in_batch is None else 2 * num_items_in_batch
         tokens, losses = getattr(self, "_total_train_tokens", None), []
         for whole in (True, False):
             with torch.random.fork_rng(devices), torch.no_grad(), self.compute_loss_context_manager():
                 self.model.train()
                 if whole:
-                    losses.append(super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch))
+                    losses.append(super().compute_loss(model, dict(inputs), num_items_in_batch=items))
                 else:
                     losses.append(self.per_example_loss(self.model, dict(inputs)))
         with torch.no_grad():
@@ -194,8 +196,8 @@ class RecordingMixin:
         loss, (each, weight) = losses
         summed = (each * weight).sum()
         choices = {"batch": summed / weight.sum()}
-        if num_items_in_batch is not None:
-            choices["step"] = summed / self._items_per_step(num_items_in_batch)
+        if items is not None:
+            choices["step"] = summed / self._items_per_step(items)
         name = min(choices, key=lambda name: (choices[name] - loss).abs().item())
         if not torch.allclose(choices[name].float(), loss.float(), rtol=0.02, atol=1e-4):
             raise ValueError(

@@ -43,10 +43,6 @@ CASES = {  # job, where and at which step it is killed, the newest checkpoint th
     "propagated, in the sweep": ("propagated", "in the sweep", 3, 6, {}),
     "propagated, recomputed, mid-step": ("propagated", "in a step", 4, 4, RECOMPUTED),
 }
-# A step of a single micro-batch does not tell whether losses are divided by those of the step, and the trainer decides there.
-UNDECIDED = {
-    "in_run, from an epoch's last step": pytest.mark.xfail(strict=True, reason="records half of what they are")
-}
 
 
 def marker(name):
@@ -85,7 +81,7 @@ def runs(tmp_path_factory):
     return runs
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=UNDECIDED.get(name, ())) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_a_killed_run_ends_as_if_nothing_had_happened(name, runs):
     job, _, _, newest, changes = CASES[name]
     root, ends = runs(job)
