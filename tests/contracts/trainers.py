@@ -81,7 +81,7 @@ def tokenizer():
 def vit(dropout=0.0):
     config = ViTConfig(
         image_size=8, patch_size=4, num_channels=1, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, num_labels=5, hidden_dropout_prob=dropout, initializer_range=0.2,
+        intermediate_size=16, num_labels=5, hidden_dropout_prob=dropout, initializer_range=0.2, attn_implementation="eager",
     )  # fmt: skip
     return ViTForImageClassification(config)
 

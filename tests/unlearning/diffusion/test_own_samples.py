@@ -41,13 +41,6 @@ class TestResembles:
         assert both / true.sum() > 0.8  # recall: 0.96, 0.96, 1.00
         assert both / marked.sum() > 0.75  # precision: 0.94, 0.86, 0.96
 
-    def test_a_verdict_hardly_depends_on_the_number_of_samples(self, digit_images):
-        forget, samples, _ = parted(digit_images, 0)
-        verdicts = {count: resembles(samples[:count], forget)[:300] for count in (300, 600, len(samples))}
-        assert verdicts[600].sum() > 5
-        for count in (300, 600):
-            assert (verdicts[count] == verdicts[len(samples)]).float().mean() > 0.97
-
     def test_beyond_the_crowd_a_sample_changes_no_other_ones_verdict(self, digit_images):
         forget, samples, _ = parted(digit_images, 0, count=20)
         crowd = 10 * 20

@@ -1,4 +1,4 @@
-"""Bayes' rule over two banks of images: written out in float64, in closed form for Gaussians, and at its limits."""
+"""Bayes' rule over two banks of images, written out in float64; what must not matter; and improbable images."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from hf_unlearn.unlearning.diffusion.noise import NoiseSchedule
-from hf_unlearn.unlearning.diffusion.posterior import ForgottenPosterior, log_likelihoods
+from hf_unlearn.unlearning.diffusion.posterior import ForgottenPosterior
 
 
 SHAPE = (1, 3, 4)
@@ -38,11 +38,6 @@ def schedule_of(name):
     return NoiseSchedule.of(DDPMScheduler(**SCHEDULES[name]))
 
 
-@pytest.fixture(params=SCHEDULES)
-def schedule(request):
-    return schedule_of(request.param)
-
-
 def written_out(noisy, step, schedule, forget, keep, share):
     """Image by image in float64: π, and the guesses of the forget bank, of the bank to keep and of the mixture."""
     cumulative = schedule.alphas_cumprod[step].double().item()
@@ -61,22 +56,11 @@ def written_out(noisy, step, schedule, forget, keep, share):
     return probability, guess(range(size))[1], guess(range(size, len(images)))[1], mixture
 
 
-def test_likelihoods_differ_within_a_row_as_the_densities_do():
-    forget, keep = banks()
-    bank, noisy = torch.cat([forget, keep]), banks(seed=3)[0]
-    alpha, sigma = torch.rand(2, len(noisy), 1, 1, 1, generator=torch.Generator().manual_seed(0)) + 0.2
-    values = log_likelihoods(noisy, bank, alpha, sigma)
-    assert values.shape == (len(noisy), len(bank))
-    for row, (x, a, s) in enumerate(zip(noisy, alpha, sigma, strict=True)):
-        density = torch.distributions.Normal(a * bank, s).log_prob(x).flatten(1).sum(1)
-        torch.testing.assert_close(values[row] - values[row, 0], density - density[0], rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(("name", "share"), [("linear", 0.02), ("cosine", 0.5), ("zero_snr", 0.9)])
 def test_is_bayes_rule_written_out(name, share):
     """And corrects the exact original to the exact model of the kept, the identity of the docstring."""
     (forget, keep), schedule = banks(), schedule_of(name)
-    steps = torch.arange(0, len(schedule), 7)
+    steps = torch.tensor([*range(0, len(schedule), 7), len(schedule) - 1])  # from hardly any noise to nothing else
     noisy = noised(torch.cat([forget, keep]), schedule, steps)
     probability, change = ForgottenPosterior(forget, keep, share)(noisy, steps, schedule)
     assert (probability.shape, change.shape) == ((len(steps),), noisy.shape)
@@ -90,29 +74,6 @@ def test_is_bayes_rule_written_out(name, share):
     assert moved > 0.1
 
 
-@pytest.mark.parametrize("share", [0.001, 0.3, 0.999])
-def test_pure_noise_says_nothing(share):
-    (forget, keep), schedule = banks(), schedule_of("zero_snr")
-    noise = torch.randn(50, *SHAPE, generator=torch.Generator().manual_seed(0))
-    last = torch.full((50,), len(schedule) - 1)
-    probability, change = ForgottenPosterior(forget, keep, share)(noise, last, schedule)
-    torch.testing.assert_close(probability, torch.full((50,), share), rtol=1e-5, atol=0)
-    shift = share * (keep.mean(0) - forget.mean(0))
-    torch.testing.assert_close(change, shift.expand_as(change), rtol=1e-4, atol=1e-5)
-
-
-def test_is_sure_of_a_barely_noised_image(schedule):
-    forget, keep = banks()
-    for bank, expected in ((forget, 1.0), (keep, 0.0)):
-        first = torch.zeros(len(bank), dtype=torch.long)
-        noise = torch.randn(bank.shape, generator=torch.Generator().manual_seed(0))
-        noisy = schedule.add_noise(bank, noise, first)
-        probability, change = ForgottenPosterior(forget, keep, 0.3)(noisy, first, schedule)
-        torch.testing.assert_close(probability, torch.full((len(bank),), expected))
-        nearest = torch.cdist(noisy.flatten(1), keep.flatten(1)).argmin(1)
-        torch.testing.assert_close(change, expected * (keep[nearest] - bank))
-
-
 def test_finite_however_improbable_the_image():
     (forget, keep), schedule = banks(), NoiseSchedule(torch.tensor([1 - 1e-6, 0.5, 1e-9, 0.0]))
     for share in (1e-6, 0.5, 1 - 1e-6):
@@ -123,9 +84,10 @@ def test_finite_however_improbable_the_image():
             assert change.isfinite().all()
 
 
-def test_neither_order_nor_copies_nor_company_matter(schedule):
+def test_neither_order_nor_copies_nor_company_matter():
     """And half precision is read in fp32."""
     forget, keep = (bank.bfloat16() for bank in banks())
+    schedule = schedule_of("linear")
     steps = torch.arange(0, len(schedule), 50)
     noisy = noised(torch.cat([forget, keep]).float(), schedule, steps).bfloat16()
     expected = ForgottenPosterior(forget, keep, 0.3)(noisy, steps, schedule)
@@ -143,24 +105,3 @@ def test_neither_order_nor_copies_nor_company_matter(schedule):
         alone = ForgottenPosterior(forget, keep, 0.3)(noisy[row : row + 1], steps[row : row + 1], schedule)
         together = tuple(value[row : row + 1] for value in expected)
         torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
-
-
-def test_banks_of_two_gaussians_approach_their_closed_form():
-    """x₀ ~ 0.3 N(−1, 0.2²) + 0.7 N(1, 0.4²): every posterior is Gaussian."""
-    generator = torch.Generator().manual_seed(0)
-    forget = -1 + 0.2 * torch.randn(20_000, 1, generator=generator)
-    keep = 1 + 0.4 * torch.randn(20_000, 1, generator=generator)
-    schedule = NoiseSchedule(torch.tensor([0.5, 0.3, 0.05]))
-    x = torch.linspace(-1.5, 1.5, 9).repeat(3).unsqueeze(1)
-    steps = torch.arange(3).repeat_interleave(9)
-    probability, change = ForgottenPosterior(forget, keep, 0.3)(x, steps, schedule)
-
-    alpha, sigma = schedule.scales(steps, x)
-    densities, guesses = [], []
-    for prior, mean, std in ((0.3, -1.0, 0.2), (0.7, 1.0, 0.4)):
-        total = (alpha * std).square() + sigma.square()
-        densities.append(prior * torch.distributions.Normal(alpha * mean, total.sqrt()).log_prob(x).exp())
-        guesses.append(mean + alpha * std**2 / total * (x - alpha * mean))
-    expected = densities[0] / (densities[0] + densities[1])
-    torch.testing.assert_close(probability, expected.squeeze(1), rtol=0, atol=0.01)
-    torch.testing.assert_close(change, expected * (guesses[1] - guesses[0]), rtol=0, atol=0.02)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,20 +172,6 @@ class TestTaskLoss:
             # 1 − ᾱ of the first step is a difference that fp32 has to four digits.
             torch.testing.assert_close(trainer.task_loss(trainer.model, batch), expected, rtol=1e-3, atol=1e-6)
 
-    def test_weights_make_the_same_guess_cost_the_same_in_every_form(self, tiny_ddpm, tmp_path):
-        costs = {}
-        for kind in PREDICTIONS:
-            pipeline = around(tiny_ddpm.unet, kind)
-            trainer, written = trainer_of(pipeline, tmp_path, args={"forget_loss": "ascent"}), Written(pipeline)
-            batch = trainer.prepared({"latents": pictures(10, 2)}, seeded(0))
-
-            def black(noisy, timesteps, written=written):  # every form of the guess that all images are black
-                return SimpleNamespace(sample=written.from_clean(noisy, torch.zeros_like(noisy), timesteps).float())
-
-            costs[kind] = trainer.task_loss(black, batch)
-        torch.testing.assert_close(costs["epsilon"], costs["sample"], rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(costs["epsilon"], costs["v_prediction"], rtol=1e-3, atol=1e-5)
-
     def test_a_learned_variance_stands_behind_the_answer(self, tiny_ddpm, tmp_path):
         trainer = trainer_of(tiny_ddpm, tmp_path, args={"forget_loss": "ascent"})
         with torch.random.fork_rng(devices=[]):
@@ -226,18 +211,6 @@ class TestForgetLosses:
             trainer.args.npo_beta = beta
             expected = (-2 / beta * torch.log(1 / (1 + torch.exp(beta * log_ratio))) / 32).float()
             torch.testing.assert_close(trainer.forget_loss(trainer.model, batch), expected, rtol=1e-4, atol=1e-6)
-
-    def test_npo_at_the_original(self, pipeline, tmp_path):
-        trainer, batch = self.prepared(pipeline, tmp_path, "npo", npo_beta=0.2)
-        trainer.reference.restore(trainer.model)
-        value = trainer.forget_loss(trainer.model, batch)
-        # The two errors differ by their rounding, 1e-6 at most, times 32 · 0.2.
-        torch.testing.assert_close(value, torch.full((6,), 2 / 0.2 * math.log(2) / 32), rtol=1e-5, atol=0)
-        # There it is ascent: its gradient is that of −error.
-        gradients = torch.autograd.grad(value.sum(), list(trainer.model.parameters()))
-        ascent = torch.autograd.grad(-trainer.task_loss(trainer.model, batch).sum(), list(trainer.model.parameters()))
-        for first, second in zip(gradients, ascent, strict=True):
-            torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
 
     def test_uniform_asks_for_the_answer_to_an_image_of_noise(self, pipeline, tmp_path):
         trainer, batch = self.prepared(pipeline, tmp_path, "uniform")
@@ -279,12 +252,8 @@ class TestForgetLosses:
         assert trainer.replay_weight == 0
         odds = 4 * 6 / 9
         assert trainer.posterior.share == pytest.approx(odds / (1 + odds))
-        batch = trainer.prepared({"latents": pictures(6, 1)}, seeded(3))
-        written = Written(pipeline)
-        with torch.no_grad():
-            answers = original(trainer)(batch["noisy"], batch["timesteps"]).sample
-        expected, _ = written.without(batch, answers, pictures(6, 1), pictures(9, 3), odds / (1 + odds))
-        torch.testing.assert_close(trainer.answer_without(batch), expected, rtol=2e-3, atol=1e-3)
+        torch.testing.assert_close(trainer.posterior.forget, pictures(6, 1))
+        torch.testing.assert_close(trainer.posterior.keep, pictures(9, 3))
 
     def test_bounded_means_redirect_or_match(self, tiny_ddpm, tmp_path):
         assert trainer_of(tiny_ddpm, tmp_path, args={"own_samples": 5}).forget_loss_name == "redirect"
