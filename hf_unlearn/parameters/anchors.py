@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .reference import Parameters
+from .reference import Parameters, at_least_single
 
 
 # Anchors work through the parameters in runs of so many elements: small enough for a core's cache, or large enough to
@@ -79,11 +79,11 @@ class QuadraticAnchor:
         isotropic, diagonal = [], []
         for run in self._runs:
             change = torch._foreach_sub(_cut(parameters, run), _cut(self.reference, run))
-            isotropic += [norm.square() for norm in torch._foreach_norm(change, 2, torch.float32)]
+            isotropic += [norm.square() for norm in torch._foreach_norm(change, 2, at_least_single(change))]
             if self.diagonal is not None:
                 torch._foreach_mul_(change, change)
                 torch._foreach_mul_(change, _cut(self.diagonal, run))
-                diagonal += [term.sum(dtype=torch.float32) for term in change]
+                diagonal += [term.sum(dtype=at_least_single(change)) for term in change]
         terms = {}
         if self.isotropic or self.diagonal is None:
             terms["isotropic"] = torch.stack(isotropic).sum() * self.isotropic

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,11 @@ Parameters = Mapping[str, Tensor]
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of `model` that training changes, by name; tied parameters appear once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def at_least_single(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The precision to sum in: fp32, or fp64 where the tensors are."""
+    return torch.promote_types(tensors[0].dtype, torch.float32)
 
 
 @dataclass(frozen=True)

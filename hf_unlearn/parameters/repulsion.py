@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .anchors import _cut, _runs
-from .reference import Parameters
+from .reference import Parameters, at_least_single
 
 
 REPULSIONS = ("el2", "il2", "nl2")
@@ -61,8 +61,9 @@ class Repulsion:
             raise ValueError(f"repulsion: its weight={weight} must be ≥ 0 and its rate={rate} > 0")
         if not adapted:
             raise ValueError("adapted: no model to be repelled by; pass one or more")
-        names = adapted[0].keys()
-        if any(one.keys() != names for one in (*adapted, *([reference] if reference is not None else []))):
+        # In one order, whatever order a file gives them in: a resumed run sums as the first one did.
+        names = sorted(adapted[0])
+        if any(sorted(one) != names for one in (*adapted, *([reference] if reference is not None else []))):
             raise ValueError("adapted: the models' parameters have different names; adapt this very model")
         if distance == "relative" and reference is None:
             raise ValueError("reference: missing; distance='relative' needs the model that unlearning starts from")
@@ -91,7 +92,7 @@ class Repulsion:
         squares = []
         for run in self._runs:
             change = torch._foreach_sub(_cut(parameters, run), _cut(self.mean, run))
-            for (name, _, _), norm in zip(run, torch._foreach_norm(change, 2, torch.float32), strict=True):
+            for (name, _, _), norm in zip(run, torch._foreach_norm(change, 2, at_least_single(change)), strict=True):
                 squares.append(norm.square() * self.weights[name])
         return torch.stack(squares).sum() + self.spread
 

@@ -39,15 +39,8 @@ def check_fields(config: Any, ranges: Mapping[str, Iterable[str]]) -> None:
             value = getattr(config, name)
             if value is not None and (math.isinf(value) or not within(value, rule)):
                 raise ValueError(f"{name}={value}: must be {'finite' if math.isinf(value) else rule}")
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if (
-            field.name in own
-            and isinstance(value, float)
-            and not value.is_integer()
-            and _kinds(hints[field.name]) == {int}
-        ):
-            raise ValueError(f"{field.name}={value}: must be a whole number")
+            if isinstance(value, float) and not value.is_integer() and _kinds(hints[name]) == {int}:
+                raise ValueError(f"{name}={value}: must be a whole number")
 
 
 def _kinds(hint: Any) -> set[Any]:

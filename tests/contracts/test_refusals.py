@@ -66,18 +66,6 @@ def check_refused(tmp_path):
     return check_refused
 
 
-def table(cases):
-    """A test for every row; a value that is a function of nothing is called for what it makes."""
-    return pytest.mark.parametrize("case", cases, ids=lambda case: f"{case[0]} {case[1]}"[:50])
-
-
-def run(check_refused, case, **more):
-    name, problem, fix, changes = case
-    made = {key: value() if getattr(value, "__name__", "") == "<lambda>" and key not in CALLABLE else value
-            for key, value in changes.items()}  # fmt: skip
-    check_refused(name, problem, fix, **made, **more)
-
-
 CALLABLE = ("marker", "compute_loss_func")
 
 
@@ -422,7 +410,7 @@ def test_refused(case, check_refused):
     """A value that is a lambda, but for arguments that are callables, is called for what it makes."""
     name, problem, fix, changes = case
     for key, value in changes.items():
-        if getattr(value, "__name__", "") == "<lambda>" and key not in ("replay_filter", "marks", "compute_loss_func"):
+        if getattr(value, "__name__", "") == "<lambda>" and key not in CALLABLE:
             changes = changes | {key: value()}
     check_refused(name, problem, fix, **changes)
 
