@@ -128,7 +128,8 @@ def run(folder, name, job, mixin, changes):
     save_file(start, folder / f"{name}-{rank}.start.safetensors")
 
 
-def run_all(folder, processes):
+def run_all(folder, processes, names=()):
+    """The runs of these names, or all."""
     folder = Path(folder)
     torch.set_num_threads(1)
     gc.freeze()  # every train() collects garbage
@@ -142,7 +143,8 @@ def run_all(folder, processes):
     own_samples.generate = noted
     try:
         for name, job, mixin, changes in runs(processes):
-            run(folder, name, job, mixin, changes)
+            if not names or name in names:
+                run(folder, name, job, mixin, changes)
     finally:
         own_samples.generate = generate
 
@@ -198,6 +200,6 @@ def as_two(patch):
 
 
 if __name__ == "__main__":
-    run_all(sys.argv[1], 2)
+    run_all(sys.argv[1], 2, sys.argv[2:])
     torch.distributed.destroy_process_group()
     print("all done", flush=True)
