@@ -12,7 +12,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import last_checkpoint_with, save_tensors
 from ..hub.loading import loading_code
-from ..hub.publish import forget_local_paths, publish_folder
+from ..hub.publish import forget_local_paths
+from ..training.publishing import PushingMixin
 from .pipeline import GANPipeline
 
 
@@ -24,13 +25,8 @@ STATE = "gan.safetensors"
 STATE_WRITTEN_LAST = "trainer_state.json"
 
 
-class GANSavingMixin:
+class GANSavingMixin(PushingMixin):
     """Saving, resuming, card and push of a [`GANTrainer`]."""
-
-    @property
-    def private_dir(self) -> Path:
-        """States that are nobody else's: never published."""
-        return Path(self.args.output_dir, "_private")
 
     def players(self) -> dict[str, Tensor]:
         """The state of both players, of the average and of the path lengths, by name; live tensors."""
@@ -100,11 +96,6 @@ class GANSavingMixin:
         self.pipeline.save_pretrained(folder)
         forget_local_paths(folder)
 
-    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
-        """Write `README.md`."""
-        if self.is_world_process_zero():
-            self.model_card(self.hub_model_id or self.args.output_dir).save(Path(self.args.output_dir, "README.md"))
-
     def model_card(self, source: str | Path) -> ModelCard:
         """A short card: how the GAN was made, and how to draw with it.
 
@@ -123,26 +114,3 @@ class GANSavingMixin:
             f"```python\n{loading_code(GANPipeline, name)}\n```\n"
         )
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
-
-    def push_to_hub(
-        self, commit_message: str = "End of training", blocking: bool = True, token=None, revision=None, **kwargs
-    ):
-        """Save, and upload the pipeline and its card by an allow-list.
-
-        Returns:
-            The commit, or a future of it if `blocking=False`; None on other processes than the first.
-        """
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=kwargs.get("private"))
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        return publish_folder(
-            self.args.output_dir,
-            self.hub_model_id,
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            private=kwargs.get("private", self.args.hub_private_repo),
-            commit_message=commit_message,
-            run_as_future=not blocking,
-        )

@@ -21,18 +21,68 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 
-class PublishingMixin:
+class PushingMixin:
+    """Card and push of any trainer here, by an allow-list. A trainer says what its card tells by `model_card`."""
+
+    base_model: str | None = None
+    _commit_message = "End of training"
+    _allow_adapter = False
+
+    @property
+    def private_dir(self) -> Path:
+        """Reference, Fisher, guard states, keys: everything that could undo the unlearning or tell what was forgotten. Never
+        published.
+        """
+        return Path(self.args.output_dir, "_private")
+
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """Write `README.md`. Called by Trainer and TRL; the arguments that they fill a stock card with are dropped."""
+        if self.is_world_process_zero():
+            self.model_card(self.hub_model_id or self.args.output_dir).save(Path(self.args.output_dir, "README.md"))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token=None,
+        revision=None,
+        private=None,
+        **kwargs,
+    ):
+        """Save, and upload the sanitized files by an allow-list: model, config, processor, card.
+
+        Returns:
+            The commit, or a future of it if `blocking=False`; None on other processes than the first.
+        """
+        target = self.hub_model_id or self.args.hub_model_id
+        if target is not None and target == hub_id(self.base_model):
+            raise ValueError(
+                f"hub_model_id: {target!r} is the original's repository, whose history keeps it; choose another"
+            )
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return publish_folder(
+            self.args.output_dir,
+            self.hub_model_id,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=private if private is not None else self.args.hub_private_repo,
+            commit_message=commit_message or self._commit_message,
+            run_as_future=not blocking,
+            allow_adapter=self._allow_adapter,
+        )
+
+
+class PublishingMixin(PushingMixin):
     """Card and push of an unlearning trainer. A kind of trainer says what its card tells by `_chosen`, `_forgotten`,
     `_card_defaults` and `failed_checks`.
     """
 
     _base_revision: str | None = None
-    _allow_adapter = False
-
-    @property
-    def private_dir(self) -> Path:
-        """Reference, Fisher, guard states, keys: everything that could undo the unlearning or tell what was forgotten."""
-        return Path(self.args.output_dir, "_private")
+    _commit_message = "End of unlearning"
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -88,43 +138,3 @@ class PublishingMixin:
             "tags": (self._method,),
         }
         return unlearning_card(self.provenance(), **(values | self._card_defaults(name) | self.card_values | kwargs))
-
-    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
-        """Write `README.md`. Called by Trainer and TRL; the arguments that they fill a stock card with are dropped."""
-        if self.is_world_process_zero():
-            self.model_card(self.hub_model_id or self.args.output_dir).save(Path(self.args.output_dir, "README.md"))
-
-    def push_to_hub(
-        self,
-        commit_message: str = "End of unlearning",
-        blocking: bool = True,
-        token=None,
-        revision=None,
-        private=None,
-        **kwargs,
-    ):
-        """Save, and upload the sanitized files by an allow-list: model, config, processor, card.
-
-        Returns:
-            The commit, or a future of it if `blocking=False`; None on other processes than the first.
-        """
-        target = self.hub_model_id or self.args.hub_model_id
-        if target is not None and target == hub_id(self.base_model):
-            raise ValueError(
-                f"hub_model_id: {target!r} is the original's repository, whose history keeps it; choose another"
-            )
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        return publish_folder(
-            self.args.output_dir,
-            self.hub_model_id,
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            private=private if private is not None else self.args.hub_private_repo,
-            commit_message=commit_message,
-            run_as_future=not blocking,
-            allow_adapter=self._allow_adapter,
-        )

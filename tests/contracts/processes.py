@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
-from trainers import GANS, JOBS, arguments, build, gan, images, outcome, weights
+from trainers import GANS, JOBS, arguments, build, gan, images, outcome, seeded, weights
 
 from hf_unlearn import AdaptThenUnlearnTrainer, GANTrainer
 from hf_unlearn.modes import seeded_generator
@@ -71,7 +71,7 @@ def runs(processes):
         if name in GANS:
             alike |= {"path_length_weight": 0.0, "per_device_train_batch_size": 2 * BATCH // processes}
         if name == "gan":  # whose batch norm is of a process's own batches
-            alike["model"] = gan("pixel")
+            alike["model"] = seeded(gan, "pixel")
         yield (
             name,
             name,
@@ -90,7 +90,7 @@ def runs(processes):
     yield "gan, guarded", "gan", None, {"max_steps": 4} | SAVING
     yield "gan, guarded, resumed", "gan", None, {"max_steps": 6} | SAVING
     yield "unlearn, broken", "unlearn", Broken, each | {"forget_loss": "ascent", "max_steps": 6}
-    yield "gan, broken", "gan", Blind, {"max_steps": 4, "model": gan("pixel")}
+    yield "gan, broken", "gan", Blind, {"max_steps": 4, "model": seeded(gan, "pixel")}
 
 
 def run(folder, name, job, mixin, changes):

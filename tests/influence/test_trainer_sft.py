@@ -214,8 +214,7 @@ class TestSampleIds:
         trainer = self.make(tiny_llama, tokenizer, tmp_path, rows, target=rows.select(range(2)))
         assert trainer.sample_ids == [f"pair {row}" for row in range(10)]
 
-    @pytest.mark.parametrize("observation", ["in_run", "propagated"])
-    def test_the_top_example_is_the_one_that_is_the_target(self, observation, tiny_llama, tokenizer, tmp_path):
+    def test_the_top_example_is_the_one_that_is_the_target(self, tiny_llama, tokenizer, tmp_path):
         """It is named by its id, though rows before it are dropped and the rest is shuffled."""
         rows = list(pairs(16))
         rows.insert(2, {"id": "long", "prompt": "Paris is the capital " * 30, "completion": " yes"})
@@ -223,12 +222,12 @@ class TestSampleIds:
         rows.insert(6, planted)
         trainer = self.make(
             tiny_llama, tokenizer, tmp_path, Dataset.from_list(rows), target=Dataset.from_list([planted]), max_length=50,
-            shuffle_dataset=True, max_steps=17, observation=observation,
+            shuffle_dataset=True, max_steps=17, seed=0,
         )  # fmt: skip
         trainer.train()
         top = trainer.influence.top(3)
         assert top["sample_id"][0] == "planted"
-        assert top["mu"][0] > 0
+        assert top["mu"][0] > 0.5  # 1.3 ± 0.2 over 4 seeds, 1.1 with this one; of the next one below 0.1
         assert "long" not in trainer.influence.dataset["sample_id"]
 
 
