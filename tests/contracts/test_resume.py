@@ -45,6 +45,16 @@ CASES = {  # job, where and at which step it is killed, the newest checkpoint th
 }
 
 
+RARE = {
+    "unlearn, mid-checkpoint",
+    "unlearn, before rotation",
+    "gan, mid-checkpoint",
+    "in_run, mid-step, long after a look",
+    "propagated, mid-checkpoint",
+    "propagated, recomputed, mid-step",
+}
+
+
 def marker(name):
     """The file that is written last."""
     return MARKER if name in UNLEARNERS else "trainer_state.json"
@@ -52,13 +62,15 @@ def marker(name):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with the three runs of each case of a job: unbroken, killed, and that one gone on; and how they ended."""
+    """A folder with the three runs of each case of a job, of the rare ones apart: unbroken, killed, and that one gone on; and how
+    they ended.
+    """
     root, done = tmp_path_factory.mktemp("runs"), {}
 
-    def runs(job):
-        if job not in done:
+    def runs(job, rare):
+        if (job, rare) not in done:
             plan, unbroken = [], {}
-            for name in [name for name, case in CASES.items() if case[0] == job]:
+            for name in [name for name, case in CASES.items() if case[0] == job and (name in RARE) == rare]:
                 _, where, step, _, changes = CASES[name]
                 common = {"job": job, "changes": (SIX if job in GANS else NINE) | EVERY_FOUR | changes}
                 calm = unbroken.setdefault(str(common), f"{root}/{name}")
@@ -72,19 +84,19 @@ def runs(tmp_path_factory):
                 plan.append(
                     common | {"folder": f"{root}/{name}/run", "result": f"{root}/{name}/actual", "resume": True}
                 )
-            file = root / f"{job}.json"
+            file = root / f"{job}-{rare}.json"
             file.write_text(json.dumps(plan))
             run_python("import sys, mortal; mortal.run_all(sys.argv[1])", file, timeout=600)
-            done[job] = json.loads(Path(f"{file}.ends").read_text())
-        return root, done[job]
+            done[job, rare] = json.loads(Path(f"{file}.ends").read_text())
+        return root, done[job, rare]
 
     return runs
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in RARE)) for name in CASES])
 def test_a_killed_run_ends_as_if_nothing_had_happened(name, runs):
     job, _, _, newest, changes = CASES[name]
-    root, ends = runs(job)
+    root, ends = runs(job, name in RARE)
     folder, calm = root / name, (root / name / "unbroken").resolve()
     codes = [ends[str(result)] for result in (calm / "expected", folder / "none", folder / "actual")]
     assert [code for code, _ in codes] == [0, -signal.SIGKILL, 0], codes

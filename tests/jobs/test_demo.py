@@ -15,6 +15,9 @@ from hf_unlearn.examples.datasets import digits
 from hf_unlearn.jobs.demo import check, run
 
 
+pytestmark = pytest.mark.slow  # three trainings
+
+
 NAMES = ("original", "unlearned", "retrained")
 # With fewer pictures and epochs, and a fork for the new process at its end: that is only the time its imports would take.
 COMMAND = """

@@ -15,6 +15,9 @@ from safetensors.torch import load, save
 from hf_unlearn import FilteredPipeline
 
 
+pytestmark = pytest.mark.slow  # two interpreters: the Hub's address is read when huggingface_hub is imported
+
+
 WEIGHTS, CONFIG = "safety_checker/model.safetensors", "safety_checker/config.json"
 PUSH = """
 from hf_unlearn import FilteredPipeline
