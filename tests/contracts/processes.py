@@ -128,8 +128,7 @@ def run(folder, name, job, mixin, changes):
     save_file(start, folder / f"{name}-{rank}.start.safetensors")
 
 
-def run_all(folder, processes, names=()):
-    """The runs of these names, or all."""
+def run_all(folder, processes):
     folder = Path(folder)
     torch.set_num_threads(1)
     gc.freeze()  # every train() collects garbage
@@ -143,8 +142,7 @@ def run_all(folder, processes, names=()):
     own_samples.generate = noted
     try:
         for name, job, mixin, changes in runs(processes):
-            if not names or name in names:
-                run(folder, name, job, mixin, changes)
+            run(folder, name, job, mixin, changes)
     finally:
         own_samples.generate = generate
 
@@ -200,6 +198,6 @@ def as_two(patch):
 
 
 if __name__ == "__main__":
-    run_all(sys.argv[1], 2, sys.argv[2:])
+    run_all(sys.argv[1], 2)
     torch.distributed.destroy_process_group()
     print("all done", flush=True)

@@ -18,6 +18,9 @@ from hf_unlearn import GANPipeline
 from hf_unlearn.influence.report.records import read_observations
 
 
+pytestmark = pytest.mark.slow  # four interpreters and fifty runs
+
+
 # Runs in which two processes are to come to the same as one. `propagated` is for one process only.
 ALIKE = [
     *(name for name in JOBS if name != "propagated"),
@@ -27,44 +30,22 @@ SAME_RANKS = [*ALIKE, "fine, each its own tokens", "in_run, uneven", "unlearn, p
               "pbu, guarded, resumed", "gan, guarded", "gan, guarded, resumed", "unlearn, broken"]  # fmt: skip
 
 
-# One of each family; the others are slow.
-FEW = ("unlearn", "vdu", "in_run", "propagated", "gan")
-
-
-def few(names):
-    return [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
 @pytest.fixture(scope="module")
-def some(tmp_path_factory):
-    return launched(tmp_path_factory, FEW)
-
-
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory):
-    return launched(tmp_path_factory, ())
-
-
-@pytest.fixture
-def runs(request):
+def runs(tmp_path_factory):
     """Folder of the two processes' runs, and of the one process's."""
-    return request.getfixturevalue("everything" if request.node.get_closest_marker("slow") else "some")
-
-
-def launched(tmp_path_factory, names):
     two, one = (tmp_path_factory.mktemp(name) for name in ("two", "one"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     # A process that waits for another for ever is what the time limit is for.
     run = subprocess.run(
-        [*launcher, processes.__file__, str(two), *names], env=environment, capture_output=True, text=True, timeout=600
+        [*launcher, processes.__file__, str(two)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if line.startswith("[rank0]: "))[
         -3000:
     ]
     assert run.stdout.count("all done") == 2
     with pytest.MonkeyPatch.context() as patch, processes.as_two(patch):
-        processes.run_all(one, 1, names)
+        processes.run_all(one, 1)
     return two, one
 
 
@@ -73,7 +54,7 @@ def end(folder, name, rank=0):
     return load_file(folder / f"{name}-{rank}.safetensors"), json.loads((folder / f"{name}-{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("name", few(SAME_RANKS))
+@pytest.mark.parametrize("name", SAME_RANKS)
 def test_ranks_stay_identical(name, runs):
     (first, notes), (second, others) = (end(runs[0], name, rank) for rank in (0, 1))
     for state in (first, second):
@@ -94,7 +75,7 @@ def by_row(found):
     return {name: value[order] if name.startswith("rows.") else value for name, value in found.items()}
 
 
-@pytest.mark.parametrize("name", few(ALIKE))
+@pytest.mark.parametrize("name", ALIKE)
 def test_agrees_with_one_process_and_the_same_global_batch(name, runs):
     (two, notes), (one, expected) = (end(folder, name) for folder in runs)
     assert notes["error"] is expected["error"] is None
@@ -105,7 +86,6 @@ def test_agrees_with_one_process_and_the_same_global_batch(name, runs):
         assert log == pytest.approx(wanted, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_losses_that_each_process_divides_by_its_own_tokens(runs):
     """Training differs from that of one process, so only the first step, from the same weights, can be the same."""
     two, one = (by_row(end(folder, "fine, each its own tokens")[0]) for folder in runs)
@@ -114,7 +94,6 @@ def test_losses_that_each_process_divides_by_its_own_tokens(runs):
     check_same(two, one, exact=False)
 
 
-@pytest.mark.slow
 def test_a_last_batch_that_does_not_come_out_even(runs):
     """accelerate fills it up with rows from the start, which train, and so are seen, again."""
     seen = read_observations(runs[0] / "in_run, uneven" / "_private" / "influence")[0]
@@ -122,7 +101,6 @@ def test_a_last_batch_that_does_not_come_out_even(runs):
     assert set(seen.example) == set(range(16))
 
 
-@pytest.mark.slow
 def test_pairs_change_from_epoch_to_epoch_and_reach_every_row(runs):
     seen = [end(runs[0], "unlearn, pairs", rank)[1]["retained"] for rank in (0, 1)]
     assert len(set(seen[0]) | set(seen[1])) == 5
@@ -130,7 +108,6 @@ def test_pairs_change_from_epoch_to_epoch_and_reach_every_row(runs):
     assert len(set(epochs)) > 1
 
 
-@pytest.mark.slow
 def test_the_guard_stops_and_restores_on_all(runs):
     """The BatchNorm statistics too, which are each process's own until then."""
     found, notes = end(runs[0], "pbu, guarded", 1)
@@ -141,7 +118,7 @@ def test_the_guard_stops_and_restores_on_all(runs):
     check_same(saved, {name: found[name] for name in saved}, exact=True)
 
 
-@pytest.mark.parametrize("name", few(["pbu, guarded", "gan, guarded"]))
+@pytest.mark.parametrize("name", ["pbu, guarded", "gan, guarded"])
 def test_goes_on_from_a_checkpoint(name, runs):
     """A run that the guard had stopped stays stopped; one that had ended goes on for two more steps."""
     for folder in runs:
@@ -158,7 +135,7 @@ def test_goes_on_from_a_checkpoint(name, runs):
             assert torch.equal(second["looks/all"][:5], first["looks/all"])
 
 
-@pytest.mark.parametrize("name", few(JOBS))
+@pytest.mark.parametrize("name", JOBS)
 def test_what_is_saved_is_the_model(name, runs):
     if name == "propagated":
         return
@@ -179,7 +156,6 @@ def test_what_is_saved_is_the_model(name, runs):
     check_same(saved, {key: found[key] for key in saved}, exact=True)
 
 
-@pytest.mark.slow
 def test_the_original_draws_once(runs):
     """The first process draws, the other reads; and each of the two runs of VDU has a folder of its own."""
     assert [Path(folder, "drawn").read_text().count("drawn") for folder in runs] == [2, 2]
@@ -194,7 +170,6 @@ def test_propagated_is_refused(runs):
     assert end(runs[1], "propagated")[1]["error"] is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "words"), [
     ("unlearn, broken", "not finite at step 3"),
     ("gan, broken", "the discriminator's loss is not finite at step 1; the last healthy state, of step 0"),

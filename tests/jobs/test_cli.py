@@ -374,6 +374,7 @@ class TestSelection:
 
 
 class TestRunning:
+    @pytest.mark.slow
     def test_digits_recipe_end_to_end(self, capsys, work, digits, monkeypatch):
         monkeypatch.setitem(TRAINING, "num_train_epochs", 6)
         assert cli.main(["unlearn", "--config", str(DIGITS), "--num_train_epochs", "6", *QUICK]) == 0
