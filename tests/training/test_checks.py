@@ -1,0 +1,59 @@
+"""The one table of what is refused."""
+
+import math
+
+import pytest
+
+from hf_unlearn import UnlearnConfig, UnlearnTrainer
+from hf_unlearn.training.checks import check_is_not_original, within
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept", "broken"),
+    [
+        ("> 0", [1e-9, 5], [0, -1, math.nan]),
+        ("≥ 2", [2, 3.5], [1, math.nan]),
+        ("in [0, 1)", [0, 0.999], [1, -1e-9, math.nan]),
+        ("in (0, 1]", [1, 1e-9], [0, 1.001]),
+    ],
+)
+def test_rules(rule, kept, broken):
+    assert all(within(value, rule) for value in kept)
+    assert not any(within(value, rule) for value in broken)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("guard_patience", "3", "guard_patience='3': must be a number"),
+        ("guard_patience", True, "guard_patience=True: must be a number"),
+        ("guard_patience", 2.5, "guard_patience=2.5: must be a whole number"),
+        ("merge_adapter", "no", "merge_adapter='no': must be True or False"),
+        ("utility_tolerance", math.inf, "utility_tolerance=inf: must be finite"),
+        ("bn", "thawed", "bn='thawed': must be one of frozen, train"),
+        ("forget_weight", None, "forget_weight=None: must be a number"),
+    ],
+)
+def test_types_and_words(field, value, said, tmp_path):
+    with pytest.raises(ValueError) as error:
+        UnlearnConfig(str(tmp_path), use_cpu=True, **{field: value})
+    assert str(error.value) == said
+
+
+def test_the_folder_of_the_original_is_not_written_over(tiny_resnet, tmp_path):
+    tiny_resnet.save_pretrained(tmp_path / "model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    args = UnlearnConfig(str(tmp_path / "model"), use_cpu=True, report_to="none", forget="examples", heldout_loss=1.0)
+    with pytest.raises(ValueError, match="^output_dir: .* holds the original model"):
+        UnlearnTrainer(str(tmp_path / "model"), args, forget_dataset=[{"pixel_values": None, "labels": 0}])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_denoiser_lies_in_the_folder_of_its_pipeline(tmp_path):
+    (tmp_path / "unet").mkdir()
+    check_is_not_original(tmp_path, tmp_path / "unet")
+    (tmp_path / "model_index.json").touch()
+    with pytest.raises(ValueError, match="holds the original model"):
+        check_is_not_original(tmp_path, tmp_path / "unet")
+    check_is_not_original(tmp_path, "me/on-the-hub")
+    check_is_not_original(tmp_path, None)
