@@ -93,12 +93,20 @@ class TestDocuments:
 
     def test_equations_are_where_the_pages_of_the_methods_say(self):
         wrong = []
-        for page in (ROOT / "docs" / "methods").glob("*.md"):
+        for page in [*(ROOT / "docs" / "methods").glob("*.md"), ROOT / "docs" / "papers.md"]:
             for file, name in re.findall(r"`([a-z_/]+\.py)(?:: ?(\w+))?[\w.]*`", page.read_text()):
                 path = ROOT / "hf_unlearn" / file
                 if not path.is_file() or (name and not re.search(rf"(def|class) {name}\b", path.read_text())):
                     wrong.append(f"{page.name}: {file} {name}")
         assert wrong == []
+
+    def test_every_paper_is_named_in_the_index(self):
+        index = (ROOT / "docs" / "papers.md").read_text()
+        files = [*ROOT.glob("hf_unlearn/**/*.py"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.py")]
+        written = r"(?:arXiv[: ]\s*|arxiv\.org/abs/)(\d{4}\.\d{4,5})"
+        cited = {paper for file in files for paper in re.findall(written, file.read_text())}
+        assert len(cited) > 30
+        assert cited - set(re.findall(written, index)) == set()
 
     def test_the_benchmark_page_is_what_the_results_say(self, monkeypatch):
         monkeypatch.syspath_prepend(ROOT / "benchmarks")

@@ -31,7 +31,8 @@ def redirect(logits: Tensor, reference_logits: Tensor, excluded: Tensor) -> Tens
     r"""Cross-entropy to what the original would have said without the forgotten classes:
     $-\sum_{c \notin \mathcal F} \tilde p^*_c \log p_c$, with $\tilde p^*$ the original's distribution renormalised without $\mathcal F$.
 
-    Bounded below, and it says where the forgotten inputs should go.
+    Bounded below, and it says where the forgotten inputs should go. It is the loss of DELETE (Decoupled Distillation to Erase,
+    CVPR 2025, arXiv 2503.23751): the forgotten logit to −∞, the frozen original's softmax as target, forget data alone.
 
     Args:
         logits, reference_logits (`Tensor`): `[…, classes]`; computed in fp32.

@@ -1,7 +1,8 @@
 """One optimiser step as a function of flat vectors, and its adjoint: what the reverse sweep carries influence through.
 
 State θ and the optimiser's own vectors; a step maps them and the gradient g to the next ones. The adjoint maps cotangents λ of
-the next state to cotangents of this state and of g. Cotangents are `[vectors, parameters]`.
+the next state to cotangents of this state and of g. Cotangents are `[vectors, parameters]`. For AdamW
+the adjoint is also that of AdamW-influence (arXiv 2605.18814).
 """
 
 from __future__ import annotations

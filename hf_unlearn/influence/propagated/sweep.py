@@ -12,6 +12,9 @@ the gain a_{t,i} = −⟨λ^g_t, ∇ℓ_i(θ_t)⟩: what its presence in the ste
 Both products come out of one backward pass through the gradient: ∂/∂θ of ⟨g, λ^g⟩ is H λ^g, and ∂/∂q_i of it is ⟨∇ℓ_i, λ^g⟩. So every
 layer is seen that autograd can differentiate twice, and all targets go together.
 
+The exact reverse sweep through a training run is REPLAY's (arXiv 2503.13751) and MAGIC's (arXiv 2504.16430); unrolling for the
+law of outputs over runs is d-TDA's (arXiv 2506.12965). Ours are σ from the same sweep, the window, and the law of shuffled epochs.
+
 Two cotangents are carried for each target. That of its mean loss over the last `window` steps gives the observations: it is
 the same influence with much less of the last steps' noise. That of the last step's loss gives σ², the variance over batches
 of the loss that is really left: Σ_t Var_i(a_{t,i}) / b, less what an epoch's batches have in common (see `shuffling`).

@@ -133,6 +133,7 @@ class VDUTrainer(DiffusionUnlearnTrainer):
     def answer_without(self, batch: Batch) -> Tensor:
         """What the original would answer had it never seen the forgotten kind: by Bayes' rule over two banks of images
         ([`hf_unlearn.unlearning.diffusion.posterior`]), or for a prompted model its answer to the neutral prompt, ε(∅) − η(ε(c) − ε(∅)).
+        Kin: concept ablation (arXiv 2303.13516, η = 0), ESD (arXiv 2303.07345, η > 0), and DELETE for classifiers (arXiv 2503.23751).
         """
         answer, _ = self.predictions(self.reference_forward, batch)
         if is_prompted(self.pipeline):
