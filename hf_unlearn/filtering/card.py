@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..hub.loading import hub_id
+from ..hub.origin import hub_id
 from ..hub.provenance import library_versions
 from .config import FASTConfig
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .loading import hub_id
+from .origin import hub_id
 from .provenance import Provenance
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from ..data import fingerprint
 from ..hub.card import unlearning_card
-from ..hub.loading import hub_id
+from ..hub.origin import hub_id
 from ..hub.provenance import Provenance, library_versions
 from ..hub.publish import publish_folder
 

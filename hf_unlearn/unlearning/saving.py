@@ -12,7 +12,8 @@ from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, Proces
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.adapters import save_merged
-from ..hub.loading import hub_id, loading_code
+from ..hub.loading import loading_code
+from ..hub.origin import hub_id
 from ..training.publishing import PublishingMixin
 from .config import UnlearnArguments
 from .guard import NOTHING_TO_FORGET

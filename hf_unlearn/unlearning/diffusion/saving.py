@@ -12,7 +12,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...hub.loading import diffusion_task, hub_id, loading_code
+from ...hub.loading import diffusion_task, loading_code
+from ...hub.origin import hub_id
 from ...hub.publish import forget_local_paths
 from ...parameters.reference import ReferencePoint, average_, trainable_parameters
 from ..saving import SavingMixin
