@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from yaml import YAMLError
+
 from .allowed import ADAPTER_CONFIG, CARD, PIPELINE, is_filtered
 
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 _CACHED = re.compile(r"/models--([^/]+)/snapshots/([^/]+)")  # a folder of the Hub's cache
 _CLONED = re.compile(r"^\s*url\s*=\s*(\S+)", re.MULTILINE)  # of a remote in .git/config
+INHERITED = ("license", "license_name", "license_link", "language", "datasets")
 _HOSTS = ("huggingface.co", "hf.co")
 
 
@@ -77,6 +80,26 @@ def named_in(folder: Path) -> list[str]:
     if adapter.is_file():
         names = [*names, json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")]
     return [name for name in names if isinstance(name, str)]
+
+
+def said_of(base: str | Path | None, *, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
+    """What the card of a base model says that holds for a model made from it too: license, languages and datasets.
+
+    Returns:
+        `dict`: arguments of [`~hf_unlearn.hub.card.unlearning_card`]; empty where there is no card, or the Hub is out of reach.
+    """
+    from huggingface_hub import hf_hub_download, metadata_load
+
+    if base is None:
+        return {}
+    file, name = Path(base, CARD), hub_id(base)
+    try:
+        if isinstance(base, HubId) or (name is not None and not file.is_file()):
+            file = hf_hub_download(name, CARD, revision=revision, token=token)
+        said = metadata_load(file) or {}
+    except (OSError, ValueError, YAMLError):
+        return {}
+    return {key: said[key] for key in INHERITED if said.get(key)}
 
 
 def check_is_not_original_repository(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .allowed import (
     ADAPTER,
@@ -148,6 +148,23 @@ def forget_local_paths(folder: str | Path) -> None:
             if (name := hub_id(content.pop("_name_or_path"))) is not None:
                 content["_name_or_path"] = name
             file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def save_settings(model: Any, folder: Path) -> None:
+    """All that `save_pretrained` of a model, a processor or a pipeline writes, except the weights: tried before training."""
+    from transformers import PreTrainedModel
+
+    if hasattr(model, "components"):
+        model.save_config(folder)
+        for name, component in model.components.items():
+            if component is not None:
+                save_settings(component, folder / name)
+    elif isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder, state_dict={})
+    elif hasattr(model, "save_config"):
+        model.save_config(folder)
+    elif hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
 
 
 def as_patterns(files: list[str]) -> list[str]:
