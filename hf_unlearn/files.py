@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers.trainer_utils import sort_checkpoints
 
 
-PRIVATE = "_private"  # the folder of an output_dir that holds what could undo the unlearning, or tells what was forgotten
+PRIVATE = (
+    "_private"  # the folder of an output_dir that holds what could undo the unlearning, or tells what was forgotten
+)
 
 
 def last_checkpoint_with(folder: str | Path, file: str) -> str | None:

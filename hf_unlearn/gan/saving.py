@@ -116,12 +116,11 @@ class GANSavingMixin(PushingMixin):
         title = kwargs.pop("model_name", Path(name).name)
         base = hub_id(self.base_model)
         data = ModelCardData(
-            base_model=base,
-            base_model_relation="finetune" if base else None,
             library_name="hf_unlearn",
             tags=["gan", *((tags,) if isinstance(tags, str) else tags)],
             pipeline_tag="unconditional-image-generation",
-            **(self._inherited(kwargs) | kwargs),
+            **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
+            **self._inherited(kwargs),
         )
         text = (
             f"# {title}\n\nA {type(self.averaged).__name__} of {self.averaged.config.sample_size} pixels, trained by "

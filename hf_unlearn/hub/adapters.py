@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from torch import nn
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+UNFUSED = "which can be taken off; fuse it (fuse_lora, then unload_lora_weights), save the pipeline"
 
 
 @torch.no_grad()
@@ -88,6 +92,22 @@ def check_mergeable(peft_model: PeftModel) -> None:
             module, ModulesToSaveWrapper
         ):
             raise _cannot_fold(f"{type(module).__name__} at {name!r}")
+
+
+def check_no_adapter(pipeline: Any) -> None:
+    """Refuse a pipeline of diffusers with an adapter in it, which `save_pretrained` of diffusers 0.42 would write apart, under names
+    that no model has.
+
+    Raises:
+        ValueError: naming the component.
+    """
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and any(isinstance(part, BaseTunerLayer) for part in component.modules()):
+            raise ValueError(f"pipeline: {name} holds an adapter, {UNFUSED} again")
 
 
 def save_merged(peft_model: PeftModel, folder: str | Path) -> None:

@@ -85,6 +85,7 @@ def unlearning_card(
     license_link: str | None = None,
     language: str | Sequence[str] | None = None,
     datasets: str | Sequence[str] | None = None,
+    base_model: str | None = None,
     base_model_relation: str | None = "finetune",
     tags: Sequence[str] = (),
     results: Sequence[Figure] = (),
@@ -109,6 +110,7 @@ def unlearning_card(
         license_name, license_link (`str`, *optional*): of a license that the Hub has no id for (`license="other"`).
         language (`str` or `Sequence[str]`, *optional*): codes, as in `"en"`.
         datasets (`str` or `Sequence[str]`, *optional*): ids on the Hub of what the model was trained on.
+        base_model (`str`, *optional*): id on the Hub, where the provenance names none. Default: the provenance's.
         base_model_relation (`str`, *optional*, defaults to `"finetune"`): what it is to its base model; `"adapter"` for a LoRA.
         tags (`Sequence[str]`, defaults to `()`): besides [`TAGS`].
         results (`Sequence[Figure]`, defaults to `()`): what was measured. Without any, the card says so.
@@ -146,8 +148,8 @@ def unlearning_card(
     checks = [figure.check for figure in results if figure.check is not None]
     checks += [(False, line) for line in failed_checks] + [(True, line) for line in passed_checks]
     data = ModelCardData(
-        base_model=base_id,
-        base_model_relation=base_model_relation if base_id else None,
+        base_model=base_id or base_model,
+        base_model_relation=base_model_relation if base_id or base_model else None,
         datasets=datasets or None,
         eval_results=evaluations or None,
         language=language or None,

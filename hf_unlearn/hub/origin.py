@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -82,12 +83,27 @@ def named_in(folder: Path) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def said_of(base: str | Path | None, *, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
-    """What the card of a base model says that holds for a model made from it too: license, languages and datasets.
+def inherited(
+    base: str | Path | None,
+    given: Mapping[str, Any],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> dict[str, Any]:
+    """Metadata of a model: what is given, and what the card of its base model says that holds for it too: license, languages and
+    datasets.
 
     Returns:
-        `dict`: arguments of [`~hf_unlearn.hub.card.unlearning_card`]; empty where there is no card, or the Hub is out of reach.
+        `dict`: for a card; only `given` where the base has none, or the Hub is out of reach.
     """
+    said = said_of(base, revision=revision, token=token)
+    if "license" in given:  # another one, which has another name
+        said = {key: value for key, value in said.items() if not key.startswith("license")}
+    return said | dict(given)
+
+
+def said_of(base: str | None, *, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
+    """The part of a base model's card that holds for a model made from it too."""
     from huggingface_hub import hf_hub_download, metadata_load
 
     if base is None:
@@ -99,7 +115,12 @@ def said_of(base: str | Path | None, *, revision: str | None = None, token: str 
         said = metadata_load(file) or {}
     except (OSError, ValueError, YAMLError):
         return {}
-    return {key: said[key] for key in INHERITED if said.get(key)}
+    found = {key: said[key] for key in INHERITED if said.get(key)}
+    if name is None:  # the nearest one that others can look up
+        names = said.get("base_model") or ()
+        further = [found for name in ([names] if isinstance(names, str) else names) if (found := hub_id(name))]
+        found |= {"base_model": further[0]} if further else {}
+    return found
 
 
 def check_is_not_original_repository(
@@ -121,10 +142,8 @@ def check_is_not_original_repository(
     for name in {hub_id(name) for name in originals}.difference({None}):
         names = {name.casefold()}
         if api is not None and wanted not in names and "/" in name:
-            try:
+            with suppress(HfHubHTTPError):  # gone, or not for this token
                 names.add(api.model_info(name).id.casefold())
-            except HfHubHTTPError:
-                pass  # gone, or not for this token
         if wanted in names:
             raise ValueError(
                 f"hub_model_id: {repo_id!r} is the original's repository, whose history keeps it; choose another"

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapters import UNFUSED
 from .allowed import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -237,10 +238,7 @@ def _refuse_adapter(folder: Path, files: list[str]) -> None:
         except SafetensorError as error:
             raise unreadable(folder, name) from error
     if found:
-        raise ValueError(
-            f"folder={str(folder)!r}: holds an adapter, which can be taken off; "
-            "fuse it (fuse_lora, then unload_lora_weights), save the pipeline into an empty folder and publish that"
-        )
+        raise ValueError(f"folder={str(folder)!r}: holds an adapter, {UNFUSED} into an empty folder and publish that")
 
 
 def _no_weights(folder: Path, weights: Weights) -> ValueError:

@@ -42,9 +42,7 @@ def superseded(present: Iterable[str], pushed: Iterable[str]) -> list[str]:
     present = set(present)
     loaded = {name for name in present if _is_loaded(PurePosixPath(name).name)}
     folders = {PurePosixPath(name).parent for name in loaded} | {PurePosixPath(".")}
-    beside = {
-        name for name in present if PurePosixPath(name).name in BESIDE and PurePosixPath(name).parent in folders
-    }
+    beside = {name for name in present if PurePosixPath(name).name in BESIDE and PurePosixPath(name).parent in folders}
     return sorted((loaded | beside).difference(pushed))
 
 

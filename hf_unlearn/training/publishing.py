@@ -17,7 +17,7 @@ from datasets import Dataset
 from ..data import fingerprint
 from ..files import first_line, kept_private
 from ..hub.card import Figure, unlearning_card
-from ..hub.origin import check_is_not_original_repository, origin, origins_of, revision_of, said_of
+from ..hub.origin import check_is_not_original_repository, inherited, origin, origins_of, revision_of
 from ..hub.provenance import Provenance, library_versions
 from ..hub.publish import publish_folder
 
@@ -80,7 +80,9 @@ class PushingMixin:
         try:
             output_dir.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"output_dir: {output_dir!r} is no UTF-8, which weights need; choose another name") from error
+            raise ValueError(
+                f"output_dir: {output_dir!r} is no UTF-8, which weights need; choose another name"
+            ) from error
         if not self.args.should_save:
             return
         if self.args.push_to_hub:
@@ -170,16 +172,9 @@ class PushingMixin:
     def _base_revision(self) -> str | None:
         return revision_of(self.base_model)
 
-    @cached_property
-    def _said_of_base(self) -> dict[str, Any]:
-        return said_of(self.base_model, revision=self._base_revision, token=self.args.hub_token)
-
     def _inherited(self, given: dict[str, Any]) -> dict[str, Any]:
-        """What the base model's card says, where nothing else is said."""
-        said = dict(self._said_of_base)
-        if "license" in given:  # another one, which has another name
-            said = {key: value for key, value in said.items() if not key.startswith("license")}
-        return said
+        """Metadata: what is given, and what the base model's card says."""
+        return inherited(self.base_model, given, revision=self._base_revision, token=self.args.hub_token)
 
 
 class PublishingMixin(PushingMixin):
@@ -194,7 +189,10 @@ class PublishingMixin(PushingMixin):
     def _fingerprint(self) -> str:
         file = self.private_dir / "fingerprint.key"
         if not file.exists():
-            with kept_private(file), os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
+            with (
+                kept_private(file),
+                os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle,
+            ):
                 handle.write(secrets.token_bytes(32))
         rows = self.source_dataset  # as they are stored: a transform may draw at random
         return fingerprint(rows.with_format(None) if isinstance(rows, Dataset) else rows, file.read_bytes())
@@ -235,7 +233,11 @@ class PublishingMixin(PushingMixin):
         figures = []
         for (split, metric), value in after.items():
             values = [value, before.get((split, metric))]
-            if any(word in metric for word in _UNTOLD) or not isinstance(value, int | float) or not math.isfinite(value):
+            if (
+                any(word in metric for word in _UNTOLD)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+            ):
                 continue
             if metric == "accuracy":
                 values = [None if value is None else 100 * value for value in values]
@@ -246,7 +248,7 @@ class PublishingMixin(PushingMixin):
             figures.append(
                 Figure(metric=metric, name=name, before=before_value, after=after_value, split=split, unit=unit)
             )
-        return figures
+        return sorted(figures, key=lambda figure: figure.metric == "loss")
 
     def provenance(self) -> Provenance:
         """How this model was made: method, settings, versions and a keyed fingerprint of the forget set, never its data."""
@@ -284,6 +286,4 @@ class PublishingMixin(PushingMixin):
         given = self.card_values | kwargs
         tags = given.pop("tags", ())
         given["tags"] = (self._method, *((tags,) if isinstance(tags, str) else tags))
-        return unlearning_card(
-            self.provenance(), **(values | self._card_defaults(name) | self._inherited(given) | given)
-        )
+        return unlearning_card(self.provenance(), **(values | self._card_defaults(name) | self._inherited(given)))
