@@ -77,7 +77,7 @@ class LoopbackHub:
         """Makes this process the client in a `with` block, which is faster than one of its own: what the libraries have read
         of the environment when they were imported is exchanged.
         """
-        from huggingface_hub import close_session, constants
+        from huggingface_hub import close_session, constants, hf_api
 
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, self.url)
         cache = str(Path(home, "hub"))
@@ -88,6 +88,8 @@ class LoopbackHub:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in exchanged.items():
                 patch.setattr(constants, name, value)
+            patch.setattr(hf_api.api, "endpoint", self.url)
+            patch.setattr("transformers.utils.hub._hf_api", None)  # made at the first call
             patch.setenv("HF_TOKEN", "hf_loopback")
             patch.setenv("NO_PROXY", "127.0.0.1")
             close_session()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..hub.origin import hub_id, inherited
+from ..hub.origin import hub_id, inherited, said_of
 from ..hub.provenance import library_versions
 from .config import FASTConfig
 
@@ -83,7 +83,7 @@ def filter_card(
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=(repo_id or f"filter-{names}").split("/")[-1],
         tags=[*TAGS, *(["diffusers"] if inside else []), *((tags,) if isinstance(tags, str) else tags)],
-        **inherited(base, given, token=token),
+        **inherited(said_of(base, token=token), given),
     )
     card = ModelCard.from_template(
         data,

@@ -56,7 +56,8 @@ class FilterPushMixin:
         metadata = {"license": license, "language": language, "tags": tags, "datasets": datasets}
         if card is not None and (given := [name for name, value in metadata.items() if value]):
             raise ValueError(f"{given[0]}: given beside card, which has its own; keep one of them")
-        check_is_not_original_repository(repo_id, self._made_from())
+        originals = self._made_from()
+        check_is_not_original_repository(repo_id, originals)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             text = self._card(repo_id, token=token, **metadata) if card is None else card
@@ -69,5 +70,5 @@ class FilterPushMixin:
                 private=private,
                 commit_message=commit_message or self._commit_message,
                 create_pr=create_pr,
-                originals=self._made_from(),
+                originals=originals,
             )

@@ -61,7 +61,7 @@ def merged_state_dict(peft_model: PeftModel) -> tuple[PreTrainedModel, dict[str,
     for first, *others in originals.values():
         for other in others:
             if state[first] is not state[other] and not torch.equal(state[first], state[other]):
-                raise _cannot_fold(f"a change of {other!r} away from {first!r}, which the base model ties to it,")
+                raise _tie_broken(other, first)
             state[other] = state[first]  # one tensor again, which is how save_pretrained sees that they are tied
     return base, state
 
@@ -92,6 +92,8 @@ def check_mergeable(peft_model: PeftModel) -> None:
             module, ModulesToSaveWrapper
         ):
             raise _cannot_fold(f"{type(module).__name__} at {name!r}")
+    if not any(getattr(config, "ensure_weight_tying", False) for config in peft_model.peft_config.values()):
+        _check_ties(peft_model.get_base_model())
 
 
 def check_no_adapter(pipeline: Any) -> None:
@@ -139,6 +141,41 @@ def _check_layer(name: str, layer: Any) -> None:
             raise _cannot_fold(f"a grouped convolution at {name!r}")
 
 
+def _check_ties(base: nn.Module) -> None:
+    """Refuse an adapter that changes one of two names of a tensor: untrained the two still agree, and once trained no more."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    wrappers = {name: m for name, m in base.named_modules() if isinstance(m, (LoraLayer, ModulesToSaveWrapper))}
+    tied: dict[int, list[tuple[str, frozenset[int]]]] = {}
+    for key, tensor in base.state_dict(keep_vars=True).items():
+        name, is_original, _ = _without_wrappers(key, wrappers)
+        if is_original and isinstance(tensor, torch.Tensor):
+            tied.setdefault(id(tensor), []).append((name, _changed_by(key, wrappers)))
+    for (first, changed), *others in tied.values():
+        for other, also in others:
+            if also != changed:
+                raise _tie_broken(other, first)
+
+
+def _changed_by(key: str, wrappers: dict[str, nn.Module]) -> frozenset[int]:
+    """Ids of the parameters that an active adapter puts onto, or in place of, a tensor of the base model."""
+    parts = key.split(".")
+    owner = next((name for end in range(len(parts), -1, -1) if (name := ".".join(parts[:end])) in wrappers), None)
+    if owner is None:
+        return frozenset()
+    wrapper, rest = wrappers[owner], key.removeprefix(f"{owner}.")
+    if hasattr(wrapper, "modules_to_save"):
+        names = [f"modules_to_save.{name}.{rest.removeprefix('original_module.')}" for name in wrapper.active_adapters]
+        return frozenset(id(p) for name, p in wrapper.named_parameters() if name in names)
+    if rest != "base_layer.weight":
+        return frozenset()
+    return frozenset(
+        id(p) for name, p in wrapper.named_parameters()
+        if not name.startswith("base_layer.") and set(name.split(".")) & set(wrapper.active_adapters)
+    )  # fmt: skip
+
+
 def _active(layer: Any) -> list[str]:
     """Adapters to add: none where they are merged, since the base weight holds them already."""
     return [] if layer.merged else [adapter for adapter in layer.active_adapters if adapter in layer.r]
@@ -180,6 +217,10 @@ def _without_wrappers(key: str, wrappers: dict[str, nn.Module]) -> tuple[str, bo
                 is_original, is_active = False, is_active and parts[position + 1] == chosen
                 position += 2
     return ".".join(kept), is_original, is_active
+
+
+def _tie_broken(other: str, first: str) -> ValueError:
+    return _cannot_fold(f"a change of {other!r} away from {first!r}, which the base model ties to it,")
 
 
 def _cannot_fold(what: str) -> ValueError:

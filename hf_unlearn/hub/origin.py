@@ -83,27 +83,24 @@ def named_in(folder: Path) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def inherited(
-    base: str | Path | None,
-    given: Mapping[str, Any],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-) -> dict[str, Any]:
-    """Metadata of a model: what is given, and what the card of its base model says that holds for it too: license, languages and
-    datasets.
-
-    Returns:
-        `dict`: for a card; only `given` where the base has none, or the Hub is out of reach.
-    """
-    said = said_of(base, revision=revision, token=token)
+def inherited(said: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of a model: what is given, and else what [`said_of`] its base model holds for it too."""
     if "license" in given:  # another one, which has another name
         said = {key: value for key, value in said.items() if not key.startswith("license")}
-    return said | dict(given)
+    return {**said, **given}
 
 
-def said_of(base: str | None, *, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
-    """The part of a base model's card that holds for a model made from it too."""
+def said_of(base: str | None, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
+    """What the card of a base model says that holds for a model made from it too: license, languages and datasets.
+
+    Args:
+        base (`str`, *optional*): see [`origin`].
+        revision (`str`, *optional*): of its repository.
+        token (`str` or `bool`, *optional*): of the Hub.
+
+    Returns:
+        `dict`: metadata of a card; nothing where there is none, or the Hub is out of reach.
+    """
     from huggingface_hub import hf_hub_download, metadata_load
 
     if base is None:
@@ -118,7 +115,7 @@ def said_of(base: str | None, *, revision: str | None = None, token: str | bool 
     found = {key: said[key] for key in INHERITED if said.get(key)}
     if name is None:  # the nearest one that others can look up
         names = said.get("base_model") or ()
-        further = [found for name in ([names] if isinstance(names, str) else names) if (found := hub_id(name))]
+        further = [known for name in ([names] if isinstance(names, str) else names) if (known := hub_id(name))]
         found |= {"base_model": further[0]} if further else {}
     return found
 

@@ -17,7 +17,7 @@ from datasets import Dataset
 from ..data import fingerprint
 from ..files import first_line, kept_private
 from ..hub.card import Figure, unlearning_card
-from ..hub.origin import check_is_not_original_repository, inherited, origin, origins_of, revision_of
+from ..hub.origin import check_is_not_original_repository, inherited, origin, origins_of, revision_of, said_of
 from ..hub.provenance import Provenance, library_versions
 from ..hub.publish import publish_folder
 
@@ -99,7 +99,7 @@ class PushingMixin:
             ) from error
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"model: could not be saved once it is trained ({first_line(error)}); mend that before training"
+                f"model: could not be saved once it is trained ({' '.join(str(error).split()).rstrip('.')}); mend that before training"
             ) from error
         needed = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         if free < needed:
@@ -174,7 +174,11 @@ class PushingMixin:
 
     def _inherited(self, given: dict[str, Any]) -> dict[str, Any]:
         """Metadata: what is given, and what the base model's card says."""
-        return inherited(self.base_model, given, revision=self._base_revision, token=self.args.hub_token)
+        base, said = getattr(self, "_said_of", (None, {}))
+        if base is not self.base_model:  # asked once: the Hub may be far
+            base, said = self.base_model, said_of(self.base_model, self._base_revision, self.args.hub_token)
+            self._said_of = base, said
+        return inherited(said, given)
 
 
 class PublishingMixin(PushingMixin):
