@@ -237,6 +237,7 @@ def test_what_a_path_means_is_decided_when_it_is_loaded(tiny_vit, tmp_path, monk
     """Neither a folder that is no longer seen nor one that is made later makes a stranger of the Hub the base model."""
     tiny_vit.save_pretrained(tmp_path / "clients/acme")
     (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     trainer = pushing("clients/acme", tmp_path / "out")
     monkeypatch.chdir(tmp_path / "elsewhere")

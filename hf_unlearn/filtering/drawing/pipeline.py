@@ -288,7 +288,7 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
         Args:
             save_directory (`str` or `Path`): made if it is not there.
             safe_serialization, variant, max_shard_size: of the pipeline inside, as for [`~diffusers.DiffusionPipeline.save_pretrained`];
-                the filter is always saved whole, as safetensors.
+                the filter is always safetensors. Pickles (`safe_serialization=False`) are loaded with `use_safetensors=False` only.
             card (`str`, *optional*): README.md.
 
         Raises:

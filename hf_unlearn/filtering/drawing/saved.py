@@ -58,7 +58,7 @@ def load_inner(folder: Path, index: dict[str, Any], **kwargs) -> DiffusionPipeli
         raise ValueError(f"{INDEX}: {PIPELINE}=[{library!r}, {name!r}] is no pipeline of {' or '.join(_LIBRARIES)}")
     if (found := read_index(inside).get("_class_name")) != name:
         raise ValueError(f"{inside / INDEX}: is of a {found}, must be of a {name} as {INDEX} says")
-    return kind.from_pretrained(inside, **kwargs)
+    return kind.from_pretrained(inside, **({"use_safetensors": True} | kwargs))
 
 
 def load_plain(name_or_path: str | Path, index: dict[str, Any], **kwargs) -> DiffusionPipeline:
