@@ -70,7 +70,7 @@ class Figure:
         """What was measured before and after, in words; None where there is no before."""
         if self.before is None:
             return None
-        return f"{self.name} ({self.split}): {_shown(self.before, '')} → {_shown(self.after, self.unit)}"
+        return f"{self.name} ({self.split}): {_shown(self.before, self.unit)} → {_shown(self.after, self.unit)}"
 
 
 def unlearning_card(

@@ -179,7 +179,8 @@ def _figures(
     after: dict[str, float],
 ) -> list[Figure]:
     what, metric, unit = ("Accuracy", "accuracy", "%") if trainer.is_classifier else ("Loss", "loss", "nats")
-    asked = config.forget == "class" and trainer.is_classifier
+    is_class = config.forget == "class" and trainer.is_classifier
+    asked = [name for name in after if is_class and name.endswith("_forget")]
     if config.forget == "class":
         forgotten, kept = "forgotten class" + "es" * (len(trainer.forgotten_classes) > 1), "other classes"
     else:
@@ -192,11 +193,16 @@ def _figures(
             after=value,
             split=job.eval_split if job.forget_column or name.endswith("_retain") else job.split,
             unit=unit,
-            target=100 * config.forget_accuracy if asked and name.endswith("_forget") else None,
+            target=_most(config.forget_accuracy, len(trainer.eval_dataset[name])) if name in asked else None,
         )
         for name, value in after.items()
         if math.isfinite(value) and math.isfinite(before[name])
     ]
+
+
+def _most(accuracy: float, count: int) -> float:
+    """In %: what so many examples may show of a class whose accuracy is no higher, by two standard errors."""
+    return min(100.0, 100 * (accuracy + 2 * math.sqrt(accuracy * (1 - accuracy) / count)))
 
 
 def _table(trainer: UnlearnTrainer, forgotten: int) -> Table | None:

@@ -164,7 +164,5 @@ class SavingMixin(PublishingMixin):
             )
             passed.append(f"The forget target was reached: {target}.")
         if best.step and best.kept and math.isfinite(best.utility_drop):
-            passed.append(
-                f"Utility fell by {max(best.utility_drop, 0):.3g}, within the tolerance of {self.utility_tolerance:g}."
-            )
+            passed.append(f"Utility fell by no more than the tolerance of {self.utility_tolerance:g}.")
         return passed

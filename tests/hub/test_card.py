@@ -142,7 +142,7 @@ class TestUnlearningCard:
             (0.5, "None of the checks that were run failed:", "did not pass"),
         ):
             text = unlearning_card(PROVENANCE, model_name="m", results=[replace(figure, after=after)]).text
-            assert f"Forgotten class (test): 98 → {after:.2f} %." in text.split("##")[0]
+            assert f"Forgotten class (test): 98.00 % → {after:.2f} %." in text.split("##")[0]
             assert "was asked to forget **class 3**" in text
             assert "made to forget" not in text
             assert words in text
