@@ -87,6 +87,22 @@ def labels_of(dataset: TorchDataset | Dataset) -> list[int]:
     return [int(dataset[row][column]) for row in range(len(dataset))]
 
 
+def class_names(dataset: TorchDataset | Dataset, limit: int = 10) -> str | None:
+    """As in `"class 3"` or `"classes cat, dog"`: what the labels of a dataset are called; None without labels, or with more
+    than `limit`.
+    """
+    column = label_column(dataset)
+    if column is None:
+        return None
+    labels = list(dict.fromkeys(labels_of(dataset)))
+    named = getattr(getattr(dataset, "features", {}).get(column), "int2str", None)  # of a ClassLabel
+    if named is not None:
+        labels = [named(label) if isinstance(label, int) else label for label in labels]
+    if not labels or len(labels) > limit or not all(isinstance(label, int | str) for label in labels):
+        return None
+    return ("class " if len(labels) == 1 else "classes ") + ", ".join(map(str, labels))
+
+
 def overlap(forget: Dataset, retain: Dataset, column: str) -> list[Any]:
     """Ids that occur in both datasets; empty where one of them has no such column."""
     if not all(column in (getattr(dataset, "column_names", None) or ()) for dataset in (forget, retain)):

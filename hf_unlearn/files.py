@@ -16,6 +16,11 @@ from torch import Tensor
 from transformers.trainer_utils import sort_checkpoints
 
 
+PRIVATE = (
+    "_private"  # the folder of an output_dir that holds what could undo the unlearning, or tells what was forgotten
+)
+
+
 def last_checkpoint_with(folder: str | Path, file: str) -> str | None:
     """The newest `checkpoint-<step>` in a folder that holds `file`, which is written last; None if there is none."""
     found = [Path(path) for path in sort_checkpoints(str(folder))]
@@ -23,13 +28,30 @@ def last_checkpoint_with(folder: str | Path, file: str) -> str | None:
     return str(whole[-1]) if whole else None
 
 
+@contextmanager
+def kept_private(path: str | Path) -> Iterator[Path]:
+    """For a file or a folder that is written in a `with` block: the folders above it are made, and what lies below a folder called
+    `_private` is the owner's alone (0700, files 0600), whatever the umask says. Others are left as they are.
+    """
+    path = Path(path)
+    inside = [part for part in (path, *path.parents) if PRIVATE in part.parts]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(inside):
+        if folder != path:
+            folder.chmod(0o700)
+    yield path
+    if inside and path.exists():
+        for written in (path, *path.rglob("*")):
+            if not written.is_symlink():
+                written.chmod(0o700 if written.is_dir() else 0o600)
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a `.safetensors` file through a temporary name, so that a kill never leaves half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, partial, metadata)
-    partial.replace(path)
+    with kept_private(path) as path:
+        partial = path.with_name(path.name + ".partial")
+        save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, partial, metadata)
+        partial.replace(path)
 
 
 @contextmanager

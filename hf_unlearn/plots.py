@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import ndtr
 
+from .files import kept_private
+
 
 COLOURS = {"original": "#9aa5b1", "unlearned": "#d9480f", "retrained": "#1c7ed6"}
 OTHER_COLOURS = ("#2b8a3e", "#862e9c", "#5c940d", "#c2255c", "#0b7285", "#e67700")
@@ -272,7 +274,6 @@ def _running_median(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _write(figure: Figure, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
+    with kept_private(path) as path:
+        figure.savefig(path, dpi=140)
     return path

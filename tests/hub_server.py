@@ -11,10 +11,13 @@ import json
 import os
 import re
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from urllib.parse import parse_qsl, unquote, urlsplit
+
+import pytest
 
 
 USER = "me"  # who owns a repository that is created without an owner
@@ -68,6 +71,30 @@ class LoopbackHub:
             "HF_HUB_DISABLE_XET": "1",
             "NO_PROXY": "127.0.0.1",
         }
+
+    @contextmanager
+    def in_this_process(self, home: str | Path):
+        """Makes this process the client in a `with` block, which is faster than one of its own: what the libraries have read
+        of the environment when they were imported is exchanged.
+        """
+        from huggingface_hub import close_session, constants, hf_api
+
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, self.url)
+        cache = str(Path(home, "hub"))
+        exchanged = {
+            "ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": cache,
+            "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True, "HF_HUB_DISABLE_PROGRESS_BARS": True,
+        }  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in exchanged.items():
+                patch.setattr(constants, name, value)
+            patch.setattr(hf_api.api, "endpoint", self.url)
+            patch.setattr("transformers.utils.hub._hf_api", None)  # made at the first call
+            patch.setenv("HF_TOKEN", "hf_loopback")
+            patch.setenv("NO_PROXY", "127.0.0.1")
+            close_session()
+            yield self
+        close_session()
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         with self._lock:
@@ -203,7 +230,7 @@ def _branch(hub, request, repo_id, branch):
     return _json({})
 
 
-@_route("POST", "/api/models/{repo}/preupload/{revision}")
+@_route("POST", "/api/models/{repo}/preupload/{revision}", query=["create_pr"])
 def _preupload(hub, request, repo_id, revision):
     _, files = hub._at(repo_id, revision)
     answers = []
@@ -213,20 +240,30 @@ def _preupload(hub, request, repo_id, revision):
     return _json({"files": answers})
 
 
-@_route("POST", "/api/models/{repo}/commit/{revision}")
+@_route("POST", "/api/models/{repo}/commit/{revision}", query=["create_pr"])
 def _commit(hub, request, repo_id, branch):
     files = hub.files(repo_id, branch)
     if branch not in hub._branches[repo_id]:
         raise HubError(404, "RevisionNotFound", f"no branch {branch} of {repo_id}")
+    pull_request = {}
+    if request.query.get("create_pr") == "1":
+        number = 1 + sum(name.startswith("refs/pr/") for name in hub._branches[repo_id])
+        branch = f"refs/pr/{number}"
+        pull_request = {"pullRequestUrl": f"{hub.url}/{repo_id}/discussions/{number}"}
     header, *operations = map(json.loads, request.body.splitlines())
     if header["value"].keys() - {"summary", "description"}:
         raise NotImplementedError(f"{header}")  # a parent commit, above all
     for operation in operations:
-        if operation["key"] != "file":
+        path = operation["value"]["path"]
+        if operation["key"] == "deletedFile":
+            if files.pop(path, None) is None:
+                raise HubError(404, "EntryNotFound", f"no {path} to delete")
+        elif operation["key"] == "file":
+            files[path] = base64.b64decode(operation["value"]["content"])
+        else:
             raise NotImplementedError(operation["key"])
-        files[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
     sha = hub._commit(repo_id, branch, files)
-    return _json({"commitOid": sha, "commitUrl": f"{hub.url}/{repo_id}/commit/{sha}"})
+    return _json({"commitOid": sha, "commitUrl": f"{hub.url}/{repo_id}/commit/{sha}"} | pull_request)
 
 
 @_route("GET", "/api/models/{repo}")

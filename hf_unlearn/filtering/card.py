@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..hub.loading import hub_id
+from ..hub.origin import hub_id, inherited, said_of
 from ..hub.provenance import library_versions
 from .config import FASTConfig
 
@@ -39,6 +39,11 @@ def filter_card(
     *,
     pipeline_id: str | None = None,
     inside: str | None = None,
+    license: str | None = None,
+    language: str | Sequence[str] | None = None,
+    tags: str | Sequence[str] = (),
+    datasets: str | Sequence[str] | None = None,
+    token: str | bool | None = None,
 ) -> str:
     """README.md of a filter, or of a pipeline that is saved with it.
 
@@ -47,6 +52,8 @@ def filter_card(
         repo_id (`str`, *optional*): where to. Default: the code in the card loads the folder that it is in.
         pipeline_id (`str`, *optional*): id on the Hub of the pipeline that it was made for.
         inside (`str`, *optional*): class of the pipeline that is saved with the filter: then the card is that pipeline's.
+        license, language, tags, datasets (*optional*): metadata. Default: what the card of the pipeline inside, or else of the encoder, says.
+        token (`str` or `bool`, *optional*): of the Hub, to read that card.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -66,13 +73,17 @@ def filter_card(
         for concept in concepts
         for metric, title, value in _measured(concept["figures"])
     ]
+    base = (pipeline_id if inside else None) or encoder_id(spec)
+    given = {"license": license, "language": language, "datasets": datasets}
+    given = {key: value for key, value in given.items() if value}
     data = ModelCardData(
-        base_model=_encoder_id(spec),
+        base_model=base,
         eval_results=results or None,
         library_name="hf_unlearn",
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=(repo_id or f"filter-{names}").split("/")[-1],
-        tags=[*TAGS, *(["diffusers"] if inside else [])],
+        tags=[*TAGS, *(["diffusers"] if inside else []), *((tags,) if isinstance(tags, str) else tags)],
+        **inherited(said_of(base, token=token), given),
     )
     card = ModelCard.from_template(
         data,
@@ -146,7 +157,7 @@ def _seen(spec: Mapping[str, Any] | None) -> str:
     return "images" if _sees_images(spec) else "texts"
 
 
-def _encoder_id(spec: Mapping[str, Any] | None) -> str | None:
+def encoder_id(spec: Mapping[str, Any] | None) -> str | None:
     """Where it is from the Hub: a folder's name has no owner."""
     spec = spec or {}
     name = (spec.get("reference") or {}).get("id") or spec.get("name") or ""
@@ -156,7 +167,7 @@ def _encoder_id(spec: Mapping[str, Any] | None) -> str | None:
 def _encoder(spec: Mapping[str, Any] | None) -> str:
     if spec is None:
         return "none: the generator's latents are judged as they are"
-    known = _encoder_id(spec)
+    known = encoder_id(spec)
     name = f"[{known}](https://huggingface.co/{known})" if known else f"`{_line(spec.get('name') or '')}`"
     if spec.get("kind") == "custom":
         return f"{name}, the user's own, which is not stored here"

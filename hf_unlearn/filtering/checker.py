@@ -7,8 +7,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,24 +18,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..files import first_line
-from ..hub.publish import publish_folder
-from .card import filter_card
+from .card import encoder_id, filter_card
 from .config import ACTIONS, DOWNLOAD_OPTIONS, SCHEMA_VERSION, SUFFIXES, FASTConfig, FilterOutput, Verdict
 from .encoding.checkpoints import dtype_of
 from .encoding.encoders import FilterEncoder
 from .encoding.latents import as_rows
+from .pushing import FilterPushMixin
 from .scores import ScoreBank
 
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
 
 logger = logging.getLogger(__name__)
 
 GIVES_OUT = "action='flag': the filter gives out what it flags; the caller has to look at the flags."
 
 
-class FASTSafetyChecker(PreTrainedModel):
+class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
     """Releases an input only if every score of it is finite and not above its threshold.
 
     ```python
@@ -192,8 +188,19 @@ class FASTSafetyChecker(PreTrainedModel):
 
     # Files
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        push_to_hub: bool = False,
+        *,
+        is_main_process: bool = True,
+        max_shard_size: int | str | None = None,
+        variant: str | None = None,
+    ) -> None:
         """Write config and weights, those of the encoder too unless it is the user's own or a reference to the Hub.
+
+        Args:
+            is_main_process, max_shard_size, variant: as for [`~transformers.PreTrainedModel.save_pretrained`].
 
         Raises:
             ValueError: `push_to_hub=True`, or an encoder that is missing.
@@ -210,7 +217,10 @@ class FASTSafetyChecker(PreTrainedModel):
         state = self.state_dict()
         if encoder is not None and not encoder.stored:
             state = {name: value for name, value in state.items() if not name.startswith("encoder.")}
-        super().save_pretrained(save_directory, state_dict=state, **kwargs)
+        sharded = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        super().save_pretrained(
+            save_directory, state_dict=state, is_main_process=is_main_process, variant=variant, **sharded
+        )
         if encoder is not None and encoder.stored:
             encoder.save_tokenizer(save_directory)
 
@@ -332,28 +342,15 @@ class FASTSafetyChecker(PreTrainedModel):
     def _encoder_name(self) -> str:
         return repr((self.config.encoder_spec or {}).get("name"))
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        commit_message: str = "Upload filter",
-        card: str | None = None,
-    ) -> CommitInfo:
-        """Publish the filter, and nothing else: see [`~hf_unlearn.hub.publish.publish_folder`].
+    # On the Hub
 
-        Args:
-            card (`str`, *optional*): README.md. Default: [`~hf_unlearn.filtering.card.filter_card`].
-        """
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            text = filter_card(self.config, repo_id) if card is None else card
-            Path(folder, "README.md").write_text(text, encoding="utf-8")
-            return publish_folder(
-                folder, repo_id, token=token, revision=revision, private=private, commit_message=commit_message
-            )
+    _commit_message = "Upload filter"
+
+    def _made_from(self) -> list[str | None]:
+        return [encoder_id(self.config.encoder_spec)]
+
+    def _card(self, repo_id: str, **metadata: Any) -> str:
+        return filter_card(self.config, repo_id, **metadata)
 
 
 def _differing(given: dict[str, Any], saved: dict[str, Any]) -> str | None:

@@ -12,7 +12,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import last_checkpoint_with, save_tensors
 from ..hub.loading import loading_code
-from ..hub.publish import forget_local_paths
+from ..hub.origin import hub_id
+from ..hub.publish import forget_local_paths, save_settings
 from ..training.publishing import PushingMixin
 from .pipeline import GANPipeline
 
@@ -56,6 +57,7 @@ class GANSavingMixin(PushingMixin):
             ValueError: there is none, or it is of another model.
             FloatingPointError: a loss is not finite; the player whose turn it was did not move.
         """
+        self.check_saving()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint_with(self.args.output_dir, STATE_WRITTEN_LAST)
             if resume_from_checkpoint is None:
@@ -96,19 +98,32 @@ class GANSavingMixin(PushingMixin):
         self.pipeline.save_pretrained(folder)
         forget_local_paths(folder)
 
-    def model_card(self, source: str | Path) -> ModelCard:
+    def _save_settings(self, folder: Path) -> None:
+        save_settings(self.pipeline, folder)
+
+    def model_card(self, source: str | Path, **kwargs: Any) -> ModelCard:
         """A short card: how the GAN was made, and how to draw with it.
 
         Args:
             source (`str` or `Path`): repository id, or folder that it was saved to, of which only the name is written.
+            kwargs: metadata, as of [`~huggingface_hub.ModelCardData`]: `license`, `language`, `tags`, `datasets`. Default: what
+                the card of the model that training started from says.
         """
         from huggingface_hub import ModelCard, ModelCardData
 
         name = str(source) if source == self.hub_model_id else Path(source).resolve().name
-        args = self.args
-        data = ModelCardData(library_name="hf_unlearn", tags=["gan"], pipeline_tag="unconditional-image-generation")
+        args, tags = self.args, kwargs.pop("tags", ())
+        title = kwargs.pop("model_name", Path(name).name)
+        base = hub_id(self.base_model)
+        data = ModelCardData(
+            library_name="hf_unlearn",
+            tags=["gan", *((tags,) if isinstance(tags, str) else tags)],
+            pipeline_tag="unconditional-image-generation",
+            **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
+            **self._inherited(kwargs),
+        )
         text = (
-            f"# {Path(name).name}\n\nA {type(self.averaged).__name__} of {self.averaged.config.sample_size} pixels, trained by "
+            f"# {title}\n\nA {type(self.averaged).__name__} of {self.averaged.config.sample_size} pixels, trained by "
             f"hf_unlearn's GANTrainer: {self.state.global_step:,} steps of {self._train_batch_size * args.world_size} images, "
             f"learning rate {args.learning_rate:g}, R1 {args.r1_weight:g}, seed {args.seed}.\n\n"
             f"```python\n{loading_code(GANPipeline, name)}\n```\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from torch import nn
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+UNFUSED = "which can be taken off; fuse it (fuse_lora, then unload_lora_weights), save the pipeline"
 
 
 @torch.no_grad()
@@ -57,7 +61,7 @@ def merged_state_dict(peft_model: PeftModel) -> tuple[PreTrainedModel, dict[str,
     for first, *others in originals.values():
         for other in others:
             if state[first] is not state[other] and not torch.equal(state[first], state[other]):
-                raise _cannot_fold(f"a change of {other!r} away from {first!r}, which the base model ties to it,")
+                raise _tie_broken(other, first)
             state[other] = state[first]  # one tensor again, which is how save_pretrained sees that they are tied
     return base, state
 
@@ -88,6 +92,24 @@ def check_mergeable(peft_model: PeftModel) -> None:
             module, ModulesToSaveWrapper
         ):
             raise _cannot_fold(f"{type(module).__name__} at {name!r}")
+    if not any(getattr(config, "ensure_weight_tying", False) for config in peft_model.peft_config.values()):
+        _check_ties(peft_model.get_base_model())
+
+
+def check_no_adapter(pipeline: Any) -> None:
+    """Refuse a pipeline of diffusers with an adapter in it, which `save_pretrained` of diffusers 0.42 would write apart, under names
+    that no model has.
+
+    Raises:
+        ValueError: naming the component.
+    """
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and any(isinstance(part, BaseTunerLayer) for part in component.modules()):
+            raise ValueError(f"pipeline: {name} holds an adapter, {UNFUSED} again")
 
 
 def save_merged(peft_model: PeftModel, folder: str | Path) -> None:
@@ -117,6 +139,41 @@ def _check_layer(name: str, layer: Any) -> None:
             raise _cannot_fold(f"lora_bias at {name!r}")
         if getattr(layer.get_base_layer(), "groups", 1) > 1:
             raise _cannot_fold(f"a grouped convolution at {name!r}")
+
+
+def _check_ties(base: nn.Module) -> None:
+    """Refuse an adapter that changes one of two names of a tensor: untrained the two still agree, and once trained no more."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    wrappers = {name: m for name, m in base.named_modules() if isinstance(m, (LoraLayer, ModulesToSaveWrapper))}
+    tied: dict[int, list[tuple[str, frozenset[int]]]] = {}
+    for key, tensor in base.state_dict(keep_vars=True).items():
+        name, is_original, _ = _without_wrappers(key, wrappers)
+        if is_original and isinstance(tensor, torch.Tensor):
+            tied.setdefault(id(tensor), []).append((name, _changed_by(key, wrappers)))
+    for (first, changed), *others in tied.values():
+        for other, also in others:
+            if also != changed:
+                raise _tie_broken(other, first)
+
+
+def _changed_by(key: str, wrappers: dict[str, nn.Module]) -> frozenset[int]:
+    """Ids of the parameters that an active adapter puts onto, or in place of, a tensor of the base model."""
+    parts = key.split(".")
+    owner = next((name for end in range(len(parts), -1, -1) if (name := ".".join(parts[:end])) in wrappers), None)
+    if owner is None:
+        return frozenset()
+    wrapper, rest = wrappers[owner], key.removeprefix(f"{owner}.")
+    if hasattr(wrapper, "modules_to_save"):
+        names = [f"modules_to_save.{name}.{rest.removeprefix('original_module.')}" for name in wrapper.active_adapters]
+        return frozenset(id(p) for name, p in wrapper.named_parameters() if name in names)
+    if rest != "base_layer.weight":
+        return frozenset()
+    return frozenset(
+        id(p) for name, p in wrapper.named_parameters()
+        if not name.startswith("base_layer.") and set(name.split(".")) & set(wrapper.active_adapters)
+    )  # fmt: skip
 
 
 def _active(layer: Any) -> list[str]:
@@ -160,6 +217,10 @@ def _without_wrappers(key: str, wrappers: dict[str, nn.Module]) -> tuple[str, bo
                 is_original, is_active = False, is_active and parts[position + 1] == chosen
                 position += 2
     return ".".join(kept), is_original, is_active
+
+
+def _tie_broken(other: str, first: str) -> ValueError:
+    return _cannot_fold(f"a change of {other!r} away from {first!r}, which the base model ties to it,")
 
 
 def _cannot_fold(what: str) -> ValueError:

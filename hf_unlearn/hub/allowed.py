@@ -38,7 +38,7 @@ FILTERED, INNER = "FilteredPipeline", "pipeline"  # the class whose component of
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 _CHAT_TEMPLATE = ("chat_template.jinja", "chat_template.json")
-_TOKENIZER = (
+TOKENIZER = (
     "tokenizer.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -52,7 +52,7 @@ _TOKENIZER = (
 )
 _MODEL = {CONFIG: ("generation_config.json",)}  # and weights
 _PROCESSOR = {
-    "tokenizer_config.json": _TOKENIZER,
+    "tokenizer_config.json": TOKENIZER,
     "preprocessor_config.json": (),
     "video_preprocessor_config.json": (),
     "processor_config.json": _CHAT_TEMPLATE,
@@ -71,7 +71,7 @@ ALLOWED = (
     ADAPTER,
     LORA,
     *_PROCESSOR,
-    *_TOKENIZER,
+    *TOKENIZER,
 )
 
 

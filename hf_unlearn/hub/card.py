@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .loading import hub_id
+from .origin import hub_id
 from .provenance import Provenance
 
 
@@ -33,6 +33,7 @@ class Figure:
         retrained (`float`, *optional*): of a model trained without the forget set.
         split (`str`, defaults to `"test"`): of the data it was measured on.
         unit (`str`, defaults to `"%"`): of all three; `""` for plain numbers.
+        target (`float`, *optional*): a check: `after` passes if it is at most this.
 
     Raises:
         ValueError: a number that is not finite.
@@ -45,14 +46,31 @@ class Figure:
     retrained: float | None = None
     split: str = "test"
     unit: str = "%"
+    target: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("before", "after", "retrained"):
+        for name in ("before", "after", "retrained", "target"):
             value = getattr(self, name)
             if value is None and name != "after":
                 continue
             if value is None or not math.isfinite(value):
                 raise ValueError(f"{name}={value} of {self.name!r}: must be a finite number; leave the figure out")
+
+    @property
+    def check(self) -> tuple[bool, str] | None:
+        """Whether it passed, and the line that says so; None without a target."""
+        if self.target is None:
+            return None
+        passed, bound = self.after <= self.target, _shown(self.target, self.unit)
+        held = f"{'at most' if passed else 'more than'} the {bound} that count as forgotten"
+        return passed, f"{self.name} ({self.split}): {_shown(self.after, self.unit)}, {held}."
+
+    @property
+    def change(self) -> str | None:
+        """What was measured before and after, in words; None where there is no before."""
+        if self.before is None:
+            return None
+        return f"{self.name} ({self.split}): {_shown(self.before, self.unit)} → {_shown(self.after, self.unit)}"
 
 
 def unlearning_card(
@@ -63,9 +81,16 @@ def unlearning_card(
     pipeline_tag: str | None = None,
     library_name: str = "transformers",
     license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    language: str | Sequence[str] | None = None,
+    datasets: str | Sequence[str] | None = None,
+    base_model: str | None = None,
+    base_model_relation: str | None = "finetune",
     tags: Sequence[str] = (),
     results: Sequence[Figure] = (),
     failed_checks: Sequence[str] = (),
+    passed_checks: Sequence[str] = (),
     limitations: Sequence[str] = (),
     load_snippet: str | None = None,
     picture: str | None = None,
@@ -82,9 +107,15 @@ def unlearning_card(
             see [`diffusion_task`].
         library_name (`str`, defaults to `"transformers"`): what loads the model: `"diffusers"` for a pipeline.
         license (`str`, *optional*): id of the license, as in `"apache-2.0"`.
+        license_name, license_link (`str`, *optional*): of a license that the Hub has no id for (`license="other"`).
+        language (`str` or `Sequence[str]`, *optional*): codes, as in `"en"`.
+        datasets (`str` or `Sequence[str]`, *optional*): ids on the Hub of what the model was trained on.
+        base_model (`str`, *optional*): id on the Hub, where the provenance names none. Default: the provenance's.
+        base_model_relation (`str`, *optional*, defaults to `"finetune"`): what it is to its base model; `"adapter"` for a LoRA.
         tags (`Sequence[str]`, defaults to `()`): besides [`TAGS`].
         results (`Sequence[Figure]`, defaults to `()`): what was measured. Without any, the card says so.
-        failed_checks (`Sequence[str]`, defaults to `()`): one line for each check that did not pass.
+        failed_checks, passed_checks (`Sequence[str]`, defaults to `()`): one line for each check that was run, besides those
+            of figures with a target. Without any, the card says that none was.
         limitations (`Sequence[str]`, defaults to `()`): besides those that every unlearned model has.
         load_snippet (`str`, *optional*): Python that loads the model: see [`loading_code`]. Default: no such section.
         picture (`str`, *optional*): path beside the card, as in `"pictures/classes.png"`.
@@ -114,15 +145,22 @@ def unlearning_card(
         )
         for figure in results
     ]
+    checks = [figure.check for figure in results if figure.check is not None]
+    checks += [(False, line) for line in failed_checks] + [(True, line) for line in passed_checks]
     data = ModelCardData(
-        base_model=base_id,
+        base_model=base_id or base_model,
+        base_model_relation=base_model_relation if base_id or base_model else None,
+        datasets=datasets or None,
         eval_results=evaluations or None,
+        language=language or None,
         library_name=library_name,
         license=license,
+        license_link=license_link,
+        license_name=license_name,
         metrics=sorted({figure.metric for figure in results}) or None,
         model_name=model_name,
         pipeline_tag=pipeline_tag,
-        tags=[*TAGS, *tags],
+        tags=list(dict.fromkeys((*TAGS, *((tags,) if isinstance(tags, str) else tags)))),
     )
     return ModelCard.from_template(
         data,
@@ -150,7 +188,10 @@ def unlearning_card(
             for figure in results
         ],
         has_retrained=any(figure.retrained is not None for figure in results),
-        failed_checks=[_line(check) for check in failed_checks],
+        has_before=any(figure.before is not None for figure in results),
+        measured=next((_line(figure.change) for figure in results if figure.change), None),
+        failed_checks=[_line(line) for passed, line in checks if not passed],
+        passed_checks=[_line(line) for passed, line in checks if passed],
         limitations=[_line(limitation) for limitation in limitations],
         load_snippet=load_snippet,
         picture=picture,

@@ -5,14 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .allowed import LORA
-
-
-if TYPE_CHECKING:
-    pass
 
 
 # of pipelines that need more than a prompt, or make something other than images
@@ -133,17 +128,3 @@ def _auto_class(model_class: Any) -> str | None:
             if mapping is not None and config_class in mapping and mapping[config_class] is model_class:
                 return name
     return None
-
-
-def hub_id(base_model: str | None) -> str | None:
-    """`base_model` where it is an id on the Hub: the Hub refuses others as metadata, and a path is nobody's business."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if base_model is None or Path(base_model).exists():
-        return None
-    try:
-        validate_repo_id(base_model)
-    except HFValidationError:
-        return None
-    return base_model

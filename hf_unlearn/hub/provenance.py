@@ -40,7 +40,8 @@ class Provenance:
         seed (`int`): of the training.
         steps (`int`): optimiser steps taken, ≥ 0.
         paper (`str`, *optional*): arXiv id, as in `"2403.16246"`.
-        base_model (`str`, *optional*): id on the Hub, or a path, of the model before unlearning.
+        base_model (`str`, *optional*): id on the Hub, or a path, of the model before unlearning; a
+            [`~hf_unlearn.hub.origin.HubId`] where it is known to be an id.
         base_revision (`str`, *optional*): commit of `base_model`.
         hyperparameters (`dict`, defaults to `{}`): JSON values; those that define the method or differ from defaults.
         forget_fingerprint (`str`, *optional*): keyed digest of the forget set, never the data.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from concurrent.futures import Future
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .adapters import UNFUSED
 from .allowed import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -27,7 +29,8 @@ from .allowed import (
     unreadable,
     weights_of,
 )
-from .loading import hub_id
+from .origin import check_is_not_original_repository, hub_id, named_in
+from .superseded import superseded
 
 
 if TYPE_CHECKING:
@@ -82,10 +85,13 @@ def publish_folder(
     revision: str | None = None,
     private: bool | None = None,
     commit_message: str = "Upload unlearned model",
+    create_pr: bool = False,
+    originals: Sequence[str | None] = (),
     allow_adapter: bool = False,
     run_as_future: bool = False,
 ) -> CommitInfo | Future[CommitInfo]:
-    """Uploads the publishable files of `folder` and nothing else; files that are on the Hub already are never deleted.
+    """Uploads the publishable files of `folder` and nothing else, in one commit that also deletes what is left in the repository
+    of an earlier model: see [`~hf_unlearn.hub.superseded.superseded`]. Who loads from it gets what was pushed last.
 
     Args:
         folder (`str` or `Path`): holds a saved model.
@@ -94,6 +100,8 @@ def publish_folder(
         revision (`str`, *optional*): branch, made if it is not there. Default: `main`.
         private (`bool`, *optional*): only where the repository is made now. Default: the owner's setting.
         commit_message (`str`, defaults to `"Upload unlearned model"`): first line of the commit.
+        create_pr (`bool`, defaults to `False`): make it a pull request.
+        originals (`Sequence[str]`, defaults to `()`): what the model was made from, besides what its card says: never pushed onto.
         allow_adapter (`bool`, defaults to `False`): see [`check_publishable`].
         run_as_future (`bool`, defaults to `False`): upload in the background. `folder` must stay as it is until then.
 
@@ -101,9 +109,12 @@ def publish_folder(
         `CommitInfo`, or a `Future` of it with `run_as_future=True`.
 
     Raises:
-        ValueError: see [`check_publishable`]; before anything is sent.
+        ValueError: see [`check_publishable`] and [`~hf_unlearn.hub.origin.check_is_not_original_repository`]; no file was sent.
     """
+    folder = Path(folder)
     files = check_publishable(folder, allow_adapter=allow_adapter)
+    originals = [*originals, *named_in(folder)]
+    check_is_not_original_repository(repo_id, originals)
 
     from huggingface_hub import HfApi
 
@@ -111,14 +122,20 @@ def publish_folder(
         logger.info("not uploaded: %s", ", ".join(left))
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    check_is_not_original_repository(repo_id, originals, api=api)
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    old = superseded(api.list_repo_files(repo_id, revision=revision), files)
+    if old:
+        logger.info("deleted from %s, as of an earlier model: %s", repo_id, ", ".join(old))
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         revision=revision,
         commit_message=commit_message,
+        create_pr=create_pr,
         allow_patterns=as_patterns(files),
+        delete_patterns=as_patterns(old) or None,
         run_as_future=run_as_future,
     )
 
@@ -132,6 +149,23 @@ def forget_local_paths(folder: str | Path) -> None:
             if (name := hub_id(content.pop("_name_or_path"))) is not None:
                 content["_name_or_path"] = name
             file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def save_settings(model: Any, folder: Path) -> None:
+    """All that `save_pretrained` of a model, a processor or a pipeline writes, except the weights: tried before training."""
+    from transformers import PreTrainedModel
+
+    if hasattr(model, "components"):
+        model.save_config(folder)
+        for name, component in model.components.items():
+            if component is not None:
+                save_settings(component, folder / name)
+    elif isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder, state_dict={})
+    elif hasattr(model, "save_config"):
+        model.save_config(folder)
+    elif hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
 
 
 def as_patterns(files: list[str]) -> list[str]:
@@ -204,10 +238,7 @@ def _refuse_adapter(folder: Path, files: list[str]) -> None:
         except SafetensorError as error:
             raise unreadable(folder, name) from error
     if found:
-        raise ValueError(
-            f"folder={str(folder)!r}: holds an adapter, which can be taken off; "
-            "fuse it (fuse_lora, then unload_lora_weights), save the pipeline into an empty folder and publish that"
-        )
+        raise ValueError(f"folder={str(folder)!r}: holds an adapter, {UNFUSED} into an empty folder and publish that")
 
 
 def _no_weights(folder: Path, weights: Weights) -> ValueError:

@@ -18,7 +18,7 @@ from ..training.checks import check_fields, check_is_not_original, check_process
 from ..unlearning.gan.adapt_then_unlearn import MARK_SEED, AdaptThenUnlearnConfig, AdaptThenUnlearnTrainer
 from .alone import made_once
 from .judging import Judge, classifier_of, forget_and_report, reference_of
-from .keys import check_needs, console
+from .keys import card_of_dataset, check_needs, console
 from .marking import (
     check_numbers,
     class_numbers,
@@ -186,8 +186,7 @@ def run_adapt_then_unlearn(
         marked = {"undesired": samples[shows], "clean": samples[~shows]}
 
     trainer = trainer_class(pipeline, config, **marked)
-    if job.dataset and not Path(job.dataset).exists():
-        trainer.card_values = {"dataset_name": job.dataset, "dataset_type": job.dataset}
+    trainer.card_values = card_of_dataset(job.dataset)
     if trainer.is_world_process_zero():
         counts = (len(trainer.feedback.undesired), len(trainer.feedback.clean))
         console().print("marks    {:,} undesired, {:,} clean".format(*counts))

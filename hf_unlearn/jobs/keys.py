@@ -78,3 +78,10 @@ def check_at_most_one(job: Any, names: Sequence[str]) -> list[str]:
     if len(given) > 1:
         raise ValueError(f"{given[1]}: given beside {given[0]}; keep one of them")
     return given
+
+
+def card_of_dataset(name: str | None) -> dict[str, Any]:
+    """What a card says of the data: nothing of a folder on this machine, and the id of one on the Hub."""
+    if not name or Path(name).exists():
+        return {}
+    return {"dataset_name": name, "dataset_type": name} | ({"datasets": [name]} if "/" in name else {})

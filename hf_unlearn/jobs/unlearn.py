@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
@@ -18,7 +17,7 @@ from ..unlearning.classifiers.pbu import PBUConfig, PBUTrainer
 from ..unlearning.config import UnlearnConfig, UnlearnSFTConfig
 from ..unlearning.trainer import UnlearnSFTTrainer, UnlearnTrainer
 from .alone import made_once
-from .keys import check_at_most_one, resume_argument, tell
+from .keys import card_of_dataset, check_at_most_one, resume_argument, tell
 from .selecting import select
 
 
@@ -143,8 +142,7 @@ def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[U
         # Not under the name "retain", which the guard would choose the best state by: these rows are for measuring.
         eval_dataset={f"{job.eval_split}_{name}": rows for name, rows in parts.evaluation.items()} or None,
     )
-    if job.dataset and not Path(job.dataset).exists():
-        trainer.card_values = {"dataset_name": job.dataset, "dataset_type": job.dataset}
+    trainer.card_values = card_of_dataset(job.dataset)
     before = _measure(trainer)
     trainer.train(resume_from_checkpoint=resume_argument(config))
     trainer.results = _figures(job, config, trainer, before, _measure(trainer))
@@ -181,6 +179,8 @@ def _figures(
     after: dict[str, float],
 ) -> list[Figure]:
     what, metric, unit = ("Accuracy", "accuracy", "%") if trainer.is_classifier else ("Loss", "loss", "nats")
+    is_class = config.forget == "class" and trainer.is_classifier
+    asked = [name for name in after if is_class and name.endswith("_forget")]
     if config.forget == "class":
         forgotten, kept = "forgotten class" + "es" * (len(trainer.forgotten_classes) > 1), "other classes"
     else:
@@ -193,10 +193,16 @@ def _figures(
             after=value,
             split=job.eval_split if job.forget_column or name.endswith("_retain") else job.split,
             unit=unit,
+            target=_most(config.forget_accuracy, len(trainer.eval_dataset[name])) if name in asked else None,
         )
         for name, value in after.items()
         if math.isfinite(value) and math.isfinite(before[name])
     ]
+
+
+def _most(accuracy: float, count: int) -> float:
+    """In %: what so many examples may show of a class whose accuracy is no higher, by two standard errors."""
+    return min(100.0, 100 * (accuracy + 2 * math.sqrt(accuracy * (1 - accuracy) / count)))
 
 
 def _table(trainer: UnlearnTrainer, forgotten: int) -> Table | None:

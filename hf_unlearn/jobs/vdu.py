@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .. import data
@@ -14,7 +13,7 @@ from ..unlearning.diffusion.denoiser import resolution
 from ..unlearning.diffusion.vdu import VDUConfig, VDUTrainer
 from .alone import made_once
 from .judging import Judge, classifier_of, forget_and_report, reference_of
-from .keys import check_needs
+from .keys import card_of_dataset, check_needs
 from .selecting import Parts, select
 from .unlearn import UnlearnJob
 
@@ -88,8 +87,7 @@ def run_vdu(job: VDUJob, config: VDUConfig, trainer_class: type[VDUTrainer]) -> 
         retain_dataset=parts.retain,
         heldout_dataset=parts.heldout,
     )
-    if job.dataset and not Path(job.dataset).exists():
-        trainer.card_values = {"dataset_name": job.dataset, "dataset_type": job.dataset}
+    trainer.card_values = card_of_dataset(job.dataset)
     # What cannot be measured is said now, and not after the training.
     forget_and_report(trainer, _judge(job, parts, trainer, classifier) if classifier else None)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..files import kept_private
 from ..images import grid
 from ..metrics.features import Features, features_of
 from ..metrics.generation import frechet_distance, percentage_unlearned
@@ -70,8 +71,8 @@ class SampleGrids(_DrawsAtTimes):
         if stage == "after" or (stage == "before" and args.publish_before):
             folders.append(Path(args.output_dir, "pictures"))
         for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"{name}.png")
+            with kept_private(folder / f"{name}.png") as file:
+                picture.save(file)
 
 
 class PULCallback(_DrawsAtTimes):

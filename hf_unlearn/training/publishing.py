@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
+import shutil
+import tempfile
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from ..data import fingerprint
-from ..hub.card import unlearning_card
-from ..hub.loading import hub_id
+from ..files import first_line, kept_private
+from ..hub.card import Figure, unlearning_card
+from ..hub.origin import check_is_not_original_repository, inherited, origin, origins_of, revision_of, said_of
 from ..hub.provenance import Provenance, library_versions
 from ..hub.publish import publish_folder
 
@@ -21,12 +26,29 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 
+# Of what `evaluate` gives: no figures of the model.
+_UNTOLD = ("runtime", "per_second", "_time", "num_tokens", "epoch")
+
+
 class PushingMixin:
     """Card and push of any trainer here, by an allow-list. A trainer says what its card tells by `model_card`."""
 
-    base_model: str | None = None
     _commit_message = "End of training"
     _allow_adapter = False
+    _base_model: str | None = None
+
+    @property
+    def base_model(self) -> str | None:
+        """Where the original came from: an id on the Hub, or the absolute path that its folder had when it was loaded."""
+        return self._base_model
+
+    @base_model.setter
+    def base_model(self, name: str | Path | None) -> None:
+        self._base_model = origin(name)
+
+    @property
+    def _originals(self) -> list[str | None]:
+        return [self.base_model, *origins_of(getattr(self, "pipeline", None))]
 
     @property
     def private_dir(self) -> Path:
@@ -35,61 +57,146 @@ class PushingMixin:
         """
         return Path(self.args.output_dir, "_private")
 
-    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
-        """Write `README.md`. Called by Trainer and TRL; the arguments that they fill a stock card with are dropped."""
+    def create_model_card(self, model_name: str | None = None, **card: Any) -> None:
+        """Write `README.md`. Called by Trainer and TRL too.
+
+        Args:
+            model_name (`str`, *optional*): title. Default: name of the repository or the folder.
+            card: as for `model_card`.
+        """
         if self.is_world_process_zero():
-            self.model_card(self.hub_model_id or self.args.output_dir).save(Path(self.args.output_dir, "README.md"))
+            given = card if model_name is None else {"model_name": model_name, **card}
+            self.model_card(self.hub_model_id or self.args.output_dir, **given).save(
+                Path(self.args.output_dir, "README.md")
+            )
+
+    def check_saving(self) -> None:
+        """Try what saving and pushing need, on the model as it is and without its weights, so that it does not fail after training.
+
+        Raises:
+            ValueError: naming what cannot be saved.
+        """
+        output_dir = str(self.args.output_dir)
+        try:
+            output_dir.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"output_dir: {output_dir!r} is no UTF-8, which weights need; choose another name"
+            ) from error
+        if not self.args.should_save:
+            return
+        if self.args.push_to_hub:
+            check_is_not_original_repository(self.hub_model_id or self.args.hub_model_id or "", self._originals)
+        try:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=output_dir, prefix="_") as scratch:
+                self._save_settings(Path(scratch))
+                self.model_card(self.hub_model_id or output_dir).save(Path(scratch, "README.md"))
+                free = shutil.disk_usage(scratch).free
+        except OSError as error:
+            raise ValueError(
+                f"output_dir: cannot write to {output_dir!r} ({error.strerror or first_line(error)}); choose another folder"
+            ) from error
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"model: could not be saved once it is trained ({' '.join(str(error).split()).rstrip('.')}); mend that before training"
+            ) from error
+        needed = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        if free < needed:
+            raise ValueError(
+                f"output_dir: {free / 2**30:.1f} GiB are free in {output_dir!r}, where the weights alone need "
+                f"{needed / 2**30:.1f}; choose another folder"
+            )
+
+    def _save_settings(self, folder: Path) -> None:
+        """Write all that `_save` does, except weights."""
+        raise NotImplementedError
 
     def push_to_hub(
         self,
         commit_message: str | None = None,
         blocking: bool = True,
-        token=None,
-        revision=None,
-        private=None,
-        **kwargs,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        create_pr: bool = False,
+        model_name: str | None = None,
+        license: str | None = None,
+        language: str | Sequence[str] | None = None,
+        tags: str | Sequence[str] | None = None,
+        datasets: str | Sequence[str] | None = None,
     ):
-        """Save, and upload the sanitized files by an allow-list: model, config, processor, card.
+        """Save, and upload the sanitized files by an allow-list: model, config, processor, card. What is left of an earlier model
+        in the repository is deleted: see [`~hf_unlearn.hub.publish.publish_folder`].
+
+        Args:
+            commit_message, token, revision, private, create_pr: see there. Default: those of `args`.
+            blocking (`bool`, defaults to `True`): wait until it is uploaded.
+            model_name, license, language, tags, datasets: as for [`~hf_unlearn.hub.card.unlearning_card`].
 
         Returns:
             The commit, or a future of it if `blocking=False`; None on other processes than the first.
+
+        Raises:
+            ValueError: the repository is the original's, or see [`~hf_unlearn.hub.publish.check_publishable`].
         """
-        target = self.hub_model_id or self.args.hub_model_id
-        if target is not None and target == hub_id(self.base_model):
-            raise ValueError(
-                f"hub_model_id: {target!r} is the original's repository, whose history keeps it; choose another"
-            )
+        said = {"model_name": model_name, "license": license, "language": language, "tags": tags, "datasets": datasets}
+        card = {name: value for name, value in said.items() if value is not None}
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None and self.args.hub_model_id is not None:
+            check_is_not_original_repository(self.args.hub_model_id, self._originals)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        if self.is_world_process_zero():
+            check_is_not_original_repository(self.hub_model_id, self._originals)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
+        if card:
+            self.create_model_card(**card)
         return publish_folder(
             self.args.output_dir,
             self.hub_model_id,
-            token=token or self.args.hub_token,
+            token=token,
             revision=revision or self.args.hub_revision,
             private=private if private is not None else self.args.hub_private_repo,
             commit_message=commit_message or self._commit_message,
+            create_pr=create_pr,
+            originals=self._originals,
             run_as_future=not blocking,
             allow_adapter=self._allow_adapter,
         )
 
+    @property
+    def _base_revision(self) -> str | None:
+        return revision_of(self.base_model)
+
+    def _inherited(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Metadata: what is given, and what the base model's card says."""
+        base, said = getattr(self, "_said_of", (None, {}))
+        if base is not self.base_model:  # asked once: the Hub may be far
+            base, said = self.base_model, said_of(self.base_model, self._base_revision, self.args.hub_token)
+            self._said_of = base, said
+        return inherited(said, given)
+
 
 class PublishingMixin(PushingMixin):
     """Card and push of an unlearning trainer. A kind of trainer says what its card tells by `_chosen`, `_forgotten`,
-    `_card_defaults` and `failed_checks`.
+    `_card_defaults`, `failed_checks` and `passed_checks`.
     """
 
-    _base_revision: str | None = None
     _commit_message = "End of unlearning"
+    passed_checks: Sequence[str] = ()
 
     @cached_property
     def _fingerprint(self) -> str:
         file = self.private_dir / "fingerprint.key"
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
+            with (
+                kept_private(file),
+                os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle,
+            ):
                 handle.write(secrets.token_bytes(32))
         rows = self.source_dataset  # as they are stored: a transform may draw at random
         return fingerprint(rows.with_format(None) if isinstance(rows, Dataset) else rows, file.read_bytes())
@@ -103,6 +210,49 @@ class PublishingMixin(PushingMixin):
         if self.args.should_save:
             for name in ("before", "after"):
                 Path(self.args.output_dir, "pictures", f"{name}.png").unlink(missing_ok=True)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """As [`~transformers.Trainer.evaluate`]. What it gives before and after training stands in the card, unless
+        `trainer.results` say something else.
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+        # Of a dict it is asked for each part, and then for all of them.
+        several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
+        if not self.is_in_train and not several:
+            split = metric_key_prefix.removeprefix("eval").strip("_") or "evaluation"
+            found = {(split, key.removeprefix(f"{metric_key_prefix}_")): value for key, value in metrics.items()}
+            moment = "before" if self.state.global_step == 0 else self.state  # each run has a state of its own
+            self._evaluations = [*getattr(self, "_evaluations", []), (moment, found)]
+        return metrics
+
+    @property
+    def _evaluated(self) -> list[Figure]:
+        """What `evaluate` gave of the model as it is now."""
+        before, after = {}, {}
+        for moment, found in getattr(self, "_evaluations", []):
+            if moment == "before":
+                before |= found
+            elif moment is self.state:
+                after |= found
+        figures = []
+        for (split, metric), value in after.items():
+            values = [value, before.get((split, metric))]
+            if (
+                any(word in metric for word in _UNTOLD)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+            ):
+                continue
+            if metric == "accuracy":
+                values = [None if value is None else 100 * value for value in values]
+            after_value, before_value = values
+            if before_value is not None and not math.isfinite(before_value):
+                before_value = None
+            name, unit = metric.replace("_", " ").capitalize(), "%" if metric == "accuracy" else ""
+            figures.append(
+                Figure(metric=metric, name=name, before=before_value, after=after_value, split=split, unit=unit)
+            )
+        return sorted(figures, key=lambda figure: figure.metric == "loss")
 
     def provenance(self) -> Provenance:
         """How this model was made: method, settings, versions and a keyed fingerprint of the forget set, never its data."""
@@ -128,13 +278,16 @@ class PublishingMixin(PushingMixin):
         Args:
             source (`str`): repository id, or folder that the model was saved to, of which only the name is written.
             kwargs: as for [`~hf_unlearn.hub.card.unlearning_card`]; `trainer.results` and `trainer.card_values` are the
-                defaults.
+                defaults, and of license, language and datasets the base model's.
         """
         name = str(source) if source == self.hub_model_id else Path(source).resolve().name
         values = {
             "model_name": Path(name).name,
-            "results": self.results,
+            "results": self.results or self._evaluated,
             "failed_checks": self.failed_checks,
-            "tags": (self._method,),
+            "passed_checks": self.passed_checks,
         }
-        return unlearning_card(self.provenance(), **(values | self._card_defaults(name) | self.card_values | kwargs))
+        given = self.card_values | kwargs
+        tags = given.pop("tags", ())
+        given["tags"] = (self._method, *((tags,) if isinstance(tags, str) else tags))
+        return unlearning_card(self.provenance(), **(values | self._card_defaults(name) | self._inherited(given)))

@@ -11,8 +11,10 @@ from typing import Any
 from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..hub.adapters import save_merged
-from ..hub.loading import hub_id, loading_code
+from ..hub.adapters import check_mergeable, save_merged
+from ..hub.loading import loading_code
+from ..hub.origin import hub_id
+from ..hub.publish import save_settings
 from ..training.publishing import PublishingMixin
 from .config import UnlearnArguments
 from .guard import NOTHING_TO_FORGET
@@ -57,6 +59,18 @@ class SavingMixin(PublishingMixin):
         if not half_trained and self.args.should_save:
             self.model_card(self.hub_model_id or output_dir).save(Path(output_dir, "README.md"))
 
+    def _save_settings(self, folder: Path) -> None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if hasattr(model, "peft_config"):
+            if self.args.merge_adapter:
+                check_mergeable(model)
+            for config in model.peft_config.values():
+                config.save_pretrained(folder)
+            model = model.get_base_model()
+        save_settings(model, folder)
+        if self.processing_class is not None:
+            save_settings(self.processing_class, folder)
+
     # The card
 
     @property
@@ -65,7 +79,7 @@ class SavingMixin(PublishingMixin):
 
     @property
     def _base_revision(self) -> str | None:
-        return getattr(self.model.config, "_commit_hash", None)
+        return getattr(self.model.config, "_commit_hash", None) or super()._base_revision
 
     @property
     def _allow_adapter(self) -> bool:
@@ -74,7 +88,7 @@ class SavingMixin(PublishingMixin):
     def _forgotten(self) -> str:
         if self.args.forget == "class":
             names = getattr(self.model.config, "id2label", {})
-            labels = [names.get(c, str(c)) for c in self.forgotten_classes]
+            labels = [str(names.get(c, c)) for c in self.forgotten_classes]
             return ("class " if len(labels) == 1 else "classes ") + ", ".join(labels)
         return f"{len(self.source_dataset):,} examples"
 
@@ -93,7 +107,12 @@ class SavingMixin(PublishingMixin):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         tag = "text-generation" if self.is_causal_lm else PIPELINE_TAGS.get(getattr(base, "loss_type", None))
-        return {"pipeline_tag": tag, "load_snippet": loading_code(type(base), name, processor=self.processor_loader)}
+        relation = "adapter" if hasattr(model, "peft_config") and not self.args.merge_adapter else "finetune"
+        return {
+            "pipeline_tag": tag,
+            "base_model_relation": relation,
+            "load_snippet": loading_code(type(base), name, processor=self.processor_loader),
+        }
 
     @property
     def processor_loader(self) -> str | None:
@@ -129,3 +148,21 @@ class SavingMixin(PublishingMixin):
                 f"Utility fell by {best.utility_drop:.3g}, more than the tolerance of {self.utility_tolerance:g}."
             )
         return failed
+
+    @property
+    def passed_checks(self) -> list[str]:
+        """What the guard saw to be as it should in the state that is kept, a line each, for the card."""
+        best = self.guard.best if self.guard else None
+        if best is None:
+            return []
+        passed = []
+        if best.step and best.forgotten and not self.guard.looks[0].forgotten:
+            target = (
+                f"accuracy on the forget examples is at most {100 * self.args.forget_accuracy:g} %"
+                if self.args.forget == "class"
+                else "the loss on the forget examples is that of data never seen"
+            )
+            passed.append(f"The forget target was reached: {target}.")
+        if best.step and best.kept and math.isfinite(best.utility_drop):
+            passed.append(f"Utility fell by no more than the tolerance of {self.utility_tolerance:g}.")
+        return passed

@@ -272,6 +272,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
             ValueError: the checkpoint is incomplete or of another method.
             FloatingPointError: the loss or a gradient is not finite; nothing was updated.
         """
+        self.check_saving()
         checkpoint = last_complete(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         self._resuming = bool(checkpoint)
         file = self.private_dir / "reference.safetensors"

@@ -19,7 +19,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_unlearn.hub.adapters import merged_state_dict, save_merged
+from hf_unlearn.hub.adapters import check_mergeable, merged_state_dict, save_merged
 from hf_unlearn.hub.allowed import left_behind
 from hf_unlearn.hub.publish import check_publishable
 
@@ -233,10 +233,13 @@ class TestMergedStateDict:
         ids=["dora", "tokens", "bias", "ia3", "prompt", "tied lora", "tied module"],
     )
     def test_refuses_what_cannot_be_folded(self, build, config, what, tmp_path):
-        model = shake(get_peft_model(build(), config))
+        model = get_peft_model(build(), config)
+        with pytest.raises(ValueError) as early:  # before a step is taken
+            check_mergeable(model)
         with pytest.raises(ValueError) as error:
-            save_merged(model, tmp_path / "out")
+            save_merged(shake(model), tmp_path / "out")
         message = str(error.value)
+        assert str(early.value) == message
         assert what in message
         assert "merge_adapter=False" in message
         assert "\n" not in message

@@ -23,6 +23,7 @@ from transformers import (
 
 from hf_unlearn.hub.card import Figure, unlearning_card
 from hf_unlearn.hub.loading import diffusion_task, loading_code
+from hf_unlearn.hub.origin import origin
 from hf_unlearn.hub.provenance import Provenance
 
 
@@ -127,10 +128,39 @@ class TestUnlearningCard:
             assert "No audit was run" not in text
             assert "None of the checks" not in text
         text = unlearning_card(PROVENANCE, model_name="m", results=FIGURES, limitations=["Only digits."]).text
-        assert "None of the checks" in text
+        assert "No check was run. The figures above are all" in text
+        assert "None of the checks" not in text
         limits = text[text.index("## Limitations") :]
         for part in ("not proof of forgetting", "features", "retrained", "- Only digits."):
             assert part in limits
+
+    def test_a_figure_with_a_target_is_a_check(self):
+        """Of a run that failed the card says so, and of none that it made anything forget."""
+        figure = Figure(metric="accuracy", name="Forgotten class", before=98, after=80, target=1)
+        for after, words, others in (
+            (80, "These checks did not pass:", "None of the checks"),
+            (0.5, "None of the checks that were run failed:", "did not pass"),
+        ):
+            text = unlearning_card(PROVENANCE, model_name="m", results=[replace(figure, after=after)]).text
+            assert f"Forgotten class (test): 98.00 % → {after:.2f} %." in text.split("##")[0]
+            assert "was asked to forget **class 3**" in text
+            assert "made to forget" not in text
+            assert words in text
+            assert others not in text
+            assert f"- Forgotten class (test): {after:.2f} %, " in text
+        assert "@misc{arXiv:2403.00001, eprint={2403.00001}" in text
+
+    def test_metadata_of_licenses_languages_and_relations(self, tmp_path):
+        given = {"license": "other", "license_name": "mine", "license_link": "https://a.b", "language": ["en", "fr"]}
+        card = saved(unlearning_card(PROVENANCE, model_name="m", datasets="me/data", tags="x", **given), tmp_path)
+        found = card.data.to_dict()
+        assert {name: found[name] for name in given} == given
+        assert (found["datasets"], found["base_model_relation"]) == ("me/data", "finetune")
+        assert found["tags"] == ["machine-unlearning", "hf_unlearn", "x"]
+        here = replace(PROVENANCE, base_model="/somewhere/else")
+        assert "base_model_relation" not in unlearning_card(here, model_name="m").data.to_dict()
+        further = unlearning_card(here, model_name="m", base_model="me/further").data.to_dict()
+        assert (further["base_model"], further["base_model_relation"]) == ("me/further", "finetune")
 
     @pytest.mark.parametrize("base_model", ["{tmp}", "/somewhere/else/secret", "../secret"])
     def test_a_local_base_model_stays_private(self, base_model, tmp_path):
@@ -144,9 +174,19 @@ class TestUnlearningCard:
 
     def test_a_folder_that_looks_like_an_id_is_not_one(self, tmp_path, monkeypatch):
         (tmp_path / "me/digits").mkdir(parents=True)
+        local = origin(tmp_path / "me/digits")
         assert unlearning_card(PROVENANCE, model_name="m").data.base_model == "me/digits"
+        known = replace(PROVENANCE, base_model=origin("me/digits"))
         monkeypatch.chdir(tmp_path)
         assert unlearning_card(PROVENANCE, model_name="m").data.base_model is None
+        # What it is was decided when it was loaded.
+        assert saved(unlearning_card(known, model_name="m"), tmp_path).data.base_model == "me/digits"
+        assert (
+            unlearning_card(replace(PROVENANCE, base_model=origin("me/digits")), model_name="m").data.base_model
+            is None
+        )
+        monkeypatch.chdir("/")
+        assert unlearning_card(replace(PROVENANCE, base_model=local), model_name="m").data.base_model is None
 
     def test_text_cannot_break_out(self, tmp_path):
         values = {**vars(PROVENANCE), "forgotten": "x\n---\n# y", "hyperparameters": {"a": "{{ 7 * 7 }}\n|"}}

@@ -1,7 +1,5 @@
 import os
 import pickletools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -9,9 +7,11 @@ import torch
 import yaml
 from fresh import run_python
 from hub_server import LoopbackHub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from image_data import QUIET, arguments, images, same, weights
+from language_data import masked, settings
 from peft import LoraConfig
+from transformers import ViTForImageClassification
 
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnTrainer
 from hf_unlearn.data import fingerprint, split_by_values
@@ -136,65 +136,187 @@ def test_the_card_parses_and_says_how_it_was_made(saved, digits_folder):
     assert key.hex() not in card.content
 
 
-PUSHER = """
-import sys
-import torch
-from image_data import arguments, images
-from transformers import ViTConfig, ViTForImageClassification
-from hf_unlearn import UnlearnTrainer
-from hf_unlearn.examples.classifier import digits_processor
-
-torch.manual_seed(0)
-model = ViTForImageClassification(ViTConfig(
-    image_size=16, patch_size=8, num_channels=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-    intermediate_size=32, num_labels=10,
-))
-trainer = UnlearnTrainer(
-    model, arguments(sys.argv[1], push_to_hub=True, hub_model_id="me/digits", save_strategy="steps", save_steps=1),
-    forget_dataset=images(8, [3]), processing_class=digits_processor(),
-)
-trainer.train()
-print(trainer.push_to_hub(commit_message="forget 3").commit_url)
-"""
+def pushing(model, folder, **values):
+    return UnlearnTrainer(
+        model, arguments(folder, **({"max_steps": 1} | values)), forget_dataset=images(8, [3]),
+        processing_class=digits_processor(),
+    )  # fmt: skip
 
 
+@pytest.fixture
+def hub(tmp_path):
+    """Here and not in a process of its own, whose imports take longer than all these tests."""
+    with LoopbackHub() as hub, hub.in_this_process(tmp_path / "home"):
+        yield hub
+
+
+@pytest.fixture
+def base(hub, tiny_vit, tmp_path):
+    """The files of `me/base`, which a model is loaded from."""
+    tiny_vit.save_pretrained(tmp_path / "original")
+    card = "---\nlicense: other\nlicense_name: mine\nlicense_link: https://a.b\ndatasets: me/data\nlanguage: en\n---\n"
+    (tmp_path / "original/README.md").write_text(card)
+    hub.put("me/base", tmp_path / "original")
+    return hub.files("me/base")
+
+
+def metadata(content):
+    return yaml.safe_load(content.decode().split("---")[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*image processor.*")
 class TestPush:
-    def test_uploads_exactly_the_publishable_files(self, tmp_path):
+    def test_uploads_exactly_the_publishable_files_in_one_commit(self, hub, base, tmp_path):
         folder = tmp_path / "run"
-        with LoopbackHub() as hub:
-            path = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-c", PUSHER, str(folder)]
-            environment = hub.environment(tmp_path / "home") | path
-            run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-            assert run.returncode == 0, run.stderr[-3000:]
-            assert "/me/digits/commit/" in run.stdout
-            files = hub.files("me/digits")
-            # One, at the end: nothing half-forgotten before it.
-            assert sum("/commit/" in path for _, path in hub.requests) == 1
-            assert hub.unknown == []
+        trainer = pushing(
+            "me/base", folder, push_to_hub=True, hub_model_id="me/digits", save_strategy="steps", save_steps=1
+        )
+        trainer.train()
+        url = trainer.push_to_hub(commit_message="forget 3", tags="mine").commit_url
+        assert "/me/digits/commit/" in url
+        # One, at the end: nothing half-forgotten before it.
+        assert sum("/commit/" in path for _, path in hub.requests) == 1
+        files = hub.files("me/digits")
+        assert hub.unknown == []
         assert sorted(files) == publishable_files(folder)
         assert {"model.safetensors", "README.md", "config.json", "preprocessor_config.json"} <= set(files)
-        assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+        assert all(content == (folder / name).read_bytes() for name, content in files.items())
         assert str(tmp_path) not in (folder / "README.md").read_text()
         assert list(folder.glob("checkpoint-*"))
         assert (folder / "_private" / "reference.safetensors").exists()
+        said = metadata(files["README.md"])
+        inherited = {"license": "other", "license_name": "mine", "license_link": "https://a.b", "datasets": "me/data"}
+        assert {name: said[name] for name in inherited} == inherited
+        assert (said["base_model"], said["base_model_relation"], said["language"]) == ("me/base", "finetune", "en")
+        assert {"mine", "unlearn"} <= set(said["tags"])
 
-    def test_hands_its_arguments_over_and_refuses_the_original_s_repository(self, tiny_vit, tmp_path, monkeypatch):
-        calls = []
-        monkeypatch.setattr(
-            "hf_unlearn.training.publishing.publish_folder", lambda *args, **kwargs: calls.append((args, kwargs))
-        )
-        trainer = UnlearnTrainer(tiny_vit, arguments(tmp_path, hub_token="mine"), forget_dataset=images(4, [3]))
-        trainer.hub_model_id = "me/digits"
-        trainer.push_to_hub("forget 3", blocking=False, revision="draft", private=True)
-        common = {"commit_message": "forget 3", "run_as_future": True, "allow_adapter": False}
-        assert calls == [
-            ((str(tmp_path), "me/digits"), common | {"token": "mine", "revision": "draft", "private": True})
-        ]
-        trainer.base_model = "me/digits"
-        with pytest.raises(ValueError, match="^hub_model_id: 'me/digits' is the original's repository"):
-            trainer.push_to_hub()
-        assert len(calls) == 1
+    def test_its_arguments_reach_the_hub(self, hub, tiny_vit, tmp_path):
+        trainer = pushing(tiny_vit, tmp_path / "run", hub_token="hf_mine")
+        given = {"license": "mit", "language": "en", "tags": ["a"], "datasets": ["me/data"], "model_name": "Digits"}
+        trainer.push_to_hub("forget 3", blocking=False, private=True, create_pr=True, **given).result()
+        assert hub.files("me/run") == {}
+        card = hub.files("me/run", "refs/pr/1")["README.md"]
+        assert {name: metadata(card)[name] for name in given if name not in ("tags", "model_name")} == {
+            "license": "mit", "language": "en", "datasets": ["me/data"],
+        }  # fmt: skip
+        assert "a" in metadata(card)["tags"]
+        assert b"# Digits" in card
+        assert hub._private == {"me/run"}
+        assert hub.tokens == {"hf_mine"}
+        trainer.push_to_hub(revision="draft")
+        assert "config.json" in hub.files("me/run", "draft")
+        for method in (trainer.push_to_hub, trainer.create_model_card):  # nothing is dropped without a word
+            with pytest.raises(TypeError, match="finetuned_from"):
+                method(finetuned_from="me/base")
+
+    @pytest.mark.parametrize(
+        ("loaded", "values"),
+        [
+            ("id", {"hub_model_id": "me/base"}),
+            ("id", {"hub_model_id": "base"}),
+            ("id", {}),
+            ("id", {"hub_model_id": "ME/Base", "create_pr": True}),
+            ("snapshot", {"hub_model_id": "base"}),
+            ("object", {"hub_model_id": "https://huggingface.co/me/base"}),
+            ("object", {"push_to_hub": True, "hub_model_id": "base"}),
+        ],
+    )
+    def test_never_onto_the_original(self, hub, base, tmp_path, loaded, values):
+        name = snapshot_download("me/base") if loaded == "snapshot" else "me/base"
+        model = ViTForImageClassification.from_pretrained(name) if loaded == "object" else name
+        create_pr = {"create_pr": values.pop("create_pr")} if "create_pr" in values else {}
+        trainer = pushing(model, tmp_path / "base", **values)
+        with pytest.raises(ValueError, match="is the original's repository, whose history keeps it"):
+            trainer.train() if "push_to_hub" in values else trainer.push_to_hub(**create_pr)
+        assert trainer.state.global_step == 0
+        assert hub.files("me/base") == base
+        assert not [path for _, path in hub.requests if "/commit/" in path]
+
+
+def test_what_a_path_means_is_decided_when_it_is_loaded(tiny_vit, tmp_path, monkeypatch):
+    """Neither a folder that is no longer seen nor one that is made later makes a stranger of the Hub the base model."""
+    tiny_vit.save_pretrained(tmp_path / "clients/acme")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    trainer = pushing("clients/acme", tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    card = trainer.model_card("out")
+    assert "acme" not in card.content
+    assert "a model that is not on the Hub" in card.text
+    trainer.base_model = "me/base"
+    (tmp_path / "elsewhere/me/base").mkdir(parents=True)
+    assert trainer.model_card("out").data.base_model == "me/base"
+
+
+class TestBeforeTheFirstStep:
+    """What could not be saved is refused while nothing is lost."""
+
+    def refused(self, trainer):
+        with pytest.raises(ValueError) as error:
+            trainer.train()
+        assert "\n" not in str(error.value)
+        assert trainer.state.global_step == 0
+        assert not (trainer.private_dir / "reference.safetensors").exists()
+        return str(error.value)
+
+    def test_settings(self, tiny_vit, tiny_llama, tokenizer, tmp_path):
+        trainer = pushing(tiny_vit, tmp_path / "a")
+        trainer.args.utility_tolerance = float("inf")
+        assert "utility_tolerance" in self.refused(trainer)
+        trainer = pushing(tiny_vit, tmp_path / "b")
+        tiny_vit.config.mine = object()
+        assert self.refused(trainer).startswith("model: could not be saved once it is trained (")
+        tiny_llama.generation_config.do_sample, tiny_llama.generation_config.temperature = False, 0.5
+        rows = masked(["a short text"], tokenizer)
+        trainer = UnlearnTrainer(tiny_llama, settings(tmp_path / "c"), forget_dataset=rows)
+        assert "temperature" in self.refused(trainer)
+        tiny_llama.generation_config.temperature = 1.0
+        trainer.train()
+        assert not [path for path in tmp_path.rglob("_*") if path.name != "_private"]  # of what was tried
+
+    def test_a_folder_that_is_no_utf8(self, tiny_vit, tmp_path):
+        assert "is no UTF-8" in self.refused(pushing(tiny_vit, os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")))
+
+    def test_class_names_that_are_numbers(self, tiny_vit, tmp_path):
+        tiny_vit.config.id2label = dict(enumerate(range(10, 20)))
+        assert "**class 13**" in pushing(tiny_vit, tmp_path).model_card("out").text
+
+
+def test_the_card_says_what_evaluate_gave_of_this_model(tiny_vit, tmp_path):
+    parts = {"forget": images(8, [3]), "retain": images(8, [1, 2])}
+    trainer = UnlearnTrainer(
+        tiny_vit, arguments(tmp_path, max_steps=1), forget_dataset=images(8, [3]), eval_dataset=parts
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    assert "No audit was run" in trainer.model_card("out").text
+    after = trainer.evaluate()
+    text = trainer.model_card("out").text
+    accuracies = [100 * seen["eval_forget_accuracy"] for seen in (before, after)]
+    assert f"| Accuracy | forget | {accuracies[0]:.2f} % | {accuracies[1]:.2f} % | – |" in text
+    assert f"| Loss | retain | {before['eval_retain_loss']:.4g} | {after['eval_retain_loss']:.4g} | – |" in text
+    assert "No check was run. The figures above are all that was measured." in text
+    assert "runtime" not in text
+    trainer.train()  # what is measured is of another model now
+    assert "## Figures" not in trainer.model_card("out").text
+
+
+def test_what_is_private_is_the_owner_s_alone(tiny_vit, tmp_path):
+    before = os.umask(0)
+    try:
+        trainer = pushing(tiny_vit, tmp_path, guard=True, fisher_weight=1.0, fisher_examples=4)
+        trainer.train()
+        trainer.save_model()
+    finally:
+        os.umask(before)
+    private = [tmp_path / "_private", *(tmp_path / "_private").rglob("*")]
+    assert {"fingerprint.key", "guard", "reference.safetensors", "fisher.safetensors"} <= {
+        path.name for path in private
+    }
+    for path in private:
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+    assert (tmp_path / "config.json").stat().st_mode & 0o044  # and nothing else is
 
 
 def test_an_adapter_saved_apart_tells_no_local_path(tiny_vit, tmp_path):

@@ -7,7 +7,6 @@ import logging
 import os
 from dataclasses import is_dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +14,13 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ...hub.publish import forget_local_paths, publish_folder
-from ..card import filter_card
+from ...hub.adapters import check_no_adapter
+from ...hub.origin import hub_id, origin, origins_of
+from ...hub.publish import forget_local_paths
+from ...hub.superseded import superseded
+from ..card import encoder_id, filter_card
 from ..checker import FASTSafetyChecker
+from ..pushing import FilterPushMixin
 from . import saved
 from .actions import Action, FilteredImageError, check_action, replaced
 from .calls import Call
@@ -27,7 +30,6 @@ from .wrapper import PipelineWrapper
 
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
     from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ _OWN = ("pipeline", "safety_checker")
 _NO_IMAGES = ("num_frames", "audio_length_in_s", "audio_end_in_s", "num_waveforms_per_prompt")
 
 
-class FilteredPipeline(PipelineWrapper):
+class FilteredPipeline(FilterPushMixin, PipelineWrapper):
     """A pipeline and a filter that judges every image before anyone sees it.
 
     ```python
@@ -81,6 +83,7 @@ class FilteredPipeline(PipelineWrapper):
     ):
         super().__init__()
         self.pipeline = pipeline
+        self._wrapped = [origin(name) for name in origins_of(pipeline)]  # what these names mean now
         self.safety_checker = safety_checker
         self.action = action
         self.max_tries = max_tries
@@ -273,8 +276,10 @@ class FilteredPipeline(PipelineWrapper):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
-        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
         max_shard_size: int | str | None = None,
+        *,
         card: str | None = None,
         push_to_hub: bool = False,
     ) -> None:
@@ -282,52 +287,50 @@ class FilteredPipeline(PipelineWrapper):
 
         Args:
             save_directory (`str` or `Path`): made if it is not there.
-            max_shard_size (`int` or `str`, *optional*): of a file of weights of the pipeline.
+            safe_serialization, variant, max_shard_size: of the pipeline inside, as for [`~diffusers.DiffusionPipeline.save_pretrained`];
+                the filter is always safetensors. Pickles (`safe_serialization=False`) are loaded with `use_safetensors=False` only.
             card (`str`, *optional*): README.md.
 
         Raises:
-            ValueError: a function as action, or a pipeline of a class that could not be loaded again.
+            ValueError: a function as action, a pipeline of a class that could not be loaded again, or one with an adapter that is not
+                fused.
         """
         if push_to_hub:
             raise ValueError("push_to_hub=True: save with save_pretrained, publish with push_to_hub()")
         if callable(self.action):
             raise ValueError(f"action={self.action!r}: a function is not saved; set action to a name before")
         names = saved.class_of(self.pipeline)
+        check_no_adapter(self.pipeline)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         # What is half written, over an earlier save too, has no index and is loaded by nobody.
         (folder / saved.INDEX).unlink(missing_ok=True)
+        for part in (folder / saved.FILTER, folder / saved.PIPELINE):
+            earlier = [path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file()]
+            for name in superseded(earlier, ()):  # in other shards, variants or formats
+                (part / name).unlink()
         self.safety_checker.save_pretrained(folder / saved.FILTER)
-        self.pipeline.save_pretrained(folder / saved.PIPELINE, max_shard_size=max_shard_size)
+        self.pipeline.save_pretrained(
+            folder / saved.PIPELINE,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+        )
         for part in (folder, folder / saved.PIPELINE):
             forget_local_paths(part)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
         saved.write_index(folder, names, {name: getattr(self, name) for name in saved.SETTINGS})
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        commit_message: str = "Upload filtered pipeline",
-        max_shard_size: int | str | None = None,
-        card: str | None = None,
-    ) -> CommitInfo:
-        """Publish the pipeline with its filter: see [`~FilteredPipeline.save_pretrained`] and [`~hf_unlearn.hub.publish.publish_folder`].
+    _commit_message = "Upload filtered pipeline"
 
-        Args:
-            card (`str`, *optional*): README.md. Default: [`~hf_unlearn.filtering.card.filter_card`].
-        """
-        if card is None:
-            card = filter_card(self.safety_checker.config, repo_id, inside=type(self.pipeline).__name__)
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size, card=card)
-            return publish_folder(
-                folder, repo_id, token=token, revision=revision, private=private, commit_message=commit_message
-            )
+    def _made_from(self) -> list[str | None]:
+        return [*self._wrapped, *origins_of(self.pipeline), encoder_id(self.safety_checker.config.encoder_spec)]
+
+    def _card(self, repo_id: str, **metadata: Any) -> str:
+        public = next((found for name in self._made_from()[:-1] if (found := hub_id(name))), None)
+        inside = type(self.pipeline).__name__
+        return filter_card(self.safety_checker.config, repo_id, inside=inside, pipeline_id=public, **metadata)
 
     def remove_filter(self) -> DiffusionPipeline:
         """The pipeline inside, which shows everything that it draws."""

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ...files import kept_private
 from .observations import Observations, Steps
 from .shuffling import Shuffling
 
@@ -154,9 +155,10 @@ def cut_shards(folder: Path, step: int) -> None:
 def write_header(folder: Path, manifest: Mapping[str, Any], ids: pa.Array) -> None:
     _write_table(folder / SAMPLES, {"sample_id": ids})
     header = {"format": FORMAT, "samples": len(ids), "digest": digest_of(ids), "manifest": dict(manifest)}
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(header, indent=2), encoding="utf-8")
-    os.replace(partial, folder / MANIFEST)
+    with kept_private(folder / MANIFEST) as file:
+        partial = folder / f"{MANIFEST}.partial"
+        partial.write_text(json.dumps(header, indent=2), encoding="utf-8")
+        os.replace(partial, file)
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -174,10 +176,11 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 def _write_table(path: Path, columns: Mapping[str, np.ndarray | pa.Array]) -> None:
     batch = pa.record_batch({name: _as_arrow(column) for name, column in columns.items()})
-    partial = path.with_name(f"{path.name}.partial")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    os.replace(partial, path)
+    with kept_private(path):
+        partial = path.with_name(f"{path.name}.partial")
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        os.replace(partial, path)
 
 
 def _read_table(path: Path) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from scipy.special import stdtr
 
+from ...files import kept_private
 from ...tradeoff.discoveries import benjamini_hochberg, z_scores
 from ...tradeoff.estimate import Method
 from .groups import Groups, group_mu, members_of, positions_of
@@ -377,11 +378,13 @@ class InfluenceReport(Shown):
         partial, old = (folder.with_name(f"{folder.name}.{state}") for state in ("partial", "old"))
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        self.dataset.save_to_disk(partial / "dataset")
-        manifest = {**self.manifest, "targets": list(self.targets)}
-        write_observations(partial / "observations", self.observations, manifest)
-        settings = {"scale": self.scale, "burn_in": self.burn_in, "confidence": self.confidence}
-        (partial / MARKER).write_text(json.dumps({"format": FORMAT, **settings, "manifest": self.manifest}, indent=2))
+        with kept_private(partial):
+            self.dataset.save_to_disk(partial / "dataset")
+            manifest = {**self.manifest, "targets": list(self.targets)}
+            write_observations(partial / "observations", self.observations, manifest)
+            settings = {"scale": self.scale, "burn_in": self.burn_in, "confidence": self.confidence}
+            about = {"format": FORMAT, **settings, "manifest": self.manifest}
+            (partial / MARKER).write_text(json.dumps(about, indent=2))
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)

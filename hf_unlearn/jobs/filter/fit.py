@@ -19,7 +19,7 @@ from ...filtering.drawing.saved import CLASS_NAME, INDEX, read_index
 from ...filtering.encoding.encoders import FilterEncoder
 from ...filtering.fitting.fast import RATES, FASTFitter
 from ...filtering.fitting.thresholds import samples_needed
-from ...hub.loading import hub_id
+from ...hub.origin import hub_id
 from ..judging import classifier_of
 from ..keys import check_at_most_one, check_needs, command_line, console, show_code
 from ..marking import check_numbers, class_numbers, images_in, where_the_sheet_is, write_sheet

@@ -12,8 +12,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...hub.loading import diffusion_task, hub_id, loading_code
-from ...hub.publish import forget_local_paths
+from ...data import class_names
+from ...hub.loading import diffusion_task, loading_code
+from ...hub.origin import hub_id
+from ...hub.publish import forget_local_paths, save_settings
 from ...parameters.reference import ReferencePoint, average_, trainable_parameters
 from ..saving import SavingMixin
 
@@ -60,6 +62,12 @@ class PipelineSavingMixin(SavingMixin):
             self._save_pipeline(unet, folder)
         self.model_card(self.hub_model_id or str(folder)).save(folder / "README.md")
 
+    def _save_settings(self, folder: Path) -> None:
+        save_settings(self.pipeline, folder)
+        if self.is_adapter:
+            for config in self.accelerator.unwrap_model(self.model, keep_torch_compile=False).peft_config.values():
+                config.save_pretrained(folder)
+
     def _save_pipeline(self, unet: torch.nn.Module, folder: Path) -> None:
         plain = unet
         if self.is_adapter:
@@ -104,20 +112,14 @@ class PipelineSavingMixin(SavingMixin):
     def _forgotten(self) -> str:
         if self.args.forget_prompts:
             return f"what {len(self.args.forget_prompts):,} prompts ask for"
-        return f"the kind of images in {len(self.source_dataset):,} examples"
+        kind = f"the kind of images in {len(self.source_dataset):,} examples"
+        classes = class_names(self.source_dataset)
+        return f"{classes}: {kind}" if classes else kind
 
     def _chosen(self) -> dict[str, Any]:
         chosen = super()._chosen()
-        for name in (
-            "bn",
-            "fisher",
-            "fisher_samples",
-            "forget_accuracy",
-            "forget",
-            "forget_prompts",
-            "replay_prompts",
-        ):
-            chosen.pop(name, None)  # of classifiers, or telling what was forgotten
+        for name in ("bn", "fisher", "fisher_samples", "forget_accuracy", "forget"):
+            chosen.pop(name)  # of classifiers
         chosen |= {name: getattr(self.args, name) for name in (*TOLD, *self._told)}
         return chosen | {"anchor_precision": getattr(self, "precision_name", None)}
 
@@ -127,6 +129,7 @@ class PipelineSavingMixin(SavingMixin):
         lora = {"lora_base": hub_id(self.base_model) or "the original"} if adapter else {}
         return {
             "library_name": "diffusers",
+            "base_model_relation": "adapter" if adapter else "finetune",
             "pipeline_tag": diffusion_task(type(self.pipeline)),
             "load_snippet": loading_code(type(self.pipeline), name, **steps, **lora),
         }

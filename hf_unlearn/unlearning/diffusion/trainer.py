@@ -167,6 +167,7 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Unlearn. As [`~transformers.Trainer.train`]; the original draws its own samples first, if it has not before."""
+        self.check_saving()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete(self.args.output_dir)
         original = self.private_dir / "reference.safetensors"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ...files import kept_private
 from ...gan.config import GANConfig
 from ...gan.dcgan import DCGANDiscriminator
 from ...gan.pipeline import GANPipeline
@@ -250,6 +251,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Adapt, then unlearn. As [`~hf_unlearn.GANTrainer.train`]; a resumed run takes its adapted models from `_private/`."""
+        self.check_saving()
         self._remember_original(bool(resume_from_checkpoint))
         if not resume_from_checkpoint:
             self._drop_pictures()
@@ -375,7 +377,8 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
         self.reference = ReferencePoint.capture(self.model.generator)
         if self.args.should_save:
             self.reference.save(file)
-            (self.private_dir / RUN_KEY).write_text(self._run_key())
+            with kept_private(self.private_dir / RUN_KEY) as key:
+                key.write_text(self._run_key())
 
     def _run_key(self) -> str:
         """Digest of what stage 1 and the feedback are, which a resumed run must have in common with the first one."""

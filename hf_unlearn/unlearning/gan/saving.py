@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ...files import kept_private
 from ...gan.config import GANConfig
 from ...hub.loading import diffusion_task, loading_code
 from ...hub.publish import forget_local_paths
@@ -23,8 +24,9 @@ class GANPublishingMixin(PublishingMixin):
         """The generator. The discriminator has seen what was forgotten, so it stays in `_private/` unless the run says else."""
         discriminator = self.pipeline.discriminator
         if not self.args.save_discriminator:
-            discriminator.save_pretrained(self.private_dir / "discriminator")
-            forget_local_paths(self.private_dir / "discriminator")
+            with kept_private(self.private_dir / "discriminator") as apart:
+                discriminator.save_pretrained(apart)
+                forget_local_paths(apart)
             self.pipeline.register_modules(discriminator=None)
         try:
             super().save_pipeline(folder)
@@ -62,6 +64,13 @@ class GANPublishingMixin(PublishingMixin):
         if self.guard.healthy == 0:
             failed.append("Nothing was unlearned: what is kept is the original.")
         return failed
+
+    @property
+    def passed_checks(self) -> list[str]:
+        """What the guard against collapse saw, a line, for the card."""
+        if not self.guard or self.guard.collapsed or not self._steps_taken:
+            return []
+        return ["No mode collapse was seen."]
 
     @property
     def _steps_taken(self) -> int:

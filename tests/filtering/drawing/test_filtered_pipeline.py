@@ -34,6 +34,7 @@ from filter_data import (
 )
 from fresh import run_python
 from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig
 from PIL import Image
 
 from hf_unlearn import FASTFitter, FASTSafetyChecker, FilterEncoder, GANPipeline
@@ -809,6 +810,42 @@ class TestSaved:
         with in_place_of_the_checker(), pytest.raises(OSError, match="safetensors"):
             FilteredPipeline.from_pretrained(tmp_path)
 
+    def test_variants_formats_and_shards_are_those_of_diffusers(self, tiny_ddpm, tmp_path):
+        """One after the other into one folder: nothing of the one before is left to be loaded."""
+        pipe, unet = FilteredPipeline(tiny_ddpm, BrightnessChecker(0)), tiny_ddpm.unet
+        for given, loading in (
+            ({}, {}),
+            ({"variant": "fp16"}, {"variant": "fp16"}),
+            ({"safe_serialization": False}, {"use_safetensors": False}),
+            ({"max_shard_size": "5KB"}, {}),
+            ({"variant": "fp16", "max_shard_size": "5KB"}, {"variant": "fp16"}),
+        ):
+            with torch.no_grad():
+                next(unet.parameters()).add_(1)
+            pipe.save_pretrained(tmp_path / "filtered", **given)
+            tiny_ddpm.save_pretrained(tmp_path / str(given), **given)
+            inside, plain = tmp_path / "filtered/pipeline/unet", tmp_path / str(given) / "unet"
+            assert sorted(os.listdir(inside)) == sorted(os.listdir(plain))
+            with in_place_of_the_checker():
+                loaded = FilteredPipeline.from_pretrained(tmp_path / "filtered", **loading)
+            torch.testing.assert_close(loaded.unet.state_dict(), unet.state_dict(), rtol=0, atol=0)
+        with pytest.raises(TypeError, match="subfolder"):  # and nothing is dropped without a word
+            pipe.save_pretrained(tmp_path / "other", subfolder="inside")
+
+    def test_an_adapter_that_is_not_fused_is_refused(self, tiny_stable_diffusion, tmp_path):
+        pipe = FilteredPipeline(tiny_stable_diffusion, BrightnessChecker(0))
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        for fused in (False, True):  # fused alone: diffusers writes the layers of it still
+            if fused:
+                pipe.unet.fuse_lora()
+            with pytest.raises(
+                ValueError, match=r"^pipeline: unet holds an adapter, .*fuse it .*save the pipeline again$"
+            ):
+                pipe.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        pipe.unet.unload_lora()
+        pipe.save_pretrained(tmp_path / "out")
+
     @pytest.mark.parametrize("broken", ["safety_checker", "pipeline"])
     def test_half_written_is_not_loaded(self, gan, tmp_path, broken, monkeypatch):
         """Not even over an earlier one, whose index would go with the new files."""
@@ -963,18 +1000,3 @@ class TestFromTheHub:
             ("me/filter", {"encoder": None, "revision": "v2", "token": "t"}),
         ]
         assert ("me/filter", {"encoder": None, "revision": None}) in asked[2:]
-
-
-def test_what_is_uploaded(gan, monkeypatch):
-    seen = {}
-
-    def publish(folder, repo_id, **kwargs):
-        seen.update(kwargs, names=sorted(os.listdir(folder)), repo_id=repo_id)
-        return "commit"
-
-    monkeypatch.setattr("hf_unlearn.filtering.drawing.pipeline.publish_folder", publish)
-    pipe = filtered(gan, threshold=0)
-    assert pipe.push_to_hub("me/digits", token="t", private=True, card="# Digits") == "commit"
-    assert seen.pop("names") == ["README.md", "model_index.json", "pipeline", "safety_checker"]
-    assert seen.pop("commit_message") == "Upload filtered pipeline"
-    assert seen == {"repo_id": "me/digits", "token": "t", "private": True, "revision": None}
