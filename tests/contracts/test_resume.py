@@ -9,11 +9,27 @@ import pytest
 import torch
 from fresh import run_python
 from safetensors.torch import load_file
-from trainers import EXACT, GANS, INFLUENCES, JOBS, UNLEARNERS, build, check_same, gan, images, own_images, weights
+from trainers import (
+    EXACT,
+    GANS,
+    INFLUENCES,
+    JOBS,
+    UNLEARNERS,
+    arguments,
+    build,
+    check_same,
+    gan,
+    images,
+    outcome,
+    own_images,
+    pairs,
+    spoilt,
+    weights,
+)
 
 from hf_unlearn import GANTrainer
 from hf_unlearn.influence.report.records import read_observations
-from hf_unlearn.unlearning.checkpoint import MARKER
+from hf_unlearn.training.runs import MARKER
 
 
 # 9 examples in batches of 2, accumulated twice: 3 optimiser steps an epoch, the last one of a single micro-batch of one.
@@ -41,6 +57,7 @@ CASES = {  # job, where and at which step it is killed, the newest checkpoint th
     "in_run, from an epoch's last step": ("in_run", "in a step", 3, 2, {"save_steps": 2}),
     "propagated, mid-checkpoint": ("propagated", "in a checkpoint", 6, 4, {}),
     "propagated, in the sweep": ("propagated", "in the sweep", 3, 6, {}),
+    "propagated, after the sweep": ("propagated", "after the sweep", 6, 6, {}),
     "propagated, recomputed, mid-step": ("propagated", "in a step", 4, 4, RECOMPUTED),
 }
 
@@ -53,11 +70,6 @@ RARE = {
     "propagated, mid-checkpoint",
     "propagated, recomputed, mid-step",
 }
-
-
-def marker(name):
-    """The file that is written last."""
-    return MARKER if name in UNLEARNERS else "trainer_state.json"
 
 
 @pytest.fixture(scope="module")
@@ -166,17 +178,15 @@ class TestWholeOrNotThere:
         for folder in ("checkpoint-3", "checkpoint-best", "checkpoint-4-old"):
             (tmp_path / folder).mkdir()
             if folder != "checkpoint-3":
-                (tmp_path / folder / marker(name)).write_text("{}")
+                (tmp_path / folder / MARKER).write_text("{}")
         (tmp_path / "_private").mkdir()
-        words = "reference.safetensors is missing" if name == "adapt" else f"complete checkpoint in '{tmp_path}'"
-        words = words.replace("complete", "whole") if name in INFLUENCES else words
-        check_refused(build(name, tmp_path, **SHORT), words)
+        check_refused(build(name, tmp_path, **SHORT), f"complete checkpoint in '{tmp_path}'")
 
     def test_half_a_checkpoint_is_passed_over(self, name, finished, tmp_path):
         """Half of its files, and the rest is of no use; then there is none."""
         folder = finished(name, tmp_path / "run")
         newest = folder / "checkpoint-2"
-        (newest / marker(name)).unlink()
+        (newest / MARKER).unlink()
         for weights_file in newest.glob("*.safetensors"):
             weights_file.write_bytes(b"half")
         begun = []
@@ -187,7 +197,7 @@ class TestWholeOrNotThere:
         trainer.train(resume_from_checkpoint=True)
         assert begun == [1]
         for step in (1, 2):
-            (folder / f"checkpoint-{step}" / marker(name)).unlink()
+            (folder / f"checkpoint-{step}" / MARKER).unlink()
         check_refused(build(name, folder, **SHORT), "checkpoint in ")
 
 
@@ -204,13 +214,13 @@ ORDER = list(range(9))
 REFUSED = {  # job, what is done to its folder, what is other in the new run, what is resumed from, words
     "another method": ("unlearn", None, {"job": "pbu"}, "method 'unlearn', this is 'pbu'"),
     "another method, of a pipeline": ("vdu", None, {"job": "pbu"}, "method 'vdu', this is 'pbu'"),
-    "of no GAN": ("unlearn", None, {"job": "gan"}, "is no checkpoint of a GAN (no gan.safetensors)"),
-    "of a GAN": ("gan", None, {"job": "unlearn", "resume": "checkpoint-2"}, "is no complete unlearning checkpoint"),
-    "of a GAN, not unlearned": ("gan", None, {"job": "adapt"}, "reference.safetensors is missing"),
-    "of no recorded run": ("unlearn", None, {"job": "in_run"}, "holds no records"),
+    "of no GAN": ("unlearn", None, {"job": "gan"}, "method 'unlearn', this is 'gan'"),
+    "of a GAN": ("gan", None, {"job": "unlearn", "resume": "checkpoint-2"}, "method 'gan', this is 'unlearn'"),
+    "of a GAN, not unlearned": ("gan", None, {"job": "adapt"}, "method 'gan', this is 'adapt_then_unlearn'"),
+    "of no recorded run": ("unlearn", None, {"job": "in_run"}, "method 'unlearn', this is 'influence'"),
     "half of it by name": ("sft", gone("checkpoint-2/" + MARKER), {"resume": "checkpoint-2"}, "is no complete"),
-    "not there by name": ("vdu", None, {"resume": "checkpoint-7"}, "is no complete unlearning checkpoint"),
-    "not there by name, of a GAN": ("gan", None, {"resume": "checkpoint-7"}, "no checkpoint of a GAN"),
+    "not there by name": ("vdu", None, {"resume": "checkpoint-7"}, "is no complete checkpoint"),
+    "not there by name, of a GAN": ("gan", None, {"resume": "checkpoint-7"}, "is no complete checkpoint"),
     "another format": ("unlearn", other_format, {}, "format 99"),
     **{
         f"{name} without {file}": (name, gone(file), {}, f"{file.split('/')[1]} is missing")
@@ -223,8 +233,8 @@ REFUSED = {  # job, what is done to its folder, what is other in the new run, wh
     },
     "other players": ("gan", None, {"model": lambda: gan(latent_dim=5)}, "holds the state of other models"),
     "other norms": ("gan", None, {"model": lambda: gan("pixel")}, "holds the state of other models"),
-    "other feedback": ("adapt", None, {"undesired": lambda: own_images(7)}, "had other feedback or another stage 1"),
-    "another stage 1": ("adapt", None, {"adapted_models": 2}, "had other feedback or another stage 1"),
+    "other feedback": ("adapt", None, {"undesired": lambda: own_images(7)}, "started with other rows of undesired"),
+    "another stage 1": ("adapt", None, {"adapted_models": 2}, "started with adapted_models 1, this is 2"),
     **{
         f"{name} {what}": (name, None, {"train_dataset": rows}, words)
         for name in ("in_run", "propagated")
@@ -265,16 +275,155 @@ def test_rows_without_ids_are_known_by_what_they_hold(tmp_path):
     check_refused(again, "the training set has other rows")
 
 
-@pytest.mark.parametrize("name", GANS)
-def test_a_whole_run_ends_where_it_ended(name, finished, tmp_path):
-    """Its last checkpoint is all there is: nothing is left to train, and the players come back."""
+# A run that has ended
+
+
+GUARDED_END = {"guard_steps": 1, "guard_patience": 1, "max_steps": 9, "save_steps": 5}  # stops between two checkpoints
+ENDS = {  # a job of `trainers` or a part of its name, and settings; nothing here ends at the end of an epoch but the last two
+    **{name: (name, {"max_steps": 3, "save_steps": 2}) for name in JOBS},
+    "unlearn, epochs": ("unlearn", {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch"}),
+    "vdu, epochs": ("vdu", {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch"}),
+    "unlearn, stopped": ("unlearn", GUARDED_END),
+    "vdu, stopped": ("vdu", GUARDED_END),
+    "gan, collapsed": ("gan", {"max_steps": 9, "save_steps": 5}),
+}
+
+
+class Stops:
+    """The guard sees what ends a run, the best state behind it."""
+
+    def remembered(self):
+        return 1.0 - self.state.global_step
+
+    def utility_drop(self, baseline):
+        return 0.001 * self.state.global_step
+
+    def draw(self, count, seed):
+        drawn = super().draw(count, seed)
+        return drawn.mean(0, keepdim=True).expand_as(drawn) if self.state.global_step == 2 else drawn
+
+
+def whole_outcome(trainer):
+    """And the files that anyone else would read."""
+    found = outcome(trainer)
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    files = {
+        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "checkpoint-" not in str(path)
+    }
+    return found, {str(path.relative_to(folder)): value for path, value in files.items() if path.suffix != ".md"}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_run_that_has_ended_ends_as_it_ended(case, tmp_path):
+    """No step, no bit: from a trainer that is given other weights, as the run is all on disk."""
+    name, changes = ENDS[case]
+    settings = {"save_strategy": "steps"} | changes
+    mixin = Stops if "," in case and "epochs" not in case else None
+    first = build(name, tmp_path, mixin=mixin, **settings)
+    first.train()
+    steps = first.state.global_step
+    assert (steps < 5) == (mixin is not None) or steps in (3, 5)
+    expected, files = whole_outcome(first)
+    start = JOBS[name].start
+    given = {} if name == "adapt" else {start: spoilt(arguments(name)[start])}
+    again = build(name, tmp_path, mixin=mixin, **settings | given)
+    begun = []
+    again.callback_handler.on_step_begin = lambda *args: begun.append(args) or again.control
+    again.train(resume_from_checkpoint=True)
+    actual, left = whole_outcome(again)
+    assert (begun, again.state.global_step) == ([], steps)
+    check_same(actual, expected, exact=True)
+    assert left == files
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_an_earlier_run_in_the_folder_is_nobody_s(name, finished, tmp_path):
+    """Another run starts, and is killed before its first checkpoint; and one that has not started has other settings."""
     folder = finished(name, tmp_path / "run")
+    check_refused(build(name, folder, **SHORT | {"seed": 1}), "was started with seed 42, this is 1")
+    rows = {"adapt": {"clean": own_images(22, "pixel")}, "gan": {"train_dataset": own_images(39)}}
+    rows |= {job: {"forget_dataset": (pairs if job == "sft" else images)(8)} for job in ("unlearn", "sft", "vdu")}
+    if name in rows:
+        check_refused(
+            build(name, folder, **SHORT | rows[name]), f"was started with other rows of {next(iter(rows[name]))}"
+        )
+    check_refused(build(name, folder, **SHORT | {"learning_rate": 0.5}), "was started with learning_rate")
+    killed = build(name, folder, **SHORT | {"seed": 1})
+    killed.callback_handler.on_step_begin = lambda *args: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        killed.train()
+    words = f"no complete checkpoint in '{folder}'; those that are there are of an earlier run"
+    check_refused(build(name, folder, **SHORT | {"seed": 1}), words)
+    check_refused(build(name, folder, **SHORT), words)
+    by_name = str(folder / "checkpoint-2")
+    check_refused(build(name, folder, **SHORT | {"seed": 1}), "is of another run than", resume=by_name)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_one_run_at_a_time(name, finished, tmp_path):
+    """While one is at work, whether it started or goes on; a lock that a dead process left holds nobody up."""
+    folder, others = finished(name, tmp_path / "run"), []
+    (folder / "_private" / "lock").write_text("4711")
+    first = build(name, folder, **SHORT)
+
+    def second(*args):
+        if not others:
+            for resume in (None, True):
+                others.append(build(name, folder, **SHORT))
+                with pytest.raises(
+                    ValueError, match="^output_dir: another run is at work in .*choose another folder$"
+                ):
+                    others[-1].train(resume_from_checkpoint=resume)
+        return first.control
+
+    first.callback_handler.on_step_begin = second
+    first.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert first.state.global_step == len(others) == 2
+
+
+# Damage
+
+
+def shorter(content):
+    return content[: len(content) // 2]
+
+
+def flipped(content):
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_damage_is_named(name, finished, tmp_path):
+    """Every file of a checkpoint and of what a resumed run reads beside it: cut off, emptied, or of other bytes."""
+    folder = finished(name, tmp_path / "run")
+    checkpoint, private = folder / "checkpoint-2", folder / "_private"
+    read = {"adapt": ["reference.safetensors", "adapted-0.safetensors"], "gan": []}
+    read |= {job: ["reference.safetensors"] for job in UNLEARNERS}
+    read |= {
+        job: ["influence/manifest.json", "influence/samples.arrow", "influence/rows-00000.arrow"] for job in INFLUENCES
+    }
+    read["propagated"] = read["propagated"][:2] + [
+        "trajectory/step-00000000.safetensors",
+        "trajectory/state-00000000.safetensors",
+    ]
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    assert {"trainer_state.json", "optimizer.pt", "rng_state.pth", MARKER} <= {path.name for path in files}
     trainer = build(name, folder, **SHORT)
+    for file in [*files, *(private / part for part in (*read[name], MARKER))]:
+        whole = file.read_bytes()
+        if not whole:
+            continue
+        for damage in (shorter, lambda content: b"") + ((flipped,) if file in files and file.name != MARKER else ()):
+            file.write_bytes(damage(whole))
+            with pytest.raises(ValueError) as error:
+                trainer.train(resume_from_checkpoint=True)
+            message = str(error.value)
+            assert f"{file} is damaged" in message
+            assert "; restore it" in message
+            assert "\n" not in message
+        file.write_bytes(whole)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 2
-    saved = load_file(folder / "checkpoint-2" / "gan.safetensors")
-    check_same({f"players/{key}": value for key, value in saved.items()},
-               {f"players/{key}": value for key, value in trainer.players().items()}, exact=True)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", INFLUENCES)
