@@ -33,7 +33,7 @@ from .saving import SavingMixin
 # Settings of how long a run is and of what is saved, which one that is resumed may have anew.
 MAY_CHANGE = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "guard", "guard_examples",
-    "guard_patience", "forget_accuracy", "utility_tolerance", "anchor_precision",
+    "guard_patience", "forget_accuracy", "utility_tolerance", "ema_decay",
 )  # fmt: skip
 
 
@@ -303,7 +303,9 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, LoadsByN
 
     def _run_settings(self) -> dict[str, Any]:
         return super()._run_settings() | {
-            name: value for name, value in self._chosen().items() if name not in MAY_CHANGE
+            name: getattr(self.args, name)
+            for name in self._chosen()
+            if name not in MAY_CHANGE and hasattr(self.args, name)  # as given: what is left out may be chosen later
         }
 
     def _run_rows(self) -> dict[str, Any]:

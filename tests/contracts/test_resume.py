@@ -250,6 +250,7 @@ REFUSED = {  # job, what is done to its folder, what is other in the new run, wh
         )
     },
     "other feedback": ("adapt", None, {"undesired": lambda: own_images(7)}, "started with other rows of undesired"),
+    "another fisher": ("adapt", None, {"fisher_samples": 9}, "started with fisher_samples 8, this is 9"),
     "another stage 1": ("adapt", None, {"adapted_models": 2}, "started with adapted_models 1, this is 2"),
     **{
         f"{name} {what}": (name, None, {"train_dataset": rows}, words)

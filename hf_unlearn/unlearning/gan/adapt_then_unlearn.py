@@ -263,7 +263,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
                 self.adapted = self._adapted_before()
             elif len(self.adapted) < self.args.adapted_models:
                 self.adapt()
-            if self.args.should_save:
+            if self.args.should_save and not checkpoint:
                 for k, adapted in enumerate(self.adapted):
                     ReferencePoint(adapted).save(self._adapted_file(k))
             self.anchor = self.build_repulsion()
