@@ -455,3 +455,25 @@ def test_the_reference_is_the_original_and_not_the_checkpoint(finished, tmp_path
     start = weights(trainer)
     trainer.train(resume_from_checkpoint=True)
     assert all(torch.equal(start[f"model/{name}"], value) for name, value in trainer.reference.parameters.items())
+
+
+def test_pairs_of_a_resumed_epoch(tmp_path):
+    """What a forget example stands beside is a function of seed and epoch, wherever in an epoch a run goes on."""
+
+    class Pairs:
+        def training_step(self, model, inputs, *args):
+            sums = (inputs[part]["pixel_values"].flatten(1).sum(1).tolist() for part in ("forget", "retain"))
+            self.seen.setdefault(self.state.global_step, []).extend(zip(*sums, strict=True))
+            return super().training_step(model, inputs, *args)
+
+    values = NINE | EVERY_FOUR | {"save_steps": 1, "guard": False, "fisher_weight": 0.0}
+    whole = build("unlearn", tmp_path, mixin=type("Whole", (Pairs,), {"seen": {}}), **values)
+    whole.train()
+    epochs = [dict(whole.seen[step] + whole.seen[step + 1] + whole.seen[step + 2]) for step in (0, 3)]
+    assert epochs[0].keys() == epochs[1].keys()
+    assert len(epochs[0]) == 9
+    assert epochs[0] != epochs[1]
+    for step in (2, 3, 5):
+        rest = build("unlearn", tmp_path, mixin=type("Rest", (Pairs,), {"seen": {}}), **values)
+        rest.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert rest.seen == {at: pairs for at, pairs in whole.seen.items() if at >= step}
