@@ -12,7 +12,7 @@ import re
 import shutil
 import uuid
 import zlib
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -60,9 +60,11 @@ class RunMixin:
                 settings or data; or another run is at work in `output_dir`.
             FloatingPointError: a loss or a gradient is not finite.
         """
-        checkpoint = self._whole_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
-        with self._alone():
-            if checkpoint is None and self.args.should_save:
+        resumes = resume_from_checkpoint not in (None, False)
+        # What is to be resumed and is no run is refused before a file is made there.
+        with self._alone() if not resumes or (self.private_dir / MARKER).is_file() else nullcontext():
+            checkpoint = self._whole_checkpoint(resume_from_checkpoint) if resumes else None
+            if not resumes and self.args.should_save:
                 self._claim()
             self.accelerator.wait_for_everyone()
             return self._train(checkpoint, **kwargs)
