@@ -72,11 +72,11 @@ MUTANTS = [
     bug("unlearning/losses.py", "beta * (reference_nll - nll)", "beta * (nll - reference_nll)", "test_losses.py"),
     bug("unlearning/losses.py", "return (loss.mean() - target).abs()", "return (loss - target).abs().mean()", "test_losses.py"),
     bug("unlearning/trainer.py", "scaler.get_scale() if scaled else 1.0", "1.0", "test_trainer.py", "test_peft.py"),
-    bug("unlearning/trainer.py", "self.heldout_loss = state[\"heldout_loss\"]", "pass", "test_resume.py"),
+    bug("unlearning/trainer.py", "self.heldout_loss = self._resumed[\"heldout_loss\"]", "pass", "test_resume.py"),
     bug("unlearning/trainer.py", "with torch.random.fork_rng(self._random_devices):\n            return super().evaluate", "if True:\n            return super().evaluate", "test_trainer.py", "test_peft.py"),
     bug("unlearning/guard.py", "baseline - now if self.utility_kind == \"accuracy\" else now - baseline", "now - baseline", "test_guard.py"),
     bug("unlearning/saving.py", "Path(output_dir, \"training_args.bin\").unlink(missing_ok=True)", "pass", "test_saving.py"),
-    bug("unlearning/checkpoint.py", "if state.get(\"method\") != method:", "if False:", "test_resume.py"),
+    bug("training/runs.py", "if about.get(\"method\") != self._method:", "if False:", "test_resume.py"),
     # diffusion
     bug("unlearning/diffusion/noise.py", "return -(alpha / sigma if", "return (alpha / sigma if", "test_noise.py"),
     bug("unlearning/diffusion/posterior.py", "- sizes[0] + sizes[1]", "+ sizes[0] - sizes[1]", "test_posterior.py"),

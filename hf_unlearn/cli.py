@@ -77,7 +77,10 @@ def _run(verb: str, arguments: Sequence[str], job_class: type, method: tuple[typ
         config = job.config(config_class, _of(config_class, given))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    run(job, config, trainer_class)
+    from .jobs.alone import leaving_together
+
+    with leaving_together():
+        run(job, config, trainer_class)
 
 
 def filter(arguments: Sequence[str]) -> None:

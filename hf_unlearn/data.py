@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
+LOOKED_AT = 64  # rows of a dataset, to recognise it
 
 
 # Loading
@@ -162,3 +163,20 @@ def _digest(value: Any, key: bytes) -> bytes:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.digest()
+
+
+def looks_of(dataset: Any, key: str) -> str | None:
+    """Fingerprint of up to 64 rows from all over a `Dataset`, before any transform, or a tensor; None for other kinds, and for rows
+    that have none.
+    """
+    if not hasattr(dataset, "with_format") and not isinstance(dataset, torch.Tensor):
+        return None
+    places = range(0, len(dataset), -(-len(dataset) // LOOKED_AT))
+    try:
+        rows = dataset[list(places)] if isinstance(dataset, torch.Tensor) else dataset.with_format(None).select(places)
+        return fingerprint(
+            ({"row": place, "values": row} for place, row in zip(places, rows, strict=True)), key.encode()
+        )
+    except Exception:
+        # A value of a kind that has no fingerprint, or one that cannot be decoded and that training may not need.
+        return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,21 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.trainer_utils import sort_checkpoints
 
 
-PRIVATE = (
-    "_private"  # the folder of an output_dir that holds what could undo the unlearning, or tells what was forgotten
-)
-
-
-def last_checkpoint_with(folder: str | Path, file: str) -> str | None:
-    """The newest `checkpoint-<step>` in a folder that holds `file`, which is written last; None if there is none."""
-    found = [Path(path) for path in sort_checkpoints(str(folder))]
-    whole = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and (path / file).is_file()]
-    return str(whole[-1]) if whole else None
+PRIVATE = "_private"  # folder of an output_dir: what could undo the unlearning, or tells what was forgotten
 
 
 @contextmanager
@@ -52,6 +44,53 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapp
         partial = path.with_name(path.name + ".partial")
         save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, partial, metadata)
         partial.replace(path)
+
+
+def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Read what [`save_tensors`] wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with undamaged(path):
+        tensors = load_file(path)
+    return {name: value.to(device) for name, value in tensors.items()}  # safetensors 0.8 refuses "cpu:0" (gloo)
+
+
+def write_json(values: Mapping[str, Any], path: str | Path) -> None:
+    """Write a JSON file through a temporary name; what JSON cannot hold is written as text."""
+    with kept_private(path) as path:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(values, default=str), encoding="utf-8")
+        partial.replace(path)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with undamaged(path):
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"holds a {type(values).__name__}")
+    return values
+
+
+@contextmanager
+def undamaged(path: str | Path) -> Iterator[None]:
+    """Names a file that cannot be read in a `with` block.
+
+    Raises:
+        ValueError: the file is missing, or not what was written.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; restore it from a copy, or start again") from error
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}); restore it from a copy, or start again") from error
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import broadcast
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..files import save_tensors
+from ..files import load_tensors, read_json, save_tensors, undamaged, write_json
 from ..metrics.features import Features
 from ..metrics.generation import density_coverage
 
@@ -129,20 +127,22 @@ class CollapseGuard(TrainerCallback):
         """Go back to the latest healthy state; its step, or None where there is none."""
         if self.healthy is None or not self._file.is_file():
             return None
-        state = load_file(self._file)
-        self.trainer.load_players({name: value.to(self.trainer.args.device) for name, value in state.items()})
+        self.trainer.load_players(load_tensors(self._file, self.trainer.args.device))
         return self.healthy
 
     def save(self, checkpoint: Path) -> None:
         """What a resumed run needs to know."""
-        (checkpoint / LOOKS).write_text(json.dumps({"looks": [asdict(look) for look in self.looks]}))
+        looks, collapsed = [asdict(look) for look in self.looks], self.collapsed and asdict(self.collapsed)
+        write_json({"looks": looks, "collapsed": collapsed}, checkpoint / LOOKS)
 
     def load(self, checkpoint: Path) -> None:
         """Read what [`~CollapseGuard.save`] wrote, where it is there; the healthy state may be newer, or gone."""
         self.begin()
         file = checkpoint / LOOKS
         if file.is_file():
-            self.looks = [Coverage(**look) for look in json.loads(file.read_text())["looks"]]
+            saved = read_json(file)
+            self.looks = [Coverage(**look) for look in saved["looks"]]
+            self.collapsed = Coverage(**saved["collapsed"]) if saved["collapsed"] else None
         if self._file.is_file():
-            with safe_open(self._file, "pt") as state:
+            with undamaged(self._file), safe_open(self._file, "pt") as state:
                 self.healthy = int(state.metadata()["step"])

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..files import last_checkpoint_with, save_tensors
+from ..files import load_tensors, save_tensors
 from ..hub.loading import loading_code
 from ..hub.origin import hub_id
 from ..hub.publish import forget_local_paths, save_settings
 from ..training.publishing import PushingMixin
+from ..training.runs import RunMixin
 from .pipeline import GANPipeline
 
 
@@ -23,11 +23,17 @@ if TYPE_CHECKING:
 
 
 STATE = "gan.safetensors"
-STATE_WRITTEN_LAST = "trainer_state.json"
 
 
-class GANSavingMixin(PushingMixin):
+class GANSavingMixin(PushingMixin, RunMixin):
     """Saving, resuming, card and push of a [`GANTrainer`]."""
+
+    _method = "gan"
+    # Settings that decide what a step does: a run that is resumed must have them too.
+    _decisive: tuple[str, ...] = (
+        "discriminator_learning_rate", "r1_weight", "r1_every", "path_length_weight", "path_length_every",
+        "discriminator_warmup", "ema_decay",
+    )  # fmt: skip
 
     def players(self) -> dict[str, Tensor]:
         """The state of both players, of the average and of the path lengths, by name; live tensors."""
@@ -50,35 +56,29 @@ class GANSavingMixin(PushingMixin):
         for name, value in now.items():
             value.copy_(state[name])
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train. As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the newest complete checkpoint.
-
-        Raises:
-            ValueError: there is none, or it is of another model.
-            FloatingPointError: a loss is not finite; the player whose turn it was did not move.
-        """
-        self.check_saving()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint_with(self.args.output_dir, STATE_WRITTEN_LAST)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir!r}; start without it"
-                )
-        if self.guard and not resume_from_checkpoint:
+    def _train(self, checkpoint: str | None, **kwargs):
+        if self.guard and not checkpoint:
             self.guard.begin()
         self._terms, self._terms_count = {}, 0  # of an earlier run, after its last log
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super()._train(checkpoint, **kwargs)
+
+    def _run_settings(self) -> dict[str, Any]:
+        return super()._run_settings() | {name: getattr(self.args, name) for name in self._decisive}
+
+    def _run_rows(self) -> dict[str, Any]:
+        return {"train_dataset": getattr(self.train_dataset, "images", self.train_dataset)}
+
+    @property
+    def _is_over(self) -> bool:
+        return super()._is_over or bool(self.guard and self.guard.collapsed)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        file = Path(resume_from_checkpoint, STATE)
-        if not file.is_file():
-            raise ValueError(f"resume_from_checkpoint: {str(file.parent)!r} is no checkpoint of a GAN (no {STATE})")
-        self.load_players({name: value.to(self.args.device) for name, value in load_file(file).items()})
+        self.load_players(load_tensors(Path(resume_from_checkpoint, STATE), self.args.device))
         if self.guard:
             self.guard.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self.load_players(load_file(Path(self.state.best_model_checkpoint, STATE)))
+        self.load_players(load_tensors(Path(self.state.best_model_checkpoint, STATE), self.args.device))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)

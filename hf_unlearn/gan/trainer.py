@@ -18,7 +18,7 @@ from ..metrics.generation import density_coverage, frechet_distance
 from ..modes import seeded_generator
 from ..parameters.anchors import Anchor
 from ..parameters.reference import average_
-from ..training.checks import check_parallelism
+from ..training.checks import check_is_not_original, check_parallelism
 from .collapse import CollapseGuard
 from .config import GANConfig
 from .losses import discriminator_loss, generator_loss, r1_penalty
@@ -76,6 +76,7 @@ class GANTrainer(GANSavingMixin, Trainer):
         if not isinstance(args, self._config_class):
             raise ValueError(f"args: {name} needs {self._config_class.__name__}, got {type(args).__name__}")
         self.pipeline, self.base_model = as_pipeline(model)
+        check_is_not_original(args.output_dir, self.base_model)
         if train_dataset is None or len(train_dataset) == 0:
             raise ValueError("train_dataset: missing or empty; pass images to learn from")
         check_players(self.pipeline)

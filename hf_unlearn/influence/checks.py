@@ -7,11 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data import fingerprint
 from ..training.checks import check_parallelism, check_processes
-
-
-LOOKED_AT = 64  # rows of a training set, to recognise it
 
 
 def check_arguments(args, train_dataset, target_dataset, target, kwargs) -> None:
@@ -99,18 +95,3 @@ def target_sets_of(dataset) -> dict[str, Any]:
     if "self" in sets:
         raise ValueError("target_dataset: a target cannot be called 'self'; rename it")
     return sets
-
-
-def looks_of(dataset, key: str) -> str | None:
-    """Fingerprint of up to 64 rows from all over a `Dataset`, before any transform; None for other kinds, and for rows that have none."""
-    if not isinstance(dataset, Dataset):
-        return None
-    places = range(0, len(dataset), -(-len(dataset) // LOOKED_AT))
-    try:
-        rows = dataset.with_format(None).select(places)
-        return fingerprint(
-            ({"row": place, "values": row} for place, row in zip(places, rows, strict=True)), key.encode()
-        )
-    except Exception:
-        # A value of a kind that has no fingerprint, or one that cannot be decoded and that training may not need.
-        return None

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..data import LABEL_COLUMNS
-from ..files import last_checkpoint_with
+from ..data import LABEL_COLUMNS, looks_of
 from ..parameters.reference import trainable_parameters
+from ..training.checks import check_is_not_original
 from ..training.collators import RawCollator, raw_collator
 from ..training.models import LoadsByName, is_causal_lm, load_model
-from .checks import check_arguments, check_model, looks_of, sample_ids_of, target_sets_of
+from ..training.runs import RunMixin
+from .checks import check_arguments, check_model, sample_ids_of, target_sets_of
 from .config import InfluenceConfig
 from .in_run.ghost import GhostRecorder
 from .propagated.optimizers import FlatOptimizer
@@ -40,12 +40,13 @@ logger = logging.get_logger(__name__)
 MAX_GIGABYTES = 8  # of memory in a sweep
 
 
-class FINEMixin(RecordingMixin, LoadsByName):
+class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
     """Gives a Trainer a record of what each example did to each target.
 
     Training is as it would be without: the same batches, the same updates. A subclass may override `per_example_loss`.
     """
 
+    _method = "influence"
     _config_class: type = InfluenceConfig
     _tag_names = ["hf_unlearn", "influence"]
 
@@ -63,14 +64,16 @@ class FINEMixin(RecordingMixin, LoadsByName):
         **kwargs,
     ):
         name = type(self).__name__
+        base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
         if isinstance(model, str):
-            model, processing_class, _ = load_model(
+            model, processing_class, base_model = load_model(
                 model, args or self._config_class(output_dir="influence"), processing_class
             )
         args = args if args is not None else self._config_class(output_dir="influence")
         if not isinstance(args, self._config_class):
             raise ValueError(f"args: {name} needs {self._config_class.__name__}, got {type(args).__name__}")
         check_arguments(args, train_dataset, target_dataset, target, kwargs)
+        check_is_not_original(args.output_dir, base_model)
         sample_ids = sample_ids_of(train_dataset, args.id_column)
         sets = {} if target_dataset is None else target_sets_of(target_dataset)
         stock = self._stock_arguments(model, data_collator, train_dataset, processing_class, peft_config, sample_ids)
@@ -142,28 +145,13 @@ class FINEMixin(RecordingMixin, LoadsByName):
     def records_dir(self) -> Path:
         return self.private_dir / "influence"
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train, as [`~transformers.Trainer.train`] would, and record.
-
-        Raises:
-            ValueError: the training set is not that of the run to be resumed, or the optimiser cannot be propagated through.
-            FloatingPointError: a gradient is not finite.
-        """
-        if resume_from_checkpoint is True:
-            folder = self.args.output_dir
-            resume_from_checkpoint = last_checkpoint_with(
-                folder, TRAINER_STATE_NAME
-            )  # Trainer writes its own state last
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint=True: no whole checkpoint in {folder!r}; start from the beginning"
-                )
-        self._recorder, self._noted, self._micro = None, False, []
+    def _train(self, checkpoint: str | None, **kwargs):
+        self._recorder, self._trajectory, self._noted, self._micro, self._is_swept = None, None, False, [], False
         self._target_sets = self._targets()
         try:
             if self._ghost is not None:
                 self._ghost.attach()
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super()._train(checkpoint, **kwargs)
         finally:
             if self._ghost is not None:
                 self._ghost.detach()
@@ -171,7 +159,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
             if self._recorder is not None:
                 self._recorder.flush()
         self.accelerator.wait_for_everyone()  # for the records of the first process
-        if self.observation == "propagated":
+        if self._trajectory is not None:
             self._propagate()
         if self.args.n_calibration_runs:
             self._calibrate()
@@ -184,14 +172,16 @@ class FINEMixin(RecordingMixin, LoadsByName):
             kind = type(self._inner_optimizer).__name__
             raise ValueError(f"preconditioned: needs Adam or AdamW of torch, and optim is {kind}; set it to False")
         if step:
-            self._check_records(step)
+            manifest = self._check_records()
+            # Else its steps are to be carried back through, and they are gone.
+            self._is_swept = manifest.get("swept") == step and (step >= steps or manifest["steps"] == steps)
         if self.model_init is not None:  # Trainer made the model anew
             self._parameters = trainable_parameters(self.model)
             if self._ghost is not None:
                 self._ghost.detach()
                 self._ghost = self._build_ghost()
                 self._ghost.attach()
-        if self.observation == "propagated":
+        if self.observation == "propagated" and not self._is_swept:
             self._flat_optimizer = FlatOptimizer(self._inner_optimizer, list(self._parameters.values()))
             start = max(0, steps - self.args.last_steps) if self.args.last_steps else 0
             vectors = 1 + len(self._flat_optimizer.names)
@@ -213,7 +203,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
                     )
         if self.is_world_process_zero():
             if step:  # rows of a sweep are made again
-                kept_steps = step if self.observation == "in_run" else 0
+                kept_steps = step if self._is_swept or self.observation == "in_run" else 0
                 self._recorder = Recorder.resume(self.records_dir, self.sample_ids, kept_steps)
             else:
                 run_id = uuid.uuid4().hex
@@ -223,8 +213,12 @@ class FINEMixin(RecordingMixin, LoadsByName):
             self._trajectory.truncate(step) if step else self._trajectory.clear()
         self._begun = True
 
-    def _check_records(self, step: int) -> None:
-        """Whether the records are of the run that is resumed.
+    @property
+    def _is_over(self) -> bool:
+        return super()._is_over or self._is_swept
+
+    def _check_records(self) -> dict[str, Any]:
+        """The manifest of the records, which are of the run that is resumed.
 
         Raises:
             ValueError: there are none, or they are of other targets or another training set.
@@ -243,6 +237,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
                 "resume_from_checkpoint: the training set has other rows than the run was started with; resume it with the same, or "
                 "start a new one"
             )
+        return manifest
 
     def _save_checkpoint(self, model, trial):
         if self._recorder is not None:
@@ -297,7 +292,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
                 "Influence: σ takes the batches of an epoch for independent draws, and is too large: their order did not change, or examples "
                 "were drawn twice, or too few came back within an epoch's steps."
             )
-        self._recorder.describe(shuffling=asdict(shuffling) if shuffling else None)
+        self._recorder.describe(shuffling=asdict(shuffling) if shuffling else None, swept=self.state.global_step)
         self._trajectory.clear()
         self._trajectory = None
 

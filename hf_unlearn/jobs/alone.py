@@ -1,11 +1,15 @@
-"""What must be made once where several processes were launched."""
+"""What must be made once where several processes were launched, and how they end."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from torch import distributed
 
 from ..examples.named import made
 
@@ -30,3 +34,16 @@ def made_once(config: Any, name: str, *, seed: int = 0) -> str:
         command = [sys.executable, "-m", "hf_unlearn.examples", name, "--seed", str(seed), "--quiet"]
         done = subprocess.run(command, env=alone, check=True, stdout=subprocess.PIPE, text=True)
         return done.stdout.splitlines()[-1]
+
+
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """The processes that were launched together wait for each other at the end of a job, and close what they are joined by.
+
+    One that ends with it open may die of it ("terminate called without an active exception", torch 2.13), and the launcher then
+    kills the others, which may be writing still.
+    """
+    yield
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()

@@ -93,8 +93,8 @@ def run(output_dir: str | Path = "demo", forgotten: int = 3, seed: int = 0) -> P
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     folders = {name: Path(output_dir, name) for name in ("original", "unlearned", "retrained")}
-    if any(folder.exists() for folder in folders.values()):
-        raise ValueError(f"output_dir: {str(output_dir)!r} holds an earlier demo; remove it or choose another folder")
+    if Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
+        raise ValueError(f"output_dir: {str(output_dir)!r} is not empty; empty it, or choose another folder")
     forget, retain = split_by_values(digits()["train"], "label", [forgotten])
 
     console.print(f"[bold]1/4[/] training a ResNet on {len(forget) + len(retain):,} digits")

@@ -17,7 +17,7 @@ from ..influence.config import FINEConfig, InfluenceConfig
 from ..influence.report.report import COLUMNS, InfluenceReport
 from ..influence.sft import FINETrainer
 from ..influence.trainer import InfluenceTrainer
-from ..training.checks import check_fields, check_processes
+from ..training.checks import check_fields, check_is_not_original, check_processes
 from ..training.models import is_causal_lm, load_model
 from .keys import check_at_most_one, console, resume_argument, show_code
 
@@ -116,6 +116,7 @@ class InfluenceJob:
             )
         if not given.get("output_dir"):
             raise ValueError("output_dir: missing; set it to the folder that gets the model and the report")
+        check_is_not_original(given["output_dir"], self.model)
         if self.model == "opinions":
             from ..examples.opinions import TRAINING
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.trainer_utils import sort_checkpoints
 
-from ..files import save_tensors
+from ..files import save_tensors, undamaged
 
 
 # Where weights are looked for. Each library prefers one of its two files when a folder holds both; so do we.
@@ -123,9 +123,13 @@ class ParameterMoments:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> ParameterMoments:
-        """Read what [`~ParameterMoments.save`] wrote."""
+        """Read what [`~ParameterMoments.save`] wrote.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
         parts: dict[str, dict[str, Tensor]] = {"mean": {}, "variance": {}}
-        with safe_open(path, "pt") as file:
+        with undamaged(path), safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 kind, name = key.split("/", 1)
                 parts[kind][name] = file.get_tensor(key).to(device)

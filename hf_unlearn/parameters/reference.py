@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..files import save_tensors
+from ..files import load_tensors, save_tensors
 from ..modes import in_eval_mode
 
 
@@ -84,11 +83,15 @@ class ReferencePoint:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> ReferencePoint:
-        """Read what [`~ReferencePoint.save`] wrote."""
+        """Read what [`~ReferencePoint.save`] wrote.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
         parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
-        for key, value in load_file(path).items():  # safetensors 0.8 refuses "cpu:0", which is what gloo runs on
+        for key, value in load_tensors(path, device).items():
             kind, name = key.split("/", 1)
-            parts[kind][name] = value.to(device)
+            parts[kind][name] = value
         return cls(parts["parameter"], parts["buffer"])
 
 

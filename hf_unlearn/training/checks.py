@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -122,12 +123,14 @@ def check_is_not_original(output_dir: str | Path, original: str | Path | None) -
         original: the name it was loaded by, or None if it is not known; an id on the Hub is no folder.
 
     Raises:
-        ValueError: they are one folder.
+        ValueError: they are one folder, however it is written; or one lies in the other where it would be written over: within the
+            original or its pipeline, or where it is the checkpoint of a run or a part of a pipeline.
     """
     if not original or not Path(original).is_dir():
         return
-    folder = Path(original).resolve()
+    folder, output = Path(original).resolve(), Path(output_dir).resolve()
     # A denoiser lies in the folder of its pipeline.
-    whole = [folder, folder.parent] if (folder.parent / "model_index.json").is_file() else [folder]
-    if Path(output_dir).resolve() in whole:
+    whole = folder.parent if (folder.parent / "model_index.json").is_file() else folder
+    is_part = re.fullmatch(r"checkpoint-\d+|unet|transformer|generator|discriminator", folder.name)
+    if output in (whole, folder) or whole in output.parents or (is_part and output == folder.parent):
         raise ValueError(f"output_dir: {str(output_dir)!r} holds the original model; choose another folder")

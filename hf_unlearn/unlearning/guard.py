@@ -132,9 +132,7 @@ class Guard(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         # Also at the end of an epoch here and not in on_epoch_end, which comes after a checkpoint of the same step: a run
         # that goes on from that checkpoint would miss the look.
-        if self.exhausted:  # a run that goes on from where the guard had stopped it
-            control.should_training_stop = True
-        elif state.global_step % args.guard_steps == 0 if args.guard_steps else float(state.epoch).is_integer():
+        if state.global_step % args.guard_steps == 0 if args.guard_steps else float(state.epoch).is_integer():
             self._look(state.global_step)
             control.should_training_stop |= self.exhausted
 

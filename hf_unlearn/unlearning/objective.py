@@ -7,10 +7,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..files import save_tensors
+from ..files import load_tensors, save_tensors
 from ..parameters.anchors import Anchor, QuadraticAnchor, SumOfAnchors
 from ..parameters.fisher import diagonal_fisher
 from ..parameters.lora import LoRAProductAnchor, lora_layers
@@ -163,7 +162,7 @@ class ObjectiveMixin:
         if self._resuming:
             if not file.is_file():
                 raise ValueError(f"resume_from_checkpoint: {file} is missing; start again, or set fisher_weight=0")
-            return {name: value.to(self.args.device) for name, value in load_file(file).items()}
+            return load_tensors(file, self.args.device)
         fisher = self._compute_fisher()
         if self.args.should_save:
             save_tensors(fisher, file)

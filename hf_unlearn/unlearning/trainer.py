@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from trl import SFTTrainer
 
 from ..data import LABEL_COLUMNS
@@ -24,7 +22,7 @@ from ..parameters.reference import ReferencePoint, trainable_parameters
 from ..training.checks import check_is_not_original, check_parallelism
 from ..training.collators import ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
 from ..training.models import LoadsByName, is_causal_lm, load_model
-from .checkpoint import last_complete, mark_complete, read_marker, unmark
+from ..training.runs import RunMixin
 from .checks import check_arguments, check_labels, check_trainable
 from .config import UnlearnConfig, UnlearnSFTConfig
 from .guard import LOOKING, Guard, GuardState, UtilityMixin
@@ -32,7 +30,14 @@ from .objective import Batch, ObjectiveMixin
 from .saving import SavingMixin
 
 
-class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
+# Settings of how long a run is and of what is saved, which one that is resumed may have anew.
+MAY_CHANGE = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "guard", "guard_examples",
+    "guard_patience", "forget_accuracy", "utility_tolerance", "ema_decay",
+)  # fmt: skip
+
+
+class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, LoadsByName):
     """Makes a Trainer forget: batches of forget (and optional retain) data, frozen reference, anchor, replay, guard,
     saving and card. A method overrides `prepared`, `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` or
     `build_anchor`, and nothing else.
@@ -265,59 +270,50 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
 
     # Training and resuming
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Unlearn. As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the newest complete checkpoint.
-
-        Raises:
-            ValueError: the checkpoint is incomplete or of another method.
-            FloatingPointError: the loss or a gradient is not finite; nothing was updated.
-        """
-        self.check_saving()
-        checkpoint = last_complete(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        self._resuming = bool(checkpoint)
+    def _train(self, checkpoint: str | None, **kwargs):
+        self._resuming = checkpoint is not None
         file = self.private_dir / "reference.safetensors"
         if checkpoint:
-            state = read_marker(checkpoint, self._method)
             if not file.is_file():
                 raise ValueError(
                     f"resume_from_checkpoint: {file} is missing, without which the original is not known; start again"
                 )
             self.reference = ReferencePoint.load(file, self.args.device)
-            self.heldout_loss = state["heldout_loss"]
-            if self.guard and state["guard"]:
-                self.guard.state = GuardState.from_json(state["guard"])
-        elif self.reference is None:
-            self.reference = ReferencePoint.capture(self.model)
+            self.heldout_loss = self._resumed["heldout_loss"]
+            if self.guard and self._resumed["guard"]:
+                self.guard.state = GuardState.from_json(self._resumed["guard"])
+        else:
+            first = self.reference is None
+            if first:
+                self.reference = ReferencePoint.capture(self.model)
             if self.args.should_save:
-                for earlier in sort_checkpoints(self.args.output_dir):  # of a run with another reference
-                    unmark(earlier)
                 self.reference.save(file)
-            if self.heldout_loss is None and self.heldout_dataset is not None:
+            if first and self.heldout_loss is None and self.heldout_dataset is not None:
                 self.heldout_loss = self._mean(lambda batch: self.task_loss(self.model, batch), self.heldout_dataset)
         if self.anchor is None or checkpoint:
             self.anchor = self.build_anchor()
         if self.guard and not checkpoint:  # a second run of the same trainer: what was useful is still the original
             self.guard.state = GuardState(baseline=self.guard.state.baseline)
         self.accelerator.wait_for_everyone()
-        return super().train(resume_from_checkpoint=checkpoint or None, **kwargs)
+        return super()._train(checkpoint, **kwargs)
 
-    def _save_checkpoint(self, model, trial):
-        # Rotation waits until the new checkpoint is marked: a kill in between must not leave none. And where an earlier run
-        # left a checkpoint of this step, its marker must not stand for the half of one that a kill leaves now.
-        run_dir = self._get_output_dir(trial=trial)
-        checkpoint = Path(run_dir, f"checkpoint-{self.state.global_step}")
-        if self.args.should_save:
-            unmark(checkpoint)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            guard = self.guard.state.to_json() if self.guard else None
-            mark_complete(checkpoint, self._method, {"guard": guard, "heldout_loss": self.heldout_loss})
-            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+    def _checkpoint_state(self) -> dict[str, Any]:
+        guard = self.guard.state.to_json() if self.guard else None
+        return {"guard": guard, "heldout_loss": self.heldout_loss}
+
+    def _run_settings(self) -> dict[str, Any]:
+        return super()._run_settings() | {
+            name: getattr(self.args, name)
+            for name in self._chosen()
+            if name not in MAY_CHANGE and hasattr(self.args, name)  # as given: what is left out may be chosen later
+        }
+
+    def _run_rows(self) -> dict[str, Any]:
+        return {"forget_dataset": self.source_dataset, "retain_dataset": self.retain_dataset}
+
+    @property
+    def _is_over(self) -> bool:
+        return super()._is_over or bool(self.guard and self.guard.exhausted)
 
 
 class _NewPairs(TrainerCallback):

@@ -13,7 +13,7 @@ from trainers import JOBS, arguments, build, outcome, spoilt, weights
 from transformers import TrainerCallback
 
 import hf_unlearn.influence.trainer as influence
-import hf_unlearn.unlearning.trainer as unlearning
+from hf_unlearn.training import runs
 
 
 def run(job, folder, result, where="nowhere", step=0, resume=None, shards=None, changes=None):
@@ -51,8 +51,10 @@ def run(job, folder, result, where="nowhere", step=0, resume=None, shards=None, 
 
     begun = []
     influence.Sweep = MortalSweep
-    unlearning.mark_complete = now(unlearning.mark_complete, "before the marker")
-    unlearning.rotate_checkpoints = now(unlearning.rotate_checkpoints, "before rotation")
+    runs.mark_complete = now(runs.mark_complete, "before the marker")
+    runs.rotate_checkpoints = now(runs.rotate_checkpoints, "before rotation")
+    clear = influence.Trajectory.clear
+    influence.Trajectory.clear = lambda self: (die("after the sweep", trainer.state.global_step), clear(self))
     if shards:
         influence.Recorder.__init__.__kwdefaults__["rows_per_shard"] = shards
     start = JOBS[job].start

@@ -45,7 +45,10 @@ def check_refused(tmp_path):
         start = JOBS[name].start
         changes.setdefault(start, None if "model" in changes else arguments(name)[start])
         states = [copy.deepcopy(module.state_dict()) for module in modules(changes[start])]
-        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        claim = [
+            folder / "_private" / file for file in ("lock", "run.json") if train
+        ]  # a run that starts has the folder
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path not in claim}
         trainer = build(name, folder, **changes) if train else None
         with pytest.raises(ValueError) as error:
             trainer.train() if train else build(name, folder, **changes)
@@ -53,7 +56,7 @@ def check_refused(tmp_path):
         assert message.startswith(problem), message
         assert fix in message
         assert one_line(message)
-        after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path not in claim}
         for path in after.keys() - before.keys():  # what the original has drawn is kept where only training can tell
             assert (train, name, path.parent) == (True, "vdu", folder / "_private"), path
         assert {path: after[path] for path in before} == before
@@ -605,25 +608,33 @@ def test_a_folder_that_is_read_only(tmp_path):
         os.seteuid(user)
 
 
-@pytest.mark.parametrize("form", ["folder", "pipeline", "denoiser", "denoiser's folder", "gan", "gan's folder"])
+ORIGINALS = {  # jobs, what is saved, and what they are given of its folder
+    "name": (("unlearn", "in_run"), vit, lambda folder: {"model": str(folder)}),
+    "object": (("unlearn", "in_run"), vit, lambda folder: {"model": type(vit()).from_pretrained(folder)}),
+    "language model": (("sft", "fine"), llama, lambda folder: {"model": type(llama()).from_pretrained(folder)}),
+    "pipeline's name": (("vdu",), ddpm, lambda folder: {"pipeline": str(folder)}),
+    "pipeline": (("vdu",), ddpm, lambda folder: {"pipeline": diffusers.DDPMPipeline.from_pretrained(folder)}),
+    "denoiser": (("vdu",), ddpm, lambda folder: (
+        {"model": diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet"), "pipeline": None} | SCHEDULER
+    )),
+    "denoiser's folder": (("vdu",), ddpm, lambda folder: {"model": str(folder / "unet"), "pipeline": None} | SCHEDULER),
+    "GAN's name": (GANS, gan, lambda folder: {"model": str(folder)}),
+    "GAN": (GANS, gan, lambda folder: {"model": GANPipeline.from_pretrained(folder)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ORIGINALS)
 def test_a_folder_that_holds_the_original(form, tmp_path):
-    folder = tmp_path / "original"
-    original = gan() if "gan" in form else ddpm()
-    original.save_pretrained(folder)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    given = {
-        "folder": lambda: {"pipeline": str(folder)},
-        "pipeline": lambda: {"pipeline": diffusers.DDPMPipeline.from_pretrained(folder)},
-        "denoiser": lambda: (
-            {"model": diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet"), "pipeline": None} | SCHEDULER
-        ),
-        "denoiser's folder": lambda: {"model": str(folder / "unet"), "pipeline": None} | SCHEDULER,
-        "gan": lambda: {"model": GANPipeline.from_pretrained(folder)},
-        "gan's folder": lambda: {"model": str(folder)},
-    }[form]()
-    with pytest.raises(ValueError, match="^output_dir: .* holds the original model; choose another folder$"):
-        build("adapt" if "gan" in form else "vdu", folder, **given)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    """By its name or as an object, and by a link to it or within it."""
+    names, make, given_of = ORIGINALS[form]
+    make().save_pretrained(tmp_path / "original")
+    (tmp_path / "link").symlink_to(tmp_path / "original")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name in names:
+        for folder in ("link", "original/below"):
+            with pytest.raises(ValueError, match="^output_dir: .* holds the original model; choose another folder$"):
+                build(name, tmp_path / folder, **given_of(tmp_path / "original"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 # Asked too early

@@ -9,11 +9,27 @@ import pytest
 import torch
 from fresh import run_python
 from safetensors.torch import load_file
-from trainers import EXACT, GANS, INFLUENCES, JOBS, UNLEARNERS, build, check_same, gan, images, own_images, weights
+from trainers import (
+    EXACT,
+    GANS,
+    INFLUENCES,
+    JOBS,
+    UNLEARNERS,
+    arguments,
+    build,
+    check_same,
+    gan,
+    images,
+    outcome,
+    own_images,
+    pairs,
+    spoilt,
+    weights,
+)
 
 from hf_unlearn import GANTrainer
 from hf_unlearn.influence.report.records import read_observations
-from hf_unlearn.unlearning.checkpoint import MARKER
+from hf_unlearn.training.runs import MARKER
 
 
 # 9 examples in batches of 2, accumulated twice: 3 optimiser steps an epoch, the last one of a single micro-batch of one.
@@ -41,6 +57,7 @@ CASES = {  # job, where and at which step it is killed, the newest checkpoint th
     "in_run, from an epoch's last step": ("in_run", "in a step", 3, 2, {"save_steps": 2}),
     "propagated, mid-checkpoint": ("propagated", "in a checkpoint", 6, 4, {}),
     "propagated, in the sweep": ("propagated", "in the sweep", 3, 6, {}),
+    "propagated, after the sweep": ("propagated", "after the sweep", 6, 6, {}),
     "propagated, recomputed, mid-step": ("propagated", "in a step", 4, 4, RECOMPUTED),
 }
 
@@ -53,11 +70,6 @@ RARE = {
     "propagated, mid-checkpoint",
     "propagated, recomputed, mid-step",
 }
-
-
-def marker(name):
-    """The file that is written last."""
-    return MARKER if name in UNLEARNERS else "trainer_state.json"
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +137,17 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(name, runs):
 # What is refused
 
 
-SHORT = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+SHORT = {
+    "max_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "per_device_train_batch_size": 4,
+}  # ends within an epoch
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A copy of a folder in which a job has trained for two steps, with a checkpoint after each."""
+    """A copy of a folder in which a job has trained for two steps, with a checkpoint after each; `finished.ends` has what it came to."""
     root, done = tmp_path_factory.mktemp("finished"), {}
 
     def finished(name, target):
@@ -140,9 +157,11 @@ def finished(tmp_path_factory):
             if name == "propagated":  # stopped in the end, before the sweep
                 trainer._propagate = lambda: None
             trainer.train()
+            finished.ends[name] = outcome(trainer)
         shutil.copytree(done[name], target)
         return target
 
+    finished.ends = {}
     return finished
 
 
@@ -166,17 +185,15 @@ class TestWholeOrNotThere:
         for folder in ("checkpoint-3", "checkpoint-best", "checkpoint-4-old"):
             (tmp_path / folder).mkdir()
             if folder != "checkpoint-3":
-                (tmp_path / folder / marker(name)).write_text("{}")
+                (tmp_path / folder / MARKER).write_text("{}")
         (tmp_path / "_private").mkdir()
-        words = "reference.safetensors is missing" if name == "adapt" else f"complete checkpoint in '{tmp_path}'"
-        words = words.replace("complete", "whole") if name in INFLUENCES else words
-        check_refused(build(name, tmp_path, **SHORT), words)
+        check_refused(build(name, tmp_path, **SHORT), f"complete checkpoint in '{tmp_path}'")
 
     def test_half_a_checkpoint_is_passed_over(self, name, finished, tmp_path):
         """Half of its files, and the rest is of no use; then there is none."""
         folder = finished(name, tmp_path / "run")
         newest = folder / "checkpoint-2"
-        (newest / marker(name)).unlink()
+        (newest / MARKER).unlink()
         for weights_file in newest.glob("*.safetensors"):
             weights_file.write_bytes(b"half")
         begun = []
@@ -187,7 +204,7 @@ class TestWholeOrNotThere:
         trainer.train(resume_from_checkpoint=True)
         assert begun == [1]
         for step in (1, 2):
-            (folder / f"checkpoint-{step}" / marker(name)).unlink()
+            (folder / f"checkpoint-{step}" / MARKER).unlink()
         check_refused(build(name, folder, **SHORT), "checkpoint in ")
 
 
@@ -204,13 +221,13 @@ ORDER = list(range(9))
 REFUSED = {  # job, what is done to its folder, what is other in the new run, what is resumed from, words
     "another method": ("unlearn", None, {"job": "pbu"}, "method 'unlearn', this is 'pbu'"),
     "another method, of a pipeline": ("vdu", None, {"job": "pbu"}, "method 'vdu', this is 'pbu'"),
-    "of no GAN": ("unlearn", None, {"job": "gan"}, "is no checkpoint of a GAN (no gan.safetensors)"),
-    "of a GAN": ("gan", None, {"job": "unlearn", "resume": "checkpoint-2"}, "is no complete unlearning checkpoint"),
-    "of a GAN, not unlearned": ("gan", None, {"job": "adapt"}, "reference.safetensors is missing"),
-    "of no recorded run": ("unlearn", None, {"job": "in_run"}, "holds no records"),
+    "of no GAN": ("unlearn", None, {"job": "gan"}, "method 'unlearn', this is 'gan'"),
+    "of a GAN": ("gan", None, {"job": "unlearn", "resume": "checkpoint-2"}, "method 'gan', this is 'unlearn'"),
+    "of a GAN, not unlearned": ("gan", None, {"job": "adapt"}, "method 'gan', this is 'adapt_then_unlearn'"),
+    "of no recorded run": ("unlearn", None, {"job": "in_run"}, "method 'unlearn', this is 'influence'"),
     "half of it by name": ("sft", gone("checkpoint-2/" + MARKER), {"resume": "checkpoint-2"}, "is no complete"),
-    "not there by name": ("vdu", None, {"resume": "checkpoint-7"}, "is no complete unlearning checkpoint"),
-    "not there by name, of a GAN": ("gan", None, {"resume": "checkpoint-7"}, "no checkpoint of a GAN"),
+    "not there by name": ("vdu", None, {"resume": "checkpoint-7"}, "is no complete checkpoint"),
+    "not there by name, of a GAN": ("gan", None, {"resume": "checkpoint-7"}, "is no complete checkpoint"),
     "another format": ("unlearn", other_format, {}, "format 99"),
     **{
         f"{name} without {file}": (name, gone(file), {}, f"{file.split('/')[1]} is missing")
@@ -223,8 +240,18 @@ REFUSED = {  # job, what is done to its folder, what is other in the new run, wh
     },
     "other players": ("gan", None, {"model": lambda: gan(latent_dim=5)}, "holds the state of other models"),
     "other norms": ("gan", None, {"model": lambda: gan("pixel")}, "holds the state of other models"),
-    "other feedback": ("adapt", None, {"undesired": lambda: own_images(7)}, "had other feedback or another stage 1"),
-    "another stage 1": ("adapt", None, {"adapted_models": 2}, "had other feedback or another stage 1"),
+    **{
+        f"{name}, other {argument}": (name, None, {argument: rows}, f"was started with other rows of {argument}")
+        for name, argument, rows in (
+            ("unlearn", "retain_dataset", lambda: images(5, [1, 0], seed=1)),
+            ("sft", "forget_dataset", lambda: pairs(8)),
+            ("vdu", "forget_dataset", lambda: images(8)),
+            ("gan", "train_dataset", lambda: own_images(39)),
+        )
+    },
+    "other feedback": ("adapt", None, {"undesired": lambda: own_images(7)}, "started with other rows of undesired"),
+    "another fisher": ("adapt", None, {"fisher_samples": 9}, "started with fisher_samples 8, this is 9"),
+    "another stage 1": ("adapt", None, {"adapted_models": 2}, "started with adapted_models 1, this is 2"),
     **{
         f"{name} {what}": (name, None, {"train_dataset": rows}, words)
         for name in ("in_run", "propagated")
@@ -265,16 +292,137 @@ def test_rows_without_ids_are_known_by_what_they_hold(tmp_path):
     check_refused(again, "the training set has other rows")
 
 
-@pytest.mark.parametrize("name", GANS)
-def test_a_whole_run_ends_where_it_ended(name, finished, tmp_path):
-    """Its last checkpoint is all there is: nothing is left to train, and the players come back."""
+# A run that has ended
+
+
+STOPPED = {"guard_steps": 1, "guard_patience": 1, "max_steps": 9, "save_steps": 5}  # between two checkpoints
+EPOCHS = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch"}
+ENDS = {  # job, settings, and the step it ends at
+    **{name: (name, {}, 2) for name in JOBS},
+    "unlearn, epochs": ("unlearn", EPOCHS, 3),
+    "unlearn, stopped": ("unlearn", STOPPED, 2),
+    "vdu, stopped": ("vdu", STOPPED, 2),
+    "gan, collapsed": ("gan", {"max_steps": 9, "save_steps": 5}, 2),
+}
+
+
+class Stops:
+    """The guard sees what ends a run; the best state is an earlier one."""
+
+    def remembered(self):
+        return 1.0 - self.state.global_step
+
+    def utility_drop(self, baseline):
+        return 0.001 * self.state.global_step
+
+    def draw(self, count, seed):
+        drawn = super().draw(count, seed)
+        return drawn[:1].expand_as(drawn) + 9 if self.state.global_step == 2 else drawn
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_run_that_has_ended_ends_as_it_ended(case, finished, tmp_path):
+    """No step, no bit, whatever the model is that the trainer is given: the run is all on disk."""
+    name, changes, steps = ENDS[case]
+    folder, mixin = tmp_path / "run", Stops if case.endswith(("stopped", "collapsed")) else None
+    if case in JOBS and case != "propagated":
+        finished(name, folder)
+        expected = finished.ends[name]
+    else:
+        first = build(name, folder, mixin=mixin, **SHORT | changes)
+        first.train()
+        expected = outcome(first)
+    start = JOBS[name].start
+    given = {} if name == "adapt" else {start: spoilt(arguments(name)[start])}
+    again, begun = build(name, folder, mixin=mixin, **SHORT | changes | given), []
+    again.callback_handler.on_step_begin = lambda *args: begun.append(args) or again.control
+    again.train(resume_from_checkpoint=True)
+    assert (begun, again.state.global_step) == ([], steps)
+    check_same(outcome(again), expected, exact=True)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_an_earlier_run_in_the_folder_is_nobody_s(name, finished, tmp_path):
+    """Another run starts, and is killed before its first checkpoint. Before it starts, it has other settings."""
     folder = finished(name, tmp_path / "run")
+    other = build(name, folder, **SHORT)
+    for setting, value in (("learning_rate", 0.5), ("seed", 1)):
+        setattr(other.args, setting, value)
+        check_refused(
+            other, f"was started with {'learning_rate' if setting == 'learning_rate' else 'seed 42, this is 1'}"
+        )
+        setattr(other.args, setting, 1 if setting == "seed" else JOBS[name].values["learning_rate"])
+    other.callback_handler.on_step_begin = lambda *args: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        other.train()
+    for resume, words in (
+        (True, f"no complete checkpoint in '{folder}'; those that are there are of an earlier run"),
+        (str(folder / "checkpoint-2"), "is of another run than"),
+    ):
+        check_refused(other, words, resume)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_one_run_at_a_time(name, finished, tmp_path):
+    """While one is at work, whether another starts or goes on; a lock that a dead process left holds nobody up."""
+    folder, refused = finished(name, tmp_path / "run"), []
+    (folder / "_private" / "lock").write_text("4711")
+    first, second = (build(name, folder, **SHORT) for _ in range(2))
+
+    def meanwhile(*args):
+        for resume in (None, True):
+            with pytest.raises(ValueError, match="^output_dir: another run is at work in .*choose another folder$"):
+                second.train(resume_from_checkpoint=resume)
+            refused.append(resume)
+        return first.control
+
+    first.callback_handler.on_step_begin = meanwhile
+    first.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert (first.state.global_step, len(refused)) == (2, 2)
+
+
+# Damage
+
+
+def shorter(content):
+    return content[: len(content) // 2]
+
+
+def flipped(content):
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_damage_is_named(name, finished, tmp_path):
+    """Every file of a checkpoint and of what a resumed run reads beside it: cut off, emptied, or of other bytes."""
+    folder = finished(name, tmp_path / "run")
+    checkpoint, private = folder / "checkpoint-2", folder / "_private"
+    read = {"adapt": ["reference.safetensors", "adapted-0.safetensors"], "gan": []}
+    read |= {job: ["reference.safetensors"] for job in UNLEARNERS}
+    read |= {
+        job: ["influence/manifest.json", "influence/samples.arrow", "influence/rows-00000.arrow"] for job in INFLUENCES
+    }
+    read["propagated"] = read["propagated"][:2] + [
+        "trajectory/step-00000000.safetensors",
+        "trajectory/state-00000000.safetensors",
+    ]
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    assert {"trainer_state.json", "optimizer.pt", "rng_state.pth", MARKER} <= {path.name for path in files}
     trainer = build(name, folder, **SHORT)
+    for file in [*files, *(private / part for part in (*read[name], MARKER))]:
+        whole = file.read_bytes()
+        if not whole:
+            continue
+        for damage in (shorter, lambda content: b"") + ((flipped,) if file in files and file.name != MARKER else ()):
+            file.write_bytes(damage(whole))
+            with pytest.raises(ValueError) as error:
+                trainer.train(resume_from_checkpoint=True)
+            message = str(error.value)
+            assert f"{file} is damaged" in message
+            assert "; restore it" in message
+            assert "\n" not in message
+        file.write_bytes(whole)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 2
-    saved = load_file(folder / "checkpoint-2" / "gan.safetensors")
-    check_same({f"players/{key}": value for key, value in saved.items()},
-               {f"players/{key}": value for key, value in trainer.players().items()}, exact=True)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", INFLUENCES)
@@ -286,19 +434,20 @@ def test_a_recorded_run_keeps_its_name(name, finished, tmp_path):
     assert trainer.influence.manifest["run_id"] == before
 
 
-@pytest.mark.parametrize("name", ["unlearn", "vdu"])
-def test_writing_over_a_checkpoint_unmarks_it_first(name, finished, tmp_path):
-    """And the original is that of the run that writes them."""
+@pytest.mark.parametrize("name", ["unlearn", "gan"])
+def test_writing_over_a_checkpoint_begins_with_nothing(name, finished, tmp_path):
+    """Neither a marker that would stand for the half of one, nor a file that would be taken for a part of it."""
     folder = finished(name, tmp_path / "run")
+    (folder / "checkpoint-1" / "adapter_model.safetensors").write_text("left")
     seen = []
 
     class Looks:
         def _save_optimizer_and_scheduler(self, output_dir):
-            seen.append([(folder / f"checkpoint-{step}" / MARKER).exists() for step in (1, 2)])
+            seen.append({"adapter_model.safetensors", MARKER} & {path.name for path in Path(output_dir).iterdir()})
             super()._save_optimizer_and_scheduler(output_dir)
 
     build(name, folder, mixin=Looks, **SHORT).train()
-    assert seen == [[False, False], [True, False]]
+    assert seen == [set(), set()]
 
 
 def test_the_reference_is_the_original_and_not_the_checkpoint(finished, tmp_path):
@@ -306,3 +455,25 @@ def test_the_reference_is_the_original_and_not_the_checkpoint(finished, tmp_path
     start = weights(trainer)
     trainer.train(resume_from_checkpoint=True)
     assert all(torch.equal(start[f"model/{name}"], value) for name, value in trainer.reference.parameters.items())
+
+
+def test_pairs_of_a_resumed_epoch(tmp_path):
+    """What a forget example stands beside is a function of seed and epoch, wherever in an epoch a run goes on."""
+
+    class Pairs:
+        def training_step(self, model, inputs, *args):
+            sums = (inputs[part]["pixel_values"].flatten(1).sum(1).tolist() for part in ("forget", "retain"))
+            self.seen.setdefault(self.state.global_step, []).extend(zip(*sums, strict=True))
+            return super().training_step(model, inputs, *args)
+
+    values = NINE | EVERY_FOUR | {"save_steps": 1, "guard": False, "fisher_weight": 0.0}
+    whole = build("unlearn", tmp_path, mixin=type("Whole", (Pairs,), {"seen": {}}), **values)
+    whole.train()
+    epochs = [dict(whole.seen[step] + whole.seen[step + 1] + whole.seen[step + 2]) for step in (0, 3)]
+    assert epochs[0].keys() == epochs[1].keys()
+    assert len(epochs[0]) == 9
+    assert epochs[0] != epochs[1]
+    for step in (2, 3, 5):
+        rest = build("unlearn", tmp_path, mixin=type("Rest", (Pairs,), {"seen": {}}), **values)
+        rest.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert rest.seen == {at: pairs for at, pairs in whole.seen.items() if at >= step}

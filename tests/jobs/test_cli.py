@@ -439,7 +439,7 @@ class TestRunning:
         assert run("parts") == 0
         (tmp_path / "parts/checkpoint-4").rename(tmp_path / "gone")
         (tmp_path / "parts/model.safetensors").unlink()
-        marker = tmp_path / "parts/checkpoint-2/unlearning.json"
+        marker = tmp_path / "parts/checkpoint-2/run.json"
         written = marker.stat().st_mtime_ns
         assert run("parts", "--resume_from_checkpoint", "true") == 0
         assert marker.stat().st_mtime_ns == written  # a run from the start would have written it again

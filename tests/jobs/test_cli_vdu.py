@@ -161,7 +161,7 @@ class TestRuns:
         assert json.loads(Path("out/model_index.json").read_text())["_class_name"] == "DDPMPipeline"
         again = ("--resume_from_checkpoint", "true", "--max_steps", "3")
         assert cli.main(["unlearn", "--config", path, *SHORT, *again, *QUICK]) == 0
-        assert Path("out/checkpoint-3/unlearning.json").is_file()
+        assert Path("out/checkpoint-3/run.json").is_file()
 
 
 class TestBadRecipes:

@@ -121,7 +121,7 @@ def test_the_snippet_on_the_card_runs_as_it_stands(demo):
 
 def test_an_earlier_demo_is_not_overwritten(demo):
     folder = demo[0]
-    with pytest.raises(ValueError, match="holds an earlier demo"):
+    with pytest.raises(ValueError, match="is not empty; empty it"):
         run(folder)
     with pytest.raises(ValueError, match="is no digit"):
         run(folder.parent / "other", forgotten=12)

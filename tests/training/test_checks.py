@@ -50,10 +50,24 @@ def test_the_folder_of_the_original_is_not_written_over(tiny_resnet, tmp_path):
 
 
 def test_a_denoiser_lies_in_the_folder_of_its_pipeline(tmp_path):
-    (tmp_path / "unet").mkdir()
-    check_is_not_original(tmp_path, tmp_path / "unet")
+    for name in ("unet", "mine", "checkpoint-3"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    for output, original in (
+        ("", "unet"),  # where a pipeline would be saved, this is its denoiser
+        ("", "checkpoint-3"),  # and where a run would save its third step, or rotate its checkpoints
+        ("mine", "link"),
+        ("link", "mine"),
+        ("mine/below", "mine"),
+        ("unet/../mine/below/more", "link"),
+    ):
+        with pytest.raises(ValueError, match="^output_dir: .* holds the original model; choose another folder$"):
+            check_is_not_original(tmp_path / output, tmp_path / original)
+    for output in ("", "unet", "mine2", "other/mine"):
+        check_is_not_original(tmp_path / output, tmp_path / "mine")
     (tmp_path / "model_index.json").touch()
-    with pytest.raises(ValueError, match="holds the original model"):
-        check_is_not_original(tmp_path, tmp_path / "unet")
+    for output in ("", "unet", "vae", "unlearned"):
+        with pytest.raises(ValueError, match="holds the original model"):
+            check_is_not_original(tmp_path / output, tmp_path / "unet")
     check_is_not_original(tmp_path, "me/on-the-hub")
     check_is_not_original(tmp_path, None)

@@ -30,6 +30,8 @@ class Scripted(UnlearnTrainer):
     script = {}
 
     def remembered(self):
+        folder = self.private_dir / "guard"
+        self.files = getattr(self, "files", {}) | {self.state.global_step: {path.name for path in folder.glob("*")}}
         return self.script[self.state.global_step][0]
 
     def utility_drop(self, baseline):
@@ -143,8 +145,9 @@ class TestDecisions:
         script = [(0.9, 0.0), (0.0, 0.05), (0.0, 0.04), (0.0, 0.03), (0.0, 0.02), (0.0, 0.05), (0.0, 0.0)]
         trainer = scripted(tiny_vit, tmp_path, script, save_strategy="steps", save_steps=3, guard_patience=1)
         assert (trainer.state.global_step, trainer.guard.best.step) == (5, 4)
-        # checkpoint-3 would go back to the first
-        assert guard_files(tmp_path) == {"step-3.safetensors", "step-4.safetensors"}
+        # checkpoint-3 would go back to the first; that of the end, which is written in its place, to the other
+        assert trainer.files[5] == {"step-3.safetensors", "step-4.safetensors"}
+        assert guard_files(tmp_path) == {"step-4.safetensors"}
 
     def test_state_survives_json(self):
         looks = [Look(0, 0.9, 0.0, True), Look(3, float("inf"), 0.1, False)]

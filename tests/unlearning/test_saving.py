@@ -71,7 +71,7 @@ class TestFiles:
         checkpoints = list(folder.glob("checkpoint-*"))
         assert len(checkpoints) == 2
         assert not list(folder.rglob("training_args.bin"))
-        assert all((checkpoint / "unlearning.json").exists() for checkpoint in checkpoints)
+        assert all((checkpoint / "run.json").exists() for checkpoint in checkpoints)
         assert not any((checkpoint / "README.md").exists() for checkpoint in checkpoints)
 
     def test_saving_elsewhere_leaves_nothing_private_there(self, saved, tmp_path):

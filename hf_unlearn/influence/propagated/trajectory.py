@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...files import save_tensors
+from ...files import save_tensors, undamaged
 from .optimizers import State, StepSettings
 
 
@@ -121,19 +121,18 @@ class Trajectory:
     # Reading
 
     def state(self, step: int, device: torch.device) -> State:
-        with safe_open(self._file("state", step), framework="pt", device=str(device)) as file:
+        path = self._file("state", step)
+        with undamaged(path), safe_open(path, framework="pt", device=str(device)) as file:
             return tuple(file.get_tensor(name) for name in sorted(file.keys()))
 
     def step(self, step: int, device: torch.device) -> tuple[list[MicroBatch], StepSettings]:
         """All that a step was made of.
 
         Raises:
-            ValueError: the step was not kept.
+            ValueError: the step was not kept, or its file is damaged.
         """
         path = self._file("step", step)
-        if not path.is_file():
-            raise ValueError(f"trajectory: step {step} is not in {self.folder}; train again")
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with undamaged(path), safe_open(path, framework="pt", device=str(device)) as file:
             about = json.loads(file.metadata()["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         batches = []

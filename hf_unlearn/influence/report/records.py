@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ...files import kept_private
+from ...files import kept_private, read_json, undamaged
 from .observations import Observations, Steps
 from .shuffling import Shuffling
 
@@ -165,7 +165,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     path = Path(folder, MANIFEST)
     if not path.is_file():
         raise ValueError(f"folder={str(folder)!r}: holds no records (no {MANIFEST}); record a run into it first")
-    header = json.loads(path.read_text(encoding="utf-8"))
+    header = read_json(path)
     if header.get("format") != FORMAT:
         raise ValueError(f"folder={str(folder)!r}: has format {header.get('format')}, this version reads {FORMAT}")
     return header
@@ -184,7 +184,7 @@ def _write_table(path: Path, columns: Mapping[str, np.ndarray | pa.Array]) -> No
 
 
 def _read_table(path: Path) -> dict[str, np.ndarray]:
-    with pa.memory_map(str(path)) as source:
+    with undamaged(path), pa.memory_map(str(path)) as source:
         batch = pa.ipc.open_file(source).get_batch(0)
     return {name: _as_numpy(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 

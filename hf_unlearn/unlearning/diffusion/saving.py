@@ -102,10 +102,7 @@ class PipelineSavingMixin(SavingMixin):
             saved = type(unet).from_pretrained(resume_from_checkpoint, subfolder="unet", torch_dtype=unet.dtype)
             unet.load_state_dict(saved.state_dict())
         if self.ema is not None:
-            file = Path(resume_from_checkpoint, EMA_STATE)
-            if not file.is_file():
-                raise ValueError(f"resume_from_checkpoint: {file} is missing; resume with ema_decay=0, or start again")
-            self.ema.point = ReferencePoint.load(file, self.args.device)
+            self.ema.point = ReferencePoint.load(Path(resume_from_checkpoint, EMA_STATE), self.args.device)
 
     # The card
 

@@ -12,7 +12,6 @@ from transformers import Trainer, set_seed
 from ...parameters.reference import ReferencePoint
 from ...training.checks import check_is_not_original
 from ...training.pictures import SampleGrids
-from ..checkpoint import last_complete
 from ..checks import check_anchors, check_arguments
 from ..trainer import UnlearnMixin
 from .config import DiffusionUnlearnConfig
@@ -165,20 +164,16 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
 
     # Before the first step
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Unlearn. As [`~transformers.Trainer.train`]; the original draws its own samples first, if it has not before."""
-        self.check_saving()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete(self.args.output_dir)
+    def _train(self, checkpoint: str | None, **kwargs):
         original = self.private_dir / "reference.safetensors"
-        if resume_from_checkpoint and original.is_file():  # the pipeline may be half unlearned already
+        if checkpoint and original.is_file():  # the pipeline may be half unlearned already
             ReferencePoint.load(original, self.args.device).restore(self.model)
-        if not resume_from_checkpoint:
+        if not checkpoint:
             self._drop_pictures()
         replays = self.retain_dataset is None or self.replay_dataset is not None or self.args.replay_weight
-        if self.own is None and replays:
+        if self.own is None and replays:  # the original draws them, if it has not before
             self.own = self.own_samples(self.forget_dataset, self.replay_dataset)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super()._train(checkpoint, **kwargs)
 
     def _is_kept(self) -> bool:
         return self.utility_drop(self.guard.state.baseline) <= self.utility_tolerance

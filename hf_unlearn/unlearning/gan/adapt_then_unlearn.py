@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
-from ...files import kept_private
 from ...gan.config import GANConfig
 from ...gan.dcgan import DCGANDiscriminator
 from ...gan.pipeline import GANPipeline
@@ -33,7 +33,6 @@ from .saving import GANPublishingMixin
 
 logger = logging.getLogger(__name__)
 
-RUN_KEY = "run.sha256"
 FISHER_SEED, MARK_SEED, OWN_SEED, NEGATIVE_SEED = 11, 12, 13, 14
 # γ and α by distance. The relative distance is what was measured; the others come to the same for a DCGAN of 85,000
 # parameters, where ‖θ_G − θ_N‖² is about 30.
@@ -175,6 +174,10 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
     _paper = "2309.14054"
     _tag_names = ["hf_unlearn", "machine-unlearning"]
     _config_class = AdaptThenUnlearnConfig
+    _decisive = (
+        *GANTrainer._decisive, "adapted_models", "adapt_steps", "adapt_learning_rate", "consolidation_weight", "fisher_samples",
+        "repulsion", "repulsion_weight", "repulsion_rate", "distance", "negative_share",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -249,22 +252,30 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
 
     # Stage 1
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Adapt, then unlearn. As [`~hf_unlearn.GANTrainer.train`]; a resumed run takes its adapted models from `_private/`."""
-        self.check_saving()
-        self._remember_original(bool(resume_from_checkpoint))
-        if not resume_from_checkpoint:
+    def _train(self, checkpoint: str | None, **kwargs):
+        self._remember_original(checkpoint)
+        if not checkpoint:
             self._drop_pictures()
+            if self.args.should_save:
+                self.reference.save(self._reference_file)
         if self.args.repulsion != "none":
-            if not self.adapted:
-                self.adapted = self._adapted_before() if resume_from_checkpoint else self.adapt()
+            if checkpoint:
+                self.adapted = self._adapted_before()
+            elif len(self.adapted) < self.args.adapted_models:
+                self.adapt()
+            if self.args.should_save and not checkpoint:
+                for k, adapted in enumerate(self.adapted):
+                    ReferencePoint(adapted).save(self._adapted_file(k))
             self.anchor = self.build_repulsion()
             self.adapted = self.adapted[:1]  # the others are in its mean; this one, for extrapolated()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super()._train(checkpoint, **kwargs)
+
+    def _run_rows(self) -> dict[str, Any]:
+        return {"undesired": self.feedback.all_undesired, "clean": self.feedback.all_clean}
 
     def adapt(self) -> list[dict[str, Tensor]]:
-        """Stage 1: the parameters of K generators that draw what is to be forgotten, kept in `_private/`."""
-        self._remember_original(False)
+        """Stage 1: the parameters of K generators that draw what is to be forgotten; `train` keeps them in `_private/`."""
+        self._remember_original()
         self.adapted = [self._adapt(k) for k in range(self.args.adapted_models)]
         return self.adapted
 
@@ -281,11 +292,8 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
         )
         trainer = GANTrainer(players, stage, train_dataset=self.feedback.undesired)
         trainer.anchor = self.build_consolidation()
-        trainer.train()
-        adapted = {name: value.detach() for name, value in trainer.averaged.named_parameters()}
-        if self.args.should_save:
-            ReferencePoint(adapted).save(self._adapted_file(k))
-        return adapted
+        Trainer.train(trainer)  # a part of this run, and none of its own
+        return {name: value.detach() for name, value in trainer.averaged.named_parameters()}
 
     def build_consolidation(self) -> QuadraticAnchor:
         """λ Σ Fᵢ(θᵢ − θ_G,i)²: elastic weight consolidation around the original (the paper's L_adapt)."""
@@ -358,44 +366,21 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
 
     # The original
 
-    def _remember_original(self, resuming: bool) -> None:
-        if self.reference is not None:
-            return
-        file = self.private_dir / "reference.safetensors"
-        if resuming:
-            if not file.is_file():
-                raise ValueError(
-                    f"resume_from_checkpoint: {file} is missing, without which the original is not known; start again"
-                )
-            if (self.private_dir / RUN_KEY).read_text() != self._run_key():
-                raise ValueError(
-                    f"resume_from_checkpoint: the run in {self.args.output_dir!r} had other feedback or another stage 1; pass "
-                    "the same, or start again"
-                )
-            self.reference = ReferencePoint.load(file, self.args.device)
-            return
-        self.reference = ReferencePoint.capture(self.model.generator)
-        if self.args.should_save:
-            self.reference.save(file)
-            with kept_private(self.private_dir / RUN_KEY) as key:
-                key.write_text(self._run_key())
+    @property
+    def _reference_file(self) -> Path:
+        return self.private_dir / "reference.safetensors"
 
-    def _run_key(self) -> str:
-        """Digest of what stage 1 and the feedback are, which a resumed run must have in common with the first one."""
-        names = (
-            "adapted_models",
-            "adapt_steps",
-            "adapt_learning_rate",
-            "consolidation_weight",
-            "fisher_samples",
-            "seed",
-        )
-        digest = hashlib.sha256(repr([getattr(self.args, name) for name in names]).encode())
-        for images in (self.feedback.all_undesired, self.feedback.all_clean):
-            digest.update(images.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+    def _remember_original(self, checkpoint: str | None = None) -> None:
+        if checkpoint:
+            if not self._reference_file.is_file():
+                raise ValueError(
+                    f"resume_from_checkpoint: {self._reference_file} is missing, without which the original is not known; start again"
+                )
+            self.reference = ReferencePoint.load(self._reference_file, self.args.device)
+        elif self.reference is None:
+            self.reference = ReferencePoint.capture(self.model.generator)
 
-    def _adapted_file(self, k: int):
+    def _adapted_file(self, k: int) -> Path:
         return self.private_dir / f"adapted-{k}.safetensors"
 
     def _adapted_before(self) -> list[dict[str, Tensor]]:
@@ -413,7 +398,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
     @contextmanager
     def as_original(self) -> Iterator[None]:
         """What draws, as it was before the first step, for the time of a `with` block."""
-        self._remember_original(False)
+        self._remember_original()
         live = dict(self.averaged.named_parameters()) | dict(self.averaged.named_buffers())
         now = {name: value.detach().clone() for name, value in live.items()}
         original = self.reference.parameters | self.reference.buffers

@@ -6,7 +6,7 @@ import pytest
 import torch
 from image_data import distance, weights
 from safetensors.torch import load_file
-from vdu_data import arguments, images, prompted_arguments, trained
+from vdu_data import arguments, prompted_arguments, trained
 
 from hf_unlearn import VDUTrainer
 from hf_unlearn.unlearning.diffusion import own_samples as own_samples_module
@@ -115,7 +115,7 @@ class TestGoesOn:
         self.check_same(rest, whole, half)
 
     def test_with_checkpoints_of_the_training_run(self, tiny_ddpm, tmp_path):
-        """Their moments are read from disk; without them the run cannot go on, nor without its average, but by choice."""
+        """Their moments are read from disk; without them the run cannot go on."""
         unet, paths = copy.deepcopy(tiny_ddpm.unet), []
         for step in range(3):
             with torch.no_grad():
@@ -125,9 +125,7 @@ class TestGoesOn:
             unet.save_pretrained(f"{paths[-1]}/unet")
         values = {"stability_weight": 1e-4, "checkpoints": paths, "anchor": "checkpoint_mean", "ema_decay": 0.9}
         whole, half, rest = self.halves(tiny_ddpm, tmp_path, arguments, **values)
-        moments, average = (
-            tmp_path / "halves" / name for name in ("_private/moments.safetensors", "checkpoint-1/ema.safetensors")
-        )
+        moments = tmp_path / "halves" / "_private" / "moments.safetensors"
         kept = moments.read_bytes()
         moments.unlink()
         with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*moments.safetensors is missing[^\n]*$"):
@@ -136,8 +134,3 @@ class TestGoesOn:
         rest.train(resume_from_checkpoint=True)
         assert rest.precision_name == "inverse variance over 3 checkpoints"
         self.check_same(rest, whole, half)
-        average.unlink()
-        again = arguments(tmp_path / "halves", save_strategy="no", max_steps=2, **(values | {"ema_decay": 0.0}))
-        trainer = VDUTrainer(pipeline=copy.deepcopy(tiny_ddpm), args=again, forget_dataset=images())
-        trainer.train(resume_from_checkpoint=str(tmp_path / "halves" / "checkpoint-1"))
-        assert trainer.state.global_step == 2

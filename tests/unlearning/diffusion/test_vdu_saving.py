@@ -202,7 +202,7 @@ class TestUnprompted:
         assert not list(folder.rglob("*.partial"))
         assert not list(folder.rglob("training_args.bin"))
         checkpoint = set(files_below(folder / "checkpoint-2"))
-        assert {"unet/diffusion_pytorch_model.safetensors", "ema.safetensors", "unlearning.json"} <= checkpoint
+        assert {"unet/diffusion_pytorch_model.safetensors", "ema.safetensors", "run.json"} <= checkpoint
         assert not {"README.md", "model_index.json"} & checkpoint
         trainer.save_model(str(tmp_path / "copy"))
         assert sorted(files_below(tmp_path / "copy")) == check_publishable(tmp_path / "copy")

@@ -346,23 +346,6 @@ class TestResume:
         with trainer.as_original():
             assert same(weights(trainer.averaged), weights(new_pipeline().generator))
 
-    @pytest.mark.parametrize(
-        ("settings", "undesired", "gone", "message"),
-        [
-            ({}, 7, None, "had other feedback or another stage 1"),
-            ({"adapted_models": 1}, 12, None, "had other feedback or another stage 1"),
-            ({"fisher_samples": 17}, 12, None, "had other feedback or another stage 1"),
-            ({}, 12, "adapted-1.safetensors", "adapted-1.safetensors is missing"),
-            ({}, 12, "reference.safetensors", "reference.safetensors is missing"),
-        ],
-    )
-    def test_refused(self, again, marked, tmp_path, settings, undesired, gone, message):
-        if gone:
-            (tmp_path / "again/_private" / gone).unlink()
-        trainer = again(settings, undesired=marked["undesired"][:undesired], clean=marked["clean"])
-        with pytest.raises(ValueError, match=message):
-            trainer.train(resume_from_checkpoint=True)
-
 
 class TestBadInput:
     @pytest.mark.parametrize(
