@@ -60,11 +60,11 @@ class RunMixin:
                 settings or data; or another run is at work in `output_dir`.
             FloatingPointError: a loss or a gradient is not finite.
         """
-        self.check_saving()
         resumes = resume_from_checkpoint not in (None, False)
         # What is to be resumed and is no run is refused before a file is made there.
         with self._alone() if not resumes or (self.private_dir / MARKER).is_file() else nullcontext():
             checkpoint = self._whole_checkpoint(resume_from_checkpoint) if resumes else None
+            self.check_saving()
             if not resumes and self.args.should_save:
                 self._claim()
             self.accelerator.wait_for_everyone()
