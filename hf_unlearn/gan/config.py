@@ -94,6 +94,8 @@ class GANConfig(TrainingArguments):
         check_stock(self, self.refused)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # while one player moves, the other's parameters are unused
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "fid"  # there is no loss that could be best
         if self.greater_is_better is None and self.metric_for_best_model in ("fid", "eval_fid"):
             self.greater_is_better = False  # transformers 5.23 takes all for better when larger but losses
         super().__post_init__()

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 from transformers.utils import is_liger_kernel_available
 
 
@@ -128,6 +129,8 @@ def check_stock(config: Any, refused: Mapping[str, str]) -> None:
                 raise ValueError(f"{name}={value!r}: must be a number")
             if kinds == {bool}:
                 raise ValueError(f"{name}={value!r}: must be True or False")
+    if getattr(config, "activation_offloading", False) and not torch.accelerator.is_available():
+        raise ValueError("activation_offloading=True: needs a GPU to bring activations back to; set it to False")
     if config.output_dir is not None and not str(config.output_dir).strip():
         raise ValueError(f"output_dir={config.output_dir!r}: is empty; name a folder")
 
@@ -161,10 +164,18 @@ def check_features(trainer) -> None:
             raise ValueError(f"use_liger_kernel=True: {kind} has no such kernels; leave it out")
         if not is_liger_kernel_available():
             raise ValueError("use_liger_kernel=True: liger-kernel is not installed; install it, or leave it out")
-    size = trainer._train_batch_size * args.world_size
-    if args.dataloader_drop_last and trainer.train_dataset is not None and len(trainer.train_dataset) < size:
+
+
+def check_drop_last(trainer) -> None:
+    """Refuse to train on nothing.
+
+    Raises:
+        ValueError: `dataloader_drop_last` where there are fewer examples than in a batch.
+    """
+    args, rows, size = trainer.args, trainer.train_dataset, trainer._train_batch_size * trainer.args.world_size
+    if args.dataloader_drop_last and rows is not None and len(rows) < size:
         raise ValueError(
-            f"dataloader_drop_last=True: leaves none of {len(trainer.train_dataset)} examples in batches of {size}; set it to False"
+            f"dataloader_drop_last=True: leaves none of {len(rows)} examples in batches of {size}; set it to False"
         )
 
 

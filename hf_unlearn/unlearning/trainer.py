@@ -21,7 +21,7 @@ from ..data import LABEL_COLUMNS
 from ..modes import seeded_generator
 from ..parameters.anchors import Anchor
 from ..parameters.reference import ReferencePoint, trainable_parameters
-from ..training.checks import check_features, check_is_not_original, check_parallelism
+from ..training.checks import check_drop_last, check_features, check_is_not_original, check_parallelism
 from ..training.collators import ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
 from ..training.models import LoadsByName, is_causal_lm, load_model, router_loss_weight
 from .checkpoint import last_complete, mark_complete, read_marker, unmark
@@ -103,6 +103,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, StockFeaturesMixin
             self.train_dataset = None
         check_parallelism(self, "they step or shard out of the anchor's sight")
         check_features(self)
+        check_drop_last(self)
         check_trainable(self.model, args)
         self._align_special_tokens()
         self.source_dataset = forget_dataset  # as the caller passed it: what the fingerprint is taken of
@@ -402,6 +403,13 @@ class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
                 "forget_dataset: holds images; UnlearnSFTTrainer is for text, UnlearnTrainer for classifiers"
             )
         return {"model": model, "data_collator": data_collator, "peft_config": peft_config}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "forget" in inputs:  # what the stock trainer counts and logs
+            masks = [part.get("attention_mask", torch.ones_like(part["input_ids"])) for part in inputs.values()]
+            self._total_train_tokens += self.accelerator.gather(sum(mask.sum() for mask in masks)).sum().item()
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _prepared(self, dataset, name: str):
         if dataset is None or self._skip_prepare_dataset:

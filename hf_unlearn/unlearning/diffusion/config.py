@@ -54,6 +54,8 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
         | {
             "activation_checkpointing_kwargs": NO_KWARGS,
             "gradient_checkpointing_kwargs": NO_KWARGS,
+            "include_for_metrics": "evaluate() gives denoising errors, and predicts nothing; leave it out",
+            "batch_eval_metrics": "evaluate() gives denoising errors, and predicts nothing; leave it out",
         }
     )
 
