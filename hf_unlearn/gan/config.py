@@ -16,7 +16,7 @@ RANGES = {
     "in [0, 1)": ("ema_decay",),
     "in (0, 1)": ("collapse_tolerance",),
 }
-NONE = "these networks have none; set it to False"
+NONE = "these networks have none; leave it out"
 DRAWS = "evaluate() draws images and compares them, and predicts nothing; leave it out"
 
 
@@ -54,6 +54,8 @@ class GANConfig(TrainingArguments):
         | {  # stock fields, and why
             "activation_checkpointing": NONE,
             "gradient_checkpointing": NONE,
+            "activation_checkpointing_kwargs": NONE,
+            "gradient_checkpointing_kwargs": NONE,
             "auto_find_batch_size": "two players would begin again half trained; set per_device_train_batch_size",
             "fp16": "the two players have one loss scaler; use bf16, or fp32",
             "gradient_accumulation_steps": "two players take turns within a step; raise per_device_train_batch_size instead",
