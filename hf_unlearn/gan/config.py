@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers import TrainingArguments
 
-from ..training.checks import check_fields, check_hub_strategy
+from ..training.checks import REFUSED, REFUSED_OF_IMAGES, check_fields, check_hub_strategy, check_stock
 
 
 RANGES = {
@@ -15,6 +16,8 @@ RANGES = {
     "in [0, 1)": ("ema_decay",),
     "in (0, 1)": ("collapse_tolerance",),
 }
+NONE = "these networks have none; leave it out"
+DRAWS = "evaluate() draws images and compares them, and predicts nothing; leave it out"
 
 
 @dataclass
@@ -45,6 +48,25 @@ class GANConfig(TrainingArguments):
         batch_size (`int`, defaults to 64): images drawn at a time.
     """
 
+    refused: ClassVar[dict[str, str]] = (
+        REFUSED
+        | REFUSED_OF_IMAGES
+        | {  # stock fields, and why
+            "activation_checkpointing": NONE,
+            "gradient_checkpointing": NONE,
+            "activation_checkpointing_kwargs": NONE,
+            "gradient_checkpointing_kwargs": NONE,
+            "auto_find_batch_size": "two players would begin again half trained; set per_device_train_batch_size",
+            "fp16": "the two players have one loss scaler; use bf16, or fp32",
+            "gradient_accumulation_steps": "two players take turns within a step; raise per_device_train_batch_size instead",
+            "optim_target_modules": "one optimiser holds all of both players; leave it out",
+            "train_sampling_strategy": "images have no lengths, and are shuffled; leave it out",
+            **dict.fromkeys(
+                ("prediction_loss_only", "batch_eval_metrics", "include_for_metrics", "eval_accumulation_steps"), DRAWS
+            ),
+        }
+    )
+
     learning_rate: float = 2e-3
     lr_scheduler_type: str = "constant"
     adam_beta1: float = 0.0
@@ -71,24 +93,18 @@ class GANConfig(TrainingArguments):
     batch_size: int = 64
 
     def __post_init__(self):
+        check_stock(self, self.refused)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # while one player moves, the other's parameters are unused
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "fid"  # there is no loss that could be best
         if self.greater_is_better is None and self.metric_for_best_model in ("fid", "eval_fid"):
             self.greater_is_better = False  # transformers 5.23 takes all for better when larger but losses
         super().__post_init__()
         self._check_gan_arguments()
 
     def _check_gan_arguments(self) -> None:
-        if self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: two players take turns within a step; "
-                "raise per_device_train_batch_size instead"
-            )
-        if self.fp16:
-            raise ValueError("fp16=True: the two players have one loss scaler; use bf16, or fp32")
         check_hub_strategy(self)
         check_fields(self, RANGES)
-        if self.gradient_checkpointing:
-            raise ValueError("gradient_checkpointing=True: these networks have none; set it to False")
         if self.guard_examples < 16:
             raise ValueError(f"guard_examples={self.guard_examples}: must be ≥ 16, or coverage says nothing")

@@ -18,7 +18,7 @@ from ..metrics.generation import density_coverage, frechet_distance
 from ..modes import seeded_generator
 from ..parameters.anchors import Anchor
 from ..parameters.reference import average_
-from ..training.checks import check_is_not_original, check_parallelism
+from ..training.checks import check_features, check_is_not_original, check_parallelism
 from .collapse import CollapseGuard
 from .config import GANConfig
 from .losses import discriminator_loss, generator_loss, r1_penalty
@@ -65,9 +65,10 @@ class GANTrainer(GANSavingMixin, Trainer):
         self,
         model: GANPipeline | str | None = None,
         args: GANConfig | None = None,
-        *,
+        data_collator: Callable | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        *,
         extractor: Callable[[Tensor], Tensor] | None = None,
         **kwargs: Any,
     ):
@@ -81,7 +82,9 @@ class GANTrainer(GANSavingMixin, Trainer):
             raise ValueError("train_dataset: missing or empty; pass images to learn from")
         check_players(self.pipeline)
         self.extractor = extractor
-        kwargs.setdefault("data_collator", self._collate)
+        if kwargs.get("model_init") is not None or kwargs.get("compute_loss_func") is not None:
+            name = "model_init" if kwargs.get("model_init") is not None else "compute_loss_func"
+            raise ValueError(f"{name}: would be ignored, there are two players with losses of their own; leave it out")
         self.resize = args.resize
         datasets = {
             "train_dataset": self._rows(train_dataset, "train_dataset"),
@@ -89,8 +92,9 @@ class GANTrainer(GANSavingMixin, Trainer):
         }
         self.averaged = self.pipeline.generator.requires_grad_(False)
         gan = GAN(copy.deepcopy(self.averaged).requires_grad_(True), self.pipeline.discriminator.requires_grad_(True))
-        super().__init__(gan, args, **datasets, **kwargs)
+        super().__init__(gan, args, data_collator or self._collate, **datasets, **kwargs)
         check_parallelism(self, "two players take turns within a step")
+        check_features(self)
         self.averaged.to(self.args.device)
         self.anchor: Anchor | None = None
         self.path_mean = torch.zeros((), device=self.args.device)
@@ -129,7 +133,8 @@ class GANTrainer(GANSavingMixin, Trainer):
         if self.args.max_steps <= 0:
             return super()._get_train_sampler(rows)
         total = self.args.max_steps * self._train_batch_size * self.args.world_size
-        return Reshuffled(len(rows), total, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return Reshuffled(len(rows), total, seed)
 
     def real_images(self, dataset: Any, count: int, seed: int) -> Tensor:
         """At most `count` images of a dataset, drawn by the seed."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..training.checks import check_parallelism, check_processes
+from ..training.checks import check_drop_last, check_features, check_parallelism, check_processes
+from ..training.models import router_loss_weight
 
 
 def check_arguments(args, train_dataset, target_dataset, target, kwargs) -> None:
@@ -24,9 +25,8 @@ def check_arguments(args, train_dataset, target_dataset, target, kwargs) -> None
         raise ValueError(f"target: {target!r} is not 'self'; pass other targets as target_dataset=")
     if (target is None) == (target_dataset is None):
         raise ValueError("target_dataset: pass it, or target='self', and not both")
-    if kwargs.get("compute_loss_func") is not None or args.label_smoothing_factor:
-        ignored = "label_smoothing_factor" if args.label_smoothing_factor else "compute_loss_func"
-        raise ValueError(f"{ignored}: not supported; the loss must be the mean of the examples' own")
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func: not supported; the loss must be the mean of the examples' own")
     if getattr(args, "packing", False) or getattr(args, "padding_free", False):
         name = "packing" if args.packing else "padding_free"
         raise ValueError(
@@ -52,6 +52,11 @@ def check_arguments(args, train_dataset, target_dataset, target, kwargs) -> None
 
 def check_model(trainer) -> None:
     check_parallelism(trainer, "no process would see whole parameters")
+    check_features(trainer)
+    check_drop_last(trainer)
+    if router_loss_weight(trainer):
+        name = "router_aux_loss_coef" if hasattr(trainer.args, "router_aux_loss_coef") else "output_router_logits"
+        raise ValueError(f"{name}: the load-balancing loss is of a whole batch, not of its examples; set it to 0")
     if not any(p.requires_grad for p in trainer.model.parameters()):
         raise ValueError("model: none of its parameters is trainable; unfreeze some with requires_grad_(True)")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from ..training.checks import check_fields
+from ..training.checks import REFUSED, check_fields, check_stock
 
 
 RANGES = {
@@ -53,6 +53,16 @@ class FINEArguments:
         ValueError: a value out of its range.
     """
 
+    refused: ClassVar[dict[str, str]] = REFUSED | {  # stock fields, and why
+        "auto_find_batch_size": "steps that are taken again would count twice; set per_device_train_batch_size",
+        "label_smoothing_factor": "not supported; the loss must be the mean of the examples' own",
+        "loss_type": "not the mean of the examples' own losses; use 'nll'",
+        "torch_compile": "a compiled model runs around the layers that are looked at; set it to False",
+        "torch_compile_backend": "a compiled model runs around the layers that are looked at; leave it out",
+        "torch_compile_mode": "a compiled model runs around the layers that are looked at; leave it out",
+        "use_liger_kernel": "its kernels run around the layers that are looked at; set it to False",
+    }
+
     observation: Literal["in_run", "propagated"] | None = None
     preconditioned: bool = False
     target_every: int = 10
@@ -67,6 +77,7 @@ class FINEArguments:
     id_column: str = "id"
 
     def __post_init__(self):
+        check_stock(self, self.refused)
         super().__post_init__()
         check_fields(self, RANGES)
         if self.n_calibration_runs == 1:

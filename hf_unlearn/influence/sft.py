@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trl import SFTTrainer
 
 from ..training.collators import ROW
-from ..training.losses import IGNORED
+from ..training.losses import IGNORED, next_tokens
 from .config import FINEConfig
 from .trainer import FINEMixin
 
@@ -64,9 +64,9 @@ class _Unfused:
 
     def __call__(self, *, labels: Tensor, fused_lm_head: bool = True, **inputs: Tensor) -> SimpleNamespace:
         outputs = self.model(**inputs)
-        targets = labels[:, 1:]
+        logits, targets = next_tokens(outputs.logits, labels)
         mask = targets != IGNORED
-        log_p = outputs.logits[:, :-1].float().log_softmax(-1)
+        log_p = logits.float().log_softmax(-1)
         own = log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(~mask, 0)
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(~mask, 0)

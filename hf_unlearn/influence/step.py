@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..files import first_line
 from ..training.collators import ROW, RowCollator, WithRow
-from ..training.losses import IGNORED, cross_entropy
+from ..training.losses import IGNORED, cross_entropy, next_tokens
 from .in_run.layers import low_rank
 from .propagated.trajectory import MicroBatch, random_states
 from .targets import Batch, OwnTargets, Targets, own_gains
@@ -44,7 +44,7 @@ class RecordingMixin:
         outputs = model(**inputs)
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
         if self.is_causal_lm:
-            logits, labels = logits[:, :-1], labels[:, 1:]
+            logits, labels = next_tokens(logits, labels)
         return cross_entropy(logits, labels), _predictions(labels)
 
     def _weights(self, inputs: Batch) -> Tensor:

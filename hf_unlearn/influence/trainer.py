@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -56,16 +57,17 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
         args=None,
         data_collator: Callable | None = None,
         train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
         *,
         target_dataset=None,
         target: Literal["self"] | None = None,
-        processing_class=None,
         peft_config=None,
         **kwargs,
     ):
         name = type(self).__name__
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
-        if isinstance(model, str):
+        if isinstance(model, str | os.PathLike):
             model, processing_class, base_model = load_model(
                 model, args or self._config_class(output_dir="influence"), processing_class
             )
@@ -77,7 +79,9 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
         sample_ids = sample_ids_of(train_dataset, args.id_column)
         sets = {} if target_dataset is None else target_sets_of(target_dataset)
         stock = self._stock_arguments(model, data_collator, train_dataset, processing_class, peft_config, sample_ids)
-        super().__init__(args=args, processing_class=processing_class, **stock, **kwargs)
+        super().__init__(
+            args=args, eval_dataset=eval_dataset, processing_class=processing_class, **stock, **kwargs
+        )  # fmt: skip
         check_model(self)
         self.is_causal_lm = is_causal_lm(self.model)
         self.target: str | None = target

@@ -8,10 +8,15 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+from transformers.utils import is_liger_kernel_available
 
 
 def check_fields(config: Any, ranges: Mapping[str, Iterable[str]]) -> None:
@@ -25,13 +30,7 @@ def check_fields(config: Any, ranges: Mapping[str, Iterable[str]]) -> None:
     Raises:
         ValueError: naming the field, its value and what it must be.
     """
-    own = {
-        name
-        for kind in type(config).__mro__
-        if kind.__module__.startswith("hf_unlearn.")
-        for name in kind.__dict__.get("__annotations__", ())
-    }
-    hints = get_type_hints(type(config))
+    own, hints = _declared(type(config))
     for field in fields(config):
         if field.name in own:
             _check_type(field.name, getattr(config, field.name), hints[field.name])
@@ -42,6 +41,18 @@ def check_fields(config: Any, ranges: Mapping[str, Iterable[str]]) -> None:
                 raise ValueError(f"{name}={value}: must be {'finite' if math.isinf(value) else rule}")
             if isinstance(value, float) and not value.is_integer() and _kinds(hints[name]) == {int}:
                 raise ValueError(f"{name}={value}: must be a whole number")
+
+
+@cache
+def _declared(kind: type) -> tuple[set[str], dict[str, Any]]:
+    """The fields that this package declares, and the types of all."""
+    own = {
+        name
+        for base in kind.__mro__
+        if base.__module__.startswith("hf_unlearn.")
+        for name in base.__dict__.get("__annotations__", ())
+    }
+    return own, get_type_hints(kind)
 
 
 def _kinds(hint: Any) -> set[Any]:
@@ -77,6 +88,104 @@ def within(value: float, rule: str) -> bool:
         return above and (value <= high if rule[-1] == "]" else value < high)
     sign, bound = rule.split()
     return value > float(bound) if sign == ">" else value >= float(bound)
+
+
+# What turns whole weights into 16 bits, or spreads them over machines: of every trainer here.
+REFUSED = {
+    "bf16_full_eval": "turns the weights themselves into 16 bits, where small steps are lost; use bf16=True",
+    "fp16_full_eval": "turns the weights themselves into 16 bits, where small steps are lost; use fp16=True",
+    "deepspeed": "DeepSpeed shards parameters and steps out of sight; use DDP",
+    "fsdp": "FSDP shards parameters, which are needed whole; use DDP",
+    "parallelism_config": "shards parameters or sequences, which are needed whole; use DDP",
+}
+# Of a generator of images, which has no tokens and no embeddings.
+REFUSED_OF_IMAGES = {
+    "label_smoothing_factor": "there are no labels; leave it out",
+    "neftune_noise_alpha": "there are no token embeddings to add noise to; leave it out",
+    "include_num_input_tokens_seen": "images are no tokens; leave it out",
+    "use_liger_kernel": "there are no such kernels for these networks; leave it out",
+}
+
+
+def check_stock(config: Any, refused: Mapping[str, str]) -> None:
+    """Refuse what would be ignored or lead astray of the fields of `TrainingArguments`; called before they are changed by its own
+    checks. Numbers and switches that are strings, as a YAML file has them (`1e-4`), are named.
+
+    Args:
+        config (`TrainingArguments`): with the values that it was made with.
+        refused (`dict[str, str]`): fields that must keep their default, or be off, and why.
+
+    Raises:
+        ValueError: naming the field, its value and what it must be.
+    """
+    hints = _declared(type(config))[1]
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if name in refused and value and value != field.default:
+            shown = f"={value!r}" if isinstance(value, str | int | float) else ""
+            raise ValueError(f"{name}{shown}: {refused[name]}")
+        if isinstance(value, str):
+            kinds = _kinds(hints[name])
+            if kinds and kinds <= {int, float}:
+                raise ValueError(f"{name}={value!r}: must be a number")
+            if kinds == {bool}:
+                raise ValueError(f"{name}={value!r}: must be True or False")
+    if getattr(config, "activation_offloading", False) and not torch.accelerator.is_available():
+        raise ValueError("activation_offloading=True: needs a GPU to bring activations back to; set it to False")
+    if config.output_dir is not None and not str(config.output_dir).strip():
+        raise ValueError(f"output_dir={config.output_dir!r}: is empty; name a folder")
+
+
+def check_features(trainer) -> None:
+    """Refuse features of the stock trainer that this model does not have: they would fail, or be ignored, once training has begun.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    args, model = trainer.args, trainer.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = type(base).__name__
+    if args.activation_checkpointing:
+        if not _can_checkpoint(base):
+            raise ValueError(
+                f"activation_checkpointing=True: {kind} has none; set it (or gradient_checkpointing) to False"
+            )
+        if getattr(getattr(model, "active_peft_config", None), "peft_type", None) == "PREFIX_TUNING":
+            raise ValueError(
+                "activation_checkpointing=True: drops the cache that holds a prefix; set it (or gradient_checkpointing) to False"
+            )
+    if args.neftune_noise_alpha is not None:
+        embeddings = None
+        with suppress(AttributeError, NotImplementedError):
+            embeddings = base.get_input_embeddings()
+        if embeddings is None:
+            raise ValueError(f"neftune_noise_alpha: {kind} has no token embeddings to add noise to; leave it out")
+    if args.use_liger_kernel:
+        if not (hasattr(base, "can_generate") and base.can_generate()):
+            raise ValueError(f"use_liger_kernel=True: {kind} has no such kernels; leave it out")
+        if not is_liger_kernel_available():
+            raise ValueError("use_liger_kernel=True: liger-kernel is not installed; install it, or leave it out")
+
+
+def check_drop_last(trainer) -> None:
+    """Refuse to train on nothing.
+
+    Raises:
+        ValueError: `dataloader_drop_last` where there are fewer examples than in a batch.
+    """
+    args, rows, size = trainer.args, trainer.train_dataset, trainer._train_batch_size * trainer.args.world_size
+    if args.dataloader_drop_last and rows is not None and len(rows) < size:
+        raise ValueError(
+            f"dataloader_drop_last=True: leaves none of {len(rows)} examples in batches of {size}; set it to False"
+        )
+
+
+def _can_checkpoint(model: Any) -> bool:
+    """Of Transformers or diffusers, or with methods of its own."""
+    for name in ("supports_gradient_checkpointing", "_supports_gradient_checkpointing"):
+        if hasattr(type(model), name):
+            return getattr(model, name)
+    return hasattr(model, "activation_checkpointing_enable") or hasattr(model, "gradient_checkpointing_enable")
 
 
 def check_processes(args) -> None:

@@ -83,11 +83,13 @@ class RawCollator:
 
 
 def raw_collator(dataset: Any, processing_class: Any) -> RawCollator | None:
-    """A collator for rows of raw images or texts; None where the rows are model inputs already.
+    """A collator for rows of raw images or texts; None where the rows are model inputs already, or there are none.
 
     Raises:
         ValueError: raw rows, and nothing to process them with.
     """
+    if dataset is None:
+        return None
     columns = (
         dataset[0].keys() if isinstance(dataset[0], dict) else ()
     )  # as a transform leaves them, unlike column_names

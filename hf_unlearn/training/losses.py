@@ -23,6 +23,15 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return mean_over_predictions(losses.view(targets.shape), targets)
 
 
+def next_tokens(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What a causal language model predicts, and what comes: `[batch, length − 1, vocabulary]` and `[batch, length − 1]`.
+
+    Aligned by the last tokens: with prompt tuning the logits begin with those of the virtual tokens, which answer to nothing.
+    """
+    length = tokens.shape[1]
+    return logits[:, -length:][:, :-1], tokens[:, 1:]
+
+
 def mean_over_predictions(values: Tensor, targets: Tensor) -> Tensor:
     """Mean of `values` over the predictions of each example that count: `[batch, …] -> [batch]`."""
     counted = (targets != IGNORED).flatten(1) if targets.dim() > 1 else (targets != IGNORED).unsqueeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.utils.generic import find_labels
 CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
 
 
-def load_model(model: str | nn.Module, args, processing_class: Any) -> tuple[nn.Module, Any, str | None]:
+def load_model(model: str | os.PathLike | nn.Module, args, processing_class: Any) -> tuple[nn.Module, Any, str | None]:
     """`(model, processing_class, name)`: an id or a path is loaded with the class its config names, and with its processor.
 
     In fp32, as TRL does and whatever it was saved in: steps of 1e-5 are lost in 16 bits. `model_init_kwargs` says otherwise.
@@ -22,10 +23,12 @@ def load_model(model: str | nn.Module, args, processing_class: Any) -> tuple[nn.
     Raises:
         ValueError: the model has no head and so no loss, or its config names no class of Transformers.
     """
-    if isinstance(model, str):
+    if isinstance(model, str | os.PathLike):
         import transformers
 
-        name = model
+        if getattr(args, "trust_remote_code", False):
+            raise ValueError("trust_remote_code=True: load a model of foreign code yourself, and pass the model")
+        name = model = os.fspath(model)
         config = transformers.AutoConfig.from_pretrained(name)
         architecture = getattr(transformers, (config.architectures or ["?"])[0], None)
         if architecture is None:
@@ -37,6 +40,8 @@ def load_model(model: str | nn.Module, args, processing_class: Any) -> tuple[nn.
         )
         if processing_class is None:
             processing_class = _load_processor(name, text_first=is_causal_lm(model))
+    elif not isinstance(model, nn.Module):
+        raise ValueError(f"model: {type(model).__name__} is no model; pass a model, a path or an id")
     else:
         name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -66,6 +71,15 @@ def is_causal_lm(model: nn.Module) -> bool:
     return hasattr(base, "can_generate") and base.can_generate()
 
 
+def router_loss_weight(trainer) -> float:
+    """What the stock trainer weighs the load-balancing loss of a mixture of experts with, beside the task's; 0 where it has none."""
+    if hasattr(trainer, "aux_loss_enabled"):  # TRL's
+        return trainer.router_aux_loss_coef if trainer.aux_loss_enabled else 0.0
+    config = getattr(trainer.model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "router_aux_loss_coef", 0.0) if getattr(config, "output_router_logits", False) else 0.0
+
+
 def _load_processor(name: str, text_first: bool):
     from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -90,3 +104,6 @@ class LoadsByName:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

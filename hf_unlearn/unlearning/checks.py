@@ -14,7 +14,17 @@ from ..hub.adapters import check_mergeable
 from ..training.checks import check_processes
 
 
-def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_dataset, heldout_dataset) -> None:
+def check_arguments(
+    name: str,
+    args,
+    *,
+    train_dataset=None,
+    forget_dataset=None,
+    retain_dataset=None,
+    heldout_dataset=None,
+    eval_dataset=None,
+    data_collator=None,
+) -> None:
     """Refuse what cannot work, in one line, before anything is loaded or written.
 
     Raises:
@@ -25,8 +35,9 @@ def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_da
         raise ValueError(
             f"train_dataset: {name} learns to forget; pass forget_dataset= (and retain_dataset=, if you have one)"
         )
-    if forget_dataset is None:
-        raise ValueError("forget_dataset: missing; pass the examples to forget")
+    if data_collator is not None and not callable(data_collator):
+        kind = type(data_collator).__name__
+        raise ValueError(f"data_collator: {kind} makes no batches; pass a callable, and examples as forget_dataset=")
     datasets = {"forget_dataset": forget_dataset, "retain_dataset": retain_dataset, "heldout_dataset": heldout_dataset}
     for argument, dataset in datasets.items():
         if dataset is None:
@@ -40,13 +51,20 @@ def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_da
         if len(dataset) == 0:
             use = argument.removesuffix("_dataset").replace("heldout", "compare with")
             raise ValueError(f"{argument}: is empty, so there is nothing to {use}; pass rows")
-        if argument != "forget_dataset" and (shared := overlap(forget_dataset, dataset, args.id_column)):
+        if argument == "forget_dataset" or forget_dataset is None:
+            continue
+        if shared := overlap(forget_dataset, dataset, args.id_column):
             raise ValueError(
                 f"{argument}: {len(shared)} of its ids are in forget_dataset too (first: {shared[0]!r} in column "
                 f"{args.id_column!r}); remove them from one of the two"
             )
-    if args.load_best_model_at_end:
-        raise ValueError("load_best_model_at_end: the guard restores the best state; leave it out")
+    evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    for part, dataset in evaluated.items():
+        if hasattr(dataset, "__len__") and len(dataset) == 0:
+            argument = f"eval_dataset[{part!r}]" if part else "eval_dataset"
+            raise ValueError(f"{argument}: is empty, so there is nothing to evaluate; pass rows, or leave it out")
+    if args.load_best_model_at_end and args.guard:
+        raise ValueError("load_best_model_at_end: the guard restores the best state; leave it out, or set guard=False")
     if retain_dataset is not None and args.dataloader_persistent_workers:
         raise ValueError(
             "dataloader_persistent_workers: would pair forget and retain examples once for all; set it to False"
@@ -59,6 +77,34 @@ def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_da
         raise ValueError(
             f"output_dir: cannot write to {args.output_dir!r} ({error.strerror}); choose another folder"
         ) from error
+
+
+def check_stock_arguments(args, model, model_init=None, **given: Any) -> None:
+    """Refuse arguments of the stock trainers that would be ignored.
+
+    Raises:
+        ValueError: naming the argument and the fix.
+    """
+    if model_init is None and model is None:
+        raise ValueError("model: missing; pass a model, a path or an id")
+    if model_init is not None and model is not None:
+        raise ValueError("model_init: given beside model; keep one of them")
+    if model_init is not None and hasattr(args, "packing"):
+        raise ValueError("model_init: SFTTrainer takes none; pass a model, and make a new trainer for each trial")
+    if model_init is not None and any(given.get("optimizers") or ()):
+        raise ValueError("optimizers: would hold the parameters of another model than model_init makes; leave it out")
+    if given.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func: would be ignored while unlearning; override task_loss in a subclass")
+    if given.get("quantization_config") is not None:
+        raise ValueError(
+            "quantization_config: would be ignored; put it into model_init_kwargs, or load the model with it"
+        )
+
+
+def first_rows(eval_dataset: Any) -> Any:
+    """A row of what is evaluated, from which a trainer that only evaluates sees how its examples look; None if there is none."""
+    rows = next(iter(eval_dataset.values()), None) if isinstance(eval_dataset, dict) else eval_dataset
+    return rows.select(range(1)) if hasattr(rows, "select") and hasattr(rows, "__len__") else rows
 
 
 def check_trainable(model: nn.Module, args) -> None:
@@ -115,9 +161,9 @@ def check_labels(args, num_labels: int, **datasets: Any) -> list[int]:
             raise ValueError(
                 f"{argument}: label {outside[0]} is outside the model's num_labels={num_labels} (0…{num_labels - 1})"
             )
-    both = classes["forget_dataset"] & classes.get("retain_dataset", set())
+    both = classes.get("forget_dataset", set()) & classes.get("retain_dataset", set())
     if args.forget == "class" and both:
         raise ValueError(
             f"retain_dataset: holds class {min(both)}, which is to be forgotten; remove it, or forget='examples'"
         )
-    return sorted(classes["forget_dataset"])
+    return sorted(classes.get("forget_dataset", ()))

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from ..training.checks import check_fields, check_hub_strategy
+from ..training.checks import REFUSED, check_fields, check_hub_strategy, check_stock
 
 
 RANGES = {
@@ -78,6 +78,9 @@ class UnlearnArguments:
     """
 
     _argument_group_name = "unlearning"
+    refused: ClassVar[dict[str, str]] = REFUSED | {  # stock fields, and why
+        "label_smoothing_factor": "would be ignored while unlearning; override task_loss in a subclass"
+    }
     anchors_on_parameters: ClassVar[tuple[str, ...]] = ("fisher_weight",)  # single ones, which a LoRA does not have
 
     forget: Literal["class", "examples"] = "class"
@@ -103,6 +106,7 @@ class UnlearnArguments:
     merge_adapter: bool = True
 
     def __post_init__(self):
+        check_stock(self, self.refused)
         super().__post_init__()
         self._check_unlearn_arguments()
 

@@ -75,6 +75,8 @@ class SavingMixin(PublishingMixin):
 
     @property
     def _steps_taken(self) -> int:
+        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
+            return self.state.best_global_step
         return self.guard.best.step if self.guard and self.guard.best else self.state.global_step
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,16 @@ from ..data import LABEL_COLUMNS
 from ..modes import seeded_generator
 from ..parameters.anchors import Anchor
 from ..parameters.reference import ReferencePoint, trainable_parameters
-from ..training.checks import check_is_not_original, check_parallelism
+from ..training.checks import check_drop_last, check_features, check_is_not_original, check_parallelism
 from ..training.collators import ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
-from ..training.models import LoadsByName, is_causal_lm, load_model
+from ..training.models import LoadsByName, is_causal_lm, load_model, router_loss_weight
 from ..training.runs import RunMixin
-from .checks import check_arguments, check_labels, check_trainable
+from .checks import check_arguments, check_labels, check_stock_arguments, check_trainable, first_rows
 from .config import UnlearnConfig, UnlearnSFTConfig
 from .guard import LOOKING, Guard, GuardState, UtilityMixin
 from .objective import Batch, ObjectiveMixin
 from .saving import SavingMixin
+from .stock import Routed, StockFeaturesMixin
 
 
 # Settings of how long a run is and of what is saved, which one that is resumed may have anew.
@@ -35,9 +36,12 @@ MAY_CHANGE = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "guard", "guard_examples",
     "guard_patience", "forget_accuracy", "utility_tolerance", "ema_decay",
 )  # fmt: skip
+NO_GRADIENT = (
+    "model: none of its trainable parameters takes part in the loss; unfreeze others with requires_grad_(True)"
+)
 
 
-class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, LoadsByName):
+class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, StockFeaturesMixin, LoadsByName):
     """Makes a Trainer forget: batches of forget (and optional retain) data, frozen reference, anchor, replay, guard,
     saving and card. A method overrides `prepared`, `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` or
     `build_anchor`, and nothing else.
@@ -55,64 +59,67 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, LoadsByN
         model=None,
         args=None,
         data_collator: Callable | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
         *,
         forget_dataset=None,
         retain_dataset=None,
         heldout_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
         peft_config=None,
-        train_dataset=None,
+        model_init: Callable | None = None,
         **kwargs,
     ):
         args = args if args is not None else self._config_class(output_dir="unlearned")
         name = type(self).__name__
         if not isinstance(args, self._config_class):
             raise ValueError(f"args: {name} needs {self._config_class.__name__}, got {type(args).__name__}")
+        datasets = {
+            "forget_dataset": forget_dataset,
+            "retain_dataset": retain_dataset,
+            "heldout_dataset": heldout_dataset,
+        }
         check_arguments(
-            name,
-            args,
-            train_dataset=train_dataset,
-            forget_dataset=forget_dataset,
-            retain_dataset=retain_dataset,
-            heldout_dataset=heldout_dataset,
+            name, args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator, **datasets
         )
-        if model is None:
-            raise ValueError("model: missing; pass a model, a path or an id")
-        if kwargs.get("compute_loss_func") is not None or args.label_smoothing_factor:
-            ignored = "label_smoothing_factor" if args.label_smoothing_factor else "compute_loss_func"
-            raise ValueError(f"{ignored}: would be ignored while unlearning; override task_loss in a subclass")
+        check_stock_arguments(args, model, model_init, **kwargs)
+        if model_init is not None:
+            self.model_init = model_init
+            set_seed(args.seed)
+            model = self.call_model_init()
         model, processing_class, self.base_model = self._load(model, args, processing_class)
         check_is_not_original(args.output_dir, self.base_model)
         self.is_causal_lm = is_causal_lm(model)
         self.is_classifier = not self.is_causal_lm and hasattr(getattr(model, "config", None), "num_labels")
         self.forgotten_classes: list[int] = []
         if self.is_classifier:
-            self.forgotten_classes = check_labels(
-                args,
-                model.config.num_labels,
-                forget_dataset=forget_dataset,
-                retain_dataset=retain_dataset,
-                heldout_dataset=heldout_dataset,
-            )
+            self.forgotten_classes = check_labels(args, model.config.num_labels, **datasets)
         set_seed(args.seed)  # an adapter begins at random
-        stock = self._stock_arguments(model, data_collator, forget_dataset, processing_class, peft_config)
+        self._peft_config = peft_config
+        rows = forget_dataset if forget_dataset is not None else first_rows(eval_dataset)
+        stock = self._stock_arguments(model, data_collator, rows, processing_class, peft_config)
         super().__init__(
-            args=args, train_dataset=forget_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
-            **stock, **kwargs,
+            args=args, train_dataset=rows, eval_dataset=eval_dataset, processing_class=processing_class, **stock, **kwargs
         )  # fmt: skip
+        self.model_init = model_init
+        if forget_dataset is None:  # rows were there for the stock trainer, which looks at them
+            self.train_dataset = None
         check_parallelism(self, "they step or shard out of the anchor's sight")
+        check_features(self)
+        check_drop_last(self)
         check_trainable(self.model, args)
+        self._align_special_tokens()
         self.source_dataset = forget_dataset  # as the caller passed it: what the fingerprint is taken of
         self.forget_dataset = self.train_dataset  # as the trainer prepared it
-        if lost := len(forget_dataset) - len(self.forget_dataset):
+        if forget_dataset is not None and (lost := len(forget_dataset) - len(self.forget_dataset)):
             raise ValueError(
                 f"max_length={args.max_length}: leaves {lost} forget examples without a token that counts; raise it"
             )
         self.retain_dataset = self._prepared(retain_dataset, "retain")
         self.heldout_dataset = self._prepared(heldout_dataset, "heldout")
         self.data_collator = NestedCollator(self.data_collator)
-        self.forget_loss_name = self._choose_forget_loss()
+        self._check_batches()
+        self.forget_loss_name = self._choose_forget_loss() if forget_dataset is not None else args.forget_loss
         self.reference: ReferencePoint | None = None
         self.anchor: Anchor | None = None
         self.heldout_loss = args.heldout_loss
@@ -122,8 +129,9 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, LoadsByN
         self._terms: dict[str, Tensor] = {}
         self._terms_count = 0
         self._micro_step = 0
+        self._begun: tuple[ReferencePoint, GuardState | None] | None = None
         if self.compute_metrics is None and self.is_classifier:
-            self.compute_metrics = _accuracy
+            self.compute_metrics = Accuracy()
         self.guard = Guard(self) if args.guard else None
         self.add_callback(_NewPairs())
         if self.guard:
@@ -158,7 +166,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, LoadsByN
             dataset=ForgetRetainDataset(self._pruned(self.forget_dataset), retain, seed=self.args.seed),
             description="Training",
             batch_size=self._train_batch_size,
-            sampler_fn=self._get_train_sampler,
+            sampler_fn=lambda _: self._get_train_sampler(),
             is_training=True,
         )
 
@@ -186,6 +194,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, LoadsByN
         if self.args.bn == "frozen":
             for module in self._batchnorms:  # Trainer calls model.train() before every step
                 module.eval()
+        router_weight = router_loss_weight(self)
+        model = Routed(model) if router_weight else model
         generator = self._generator(self.state.global_step, self._micro_step)
         forget = self.prepared(inputs["forget"], generator)
         terms = {"forget": (self.args.forget_weight, self.forget_loss(model, forget).mean())}
@@ -195,11 +205,16 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, LoadsByN
         if self.replay_weight:
             replayed = self.replay_inputs(forget, generator)
             terms["replay"] = (self.replay_weight, self.replay_loss(model, replayed).mean())
+        if router_weight and model.losses:
+            terms["router"] = (router_weight, torch.stack(model.losses).mean())
         for name, (_, value) in terms.items():
             name = f"{name}_loss"
             self._terms[name] = self._terms.get(name, 0) + value.detach()
         self._terms_count += 1
-        return sum(weight * value for weight, value in terms.values())
+        loss = sum(weight * value for weight, value in terms.values())
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(NO_GRADIENT)
+        return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.args.guard and self.args.bn == "train" and self._micro_step == 0:
@@ -210,6 +225,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, LoadsByN
             # After the backward pass of the last micro-batch: equal to a penalty in the loss, with and without
             # accumulation and clipping. Under fp16 the gradients carry the scaler's factor, and so must this one.
             self._micro_step = 0
+            if all(parameter.grad is None for parameter in trainable_parameters(self.model).values()):
+                raise ValueError(NO_GRADIENT)
             scaler = self.accelerator.scaler
             scaled = scaler is not None and scaler.is_enabled()
             if self.anchor is not None:
@@ -264,11 +281,22 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, LoadsByN
         with torch.random.fork_rng(self._random_devices):
             return super().evaluate(*args, **kwargs)
 
-    def floating_point_ops(self, inputs) -> int:
-        parts = [part for part in inputs.values() if isinstance(part, Mapping)] or [inputs]
-        return sum(super(UnlearnMixin, self).floating_point_ops(part) for part in parts)
-
     # Training and resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Unlearn. As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the newest complete checkpoint of the run
+        that `output_dir` is of.
+
+        Raises:
+            ValueError: there is nothing to forget, or the checkpoint is incomplete, of another run or of another method.
+            FloatingPointError: the loss or a gradient is not finite; nothing was updated.
+        """
+        if self.forget_dataset is None:
+            raise ValueError("forget_dataset: missing; pass the examples to forget")
+        if self.model_init is not None:
+            self._new_model(kwargs.get("trial"))
+        self._begun = None
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def _train(self, checkpoint: str | None, **kwargs):
         self._resuming = checkpoint is not None
@@ -295,7 +323,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, LoadsByN
         if self.guard and not checkpoint:  # a second run of the same trainer: what was useful is still the original
             self.guard.state = GuardState(baseline=self.guard.state.baseline)
         self.accelerator.wait_for_everyone()
-        return super()._train(checkpoint, **kwargs)
+        with self._model_is_made():
+            return super()._train(checkpoint, **kwargs)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         guard = self.guard.state.to_json() if self.guard else None
@@ -351,11 +380,11 @@ class UnlearnTrainer(UnlearnMixin, Trainer):
 
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
         if peft_config is not None:
-            from peft import PeftModel, get_peft_model
+            from peft import PeftModel
 
             if isinstance(model, PeftModel):
                 raise ValueError("peft_config: the model has an adapter already; pass one or the other")
-            model = get_peft_model(model, peft_config)
+            model = self._with_adapter(model, peft_config)
         if data_collator is None:
             data_collator = raw_collator(forget_dataset, processing_class)
         return {"model": model, "data_collator": data_collator}
@@ -372,11 +401,20 @@ class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
     _config_class = UnlearnSFTConfig
 
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
+        if forget_dataset is None:
+            raise ValueError("forget_dataset: missing; pass the examples to forget, or eval_dataset= to evaluate only")
         if {"image", "images"} & set(getattr(forget_dataset, "column_names", None) or ()):
             raise ValueError(
                 "forget_dataset: holds images; UnlearnSFTTrainer is for text, UnlearnTrainer for classifiers"
             )
         return {"model": model, "data_collator": data_collator, "peft_config": peft_config}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "forget" in inputs:  # what the stock trainer counts and logs
+            masks = [part.get("attention_mask", torch.ones_like(part["input_ids"])) for part in inputs.values()]
+            self._total_train_tokens += self.accelerator.gather(sum(mask.sum() for mask in masks)).sum().item()
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _prepared(self, dataset, name: str):
         if dataset is None or self._skip_prepare_dataset:
@@ -384,6 +422,23 @@ class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
         return self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)
 
 
-def _accuracy(evaluation) -> dict[str, float]:
-    logits = evaluation.predictions[0] if isinstance(evaluation.predictions, tuple) else evaluation.predictions
-    return {"accuracy": float((np.argmax(logits, -1) == evaluation.label_ids).mean())}
+class Accuracy:
+    """Share of right labels, of a whole evaluation or (`batch_eval_metrics`) summed over its batches."""
+
+    def __init__(self):
+        self.right = self.all = 0
+
+    def __call__(self, evaluation, compute_result: bool = True) -> dict[str, float]:
+        pairs = [(evaluation.predictions, evaluation.label_ids)]
+        if isinstance(evaluation.label_ids, list):  # eval_do_concat_batches=False
+            pairs = zip(*pairs[0], strict=True)
+        for predictions, labels in pairs:
+            logits = predictions[0] if isinstance(predictions, tuple) else predictions
+            right = np.argmax(np.asarray(logits.cpu() if isinstance(logits, Tensor) else logits), -1)
+            labels = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+            self.right, self.all = self.right + int((right == labels).sum()), self.all + labels.size
+        if not compute_result:
+            return {}
+        share = self.right / max(self.all, 1)
+        self.right = self.all = 0
+        return {"accuracy": share}

@@ -15,7 +15,13 @@ from torch.utils.data import IterableDataset
 
 from trainers import GANS, INFLUENCES, JOBS, QUIET, UNLEARNERS, arguments, build, ddpm, gan, images, llama, modules  # isort: skip
 from trainers import pairs, resnet, seeded, vit  # isort: skip
-from transformers import ResNetModel, TrainingArguments, ViTForMaskedImageModeling
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    ResNetModel,
+    TrainingArguments,
+    ViTForMaskedImageModeling,
+)
 from trl import SFTConfig
 
 from hf_unlearn import DCGANDiscriminator, GANPipeline
@@ -69,7 +75,7 @@ def check_refused(tmp_path):
     return check_refused
 
 
-CALLABLE = ("marker", "compute_loss_func")
+CALLABLE = ("marker", "compute_loss_func", "model_init")
 
 
 class Endless(IterableDataset):
@@ -111,7 +117,7 @@ EVERYWHERE = [
           ("unlearn", "heldout_dataset", "pass rows"), ("vdu", "forget_dataset", ""), ("vdu", "retain_dataset", ""),
           ("vdu", "heldout_dataset", ""), ("vdu", "replay_dataset", ""), ("in_run", "train_dataset", "pass rows"))),
     ("unlearn", "forget_dataset: is empty", "", {"forget_dataset": []}),
-    *((name, "forget_dataset: missing", "pass the examples", {"forget_dataset": None}) for name in UNLEARNERS),
+    *((name, "forget_dataset: missing", "pass the", {"forget_dataset": None, "train": name != "sft"}) for name in UNLEARNERS),
     *((name, f"train_dataset: {JOBS[name].trainer.__name__} learns to forget", "pass forget_dataset=",
        {"train_dataset": FORGET}) for name in UNLEARNERS),
     ("adapt", "train_dataset: this trainer needs none", "undesired=", {"train_dataset": FORGET}),
@@ -360,11 +366,23 @@ ARGUMENTS = [
                          ("adapt", JOBS["gan"].config), ("in_run", SFTConfig), ("fine", JOBS["in_run"].config))),
     *((name, f"compute_loss_func: {why}", "", {"compute_loss_func": lambda *args, **kwargs: 0.0})
       for name, why in (("unlearn", "would be ignored"), ("in_run", "not supported"))),
-    *((name, f"label_smoothing_factor: {why}", "", {"label_smoothing_factor": 0.1})
-      for name, why in (("unlearn", "would be ignored"), ("in_run", "not supported"))),
     *((name, f"load_best_model_at_end: {why}", "", {
         "load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "eval_dataset": RETAIN})
       for name, why in (("unlearn", "the guard"), ("propagated", "the sweep"))),
+    ("unlearn", "model_init: given beside model", "keep one", {"model_init": lambda: vit(), "model": lambda: vit()}),
+    ("sft", "model_init: SFTTrainer takes none", "new trainer", {"model_init": lambda: llama(), "model": None}),
+    ("vdu", "model_init: a pipeline is changed in place", "new trainer", {"model_init": lambda: ddpm()}),
+    ("unlearn", "model: dict is no model", "path or an id", {"model": lambda: {}}),
+    ("unlearn", "data_collator: Dataset makes no batches", "forget_dataset=", {"data_collator": FORGET}),
+    ("unlearn", "eval_dataset['retain']: is empty", "leave it out", {"eval_dataset": {"retain": RETAIN.select([])}}),
+    ("unlearn", "eval_dataset: is empty", "leave it out", {"eval_dataset": RETAIN.select([])}),
+    ("unlearn", "dataloader_drop_last=True: leaves none of 9", "set it to False",
+     {"dataloader_drop_last": True, "per_device_train_batch_size": 16}),
+    ("pbu", "neftune_noise_alpha: ResNetForImageClassification has no token embeddings", "leave it out", {"neftune_noise_alpha": 1.0}),
+    ("pbu", "activation_checkpointing=True: ResNetForImageClassification has none", "False", {"gradient_checkpointing": True}),
+    ("sft", "quantization_config: would be ignored", "model_init_kwargs", {"quantization_config": object()}),
+    ("unlearn", "train_sampling_strategy='group_by_length': the forget examples", "'random'",
+     {"train_sampling_strategy": "group_by_length"}),
     ("unlearn", "dataloader_persistent_workers", "set it to False",
      {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}),
     *((name, f"{what}=True: {why}", f"set {'it' if name == 'fine' else what} to False" if name == "fine" else "", {what: True})
@@ -418,6 +436,35 @@ def test_refused(case, check_refused):
     check_refused(name, problem, fix, **changes)
 
 
+@pytest.mark.parametrize("name", JOBS)
+def test_arguments_in_the_order_of_trainer(name, tmp_path):
+    """Model, args, collator, training set: as of the stock trainers, or a line that says what goes there."""
+    job, given = JOBS[name], arguments(name)
+    if name in UNLEARNERS or name == "adapt":
+        with pytest.raises(ValueError, match="^train_dataset: "):
+            job.trainer(given[job.start], job.config(str(tmp_path), **(QUIET | job.values)), None, FORGET, None)
+        return
+    rest = {key: value for key, value in given.items() if key not in ("model", "train_dataset")}
+    trainer = job.trainer(
+        given["model"], job.config(str(tmp_path), **(QUIET | job.values)), None, given["train_dataset"], **rest
+    )
+    assert len(trainer.train_dataset) == len(given["train_dataset"])
+
+
+def test_a_path_is_a_path(tmp_path):
+    resnet().save_pretrained(tmp_path / "original")
+    trainer = build("pbu", tmp_path / "out", model=tmp_path / "original")
+    assert trainer.base_model == str(tmp_path / "original")
+
+
+def test_experts_that_are_balanced_over_a_batch(tmp_path):
+    config = MixtralConfig(vocab_size=13, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                           num_key_value_heads=1, num_local_experts=2, output_router_logits=True)  # fmt: skip
+    with pytest.raises(ValueError, match="^router_aux_loss_coef: the load-balancing loss is of a whole batch"):
+        build("fine", tmp_path, model=MixtralForCausalLM(config))
+    assert build("fine", tmp_path, model=MixtralForCausalLM(config), router_aux_loss_coef=0.0)
+
+
 def test_checkpoints_of_the_training_run(check_refused, tmp_path):
     """What [`ParameterMoments`] refuses, and a single one, which has no variance."""
     paths = [str(tmp_path / name) for name in "abc"]
@@ -447,6 +494,9 @@ SETTINGS = {  # by job: name, values, and what is said of them
         *((name, [0], NATURAL) for name in ("fisher_samples", "fisher_examples", "guard_steps", "guard_examples", "guard_patience")),
         ("forget_accuracy", [-0.1, 1.0], "[0, 1)"),
         ("hub_strategy", ["every_save", "checkpoint", "all_checkpoints"], "uploads half-finished weights; use hub_strategy='end'"),
+        ("learning_rate", ["1e-4"], "must be a number"),
+        ("bf16", ["no"], "must be True or False"),
+        ("output_dir", ["", " "], "is empty; name a folder"),
     ],
     "sft": [("loss_type", ["dft"], "only 'nll'"), ("hub_strategy", ["every_save"], "uploads half-finished weights")],
     "vdu": [
@@ -507,7 +557,7 @@ def test_settings_that_make_no_sense(job, tmp_path):
         for value in values:
             more = PUSHED if name == "hub_strategy" else {}
             with pytest.raises(ValueError) as error:
-                kind(str(tmp_path / "new"), **(plain | more | {name: value}))
+                kind(**({"output_dir": str(tmp_path / "new")} | plain | more | {name: value}))
             message = str(error.value)
             assert message.startswith(name), message
             assert fix in message, message

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import Factors, PerExampleGradients, Rule, linear, mixes_examples, rule_for
+from .prompts import SharedPrompt, repeats_prompt
 
 
 class GhostRecorder:
@@ -83,7 +84,7 @@ class GhostRecorder:
         self.matrices: set[str] = linears & self.covered.keys() - others
         self._targets: dict[str, Tensor | Factors] = {}
         self._count = 0
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle | SharedPrompt] = []
         self._pass: _Pass | None = None
 
     @property
@@ -104,6 +105,8 @@ class GhostRecorder:
         for layer in self._layers:
             hook = partial(self._see, layer)
             self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+        if repeats_prompt(self._model):
+            self._handles.append(SharedPrompt(self._model))
 
     def detach(self) -> None:
         """Remove the hooks."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-from ...training.checks import check_fields
+from ...training.checks import REFUSED, REFUSED_OF_IMAGES, check_fields
 from ...training.config import DRAWING_RANGES, DrawingArguments
 from ..config import UnlearnConfig
 
@@ -16,6 +16,7 @@ RANGES = {
     "≥ 1": ("lora_rank", "lora_alpha", "forget_samples", "num_inference_steps"),
     "in [0, 1)": ("ema_decay",),
 }
+NO_KWARGS = "diffusers' denoisers take none; leave it out"
 
 
 @dataclass
@@ -47,6 +48,17 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
         guidance_scale (`float`, *optional*): of classifier-free guidance. Default: the pipeline's own.
     """
 
+    refused: ClassVar[dict[str, str]] = (
+        REFUSED
+        | REFUSED_OF_IMAGES
+        | {
+            "activation_checkpointing_kwargs": NO_KWARGS,
+            "gradient_checkpointing_kwargs": NO_KWARGS,
+            "include_for_metrics": "evaluate() gives denoising errors, and predicts nothing; leave it out",
+            "batch_eval_metrics": "evaluate() gives denoising errors, and predicts nothing; leave it out",
+        }
+    )
+
     learning_rate: float = 3e-4
     lr_scheduler_type: str = "constant"
     per_device_train_batch_size: int = 32
@@ -76,6 +88,8 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
         check_fields(self, DRAWING_RANGES)
         if self.forget == "class":
             raise ValueError("forget='class': a generator has no labels; pass that class's images, forget='examples'")
+        if self.load_best_model_at_end and self.ema_decay:
+            raise ValueError(f"ema_decay={self.ema_decay}: would replace the best state by the average; set it to 0")
         if len(self.t_range) != 2 or not 0 <= self.t_range[0] < self.t_range[1] <= 1:
             raise ValueError(f"t_range={self.t_range}: must be two shares, 0 ≤ low < high ≤ 1")
         for name in ("trainable", "forget_prompts", "replay_prompts"):

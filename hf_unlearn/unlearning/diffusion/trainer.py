@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -60,6 +62,10 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
         self,
         model=None,
         args: DiffusionUnlearnConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
         *,
         pipeline: DiffusionPipeline | str | None = None,
         noise_scheduler=None,
@@ -68,7 +74,6 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
         heldout_dataset=None,
         replay_dataset=None,
         marker: Callable[[Tensor], Tensor] | None = None,
-        eval_dataset=None,
         peft_config=None,
         **kwargs,
     ):
@@ -77,6 +82,15 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
             raise ValueError(
                 f"args: {type(self).__name__} needs {self._config_class.__name__}, got {type(args).__name__}"
             )
+        if kwargs.get("model_init") is not None:
+            raise ValueError(
+                "model_init: a pipeline is changed in place; pass it, and make a new trainer for each trial"
+            )
+        if processing_class is not None:
+            raise ValueError("processing_class: the pipeline has what it needs; leave it out")
+        model, pipeline = (
+            os.fspath(given) if isinstance(given, os.PathLike) else given for given in (model, pipeline)
+        )
         self.pipeline, self.name = as_pipeline(model, pipeline, noise_scheduler)
         check_is_not_original(args.output_dir, self.name)
         self.schedule = NoiseSchedule.of(self.pipeline.scheduler).to(args.device)
@@ -107,7 +121,8 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
             "retain_dataset": retain_dataset,
             "heldout_dataset": heldout_dataset,
         }
-        check_arguments(type(self).__name__, args, train_dataset=kwargs.get("train_dataset"), **given)
+        name = type(self).__name__
+        check_arguments(name, args, train_dataset=train_dataset, data_collator=data_collator, **given)
         given |= {"replay_dataset": replay_dataset}
         evaluation = (
             eval_dataset if isinstance(eval_dataset, dict) else {} if eval_dataset is None else {"": eval_dataset}
@@ -123,6 +138,7 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
         super().__init__(
             self.pipeline.unet,
             args,
+            data_collator,
             **datasets,
             eval_dataset=dict(zip(evaluation, encoded.values(), strict=True))
             if isinstance(eval_dataset, dict)
@@ -130,7 +146,7 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
             **kwargs,
         )
         self.source_dataset = source  # as the caller passed it
-        self.forget_prompts = some_prompts(source, 4) if is_prompted(self.pipeline) else []
+        self.forget_prompts = some_prompts(source, 4) if is_prompted(self.pipeline) and source is not None else []
         if args.ema_decay:
             self.ema = AverageWeights(self.model, args.ema_decay, self._is_kept if self.guard else None)
             self.add_callback(self.ema)
@@ -164,6 +180,12 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
 
     # Before the first step
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Unlearn. As [`~transformers.Trainer.train`]; the original draws its own samples first, if it has not before."""
+        if self.forget_dataset is None:
+            raise ValueError("forget_dataset: missing; pass the images to forget, or forget_prompts")
+        return super().train(resume_from_checkpoint, **kwargs)
+
     def _train(self, checkpoint: str | None, **kwargs):
         original = self.private_dir / "reference.safetensors"
         if checkpoint and original.is_file():  # the pipeline may be half unlearned already
@@ -173,7 +195,21 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
         replays = self.retain_dataset is None or self.replay_dataset is not None or self.args.replay_weight
         if self.own is None and replays:  # the original draws them, if it has not before
             self.own = self.own_samples(self.forget_dataset, self.replay_dataset)
-        return super()._train(checkpoint, **kwargs)
+        with self._checkpointed():
+            return super()._train(checkpoint, **kwargs)
+
+    @contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """`activation_checkpointing`, in the words of diffusers: the stock trainer knows those of Transformers only."""
+        wanted, self.args.activation_checkpointing = self.args.activation_checkpointing, False
+        if wanted:
+            self.model.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            self.args.activation_checkpointing = wanted
+            if wanted:
+                self.model.disable_gradient_checkpointing()
 
     def _is_kept(self) -> bool:
         return self.utility_drop(self.guard.state.baseline) <= self.utility_tolerance

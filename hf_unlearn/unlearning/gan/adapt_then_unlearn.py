@@ -183,6 +183,9 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
         self,
         model: GANPipeline | str | None = None,
         args: AdaptThenUnlearnConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         *,
         undesired: Any = None,
         clean: Any = None,
@@ -195,9 +198,8 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
             raise ValueError(
                 f"args: {type(self).__name__} needs {self._config_class.__name__}, got {type(args).__name__}"
             )
-        if kwargs.get("train_dataset") is not None:
+        if train_dataset is not None:
             raise ValueError("train_dataset: this trainer needs none; pass undesired= and clean=, or marker=")
-        kwargs.pop("train_dataset", None)
         pipeline, name = as_pipeline(model)
         check_is_not_original(args.output_dir, name)
         if pipeline.discriminator is None:
@@ -214,7 +216,8 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
             check_players(pipeline)
             sorted_by = extractor or _Judged(pipeline.discriminator)
         self.feedback = self._gathered(args, pipeline, undesired, clean, marker, sorted_by)
-        super().__init__(pipeline, args, train_dataset=self.feedback.all_clean, extractor=extractor, **kwargs)
+        given = {"train_dataset": self.feedback.all_clean, "eval_dataset": eval_dataset, "extractor": extractor}
+        super().__init__(pipeline, args, data_collator, **given, **kwargs)
         self.base_model = name
         self.source_dataset = [{"image": image} for image in self.feedback.undesired]
         self._negatives: Tensor | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ...training.losses import IGNORED, mean_over_predictions
+from ...training.losses import IGNORED, mean_over_predictions, next_tokens
 from ..losses import divergence
 
 
@@ -35,7 +35,7 @@ class LanguageObjective:
 
     def answers(self, forward: Callable, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[batch, length − 1, vocabulary]` and the tokens `[batch, length − 1]` that they predict."""
-        return forward(**inputs, use_cache=False).logits[:, :-1], labels[:, 1:]
+        return next_tokens(forward(**inputs, use_cache=False).logits, labels)
 
     def excluded(self, logits: Tensor, targets: Tensor) -> Tensor:
         """What `redirect` takes away: each prediction's own token."""

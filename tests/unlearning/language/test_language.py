@@ -373,9 +373,13 @@ class TestRefusals:
     def test_batches_without_labels(self, tiny_llama, tokenizer, tmp_path):
         rows = Dataset.from_list([dict(tokenizer(text)) for text in TEXTS])
         collator = DataCollatorWithPadding(tokenizer)
-        trainer = UnlearnTrainer(tiny_llama, args=settings(tmp_path), data_collator=collator, forget_dataset=rows)
-        with pytest.raises(ValueError, match=r"^labels: missing in the batch[^\n]+$"):
-            trainer.train()
+        raw = Dataset.from_list([{"text": text} for text in TEXTS])
+        for given in ({"data_collator": collator, "forget_dataset": rows}, {"forget_dataset": raw}):
+            with pytest.raises(
+                ValueError, match=r"^forget_dataset: gives batches without 'labels'[^\n]+UnlearnSFTTrainer"
+            ):
+                UnlearnTrainer(tiny_llama, args=settings(tmp_path), processing_class=tokenizer, **given)
+        assert not list(tmp_path.iterdir())
 
     def test_inputs_without_a_known_replay(self, tiny_llama, tmp_path):
         rows = Dataset.from_list([{"inputs_embeds": [[0.1] * 16] * 4, "labels": [3, 4, 5, 6]}] * 4)
