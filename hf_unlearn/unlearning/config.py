@@ -40,6 +40,8 @@ class UnlearnArguments:
             class from a classifier and `"npo"` for language models.
         forget_weight (`float`, defaults to 1.0): weight of the forget loss, > 0.
         npo_beta (`float`, defaults to 0.1): inverse temperature β of NPO.
+        loss_reduction (`"mean"` | `"sum"`, defaults to `"mean"`): of the forget loss of a text: per token, on the scale of
+            the retain and replay terms, or summed over its tokens as in NPO's paper, which takes more of what is to be kept.
         heldout_loss (`float`, *optional*): mean loss, in nats, of data the model has never seen: the target of
             `forget="examples"`. Computed from `heldout_dataset=` when that is given.
 
@@ -84,6 +86,7 @@ class UnlearnArguments:
     forget_loss: Literal["bounded", "ascent", "npo", "redirect", "uniform", "match"] = "bounded"
     forget_weight: float = 1.0
     npo_beta: float = 0.1
+    loss_reduction: Literal["mean", "sum"] = "mean"
     heldout_loss: float | None = None
     retain_weight: float = 1.0
     replay_weight: float | None = None
