@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from ..data import fingerprint
-from ..hub.card import unlearning_card
+from ..hub.card import Figure, unlearning_card
 from ..hub.loading import hub_id
 from ..hub.provenance import Provenance, library_versions
 from ..hub.publish import publish_folder
@@ -82,6 +83,7 @@ class PublishingMixin(PushingMixin):
     """
 
     _base_revision: str | None = None
+    outcome_figures: Sequence[Figure] = ()
     _commit_message = "End of unlearning"
 
     @cached_property
@@ -133,7 +135,7 @@ class PublishingMixin(PushingMixin):
         name = str(source) if source == self.hub_model_id else Path(source).resolve().name
         values = {
             "model_name": Path(name).name,
-            "results": self.results,
+            "results": [*self.results, *self.outcome_figures],
             "failed_checks": self.failed_checks,
             "tags": (self._method,),
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from ..hub.adapters import save_merged
 from ..hub.loading import hub_id, loading_code
 from ..training.publishing import PublishingMixin
 from .config import UnlearnArguments
-from .guard import NOTHING_TO_FORGET
 
 
 RUN_SETTINGS = (
@@ -108,24 +106,3 @@ class SavingMixin(PublishingMixin):
         return next(
             (name for kind, name in kinds.items() if isinstance(self.processing_class, kind)), "AutoImageProcessor"
         )
-
-    @property
-    def failed_checks(self) -> list[str]:
-        """What the guard could not vouch for in the state that is kept, a line each, for the card."""
-        best = self.guard.best if self.guard else None
-        if best is None:
-            return []
-        failed = []
-        if self.guard.looks[0].forgotten:
-            failed.append(f"Nothing was there to forget before the first step: {NOTHING_TO_FORGET[self.args.forget]}.")
-        if not best.forgotten and math.isfinite(best.remembered):
-            unit = "accuracy on the forget set" if self.args.forget == "class" else "nats of loss"
-            failed.append(f"The forget target was not reached: {best.remembered:.3g} {unit} are missing.")
-        later = self.guard.looks[1:]
-        if best.step == 0 and later and not any(look.kept for look in later):
-            failed.append("Nothing was unlearned: every state but the original lost more utility than the tolerance.")
-        if not best.kept:
-            failed.append(
-                f"Utility fell by {best.utility_drop:.3g}, more than the tolerance of {self.utility_tolerance:g}."
-            )
-        return failed

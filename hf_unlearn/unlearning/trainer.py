@@ -24,15 +24,17 @@ from ..parameters.reference import ReferencePoint, trainable_parameters
 from ..training.checks import check_is_not_original, check_parallelism
 from ..training.collators import ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
 from ..training.models import LoadsByName, is_causal_lm, load_model
+from ..training.outcome import tell_outcome
 from .checkpoint import last_complete, mark_complete, read_marker, unmark
 from .checks import check_arguments, check_labels, check_trainable
 from .config import UnlearnConfig, UnlearnSFTConfig
 from .guard import LOOKING, Guard, GuardState, UtilityMixin
 from .objective import Batch, ObjectiveMixin
+from .outcome import OutcomeMixin
 from .saving import SavingMixin
 
 
-class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
+class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, LoadsByName):
     """Makes a Trainer forget: batches of forget (and optional retain) data, frozen reference, anchor, replay, guard,
     saving and card. A method overrides `prepared`, `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` or
     `build_anchor`, and nothing else.
@@ -298,7 +300,10 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, LoadsByName):
         if self.guard and not checkpoint:  # a second run of the same trainer: what was useful is still the original
             self.guard.state = GuardState(baseline=self.guard.state.baseline)
         self.accelerator.wait_for_everyone()
-        return super().train(resume_from_checkpoint=checkpoint or None, **kwargs)
+        done = super().train(resume_from_checkpoint=checkpoint or None, **kwargs)
+        self.outcome = self.judge()
+        tell_outcome(self, self.outcome_line)
+        return done
 
     def _save_checkpoint(self, model, trial):
         # Rotation waits until the new checkpoint is marked: a kill in between must not leave none. And where an earlier run
