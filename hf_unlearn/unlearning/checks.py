@@ -41,10 +41,7 @@ def check_arguments(name: str, args, *, train_dataset, forget_dataset, retain_da
             use = argument.removesuffix("_dataset").replace("heldout", "compare with")
             raise ValueError(f"{argument}: is empty, so there is nothing to {use}; pass rows")
         if argument != "forget_dataset" and (shared := overlap(forget_dataset, dataset, args.id_column)):
-            raise ValueError(
-                f"{argument}: {len(shared)} of its ids are in forget_dataset too (first: {shared[0]!r} in column "
-                f"{args.id_column!r}); remove them from one of the two"
-            )
+            raise ValueError(f"{argument}: {shared}; remove them from one of the two")
     if args.load_best_model_at_end:
         raise ValueError("load_best_model_at_end: the guard restores the best state; leave it out")
     if retain_dataset is not None and args.dataloader_persistent_workers:

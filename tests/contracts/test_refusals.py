@@ -132,6 +132,9 @@ LABELS = [
         "forget_dataset": FORGET.rename_column("id", "name"), "id_column": "name",
         "retain_dataset": labelled([1] * 4).rename_column("id", "name")}),
     ("heldout_dataset: 4 of its ids", "remove them", {"heldout_dataset": FORGET, "forget": "examples"}),
+    ("retain_dataset: 4 of its rows are in forget_dataset too (first: row 4)", "remove", {
+        "forget_dataset": FORGET.remove_columns("id"), "forget": "examples", "heldout_dataset": RETAIN,
+        "retain_dataset": datasets.concatenate_datasets([RETAIN, FORGET]).remove_columns("id")}),
     ("retain_dataset: holds class 3", "forget='examples'", {"retain_dataset": images(4, [4, 3], seed=1)}),
     ("forget_dataset: holds every class", "forget='examples'", {"forget_dataset": images(5, range(5)), "retain_dataset": None}),
     *((f"{argument}: has no label column", fix, {argument: rows})
@@ -656,7 +659,7 @@ def test_influence_before_training(tmp_path):
 
 
 def test_nothing_is_refused_that_only_looks_like_it(tmp_path):
-    """Rows that nothing identifies may be the same; the best model may be loaded where nothing is swept."""
+    """Rows that nothing identifies may be the same with another label; the best model may be loaded where nothing is swept."""
     build(
         "unlearn",
         tmp_path,
