@@ -63,13 +63,27 @@ class ObjectiveMixin:
     def predictions(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits `[batch, …, classes]` and the targets `[batch, …]` they answer, −100 where none."""
         self._set_signature_columns_if_needed()
-        label = self.label_names[0] if self.label_names else "labels"
-        if label not in batch:
-            raise ValueError(f"{label}: missing in the batch; the collator or the dataset must provide it")
+        labels = self._labels(batch)
         inputs = {k: v for k, v in batch.items() if k not in self.label_names and k in self._signature_columns}
         if self.is_causal_lm:  # SFTTrainer's signature leaves it out
             inputs.setdefault("attention_mask", batch.get("attention_mask"))
-        return self.family.answers(forward, inputs, batch[label])
+        return self.family.answers(forward, inputs, labels)
+
+    def _labels(self, batch: Batch) -> Tensor:
+        label = self.label_names[0] if self.label_names else "labels"
+        if label not in batch:
+            raise ValueError(f"{label}: missing in the batch; the collator or the dataset must provide it")
+        return batch[label]
+
+    def check_batches(self) -> None:
+        """Look at a batch of the forget set before anything is written.
+
+        Raises:
+            ValueError: it has no labels.
+        """
+        with torch.random.fork_rng(devices=[]):
+            for batch in self._batches(self.forget_dataset, 1):
+                self._labels(batch)
 
     def prepared(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The batch with whatever is drawn at random in it, so that student and original see the same. Default: nothing is."""
@@ -94,8 +108,7 @@ class ObjectiveMixin:
         """
         values = self._forget_means(model, batch)
         if self.args.loss_reduction == "sum":
-            labels = batch[self.label_names[0] if self.label_names else "labels"]
-            values = values * self.family.counts(labels, batch.get("attention_mask"))
+            values = values * self.family.counts(self._labels(batch), batch.get("attention_mask"))
         return values
 
     def _forget_means(self, model: Callable, batch: Batch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .checkpoint import last_complete, mark_complete, read_marker, unmark
 from .checks import check_arguments, check_labels, check_trainable
 from .config import UnlearnConfig, UnlearnSFTConfig
 from .guard import LOOKING, Guard, GuardState, UtilityMixin
+from .language.rows import as_prompt_completion, check_tokenized, count_tokens, fit_length
 from .objective import Batch, ObjectiveMixin
 from .outcome import OutcomeMixin
 from .saving import SavingMixin
@@ -95,17 +97,13 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, Load
         set_seed(args.seed)  # an adapter begins at random
         stock = self._stock_arguments(model, data_collator, forget_dataset, processing_class, peft_config)
         super().__init__(
-            args=args, train_dataset=forget_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
+            args=args, train_dataset=self._readable(forget_dataset, args, kwargs), eval_dataset=eval_dataset, processing_class=processing_class,
             **stock, **kwargs,
         )  # fmt: skip
         check_parallelism(self, "they step or shard out of the anchor's sight")
         check_trainable(self.model, args)
         self.source_dataset = forget_dataset  # as the caller passed it: what the fingerprint is taken of
         self.forget_dataset = self.train_dataset  # as the trainer prepared it
-        if lost := len(forget_dataset) - len(self.forget_dataset):
-            raise ValueError(
-                f"max_length={args.max_length}: leaves {lost} forget examples without a token that counts; raise it"
-            )
         self.retain_dataset = self._prepared(retain_dataset, "retain")
         self.heldout_dataset = self._prepared(heldout_dataset, "heldout")
         self.data_collator = NestedCollator(self.data_collator)
@@ -133,6 +131,9 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, Load
 
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _readable(self, forget_dataset, args, kwargs):
+        return forget_dataset
 
     def _prepared(self, dataset, name: str):
         return dataset
@@ -288,6 +289,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, Load
             if self.guard and state["guard"]:
                 self.guard.state = GuardState.from_json(state["guard"])
         elif self.reference is None:
+            if self.is_causal_lm:
+                self.check_batches()
             self.reference = ReferencePoint.capture(self.model)
             if self.args.should_save:
                 for earlier in sort_checkpoints(self.args.output_dir):  # of a run with another reference
@@ -364,17 +367,26 @@ class UnlearnTrainer(UnlearnMixin, Trainer):
             if isinstance(model, PeftModel):
                 raise ValueError("peft_config: the model has an adapter already; pass one or the other")
             model = get_peft_model(model, peft_config)
+        self._reads_ids = self.is_causal_lm and data_collator is None
+        if self._reads_ids:
+            check_tokenized(forget_dataset, "forget_dataset")
         if data_collator is None:
             data_collator = raw_collator(forget_dataset, processing_class)
         return {"model": model, "data_collator": data_collator}
+
+    def _prepared(self, dataset, name: str):
+        if dataset is not None and self._reads_ids:
+            check_tokenized(dataset, f"{name}_dataset")
+        return dataset
 
 
 class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
     """[`~trl.SFTTrainer`] that makes a language model forget instructions: `forget_dataset=` instead of `train_dataset=`.
 
     Takes the formats that `SFTTrainer` takes (text, prompt and completion, messages), with its completion masks and chat
-    templates; the same arguments as [`UnlearnTrainer`] besides. Packing is refused: it takes away the boundaries between
-    the examples to forget.
+    templates; columns such as `question` and `answer` are taken for prompt and completion. The same arguments as
+    [`UnlearnTrainer`] besides. Packing is refused: it takes away the boundaries between the examples to forget. Forget texts
+    longer than `max_length` are split, so that all of them is forgotten.
     """
 
     _config_class = UnlearnSFTConfig
@@ -386,10 +398,33 @@ class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
             )
         return {"model": model, "data_collator": data_collator, "peft_config": peft_config}
 
+    def _readable(self, forget_dataset, args, kwargs):
+        if kwargs.get("formatting_func") is not None:
+            return forget_dataset
+        return as_prompt_completion(forget_dataset, args.dataset_text_field, "forget_dataset")
+
     def _prepared(self, dataset, name: str):
         if dataset is None or self._skip_prepare_dataset:
             return dataset
         return self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """As TRL's, but that nothing of a forget text is cut off, and that it is said what is cut off of others."""
+        argument = {"train": "forget_dataset", "retain": "retain_dataset", "heldout": "heldout_dataset"}.get(
+            dataset_name, f"eval_dataset[{dataset_name!r}]"
+        )
+        if formatting_func is None:
+            dataset = as_prompt_completion(dataset, args.dataset_text_field, argument)
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
+        if not isinstance(dataset, Dataset):
+            return dataset
+        whole = dataset_name == "train"
+        return fit_length(dataset, args.max_length, args.truncation_mode, argument, whole=whole)
+
+    def _forgotten(self) -> str:
+        return f"{super()._forgotten()} ({count_tokens(self.forget_dataset):,} tokens)"
 
 
 def _accuracy(evaluation) -> dict[str, float]:

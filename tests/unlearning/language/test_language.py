@@ -241,7 +241,7 @@ class TestReplay:
         tiny_llama.config.eos_token_id = [2, 7]
         tiny_llama.config.pad_token_id = 9
         rows = masked(TEXTS, tokenizer)
-        for retain, weight in ((None, 1.0), (rows, 0.0)):
+        for retain, weight in ((None, 1.0), (masked(KEPT, tokenizer), 0.0)):
             args = settings(tmp_path, replay_weight=None)
             trainer = UnlearnTrainer(tiny_llama, args=args, forget_dataset=rows, retain_dataset=retain)
             assert trainer.replay_weight == weight
@@ -381,6 +381,20 @@ class TestRefusals:
         trainer = UnlearnTrainer(tiny_llama, args=settings(tmp_path), data_collator=collator, forget_dataset=rows)
         with pytest.raises(ValueError, match=r"^labels: missing in the batch[^\n]+$"):
             trainer.train()
+        assert not (tmp_path / "_private").exists()
+
+    def test_raw_texts(self, tiny_llama, tokenizer, tmp_path):
+        tokens = masked(TEXTS, tokenizer)
+        for argument, rows, column in (
+            ("forget_dataset", Dataset.from_dict({"text": TEXTS}), "text"),
+            ("forget_dataset", Dataset.from_dict({"question": TEXTS, "answer": TEXTS}), "question"),
+            ("retain_dataset", Dataset.from_dict({"prompt": KEPT, "completion": KEPT}), "prompt"),
+        ):
+            data = {"forget_dataset": tokens} | {argument: rows}
+            with pytest.raises(
+                ValueError, match=rf"^{argument}: column '{column}' holds raw texts; UnlearnSFTTrainer [^\n]+$"
+            ):
+                UnlearnTrainer(tiny_llama, args=settings(tmp_path), processing_class=tokenizer, **data)
 
     def test_inputs_without_a_known_replay(self, tiny_llama, tmp_path):
         rows = Dataset.from_list([{"inputs_embeds": [[0.1] * 16] * 4, "labels": [3, 4, 5, 6]}] * 4)
