@@ -73,8 +73,8 @@ class UnlearnArguments:
             from the original on replay inputs, in nats (default 0.5).
 
     > Data and output
-        id_column (`str`, defaults to `"id"`): column that identifies examples. Where forget and retain sets both have
-            it they must not overlap.
+        id_column (`str`, defaults to `"id"`): column that identifies examples. Where forget and retain sets both have it they
+            must not overlap; where one has not, or its ids are only row numbers, no row may be in both with the same label.
         merge_adapter (`bool`, defaults to `True`): save the model with the adapter merged into it. An adapter alone can be
             taken off again, which undoes the unlearning.
     """

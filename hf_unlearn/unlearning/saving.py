@@ -82,7 +82,8 @@ class SavingMixin(PublishingMixin):
         for name in ("replay_weight", "fisher_weight"):
             chosen[name] = getattr(self, name)
         chosen["forget_loss"] = self.forget_loss_name
-        for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter"):
+        of_texts = () if self.is_causal_lm else ("loss_reduction",)
+        for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter", *of_texts):
             chosen.pop(name)
         return chosen | {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
 

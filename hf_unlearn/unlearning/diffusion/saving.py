@@ -113,7 +113,6 @@ class PipelineSavingMixin(SavingMixin):
             "fisher",
             "fisher_samples",
             "forget_accuracy",
-            "loss_reduction",
             "forget",
             "forget_prompts",
             "replay_prompts",
