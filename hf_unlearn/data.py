@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,22 @@ if TYPE_CHECKING:
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 LOOKED_AT = 64  # rows of a dataset, to recognise it
+# Columns that say what an example is; others may tell its number or where it comes from.
+CONTENT = (
+    *(
+        "image",
+        "images",
+        "img",
+        "pixel_values",
+        "latents",
+        "text",
+        "input_ids",
+        "inputs_embeds",
+        "messages",
+        "conversations",
+    ),
+    *("prompt", "completion", "question", "answer", "instruction", "input", "output", "query", "response"),
+)
 
 
 # Loading
@@ -104,11 +120,80 @@ def class_names(dataset: TorchDataset | Dataset, limit: int = 10) -> str | None:
     return ("class " if len(labels) == 1 else "classes ") + ", ".join(map(str, labels))
 
 
-def overlap(forget: Dataset, retain: Dataset, column: str) -> list[Any]:
-    """Ids that occur in both datasets; empty where one of them has no such column."""
-    if not all(column in (getattr(dataset, "column_names", None) or ()) for dataset in (forget, retain)):
-        return []
-    return sorted(set(_column(forget, column)) & set(_column(retain, column)), key=str)
+def overlap(forget: Any, other: Any, column: str) -> str | None:
+    """What two datasets have in common, as in `"2 of its ids are in forget_dataset too (first: 'b' in column 'id')"`; None where
+    nothing.
+
+    By the ids in `column` where both have it. Numbers are row numbers as often as ids, and two splits both begin at 0: rows with
+    one number must also have the same content. Where there are no ids, or one set's are 0…n−1, rows are compared by content (the
+    columns of [`CONTENT`], else all, and the label) as it is stored: images by their bytes. Datasets that are no `datasets.Dataset`, or that have
+    other columns of content, are not compared.
+
+    Args:
+        forget, other (`Dataset`): what is to be forgotten, and what must not hold it.
+        column (`str`): of the ids.
+    """
+    names = [set(getattr(dataset, "column_names", None) or ()) for dataset in (forget, other)]
+    contents = [here & set(CONTENT) or here - {column, *LABEL_COLUMNS} for here in names]
+    common = sorted(contents[0]) if contents[0] == contents[1] else []
+    if column in names[0] & names[1]:
+        ids = [_column(dataset, column) for dataset in (forget, other)]
+        if not common or not any(_is_numbering(values) for values in ids):
+            shared = sorted(set(ids[0]) & set(ids[1]), key=str)
+            if shared and common and all(isinstance(value, int) for value in shared):
+                rows = {value: row for row, value in enumerate(ids[0])}
+                other_rows = {value: row for row, value in enumerate(ids[1])}
+                found = [
+                    _contents(dataset.select([of[value] for value in shared]), common)
+                    for dataset, of in ((forget, rows), (other, other_rows))
+                ]
+                shared = [value for value, one, two in zip(shared, *found, strict=True) if one == two]
+            if not shared:
+                return None
+            return f"{len(shared)} of its ids are in forget_dataset too (first: {shared[0]!r} in column {column!r})"
+    if not common:
+        return None
+    common += sorted(
+        names[0] & names[1] & set(LABEL_COLUMNS)
+    )  # to be told another label is another thing than to be kept
+    known = set(_contents(forget, common))
+    found = [row for row, content in enumerate(_contents(other, common)) if content in known]
+    return f"{len(found)} of its rows are in forget_dataset too (first: row {found[0]})" if found else None
+
+
+def _is_numbering(ids: Sequence[Any]) -> bool:
+    return all(type(value) is int for value in ids) and set(ids) == set(range(len(ids)))
+
+
+def _contents(dataset: Dataset, columns: Sequence[str]) -> Iterator[bytes]:
+    """A digest of each row as it is stored, nothing decoded."""
+    for table in dataset.select_columns(columns).with_format("arrow").iter(256):
+        parts = [table.column(name).combine_chunks() for name in columns]
+        for row in range(table.num_rows):
+            digest = hashlib.blake2b(digest_size=16)
+            for part in parts:
+                content = _stored(part[row])
+                digest.update(len(content).to_bytes(8, "little") + content)
+            yield digest.digest()
+
+
+def _stored(scalar: Any) -> bytes:
+    """The bytes of an Arrow value; of an image those of its file, of nested lists their shape at the top and their numbers."""
+    if not scalar.is_valid:
+        return b"none"
+    value = getattr(scalar, "value", scalar)  # of an extension type, as arrays of two dimensions are
+    if hasattr(value, "values") and not hasattr(value, "keys"):
+        values = value.values
+        while hasattr(values.type, "value_type") and hasattr(values, "flatten"):
+            values = values.flatten()
+        if not values.null_count and values.type.num_fields == 0:
+            numbers = values.to_numpy(zero_copy_only=False)
+            if numbers.dtype.kind in "biuf":
+                return str(len(value.values)).encode() + numbers.tobytes()
+    content = value.as_py() if hasattr(value, "as_py") else value
+    if isinstance(content, dict) and content.get("bytes"):  # an image or a sound, wherever it came from
+        return content["bytes"]
+    return repr(content).encode()
 
 
 # Batches

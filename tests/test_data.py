@@ -218,10 +218,48 @@ class TestSplits:
 
     def test_overlap(self):
         forget, retain = data.split_by_ids(animals(), ["a", "c"])
-        assert data.overlap(forget, retain, "id") == []
-        assert data.overlap(forget, animals(), "id") == ["a", "c"]
-        assert data.overlap(forget, animals(), "nothing") == []
-        assert data.overlap(forget, animals().remove_columns("id"), "id") == []
+        assert data.overlap(forget, retain, "id") is None
+        assert data.overlap(forget, animals(), "id").startswith(
+            "2 of its ids are in forget_dataset too (first: 'a' in column"
+        )
+        assert data.overlap(forget, animals().rename_column("n", "m"), "id").startswith("2 of its ids")
+        assert data.overlap(forget, animals(), "nothing").startswith(
+            "2 of its rows are in forget_dataset too (first: row 0)"
+        )
+        assert data.overlap(forget, animals().remove_columns("id"), "id").startswith("2 of its rows")  # by n and label
+        assert data.overlap(forget, animals().rename_column("n", "m"), "nothing") is None
+
+    def test_overlap_of_contents(self):
+        """Without ids, or with row numbers for ids, whatever rows hold; where they come from does not matter."""
+        pictures = [Image.new("L", (4, 4), shade) for shade in range(0, 120, 20)]
+        draw = np.random.default_rng(0)
+        kinds = {
+            "image": pictures,
+            "pixel_values": list(draw.random((6, 1, 3, 5), dtype=np.float32)),
+            "text": list("abcdef"),
+            "input_ids": [[1, 2], [1, 2, 0], [2, 1], [3], [4, 4], [5]],
+            "messages": [[{"role": "user", "content": word}] for word in "abcdef"],
+        }
+        for name, values in kinds.items():
+            whole = Dataset.from_dict({name: values, "source": ["web"] * 6, "label": [0, 1] * 3})
+            forget, retain = whole.select([1, 4]), whole.select([0, 2, 3, 5])
+            for ids in ("none", "numbers", "of the whole"):
+
+                def numbered(rows, values, ids=ids):
+                    return rows if ids == "none" else rows.add_column("id", list(values))
+
+                two = numbered(forget, [1, 4] if ids == "of the whole" else range(2))
+                four = numbered(retain, [0, 2, 3, 5] if ids == "of the whole" else range(4))
+                assert data.overlap(two, four, "id") is None
+                found = data.overlap(two, numbered(whole, range(6)).with_format("torch"), "id")
+                assert found == "2 of its rows are in forget_dataset too (first: row 1)"
+                relabelled = whole.remove_columns("label").add_column("label", [7] * 6)
+                assert data.overlap(two, numbered(relabelled, range(6)), "id") is None
+            # Numbers out of two splits, with gaps, are no ids; the same row under the same number is one.
+            two, three = numbered(forget, [4, 9], "gaps"), numbered(retain.select([0, 1, 2]), [4, 9, 11], "gaps")
+            assert data.overlap(two, three, "id") is None
+            same = numbered(whole.select([5, 4]), [4, 9], "gaps")
+            assert data.overlap(two, same, "id") == "1 of its ids are in forget_dataset too (first: 9 in column 'id')"
 
     def test_labels(self, digits):
         assert data.label_column(digits["train"]) == "label"

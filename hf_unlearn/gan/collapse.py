@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from ..files import load_tensors, read_json, save_tensors, undamaged, write_json
 from ..metrics.features import Features
 from ..metrics.generation import density_coverage
+from ..training.outcome import tell_outcome
 
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,17 @@ class CollapseGuard(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.collapsed and self.healthy is not None:
             self.keep_healthy()
+        elif not self.collapsed:  # a collapse was told of when it was seen
+            tell_outcome(self.trainer, f"{type(self.trainer).__name__}, {state.global_step:,} steps: {self.summary}")
+
+    @property
+    def summary(self) -> str:
+        """What was seen, in one sentence."""
+        first, last, best = self.looks[0], self.looks[-1], max(self.looks, key=lambda look: look.coverage)
+        return (
+            f"what is drawn covers {100 * last.coverage:.0f} % of the training images ({100 * first.coverage:.0f} % at step "
+            f"{first.step:,}, at best {100 * best.coverage:.0f} % at step {best.step:,})"
+        )
 
     def _look(self, step: int) -> None:
         trainer = self.trainer

@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 
 from ..files import loading
 from ..modes import seeded_generator
+from ..training.checks import check_single_precision
 from .losses import path_lengths
 from .pipeline import GANPipeline
 
@@ -104,11 +105,7 @@ def check_players(pipeline: GANPipeline) -> None:
     if pipeline.discriminator is None:
         raise ValueError("model: the pipeline has no discriminator; pass GANPipeline(generator, discriminator)")
     for name in ("generator", "discriminator"):
-        if (dtype := getattr(pipeline, name).dtype) in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"model: the {name}'s weights are {dtype}, where small steps are lost; load it in float32, and set bf16=True "
-                "to compute in 16 bits"
-            )
+        check_single_precision(getattr(pipeline, name).parameters(), f"model: the {name}'s weights")
     for name in ("sample_size", "channels"):
         sizes = [getattr(player.config, name) for player in (pipeline.generator, pipeline.discriminator)]
         if sizes[0] != sizes[1]:

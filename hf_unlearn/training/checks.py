@@ -16,6 +16,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor
 from transformers.utils import is_liger_kernel_available
 
 
@@ -212,6 +213,25 @@ def check_parallelism(trainer, why: str) -> None:
         raise ValueError("several GPUs in one process (nn.DataParallel) are not supported; use `accelerate launch`")
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError(f"DeepSpeed and FSDP are not supported: {why}; use DDP")
+
+
+def check_single_precision(parameters: Iterable[Tensor], what: str = "model: its weights", other: str = "") -> None:
+    """Refuse to train weights in 16 bits: a step of 1e-5 is less than half of their last digit, and so is lost.
+
+    Args:
+        parameters (`Iterable[Tensor]`): those that are to be trained; frozen ones may be in any precision.
+        what (`str`): what to call them in an error.
+        other (`str`, *optional*): another way out, as in `", or train a LoRA"`.
+
+    Raises:
+        ValueError: one is fp16, bf16 or fp8.
+    """
+    kinds = {p.dtype for p in parameters if p.dtype.is_floating_point and p.dtype.itemsize < 4}
+    if kinds:
+        raise ValueError(
+            f"{what} are {min(map(str, kinds))}, in which small steps are lost; load it in float32 (and set bf16=True to "
+            f"compute in 16 bits){other}"
+        )
 
 
 def check_hub_strategy(args) -> None:

@@ -47,7 +47,7 @@ def load_model(model: str | os.PathLike | nn.Module, args, processing_class: Any
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if type(base).__name__ in MODEL_MAPPING_NAMES.values() or not find_labels(type(base)):
         raise ValueError(
-            f"model: {type(base).__name__} takes no labels, so it has no loss; load it with an AutoModelFor… class"
+            f"model: {type(base).__name__} takes no labels, so it has no loss; {_with_labels(type(base))}"
         )
     config = getattr(base, "config", None)
     other_head = isinstance(base, PreTrainedModel) and base.loss_type not in CLASSIFIERS and not is_causal_lm(base)
@@ -61,6 +61,19 @@ def load_model(model: str | os.PathLike | nn.Module, args, processing_class: Any
             f"model: problem_type={problem!r} is not supported; single-label classifiers and causal LMs are"
         )
     return model, processing_class, name
+
+
+def _with_labels(kind: type) -> str:
+    """What to do with a model that cannot be trained as it is."""
+    if not kind.__name__.partition("For")[1]:
+        return "load it with an AutoModelFor… class"
+    import transformers
+
+    # DeiT and LeViT answer with the mean of two heads, for inference only; the class with one of them is for training.
+    other = getattr(transformers, kind.__name__.removesuffix("WithTeacher"), None)
+    if other not in (None, kind) and find_labels(other):
+        return f"load it with {other.__name__}"
+    return "it is for inference only"
 
 
 def is_causal_lm(model: nn.Module) -> bool:

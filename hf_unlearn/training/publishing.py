@@ -186,6 +186,7 @@ class PublishingMixin(PushingMixin):
     `_card_defaults`, `failed_checks` and `passed_checks`.
     """
 
+    outcome_figures: Sequence[Figure] = ()
     _commit_message = "End of unlearning"
     passed_checks: Sequence[str] = ()
 
@@ -283,7 +284,7 @@ class PublishingMixin(PushingMixin):
         name = str(source) if source == self.hub_model_id else Path(source).resolve().name
         values = {
             "model_name": Path(name).name,
-            "results": self.results or self._evaluated,
+            "results": [*(self.results or self._evaluated), *self.outcome_figures],
             "failed_checks": self.failed_checks,
             "passed_checks": self.passed_checks,
         }

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import LABEL_COLUMNS, label_column, labels_of, overlap
 from ..hub.adapters import check_mergeable
-from ..training.checks import check_processes
+from ..training.checks import check_processes, check_single_precision
 
 
 def check_arguments(
@@ -54,10 +54,7 @@ def check_arguments(
         if argument == "forget_dataset" or forget_dataset is None:
             continue
         if shared := overlap(forget_dataset, dataset, args.id_column):
-            raise ValueError(
-                f"{argument}: {len(shared)} of its ids are in forget_dataset too (first: {shared[0]!r} in column "
-                f"{args.id_column!r}); remove them from one of the two"
-            )
+            raise ValueError(f"{argument}: {shared}; remove them from one of the two")
     evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
     for part, dataset in evaluated.items():
         if hasattr(dataset, "__len__") and len(dataset) == 0:
@@ -108,7 +105,7 @@ def first_rows(eval_dataset: Any) -> Any:
 
 
 def check_trainable(model: nn.Module, args) -> None:
-    """Refuse a model that training would not change, and what cannot be done with an adapter.
+    """Refuse a model that training would not change, or not as it should, and what cannot be done with an adapter.
 
     Raises:
         ValueError: naming the argument and the fix.
@@ -117,6 +114,12 @@ def check_trainable(model: nn.Module, args) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         fix = "load the adapter with is_trainable=True" if has_adapter else "unfreeze some with requires_grad_(True)"
         raise ValueError(f"model: none of its parameters is trainable; {fix}")
+    asked_for = {"dtype", "torch_dtype"} & set(getattr(args, "model_init_kwargs", None) or ())
+    if not (
+        asked_for or getattr(model, "is_quantized", False)
+    ):  # the adapter of a quantized model is bf16 in TRL 1.16
+        way_out = "" if has_adapter else ", or train a LoRA (peft_config=)"
+        check_single_precision([p for p in model.parameters() if p.requires_grad], other=way_out)
     if has_adapter and args.bn == "train" and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ValueError("bn='train': an adapter's checkpoints hold no BatchNorm statistics; set bn='frozen'")
     if has_adapter and args.merge_adapter and hasattr(model, "get_base_model"):  # diffusers' own fuse themselves

@@ -40,6 +40,8 @@ class UnlearnArguments:
             class from a classifier and `"npo"` for language models.
         forget_weight (`float`, defaults to 1.0): weight of the forget loss, > 0.
         npo_beta (`float`, defaults to 0.1): inverse temperature β of NPO.
+        loss_reduction (`"mean"` | `"sum"`, defaults to `"mean"`): of the forget loss of a text: per token, on the scale of
+            the retain and replay terms, or summed over its tokens as in NPO's paper, which takes more of what is to be kept.
         heldout_loss (`float`, *optional*): mean loss, in nats, of data the model has never seen: the target of
             `forget="examples"`. Computed from `heldout_dataset=` when that is given.
 
@@ -71,8 +73,8 @@ class UnlearnArguments:
             from the original on replay inputs, in nats (default 0.5).
 
     > Data and output
-        id_column (`str`, defaults to `"id"`): column that identifies examples. Where forget and retain sets both have
-            it they must not overlap.
+        id_column (`str`, defaults to `"id"`): column that identifies examples. Where forget and retain sets both have it they
+            must not overlap; where one has not, or its ids are only row numbers, no row may be in both with the same label.
         merge_adapter (`bool`, defaults to `True`): save the model with the adapter merged into it. An adapter alone can be
             taken off again, which undoes the unlearning.
     """
@@ -87,6 +89,7 @@ class UnlearnArguments:
     forget_loss: Literal["bounded", "ascent", "npo", "redirect", "uniform", "match"] = "bounded"
     forget_weight: float = 1.0
     npo_beta: float = 0.1
+    loss_reduction: Literal["mean", "sum"] = "mean"
     heldout_loss: float | None = None
     retain_weight: float = 1.0
     replay_weight: float | None = None

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from ..modes import in_eval_mode
 from ..parameters.reference import ReferencePoint, trainable_parameters
+from ..training.losses import IGNORED
 from .objective import Batch
 
 
@@ -148,15 +149,20 @@ class Guard(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if not self.exhausted and self.looks[-1].step < state.global_step:
             self._look(state.global_step)
+        done = []
+        if self.exhausted and state.global_step < state.max_steps:
+            why = "no gain" if self.looks[-1].kept else "too low a utility"
+            done.append(
+                f"ended the run at step {state.global_step} of {state.max_steps} ({args.guard_patience} looks: {why})"
+            )
         if self.best.step < state.global_step:
             self._restore()
-        if not self.best.forgotten and self.best.remembered != float("inf"):
-            logger.warning(
-                "the forget target was not reached within utility_tolerance=%g: %g above it in the best state (step %d)",
-                self.trainer.utility_tolerance,
-                self.best.remembered,
-                self.best.step,
-            )
+            done.append(f"restored step {self.best.step} of {state.global_step}")
+        if done and state.is_world_process_zero:
+            kept = f"utility drop {self.best.utility_drop:.3g} (tolerance {self.trainer.utility_tolerance:g})"
+            if math.isfinite(self.best.remembered):
+                kept += f", {max(self.best.remembered, 0.0):.3g} above the forget target"
+            logger.warning("the guard %s: %s", " and ".join(done), kept)
 
     def _look(self, step: int) -> None:
         drop = self.trainer.utility_drop(self.state.baseline)
@@ -187,7 +193,6 @@ class Guard(TrainerCallback):
         if self.trainer.args.world_size > 1:
             for tensor in [*trainable_parameters(model).values(), *model.buffers()]:
                 tensor.data.copy_(broadcast(tensor.data.clone()))
-        logger.info("restored the state of step %d: %s", self.best.step, self.best)
 
 
 DEFAULT_TOLERANCE = {"accuracy": 0.02, "loss": 0.1, "divergence": 0.5}
@@ -217,17 +222,27 @@ class UtilityMixin:
             values = torch.cat([function(batch).float() for batch in self._batches(dataset, self.args.guard_examples)])
         return broadcast(values.mean()).item()
 
-    def _correct(self, batch: Batch) -> Tensor:
-        logits, targets = self.predictions(self.model, batch)
-        return logits.argmax(-1) == targets
+    def correct(self, model: Callable, batch: Batch) -> Tensor:
+        """Whether every prediction of an example that counts is right: `[batch]`, bool."""
+        logits, targets = self.predictions(model, batch)
+        return ((logits.argmax(-1) == targets) | (targets == IGNORED)).view(len(targets), -1).all(1)
 
     def remembered(self) -> float:
         """How far from forgotten: accuracy above its target, or nats of loss below the held-out loss. ≤ 0: forgotten."""
         if self.args.forget == "class":
-            return self._mean(self._correct, self.forget_dataset) - self.args.forget_accuracy
+            known = self._mean(lambda batch: self.correct(self.model, batch), self.forget_dataset)
+            return self.above_target(known=known)
         if self.heldout_loss is None:
             return math.inf
         loss = self._mean(lambda batch: self.task_loss(self.model, batch), self.forget_dataset)
+        return self.above_target(loss=loss)
+
+    def above_target(self, known: float = math.nan, loss: float = math.nan, **others: float) -> float:
+        """`remembered` of an accuracy and a mean loss on the forget set; infinite where no target is known."""
+        if self.args.forget == "class":
+            return known - self.args.forget_accuracy
+        if self.heldout_loss is None:
+            return math.inf
         return 0.95 * self.heldout_loss - loss  # the two are means of finite samples: they need not agree to the digit
 
     @property
@@ -248,15 +263,21 @@ class UtilityMixin:
         tolerance = self.args.utility_tolerance
         return DEFAULT_TOLERANCE[self.utility_kind] if tolerance is None else tolerance
 
-    def utility(self) -> float:
-        """The figure that utility is judged by; its unit is that of `utility_kind`."""
+    @property
+    def has_utility(self) -> bool:
+        """Whether there is anything to judge utility by without a guard: data to keep, or replay."""
+        return self.utility_kind != "divergence" or self.replay_weight > 0
+
+    def utility(self, model: Callable | None = None) -> float:
+        """The figure that utility is judged by; its unit is that of `utility_kind`. Of the model as it is, or of another."""
+        model = self.model if model is None else model
         if self.utility_kind == "accuracy":
-            return self._mean(self._correct, self._utility_dataset)
+            return self._mean(lambda batch: self.correct(model, batch), self._utility_dataset)
         if self.utility_kind == "loss":
-            return self._mean(lambda batch: self.task_loss(self.model, batch), self._utility_dataset)
+            return self._mean(lambda batch: self.task_loss(model, batch), self._utility_dataset)
         generator = self._generator(LOOKING)  # the same replay inputs at every look
         return self._mean(
-            lambda batch: self.replay_loss(self.model, self.replay_inputs(batch, generator)), self._utility_dataset
+            lambda batch: self.replay_loss(model, self.replay_inputs(batch, generator)), self._utility_dataset
         )
 
     def utility_drop(self, baseline: float) -> float:

@@ -53,6 +53,8 @@ class ObjectiveMixin:
         name = bounded if self.args.forget_loss == "bounded" else self.args.forget_loss
         if name == "match" and not has_target:
             raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
+        if name == "match" and self.args.loss_reduction == "sum":
+            raise ValueError("loss_reduction='sum': forget_loss='match' compares means; leave it out")
         return name
 
     # The losses
@@ -60,13 +62,17 @@ class ObjectiveMixin:
     def predictions(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits `[batch, …, classes]` and the targets `[batch, …]` they answer, −100 where none."""
         self._set_signature_columns_if_needed()
-        label = self.label_names[0] if self.label_names else "labels"
-        if label not in batch:
-            raise ValueError(f"{label}: missing in the batch; the collator or the dataset must provide it")
+        labels = self._labels(batch)
         inputs = {k: v for k, v in batch.items() if k not in self.label_names and k in self._signature_columns}
         if self.is_causal_lm:  # SFTTrainer's signature leaves it out
             inputs.setdefault("attention_mask", batch.get("attention_mask"))
-        return self.family.answers(forward, inputs, batch[label])
+        return self.family.answers(forward, inputs, labels)
+
+    def _labels(self, batch: Batch) -> Tensor:
+        label = self.label_names[0] if self.label_names else "labels"
+        if label not in batch:
+            raise ValueError(f"{label}: missing in the batch; the collator or the dataset must provide it")
+        return batch[label]
 
     def prepared(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The batch with whatever is drawn at random in it, so that student and original see the same. Default: nothing is."""
@@ -81,7 +87,20 @@ class ObjectiveMixin:
         return cross_entropy(*self.predictions(model, batch))
 
     def forget_loss(self, model: Callable, batch: Batch) -> Tensor:
-        """What is minimised on the forget examples; a scalar or one value per example."""
+        """What is minimised on the forget examples; a scalar or one value per example.
+
+        Every term is a mean over the predictions of an example, the tokens of a text, and then over examples: so weights
+        compare tokens with tokens. NPO's log π is of the whole text, ℓT with ℓ the mean over its T tokens, as in the paper;
+        there its gradient is −W·T·∇ℓ with W = 2π^β/(π^β + π*^β), T times as strong as a retain term's ∇ℓ: what is to be kept
+        goes first. Divided by T it is −W·∇ℓ, at the original (W = 1) as strong as the retain term, and W still tends to 0 as
+        the text as a whole is forgotten. `loss_reduction="sum"` is the paper's.
+        """
+        values = self._forget_means(model, batch)
+        if self.args.loss_reduction == "sum":
+            values = values * self.family.counts(self._labels(batch), batch.get("attention_mask"))
+        return values
+
+    def _forget_means(self, model: Callable, batch: Batch) -> Tensor:
         if self.forget_loss_name == "ascent":
             return losses.ascent(self.task_loss(model, batch))
         if self.forget_loss_name == "match":
@@ -91,9 +110,9 @@ class ObjectiveMixin:
             return mean_over_predictions(losses.uniform(logits), targets)
         reference_logits, _ = self.predictions(self.reference_forward, batch)
         if self.forget_loss_name == "npo":
-            count = (targets != IGNORED).reshape(len(targets), -1).sum(1)  # log π of a text is a sum over tokens
+            count = (targets != IGNORED).reshape(len(targets), -1).sum(1).clamp(min=1)
             nll, reference_nll = (cross_entropy(z, targets) * count for z in (logits, reference_logits))
-            return losses.npo(nll, reference_nll, self.args.npo_beta)
+            return losses.npo(nll, reference_nll, self.args.npo_beta) / count
         values = losses.redirect(logits, reference_logits, self.family.excluded(logits, targets))
         return mean_over_predictions(values, targets)
 

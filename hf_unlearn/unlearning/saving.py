@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from ..hub.origin import hub_id
 from ..hub.publish import save_settings
 from ..training.publishing import PublishingMixin
 from .config import UnlearnArguments
-from .guard import NOTHING_TO_FORGET
 
 
 RUN_SETTINGS = (
@@ -100,7 +98,8 @@ class SavingMixin(PublishingMixin):
         for name in ("replay_weight", "fisher_weight"):
             chosen[name] = getattr(self, name)
         chosen["forget_loss"] = self.forget_loss_name
-        for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter"):
+        of_texts = () if self.is_causal_lm else ("loss_reduction",)
+        for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter", *of_texts):
             chosen.pop(name)
         return chosen | {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
 
@@ -129,42 +128,3 @@ class SavingMixin(PublishingMixin):
         return next(
             (name for kind, name in kinds.items() if isinstance(self.processing_class, kind)), "AutoImageProcessor"
         )
-
-    @property
-    def failed_checks(self) -> list[str]:
-        """What the guard could not vouch for in the state that is kept, a line each, for the card."""
-        best = self.guard.best if self.guard else None
-        if best is None:
-            return []
-        failed = []
-        if self.guard.looks[0].forgotten:
-            failed.append(f"Nothing was there to forget before the first step: {NOTHING_TO_FORGET[self.args.forget]}.")
-        if not best.forgotten and math.isfinite(best.remembered):
-            unit = "accuracy on the forget set" if self.args.forget == "class" else "nats of loss"
-            failed.append(f"The forget target was not reached: {best.remembered:.3g} {unit} are missing.")
-        later = self.guard.looks[1:]
-        if best.step == 0 and later and not any(look.kept for look in later):
-            failed.append("Nothing was unlearned: every state but the original lost more utility than the tolerance.")
-        if not best.kept:
-            failed.append(
-                f"Utility fell by {best.utility_drop:.3g}, more than the tolerance of {self.utility_tolerance:g}."
-            )
-        return failed
-
-    @property
-    def passed_checks(self) -> list[str]:
-        """What the guard saw to be as it should in the state that is kept, a line each, for the card."""
-        best = self.guard.best if self.guard else None
-        if best is None:
-            return []
-        passed = []
-        if best.step and best.forgotten and not self.guard.looks[0].forgotten:
-            target = (
-                f"accuracy on the forget examples is at most {100 * self.args.forget_accuracy:g} %"
-                if self.args.forget == "class"
-                else "the loss on the forget examples is that of data never seen"
-            )
-            passed.append(f"The forget target was reached: {target}.")
-        if best.step and best.kept and math.isfinite(best.utility_drop):
-            passed.append(f"Utility fell by no more than the tolerance of {self.utility_tolerance:g}.")
-        return passed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,11 +23,14 @@ from ..parameters.reference import ReferencePoint, trainable_parameters
 from ..training.checks import check_drop_last, check_features, check_is_not_original, check_parallelism
 from ..training.collators import ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
 from ..training.models import LoadsByName, is_causal_lm, load_model, router_loss_weight
+from ..training.outcome import tell_outcome
 from ..training.runs import RunMixin
 from .checks import check_arguments, check_labels, check_stock_arguments, check_trainable, first_rows
 from .config import UnlearnConfig, UnlearnSFTConfig
 from .guard import LOOKING, Guard, GuardState, UtilityMixin
+from .language.rows import as_prompt_completion, check_tokenized, count_tokens, fit_length
 from .objective import Batch, ObjectiveMixin
+from .outcome import OutcomeMixin
 from .saving import SavingMixin
 from .stock import Routed, StockFeaturesMixin
 
@@ -41,7 +45,7 @@ NO_GRADIENT = (
 )
 
 
-class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, StockFeaturesMixin, LoadsByName):
+class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunMixin, StockFeaturesMixin, LoadsByName):
     """Makes a Trainer forget: batches of forget (and optional retain) data, frozen reference, anchor, replay, guard,
     saving and card. A method overrides `prepared`, `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` or
     `build_anchor`, and nothing else.
@@ -99,7 +103,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, StockFea
         rows = forget_dataset if forget_dataset is not None else first_rows(eval_dataset)
         stock = self._stock_arguments(model, data_collator, rows, processing_class, peft_config)
         super().__init__(
-            args=args, train_dataset=rows, eval_dataset=eval_dataset, processing_class=processing_class, **stock, **kwargs
+            args=args, train_dataset=self._readable(rows, args, kwargs), eval_dataset=eval_dataset,
+            processing_class=processing_class, **stock, **kwargs,
         )  # fmt: skip
         self.model_init = model_init
         if forget_dataset is None:  # rows were there for the stock trainer, which looks at them
@@ -111,10 +116,6 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, StockFea
         self._align_special_tokens()
         self.source_dataset = forget_dataset  # as the caller passed it: what the fingerprint is taken of
         self.forget_dataset = self.train_dataset  # as the trainer prepared it
-        if forget_dataset is not None and (lost := len(forget_dataset) - len(self.forget_dataset)):
-            raise ValueError(
-                f"max_length={args.max_length}: leaves {lost} forget examples without a token that counts; raise it"
-            )
         self.retain_dataset = self._prepared(retain_dataset, "retain")
         self.heldout_dataset = self._prepared(heldout_dataset, "heldout")
         self.data_collator = NestedCollator(self.data_collator)
@@ -144,6 +145,9 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, StockFea
 
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _readable(self, forget_dataset, args, kwargs):
+        return forget_dataset
 
     def _prepared(self, dataset, name: str):
         return dataset
@@ -324,7 +328,10 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, SavingMixin, RunMixin, StockFea
             self.guard.state = GuardState(baseline=self.guard.state.baseline)
         self.accelerator.wait_for_everyone()
         with self._model_is_made():
-            return super()._train(checkpoint, **kwargs)
+            done = super()._train(checkpoint, **kwargs)
+        self.outcome = self.judge()
+        tell_outcome(self, self.outcome_line)
+        return done
 
     def _checkpoint_state(self) -> dict[str, Any]:
         guard = self.guard.state.to_json() if self.guard else None
@@ -385,17 +392,26 @@ class UnlearnTrainer(UnlearnMixin, Trainer):
             if isinstance(model, PeftModel):
                 raise ValueError("peft_config: the model has an adapter already; pass one or the other")
             model = self._with_adapter(model, peft_config)
+        self._reads_ids = self.is_causal_lm and data_collator is None
+        if self._reads_ids:
+            check_tokenized(forget_dataset, "forget_dataset")
         if data_collator is None:
             data_collator = raw_collator(forget_dataset, processing_class)
         return {"model": model, "data_collator": data_collator}
+
+    def _prepared(self, dataset, name: str):
+        if dataset is not None and self._reads_ids:
+            check_tokenized(dataset, f"{name}_dataset")
+        return dataset
 
 
 class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
     """[`~trl.SFTTrainer`] that makes a language model forget instructions: `forget_dataset=` instead of `train_dataset=`.
 
     Takes the formats that `SFTTrainer` takes (text, prompt and completion, messages), with its completion masks and chat
-    templates; the same arguments as [`UnlearnTrainer`] besides. Packing is refused: it takes away the boundaries between
-    the examples to forget.
+    templates; columns such as `question` and `answer` are taken for prompt and completion. The same arguments as
+    [`UnlearnTrainer`] besides. Packing is refused: it takes away the boundaries between the examples to forget. Forget texts
+    longer than `max_length` are split, so that all of them is forgotten.
     """
 
     _config_class = UnlearnSFTConfig
@@ -416,10 +432,33 @@ class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def _readable(self, forget_dataset, args, kwargs):
+        if kwargs.get("formatting_func") is not None:
+            return forget_dataset
+        return as_prompt_completion(forget_dataset, args.dataset_text_field, "forget_dataset")
+
     def _prepared(self, dataset, name: str):
         if dataset is None or self._skip_prepare_dataset:
             return dataset
         return self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """As TRL's, but that nothing of a forget text is cut off, and that it is said what is cut off of others."""
+        argument = {"train": "forget_dataset", "retain": "retain_dataset", "heldout": "heldout_dataset"}.get(
+            dataset_name, f"eval_dataset[{dataset_name!r}]"
+        )
+        if formatting_func is None:
+            dataset = as_prompt_completion(dataset, args.dataset_text_field, argument)
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
+        if not isinstance(dataset, Dataset):
+            return dataset
+        whole = dataset_name == "train"
+        return fit_length(dataset, args.max_length, args.truncation_mode, argument, whole=whole)
+
+    def _forgotten(self) -> str:
+        return f"{super()._forgotten()} ({count_tokens(self.forget_dataset):,} tokens)"
 
 
 class Accuracy:

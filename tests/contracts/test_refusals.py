@@ -16,8 +16,12 @@ from torch.utils.data import IterableDataset
 from trainers import GANS, INFLUENCES, JOBS, QUIET, UNLEARNERS, arguments, build, ddpm, gan, images, llama, modules  # isort: skip
 from trainers import pairs, resnet, seeded, vit  # isort: skip
 from transformers import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
     MixtralConfig,
     MixtralForCausalLM,
+    PPLCNetConfig,
+    PPLCNetForImageClassification,
     ResNetModel,
     TrainingArguments,
     ViTForMaskedImageModeling,
@@ -133,6 +137,9 @@ LABELS = [
         "forget_dataset": FORGET.rename_column("id", "name"), "id_column": "name",
         "retain_dataset": labelled([1] * 4).rename_column("id", "name")}),
     ("heldout_dataset: 4 of its ids", "remove them", {"heldout_dataset": FORGET, "forget": "examples"}),
+    ("retain_dataset: 4 of its rows are in forget_dataset too (first: row 4)", "remove", {
+        "forget_dataset": FORGET.remove_columns("id"), "forget": "examples", "heldout_dataset": RETAIN,
+        "retain_dataset": datasets.concatenate_datasets([RETAIN, FORGET]).remove_columns("id")}),
     ("retain_dataset: holds class 3", "forget='examples'", {"retain_dataset": images(4, [4, 3], seed=1)}),
     ("forget_dataset: holds every class", "forget='examples'", {"forget_dataset": images(5, range(5)), "retain_dataset": None}),
     *((f"{argument}: has no label column", fix, {argument: rows})
@@ -237,12 +244,17 @@ def broken_ddpm():
     return pipeline
 
 
+SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 SCHEDULER = {"noise_scheduler": ddpm().scheduler}
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler()
 MODELS = [
     *((name, "model: missing", "pass a model", {"model": None}) for name in ("unlearn", "pbu")),
     *((name, "model: NoneType is no GANPipeline", "pass GANPipeline(", {"model": None}) for name in GANS),
     ("unlearn", "model: ResNetModel takes no labels", "AutoModelFor…", {"model": lambda: ResNetModel(resnet().config)}),
+    *(("unlearn", f"model: {kind.__name__} takes no labels", fix, {"model": lambda kind=kind, config=config: kind(config)})
+      for kind, config, fix in (
+          (DeiTForImageClassificationWithTeacher, DeiTConfig(**SMALL), "load it with DeiTForImageClassification"),
+          (PPLCNetForImageClassification, PPLCNetConfig(), "for inference only"))),
     ("unlearn", "model: ViTForMaskedImageModeling", "", {"model": lambda: ViTForMaskedImageModeling(vit().config)}),
     *((name, f"model: problem_type='{problem}' is not supported", "single-label",
        {"model": lambda problem=problem: regression(vit(), problem)})
@@ -276,6 +288,8 @@ MODELS = [
      {"model": lambda: of_unet(num_class_embeds=10)} | SCHEDULER),
     ("vdu", "model: it sees 1 channels and answers 3", "", {"model": lambda: of_unet(out_channels=3)} | SCHEDULER),
     ("vdu", "model: its weights are torch.bfloat16", "float32", {"pipeline": lambda: ddpm().to(torch.bfloat16)}),
+    *((name, f"model: its weights are {dtype}", "peft_config=", {"model": lambda dtype=dtype, make=make: make().to(dtype)})
+      for name, make, dtype in (("unlearn", vit, torch.bfloat16), ("pbu", resnet, torch.float16), ("sft", llama, torch.bfloat16))),
     ("vdu", "trainable: no parameter's name fits 'attention.*' (one is called 'conv_in.weight')", "",
      {"trainable": ["conv_in.*", "attention.*"]}),
     ("vdu", "trainable: no parameter's name fits 'cross_attention'", "", {"trainable": "cross_attention"}),
@@ -702,7 +716,7 @@ def test_influence_before_training(tmp_path):
 
 
 def test_nothing_is_refused_that_only_looks_like_it(tmp_path):
-    """Rows that nothing identifies may be the same; the best model may be loaded where nothing is swept."""
+    """Rows that nothing identifies may be the same with another label; the best model may be loaded where nothing is swept."""
     build(
         "unlearn",
         tmp_path,

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -80,6 +81,9 @@ def check_resuming(folder, make):
     first, last = runs[0].reference.parameters, runs[2].reference.parameters
     assert all(torch.equal(last[name], value) for name, value in first.items())
     assert close(whole, resumed, whole | first)
+    for key, value in runs[0].outcome.original.items():  # what it was resumed with is half forgotten already
+        assert runs[2].outcome.original[key] == pytest.approx(value, rel=1e-5)
+        assert runs[2].outcome.now[key] == pytest.approx(runs[0].outcome.now[key], rel=1e-3)
     assert distance(whole, killed) > 0.1 * distance(whole, whole | first)
     if runs[0].guard:
         assert [look.step for look in runs[2].guard.looks] == [look.step for look in runs[0].guard.looks]

@@ -128,12 +128,29 @@ class TestDecisions:
         trainer.save_model()
         assert same(weights(type(tiny_vit).from_pretrained(tmp_path)), guard_file(tmp_path, 1))
 
-    def test_warns_where_nothing_was_forgotten_within_tolerance(self, tiny_vit, tmp_path, caplog):
-        with caplog.at_level(logging.WARNING, "hf_unlearn"):
-            trainer = scripted(tiny_vit, tmp_path, [(0.9, 0.0), (0.3, 0.2), (0.0, 0.5)], guard_patience=10)
-        (warning,) = [record.getMessage() for record in caplog.records]
-        assert warning.startswith("the forget target was not reached within utility_tolerance=0.1: 0.9 above it")
-        assert any(failed.startswith("Nothing was unlearned") for failed in trainer.failed_checks)
+    @pytest.mark.parametrize(
+        ("script", "patience", "said"),
+        [
+            ([(0.9, 0.0), (0.3, 0.2), (0.0, 0.5)], 10,
+             "restored step 0 of 2: utility drop 0 (tolerance 0.1), 0.9 above the forget target"),
+            ([(0.9, 0.0), (0.8, 0.2), (0.7, 0.2), (0.6, 0.2)], 2, "ended the run at step 2 of 3 (2 looks: too low a utility) and "
+             "restored step 0 of 2: utility drop 0 (tolerance 0.1), 0.9 above the forget target"),
+            ([(0.9, 0.0), (0.0, 0.05), (0.0, 0.06), (0.0, 0.0)], 1, "ended the run at step 2 of 3 (1 looks: no gain) and restored "
+             "step 1 of 2: utility drop 0.05 (tolerance 0.1), 0 above the forget target"),
+            ([(float("inf"), drop) for drop in (0.0, 0.05, 0.2)], 1,
+             "restored step 1 of 2: utility drop 0.05 (tolerance 0.1)"),
+            ([(0.9, 0.0), (0.0, 0.05), (0.0, 0.0)], 5, None),
+        ],
+    )  # fmt: skip
+    def test_whatever_it_does_it_says(self, script, patience, said, tiny_vit, tmp_path, caplog):
+        with caplog.at_level(logging.WARNING, "hf_unlearn.unlearning.guard"):
+            trainer = scripted(tiny_vit, tmp_path, script, guard_patience=patience)
+        messages = [r.getMessage() for r in caplog.records if r.name == "hf_unlearn.unlearning.guard"]
+        assert messages == ([] if said is None else [f"the guard {said}"])
+        best = trainer.guard.best
+        assert any(failed.startswith("Nothing was unlearned") for failed in trainer.failed_checks) == (best.step == 0)
+        missing = f"The forget target was not reached: {best.remembered:.3g} accuracy"
+        assert any(failed.startswith(missing) for failed in trainer.failed_checks) == (0 < best.remembered < 1)
 
     def test_once_per_epoch_by_default_and_at_the_end(self, tiny_vit, tmp_path):
         args = arguments(tmp_path, guard=True, max_steps=8, learning_rate=1e-3)

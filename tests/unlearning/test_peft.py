@@ -94,7 +94,9 @@ class Case:
                 ids = torch.tensor(row["input_ids"])
                 with torch.no_grad():
                     reference = nll(original, ids, ids, "sum")
-                values.append(-2 / BETA * F.logsigmoid(BETA * (nll(model, ids, ids, "sum") - reference)))
+                values.append(
+                    -2 / BETA * F.logsigmoid(BETA * (nll(model, ids, ids, "sum") - reference)) / (len(ids) - 1)
+                )
         else:
             pixels = self.rows["pixel_values"][:]
             with torch.no_grad():
@@ -249,7 +251,8 @@ class TestInstructions:
         assert trainer.args.gradient_checkpointing
         trainer.train()
         first, *_, last = [log for log in trainer.state.log_history if "forget_loss" in log]
-        assert first["forget_loss"] == pytest.approx(2 / BETA * math.log(2), rel=1e-5)
+        per_token = sum(1 / sum(label != -100 for label in row["labels"]) for row in trainer.forget_dataset) / 2
+        assert first["forget_loss"] == pytest.approx(2 / BETA * math.log(2) * per_token, rel=1e-5)
         assert first["replay_loss"] == pytest.approx(0, abs=1e-6)
         assert last["forget_loss"] < first["forget_loss"]
         trainer.save_model()

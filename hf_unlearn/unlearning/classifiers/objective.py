@@ -45,6 +45,10 @@ class ClassifierObjective:
         """Logits `[batch, classes]` and the targets `[batch]` that they answer."""
         return forward(**inputs).logits, labels
 
+    def counts(self, labels: Tensor, mask: Tensor | None) -> Tensor:
+        """Each example has one prediction, `[batch]`."""
+        return torch.ones_like(labels)
+
     def excluded(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Which classes `redirect` takes away, bool `[classes]` or `[batch, classes]`: the forgotten ones, or each target."""
         excluded = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from ...files import loading
 from ...hub.loading import diffusion_task
+from ...training.checks import check_single_precision
 
 
 if TYPE_CHECKING:
@@ -126,16 +126,10 @@ def choose_trainable(unet: nn.Module, trainable: Sequence[str], peft_config: Any
     for pattern, given in zip(chosen, trainable, strict=True):
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"trainable: no parameter's name fits {given!r} (one is called {names[0]!r})")
-    half = {str(p.dtype) for n, p in unet.named_parameters() if any(map(partial(fnmatchcase, n), chosen))} - {
-        "torch.float32"
-    }
-    if half:
-        raise ValueError(
-            f"model: its weights are {min(half)}, in which small steps are lost; load it in float32 (and set bf16=True), or "
-            "train a LoRA"
-        )
+    trained = {name for name in names if any(fnmatchcase(name, pattern) for pattern in chosen)}
+    check_single_precision([p for name, p in unet.named_parameters() if name in trained], other=", or train a LoRA")
     for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in chosen))
+        parameter.requires_grad_(name in trained)
 
 
 def check_denoiser(unet: Any) -> None:

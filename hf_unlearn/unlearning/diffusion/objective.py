@@ -13,6 +13,7 @@ from ...parameters.fisher import gaussian_fisher
 from .. import losses
 from ..guard import LOOKING
 from ..objective import Batch
+from ..outcome import Outcome
 from .denoiser import is_prompted
 from .encoded import EncodedImages
 from .noise import NoiseSchedule
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 DEFAULT_REPLAY_WEIGHT = {"redirect": 1.0}
 DEFAULT_TOLERANCE = 0.5
+UNCHANGED = 0.01  # share by which the error on the same noise must rise before anything counts as forgotten
+LITTLE = 0.1  # share of the way to the asked-for answers below which nothing counts as forgotten
 
 
 class DenoisingMixin:
@@ -52,6 +55,10 @@ class DenoisingMixin:
             name = "match" if has_target else "redirect"
         if name == "match" and not has_target:
             raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
+        if self.args.loss_reduction == "sum":
+            raise ValueError(
+                "loss_reduction='sum': is for texts, a denoiser's losses are means over pixels; leave it out"
+            )
         nothing_to_keep = not self.args.own_samples and self.replay_dataset is None and self.retain_dataset is None
         if name == "redirect" and nothing_to_keep and not is_prompted(self.pipeline):
             raise ValueError(
@@ -159,15 +166,54 @@ class DenoisingMixin:
     def utility_tolerance(self) -> float:
         return DEFAULT_TOLERANCE if self.args.utility_tolerance is None else self.args.utility_tolerance
 
-    def utility(self) -> float:
+    @property
+    def has_utility(self) -> bool:
+        return self.own is not None or self.retain_dataset is not None
+
+    def utility(self, model: Callable | None = None) -> float:
         """How far the answers on kept images are from what they should be, as a share of the original's own error there."""
+        model = self.model if model is None else model
         loss, kept = (self.task_loss, self.retain_dataset) if self.own is None else (self.replay_loss, self.own.kept)
-        return self._mean(lambda batch: loss(self.model, batch), kept) / self._own_error
+        return self._mean(lambda batch: loss(model, batch), kept) / self._own_error
 
     @cached_property
     def _own_error(self) -> float:
         kept = self.retain_dataset if self.own is None else self.own.kept
         return self._mean(lambda batch: self.task_loss(self.reference_forward, batch), kept)
+
+    # How a run came out
+
+    _divergence_unit = ""  # it is a share of the original's own error
+    _figure_names = {"error": ("denoising_error", "Denoising error on the forget set", "", 1)}
+
+    def forget_figures(self, model: Callable) -> dict[str, float]:
+        """Of the forget set: `error`, the denoising error, and where the forget loss has a target `away`, the distance to it."""
+        figures = {"error": self._mean(lambda batch: self.task_loss(model, batch), self.forget_dataset)}
+        figures["loss"] = figures["error"]
+        if self.forget_loss_name in ("redirect", "uniform"):
+            figures["away"] = self._mean(lambda batch: self.forget_loss(model, batch), self.forget_dataset)
+        return figures
+
+    def _way(self, outcome: Outcome) -> float | None:
+        """Share of the way from the original's answers to those that are asked for; None where nothing is asked for."""
+        away = outcome.original.get("away")
+        return 1 - outcome.now["away"] / away if away else None
+
+    def _forgotten_how_far(self, outcome: Outcome) -> str:
+        now, original = outcome.now, outcome.original
+        said = f"the denoising error on the forget set is {now['error']:.4g} ({original['error']:.4g} before"
+        said += ")" if self.heldout_loss is None else f", target {self.heldout_loss:.4g})"
+        way = self._way(outcome)
+        return said if way is None else f"{said}, and the answers went {way:.0%} of the way that was asked for"
+
+    def _as_before(self, outcome: Outcome) -> str | None:
+        now, original = outcome.now["error"], outcome.original["error"]
+        way = self._way(outcome)
+        if way is None and now <= (1 + UNCHANGED) * original:
+            return f"a denoising error of {now:.4g}, {original:.4g} before"
+        if way is not None and way < LITTLE:
+            return f"the answers went {way:.0%} of the way that was asked for"
+        return None
 
     def evaluation_loop(self, *args, **kwargs):
         self._noise = self._generator(LOOKING)  # the same noise and timesteps at every evaluation

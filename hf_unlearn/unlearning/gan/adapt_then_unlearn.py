@@ -19,15 +19,16 @@ from ...gan.dcgan import DCGANDiscriminator
 from ...gan.pipeline import GANPipeline
 from ...gan.players import as_pipeline, check_players
 from ...gan.trainer import GANTrainer
-from ...metrics.features import features_of
 from ...modes import seeded_generator
 from ...parameters.anchors import QuadraticAnchor
 from ...parameters.fisher import scalar_fisher, scaled_to_mean_one
 from ...parameters.reference import ReferencePoint
 from ...parameters.repulsion import Repulsion, extrapolate
 from ...training.checks import check_fields, check_is_not_original
+from ...training.outcome import tell_outcome
 from ...training.pictures import SampleGrids
 from .feedback import Feedback, marked_by, samples_of, spread_over
+from .outcome import GANOutcomeMixin, Judged
 from .saving import GANPublishingMixin
 
 
@@ -141,7 +142,7 @@ class AdaptThenUnlearnConfig(GANConfig):
         return cls(output_dir=output_dir, **(preset | overrides))
 
 
-class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
+class AdaptThenUnlearnTrainer(GANOutcomeMixin, GANPublishingMixin, GANTrainer):
     """Makes a GAN forget what its negative samples show.
 
     The pipeline (`trainer.pipeline`) is changed in place: its generator becomes the average of the unlearned one.
@@ -209,13 +210,14 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
                     "has it, or set discriminator='fresh' to train a new one on the feedback first"
                 )
             pipeline.register_modules(discriminator=_fresh_discriminator(pipeline.generator, args.seed))
-            sorted_by = extractor
+            self.sorted_by = extractor
         else:
             if args.discriminator == "fresh":
                 raise ValueError("discriminator='fresh': the pipeline has one, which knows more; leave it out")
             check_players(pipeline)
-            sorted_by = extractor or _Judged(pipeline.discriminator)
-        self.feedback = self._gathered(args, pipeline, undesired, clean, marker, sorted_by)
+            self.sorted_by = extractor or Judged(copy.deepcopy(pipeline.discriminator))  # which training changes
+        self.marker = marker
+        self.feedback = self._gathered(args, pipeline, undesired, clean, marker)
         given = {"train_dataset": self.feedback.all_clean, "eval_dataset": eval_dataset, "extractor": extractor}
         super().__init__(pipeline, args, data_collator, **given, **kwargs)
         self.base_model = name
@@ -228,7 +230,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
         if args.grid_images:
             self.add_callback(SampleGrids(self))
 
-    def _gathered(self, args, pipeline, undesired, clean, marker, extractor) -> Feedback:
+    def _gathered(self, args, pipeline, undesired, clean, marker) -> Feedback:
         def own(count: int, seed: int) -> Tensor:
             shape = (count, *pipeline.generator.latent_shape)
             latents = torch.randn(shape, generator=seeded_generator("cpu", args.seed, seed))
@@ -247,11 +249,8 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
         if not args.own_samples:
             return feedback
 
-        def features(images: Tensor) -> Tensor:
-            return images if extractor is None else features_of(images, extractor, name="marks").values
-
         samples = own(args.own_samples, OWN_SEED)
-        return spread_over(feedback, samples, features, miss_rate=args.miss_rate, seed=args.seed)
+        return spread_over(feedback, samples, self.mark_features, miss_rate=args.miss_rate, seed=args.seed)
 
     # Stage 1
 
@@ -271,7 +270,10 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
                     ReferencePoint(adapted).save(self._adapted_file(k))
             self.anchor = self.build_repulsion()
             self.adapted = self.adapted[:1]  # the others are in its mean; this one, for extrapolated()
-        return super()._train(checkpoint, **kwargs)
+        done = super()._train(checkpoint, **kwargs)
+        self.outcome = self.judge()
+        tell_outcome(self, self.outcome_line)
+        return done
 
     def _run_rows(self) -> dict[str, Any]:
         return {"undesired": self.feedback.all_undesired, "clean": self.feedback.all_clean}
@@ -423,16 +425,3 @@ def _fresh_discriminator(generator: nn.Module, seed: int) -> DCGANDiscriminator:
             name: generator.config[name] for name in ("base_channels", "max_channels") if name in generator.config
         }
         return DCGANDiscriminator(**shape, **widths)
-
-
-class _Judged(nn.Module):
-    """Features of images, as a discriminator sees them."""
-
-    name = "discriminator"
-
-    def __init__(self, discriminator: nn.Module):
-        super().__init__()
-        self.discriminator = discriminator
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.discriminator(images.to(self.discriminator.dtype)).features.float()

@@ -57,13 +57,14 @@ class GANPublishingMixin(PublishingMixin):
     def failed_checks(self) -> list[str]:
         """What went wrong in a run that ended, a line each, for the card."""
         collapsed = self.guard.collapsed if self.guard else None
+        still_drawn = [self.still_drawn] if self.still_drawn else []
         if collapsed is None:
-            return []
+            return still_drawn
         kept = "no state before it was healthy" if self.guard.healthy is None else f"kept is step {self.guard.healthy}"
         failed = [f"Mode collapse at step {collapsed.step}: {100 * collapsed.coverage:.0f} % coverage; {kept}."]
         if self.guard.healthy == 0:
             failed.append("Nothing was unlearned: what is kept is the original.")
-        return failed
+        return failed + still_drawn
 
     @property
     def passed_checks(self) -> list[str]:

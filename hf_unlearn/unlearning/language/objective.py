@@ -35,7 +35,16 @@ class LanguageObjective:
 
     def answers(self, forward: Callable, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[batch, length − 1, vocabulary]` and the tokens `[batch, length − 1]` that they predict."""
-        return next_tokens(forward(**inputs, use_cache=False).logits, labels)
+        targets = self._targets(labels, inputs.get("attention_mask"))
+        return next_tokens(forward(**inputs, use_cache=False).logits, targets)
+
+    def counts(self, labels: Tensor, mask: Tensor | None) -> Tensor:
+        """How many tokens of each text are predicted and count, `[batch]`."""
+        return (self._targets(labels, mask) != IGNORED).sum(1)
+
+    def _targets(self, labels: Tensor, mask: Tensor | None) -> Tensor:
+        # Padded on the left, the first token would be predicted from the padding.
+        return labels[:, 1:] if mask is None else labels[:, 1:].masked_fill(mask[:, :-1] == 0, IGNORED)
 
     def excluded(self, logits: Tensor, targets: Tensor) -> Tensor:
         """What `redirect` takes away: each prediction's own token."""

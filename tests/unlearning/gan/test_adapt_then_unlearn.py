@@ -24,6 +24,7 @@ from hf_unlearn.modes import seeded_generator
 from hf_unlearn.parameters.reference import ReferencePoint
 from hf_unlearn.training.pictures import PULCallback
 from hf_unlearn.unlearning.gan.adapt_then_unlearn import FISHER_SEED
+from hf_unlearn.unlearning.gan.outcome import JUDGE_SEED, JUDGED, Drawn
 
 
 SMALL = {"sample_size": 8, "base_channels": 4}
@@ -308,6 +309,7 @@ class TestSaving:
 
     def test_collapse_is_told(self, finished, monkeypatch):
         trainer = finished.trainer
+        monkeypatch.setattr(trainer, "outcome", Drawn(0.2, 0.1))
         assert trainer.failed_checks == []
         assert trainer.provenance().steps == 4
         monkeypatch.setattr(trainer.guard, "collapsed", Coverage(3, 0.02))
@@ -319,6 +321,28 @@ class TestSaving:
             monkeypatch.setattr(trainer.guard, "healthy", healthy)
             assert trainer.failed_checks == checks
             assert trainer.provenance().steps == steps
+
+    def test_what_is_left_is_counted_and_told(self, pipeline, tmp_path, capsys, caplog):
+        """By the marker on samples from the same latents, of the original and of what is kept; in log, line and card."""
+        undesired = lambda images: images.mean((1, 2, 3)) > images.mean()  # noqa: E731
+        original = copy.deepcopy(pipeline)
+        args = config(tmp_path, max_steps=1, repulsion="none", mark_samples=64, learning_rate=1e-6, ema_decay=0.9)
+        trainer = AdaptThenUnlearnTrainer(pipeline, args, marker=lambda images: images.mean((1, 2, 3)) > -0.1)
+        trainer.marker = undesired
+        trainer.train()
+        latents = torch.randn(JUDGED, 4, generator=seeded_generator("cpu", args.seed, JUDGE_SEED))
+        drawn = torch.cat([each.draw(latents) for each in (original, trainer.pipeline)])
+        before, after = undesired(drawn).view(2, -1).double().mean(1).tolist()
+        assert (trainer.outcome.before, trainer.outcome.after) == pytest.approx((before, after), abs=2 / JUDGED)
+        (failed,) = trainer.failed_checks
+        assert failed.startswith("What was to be forgotten is still drawn: ")
+        assert f"not passed: {failed}" in [record.getMessage() for record in caplog.records]
+        assert (
+            f"AdaptThenUnlearnTrainer, 1 steps: {trainer.outcome.after:.1%} of the samples" in capsys.readouterr().out
+        )
+        card = trainer.model_card(tmp_path).content
+        assert failed in card
+        assert f"| {100 * trainer.outcome.before:.2f} % | {100 * trainer.outcome.after:.2f} % |" in card
 
 
 class TestResume:

@@ -46,7 +46,7 @@ def log_probabilities(model, ids):
     return model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
 
 
-def plain_forget(name, model, original, rows):
+def plain_forget(name, model, original, rows, summed=False):
     values, nlls = [], []
     for ids, labels in rows:
         places = [place for place in range(len(ids) - 1) if labels[place + 1] != -100]
@@ -58,7 +58,7 @@ def plain_forget(name, model, original, rows):
         log_pi, log_ref = log_p[here, tokens].sum(), log_q[here, tokens].sum()
         nlls.append(-log_pi / len(places))
         if name == "npo":
-            values.append(2 / BETA * torch.log(1 + (log_pi - log_ref).exp() ** BETA))
+            values.append(2 / BETA * torch.log(1 + (log_pi - log_ref).exp() ** BETA) / len(places))
         elif name == "ascent":
             values.append(log_pi / len(places))
         elif name == "uniform":
@@ -68,6 +68,8 @@ def plain_forget(name, model, original, rows):
             q = log_q.exp()
             q[here, tokens] = 0
             values.append(-(q / q.sum(-1, keepdim=True) * log_p).sum() / len(places))
+        if summed:
+            values[-1] = values[-1] * len(places)
     return (sum(nlls) / len(nlls) - HELDOUT).abs() if name == "match" else sum(values) / len(values)
 
 
@@ -89,7 +91,8 @@ class Recording(UnlearnTrainer):
 
     def replay_inputs(self, batch, generator):
         replayed = super().replay_inputs(batch, generator)
-        self.replayed = [*getattr(self, "replayed", []), (dict(batch), dict(replayed))]
+        if self.model.training:  # not where the run is judged
+            self.replayed = [*getattr(self, "replayed", []), (dict(batch), dict(replayed))]
         return replayed
 
 
@@ -111,18 +114,18 @@ def trained(tokenizer, tmp_path):
 
 class TestAgainstPlainTorch:
     @pytest.mark.parametrize(
-        ("name", "retained", "model"),
-        [("npo", False, "llama"), ("npo", True, "gpt2"), ("ascent", True, "llama"), ("uniform", False, "gpt2"),
-         ("redirect", False, "tied"), ("match", True, "tied")],
+        ("name", "reduction", "retained", "model"),
+        [("npo", "mean", False, "llama"), ("npo", "sum", True, "gpt2"), ("ascent", "sum", True, "llama"),
+         ("uniform", "mean", False, "gpt2"), ("redirect", "mean", False, "tied"), ("match", "mean", True, "tied")],
         indirect=["model"],
     )  # fmt: skip
-    def test_two_steps(self, name, retained, model, tokenizer, tmp_path):
+    def test_two_steps(self, name, reduction, retained, model, tokenizer, tmp_path):
         forget, retain = masked(TEXTS, tokenizer), masked(KEPT, tokenizer, prompt=0)
         original, student = copy.deepcopy(model), copy.deepcopy(model)
         others = {"retain_weight": 0.6} if retained else {"replay_weight": 3.0}
         args = settings(
             tmp_path, npo_beta=BETA, forget_loss=name, heldout_loss=HELDOUT if name == "match" else None,
-            forget_weight=0.7, learning_rate=RATES[name], **others,
+            forget_weight=0.7, learning_rate=RATES[name], loss_reduction=reduction, **others,
         )  # fmt: skip
         trainer = Recording(
             model, args=args, data_collator=padding(tokenizer), forget_dataset=forget,
@@ -135,7 +138,7 @@ class TestAgainstPlainTorch:
         forget, retain = (rows_of(collate([dict(r) for r in rows])) for rows in (forget, retain))
         for step in range(2):
             logged = trainer.state.log_history[step]
-            forget_loss = plain_forget(name, student, original, forget)
+            forget_loss = plain_forget(name, student, original, forget, reduction == "sum")
             loss = 0.7 * forget_loss
             if retained:
                 retain_loss = plain_retain(student, retain)
@@ -195,7 +198,7 @@ class TestAgainstPlainTorch:
 def test_no_example_depends_on_batch_or_padding(tiny_llama, tokenizer, trained):
     trainer = trained(tiny_llama, max_steps=1, learning_rate=0.2)  # so that the model is not its own reference
     trainer.model.eval()
-    rows = list(masked(TEXTS, tokenizer))
+    rows = list(masked(TEXTS, tokenizer, prompt=0))
     for name in ("task_loss", "replay_loss", "npo", "uniform", "redirect"):
 
         def values(rows, side="right", name=name, **kwargs):
@@ -238,7 +241,7 @@ class TestReplay:
         tiny_llama.config.eos_token_id = [2, 7]
         tiny_llama.config.pad_token_id = 9
         rows = masked(TEXTS, tokenizer)
-        for retain, weight in ((None, 1.0), (rows, 0.0)):
+        for retain, weight in ((None, 1.0), (masked(KEPT, tokenizer), 0.0)):
             args = settings(tmp_path, replay_weight=None)
             trainer = UnlearnTrainer(tiny_llama, args=args, forget_dataset=rows, retain_dataset=retain)
             assert trainer.replay_weight == weight
@@ -303,7 +306,9 @@ class TestPrecisionAndMemory:
         )
         first, second = trainer.state.log_history[:2]
         assert abs(first["replay_loss"]) < 0.1 * apart
-        assert first["forget_loss"] == pytest.approx(2 / BETA * math.log(2), rel=1e-3)
+        tokens = [len(row["input_ids"]) - 2 for row in masked(TEXTS, tokenizer)]
+        each = sum(1 / count for count in tokens) / len(tokens)
+        assert first["forget_loss"] == pytest.approx(2 / BETA * math.log(2) * each, rel=1e-3)
         assert second["replay_loss"] > apart
         assert second["forget_loss"] == pytest.approx(full.state.log_history[1]["forget_loss"], rel=0.02)
         assert second["forget_loss"] != full.state.log_history[1]["forget_loss"]
@@ -373,13 +378,24 @@ class TestRefusals:
     def test_batches_without_labels(self, tiny_llama, tokenizer, tmp_path):
         rows = Dataset.from_list([dict(tokenizer(text)) for text in TEXTS])
         collator = DataCollatorWithPadding(tokenizer)
-        raw = Dataset.from_list([{"text": text} for text in TEXTS])
-        for given in ({"data_collator": collator, "forget_dataset": rows}, {"forget_dataset": raw}):
-            with pytest.raises(
-                ValueError, match=r"^forget_dataset: gives batches without 'labels'[^\n]+UnlearnSFTTrainer"
-            ):
-                UnlearnTrainer(tiny_llama, args=settings(tmp_path), processing_class=tokenizer, **given)
+        with pytest.raises(
+            ValueError, match=r"^forget_dataset: gives batches without 'labels'[^\n]+UnlearnSFTTrainer"
+        ):
+            UnlearnTrainer(tiny_llama, args=settings(tmp_path), data_collator=collator, forget_dataset=rows)
         assert not list(tmp_path.iterdir())
+
+    def test_raw_texts(self, tiny_llama, tokenizer, tmp_path):
+        tokens = masked(TEXTS, tokenizer)
+        for argument, rows, column in (
+            ("forget_dataset", Dataset.from_dict({"text": TEXTS}), "text"),
+            ("forget_dataset", Dataset.from_dict({"question": TEXTS, "answer": TEXTS}), "question"),
+            ("retain_dataset", Dataset.from_dict({"prompt": KEPT, "completion": KEPT}), "prompt"),
+        ):
+            data = {"forget_dataset": tokens} | {argument: rows}
+            with pytest.raises(
+                ValueError, match=rf"^{argument}: column '{column}' holds raw texts; UnlearnSFTTrainer [^\n]+$"
+            ):
+                UnlearnTrainer(tiny_llama, args=settings(tmp_path), processing_class=tokenizer, **data)
 
     def test_inputs_without_a_known_replay(self, tiny_llama, tmp_path):
         rows = Dataset.from_list([{"inputs_embeds": [[0.1] * 16] * 4, "labels": [3, 4, 5, 6]}] * 4)

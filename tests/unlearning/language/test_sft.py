@@ -103,7 +103,7 @@ class TestFormats:
                 with torch.no_grad():
                     log_reference = -nll(original, ids, labels, "sum")
                 ratio = (-nll(student, ids, labels, "sum") - log_reference).exp()
-                losses.append(2 / BETA * torch.log(1 + ratio**BETA))
+                losses.append(2 / BETA * torch.log(1 + ratio**BETA) / (labels[1:] != -100).sum())
             loss = sum(losses) / 2 + 0.5 * sum(nll(student, *row) for row in retain) / 2
             logged = trainer.state.log_history[step]
             assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
@@ -151,6 +151,65 @@ class TestFormats:
         assert retained == pytest.approx(mean_loss(tiny_llama, KEPT, tokenizer, "text"), rel=1e-4)
 
 
+class TestRows:
+    @pytest.mark.parametrize(
+        "columns",
+        [("question", "answer"), ("instruction", "output"), ("prompt", "response"), ("query", "completion"), ("prompt", "answer")],
+    )  # fmt: skip
+    def test_question_and_answer_by_other_names(self, columns, tiny_llama, tokenizer, tmp_path):
+        names = dict(zip(("prompt", "completion"), columns, strict=True))
+        renamed = {old: new for old, new in names.items() if old != new}
+        forget, retain = (as_completions(pairs).rename_columns(renamed) for pairs in (QUESTIONS, KEPT))
+        if "instruction" in columns:
+            forget = forget.add_column("input", ["", "x y", ""])
+        trainer = UnlearnSFTTrainer(
+            tiny_llama, args=settings(tmp_path), processing_class=tokenizer, forget_dataset=forget,
+            eval_dataset={"retain": retain}, retain_dataset=as_text(KEPT),
+        )  # fmt: skip
+        pairs = [(q + "\nx y" * ("instruction" in columns and q == "Where?"), a) for q, a in QUESTIONS]
+        for rows, expected in ((trainer.forget_dataset, pairs), (trainer.eval_dataset["retain"], KEPT)):
+            made = [(row["input_ids"], row["labels"]) for row in rows]
+            assert made == [(i.tolist(), m.tolist()) for i, m in expected_rows("completion", expected, tokenizer)]
+
+    @pytest.mark.parametrize("size", [2, 3, 8, 13])
+    def test_longer_forget_texts_are_split_and_nothing_is_lost(self, size, tiny_llama, tokenizer, tmp_path, caplog):
+        """Every token that counts is predicted once, from the half window before it at least; others are cut, and that is said."""
+        forget = [*QUESTIONS, ("Say it again", " and again and again" * 3)]
+        trainer = UnlearnSFTTrainer(
+            tiny_llama, args=settings(tmp_path, max_length=size), processing_class=tokenizer,
+            forget_dataset=as_completions(forget), retain_dataset=as_text(KEPT),
+        )  # fmt: skip
+        whole = [(ids.tolist(), labels.tolist()) for ids, labels in expected_rows("completion", forget, tokenizer)]
+        found = {id_: [None] * len(ids) for (id_, _), (ids, _) in zip(forget, whole, strict=True)}
+        texts = {question: row for (question, _), row in zip(forget, whole, strict=True)}
+        for row in trainer.forget_dataset:
+            ids, labels = texts[row["id"]]
+            assert len(row["input_ids"]) == min(size, len(ids))
+            begins = [b for b in range(len(ids)) if ids[b : b + size] == row["input_ids"]]
+            counted = [place for place, label in enumerate(row["labels"]) if label != -100]
+            # A piece says where it is, but where a text repeats itself.
+            begin = next(
+                b for b in begins if found[row["id"]][b + counted[0]] is None and labels[b + counted[0]] != -100
+            )
+            assert begin == 0 or counted[0] >= size // 2
+            for place in counted:
+                assert found[row["id"]][begin + place] is None
+                found[row["id"]][begin + place] = row["labels"][place]
+        for question, (_, labels) in texts.items():
+            assert [-100 if token is None else token for token in found[question]] == labels
+        total = sum(label != -100 for _, labels in whole for label in labels)
+        assert f"4 examples ({total} tokens)" in trainer.model_card(tmp_path).content
+        messages = [record.getMessage() for record in caplog.records]
+        longer = sum(len(ids) > size for ids, _ in whole)
+        said = f"forget_dataset: {longer} of 4 texts are longer than max_length={size} and are split, which makes "
+        assert any(message.startswith(said + str(len(trainer.forget_dataset))) for message in messages)
+        lengths = [len(ids) for ids, _ in expected_rows("text", KEPT, tokenizer)]
+        assert [len(row["input_ids"]) for row in trainer.retain_dataset] == [min(n, size) for n in lengths]
+        cut = [n - size for n in lengths if n > size]
+        said = f"retain_dataset: {len(cut)} of 2 texts are longer than max_length={size}: {sum(cut)} tokens of them are cut off, and 0"
+        assert any(message.startswith(said) for message in messages)
+
+
 class TestRefusals:
     """Each in one line that names the argument."""
 
@@ -171,8 +230,14 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "data", "message"),
         [
-            # What truncation would drop would not be forgotten, and the card would count it.
-            ({"max_length": 9}, {}, "max_length=9: leaves 1 forget examples"),
+            ({}, {"forget_dataset": as_completions([("Who?", "")]).map(lambda row: {"completion": "</s>"}).add_column(
+                "labels", [[-100] * 3]).add_column("input_ids", [[5, 6, 7]])},
+             "forget_dataset: 1 of 1 texts have no token that counts; remove them"),
+            ({"max_length": 3}, {"retain_dataset": as_completions(KEPT)},
+             "retain_dataset: 2 of 2 texts have no token that counts; raise max_length="),
+            ({"max_length": 1}, {}, "max_length=1: leaves no token to predict"),
+            ({}, {"forget_dataset": Dataset.from_dict({"who": ["a"], "what": ["b"]})},
+             "forget_dataset: has columns who, what, none with texts; name them 'text'"),
             ({}, {"forget_dataset": as_completions(QUESTIONS).add_column("images", [[]] * 3)}, "forget_dataset: holds images"),
             ({}, {"retain_dataset": as_text(QUESTIONS[1:] + KEPT)}, "retain_dataset: 2 of its ids are in forget_dataset too"),
         ],
@@ -290,25 +355,35 @@ def measure(folder, tokenizer, pairs):
     return losses, torch.tensor([torch.equal(said[real != -100], real[real != -100]) for said, real in pairs])
 
 
-def test_with_retained_data_the_other_answers_stay(taught, tokenizer, tmp_path):
+def test_with_retained_data_the_other_answers_stay(taught, tokenizer, tmp_path, capsys, caplog):
+    """At a rate at which the paper's sum over tokens takes most of them along."""
     losses, known = measure(taught, tokenizer, PAIRS)
     assert losses.max() < 0.2
     assert known.all()
-    args = UnlearnSFTConfig(
-        str(tmp_path), **PLAIN, gradient_checkpointing=False, lr_scheduler_type="constant", guard_steps=10,
-        learning_rate=1e-3, num_train_epochs=120,
-    )  # fmt: skip
     data = {"forget_dataset": as_completions(FORGOTTEN), "retain_dataset": as_completions(RETAINED)}
-    trainer = UnlearnSFTTrainer(taught, args=args, **data)
-    trainer.train()
-    trainer.save_model()
-    assert AutoTokenizer.from_pretrained(tmp_path)(QUESTIONS[0][0]) == tokenizer(QUESTIONS[0][0])
-    forgotten, still_known = measure(tmp_path, tokenizer, FORGOTTEN)
-    retained, known = measure(tmp_path, tokenizer, RETAINED)
-    assert (trainer.forget_loss_name, trainer.replay_weight) == ("npo", 0)
-    assert trainer.guard.best.step == trainer.state.global_step == 120  # it waits while utility falls and comes back
-    # Over 8 seeds 6.7 to 8.6 and 0.013 to 0.049 nats, no forgotten answer known and every other one.
-    assert forgotten.min() > 3
-    assert retained.max() < 0.5
-    assert not still_known.any()
-    assert known.all()
+    kept = []
+    for reduction in ("mean", "sum"):
+        args = UnlearnSFTConfig(
+            str(tmp_path), **PLAIN, gradient_checkpointing=False, lr_scheduler_type="constant", guard=reduction == "mean",
+            guard_steps=10, learning_rate=1e-3, num_train_epochs=20, loss_reduction=reduction,
+        )  # fmt: skip
+        caplog.clear()
+        trainer = UnlearnSFTTrainer(taught, args=args, **data)
+        trainer.train()
+        trainer.save_model()
+        forgotten, still_known = measure(tmp_path, tokenizer, FORGOTTEN)
+        assert forgotten.min() > 2
+        assert not still_known.any()
+        retained, known = measure(tmp_path, tokenizer, RETAINED)
+        kept.append(known.float().mean().item())
+        if reduction == "mean":
+            assert AutoTokenizer.from_pretrained(tmp_path)(QUESTIONS[0][0]) == tokenizer(QUESTIONS[0][0])
+            assert (trainer.forget_loss_name, trainer.replay_weight) == ("npo", 0)
+            assert (trainer.guard.best.step, trainer.failed_checks) == (20, [])
+            assert retained.max() < 0.3
+            assert "0.0% of the forget texts are answered word for word (100.0% before)" in capsys.readouterr().out
+            assert not [record for record in caplog.records if record.name.startswith("hf_unlearn")]
+        else:  # 5 of 9 on the seed this was measured with
+            assert any(failed.startswith("Utility fell by") for failed in trainer.failed_checks)
+    assert kept[0] == 1
+    assert kept[1] < 0.8
