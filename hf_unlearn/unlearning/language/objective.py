@@ -36,7 +36,7 @@ class LanguageObjective:
     def answers(self, forward: Callable, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[batch, length − 1, vocabulary]` and the tokens `[batch, length − 1]` that they predict."""
         targets = self._targets(labels, inputs.get("attention_mask"))
-        return next_tokens(forward(**inputs, use_cache=False).logits, targets)
+        return next_tokens(forward(**inputs, use_cache=False).logits, labels)[0], targets
 
     def counts(self, labels: Tensor, mask: Tensor | None) -> Tensor:
         """How many tokens of each text are predicted and count, `[batch]`."""
