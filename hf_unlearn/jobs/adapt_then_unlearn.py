@@ -187,6 +187,10 @@ def run_adapt_then_unlearn(
 
     trainer = trainer_class(pipeline, config, **marked)
     trainer.card_values = card_of_dataset(job.dataset)
+    if marker is not None:
+        names = [str(marker.model.config.id2label[label]) for label in to_mark]
+        kind = ("class " if len(names) == 1 else "classes ") + ", ".join(names)
+        trainer.card_values |= {"forgotten": f"{kind}: {trainer._forgotten()}"}
     if trainer.is_world_process_zero():
         counts = (len(trainer.feedback.undesired), len(trainer.feedback.clean))
         console().print("marks    {:,} undesired, {:,} clean".format(*counts))

@@ -256,7 +256,9 @@ class PublishingMixin(PushingMixin):
         return sorted(figures, key=lambda figure: figure.metric == "loss")
 
     def provenance(self) -> Provenance:
-        """How this model was made: method, settings, versions and a keyed fingerprint of the forget set, never its data."""
+        """How this model was made: method, settings, versions and a keyed fingerprint of the forget set, never its data. What was
+        forgotten is said as `trainer.card_values["forgotten"]` says it, if it does.
+        """
         chosen = self._chosen()
         return Provenance(
             method=self._method,
@@ -269,7 +271,7 @@ class PublishingMixin(PushingMixin):
             versions=library_versions(),
             forget_examples=len(self.source_dataset),
             forget_fingerprint=self._fingerprint,
-            forgotten=self._forgotten(),
+            forgotten=self.card_values.get("forgotten") or self._forgotten(),
             steps=self._steps_taken,
         )
 
@@ -288,7 +290,7 @@ class PublishingMixin(PushingMixin):
             "failed_checks": self.failed_checks,
             "passed_checks": self.passed_checks,
         }
-        given = self.card_values | kwargs
+        given = {name: value for name, value in (self.card_values | kwargs).items() if name != "forgotten"}
         tags = given.pop("tags", ())
         given["tags"] = (self._method, *((tags,) if isinstance(tags, str) else tags))
         return unlearning_card(self.provenance(), **(values | self._card_defaults(name) | self._inherited(given)))

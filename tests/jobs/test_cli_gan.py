@@ -197,6 +197,7 @@ class TestRuns:
         assert {result.dataset_split for result in card.data.eval_results} == {"samples", "test"}
         assert card.data.eval_results[0].dataset_type == "digits"
         assert "![Samples](<pictures/after.png>)" in card.text
+        assert "was asked to forget **class " in card.text
         assert str(tmp_path) not in card.content
 
         names = sorted(path.name for path in (work / "out").iterdir())

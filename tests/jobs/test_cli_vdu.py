@@ -114,7 +114,7 @@ class TestRuns:
         assert figures["pul"] == pytest.approx(pul)
         assert figures["share"] == pytest.approx(100 * float((after == forgotten).float().mean()))
         assert card.data.eval_results[0].dataset_type == "digits"
-        assert "the kind of images in 20 examples" in card.text
+        assert f"was asked to forget **class {forgotten}: the kind of images in 20 examples**" in card.text
         assert "![Samples](<pictures/after.png>)" in card.text
         assert (work / "out/pictures/after.png").is_file()
         assert torch.isfinite(torch.tensor(list(figures.values()))).all()
