@@ -246,7 +246,15 @@ NOT_THERE = {  # by family, what has nothing to act on
     "influence": {},
     "influence, language": {},
 }  # fmt: skip
-NOTES = {"GANs": {"max_grad_norm": "clips the generator's gradient, not the discriminator's"}}
+SWEPT = {
+    "load_best_model_at_end": "refused with observation='propagated': the sweep starts from the end of the run",
+    "fp16": "refused with observation='propagated': its scaler skips steps",
+}
+NOTES = {
+    "GANs": {"max_grad_norm": "clips the generator's gradient, not the discriminator's"},
+    "influence": SWEPT,
+    "influence, language": SWEPT,
+}
 SOMETIMES = {"dataloader_drop_last", "dataloader_persistent_workers"}  # refused for some data only: works elsewhere
 
 
