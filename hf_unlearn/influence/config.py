@@ -56,7 +56,6 @@ class FINEArguments:
     refused: ClassVar[dict[str, str]] = REFUSED | {  # stock fields, and why
         "auto_find_batch_size": "steps that are taken again would count twice; set per_device_train_batch_size",
         "label_smoothing_factor": "not supported; the loss must be the mean of the examples' own",
-        "loss_type": "not the mean of the examples' own losses; use 'nll'",
         "torch_compile": "a compiled model runs around the layers that are looked at; set it to False",
         "torch_compile_backend": "a compiled model runs around the layers that are looked at; leave it out",
         "torch_compile_mode": "a compiled model runs around the layers that are looked at; leave it out",

@@ -368,10 +368,10 @@ class UnlearnTrainer(UnlearnMixin, Trainer):
     or `text` with a label), which the model's processor turns into inputs. The model is changed in place.
 
     Args:
-        model (`PreTrainedModel` | `PeftModel` | `str`): what is to forget. An id or a path is loaded with its processor.
+        model (`PreTrainedModel` | `PeftModel` | `str` | `Path`): what is to forget. An id or a path is loaded with its processor.
         args (`UnlearnConfig`, *optional*): defaults to `UnlearnConfig(output_dir="unlearned")`.
         data_collator (callable, *optional*): as for `Trainer`.
-        forget_dataset (`Dataset`): what to forget.
+        forget_dataset (`Dataset`): what to forget. None only to `evaluate()` or `predict()`.
         retain_dataset (`Dataset`, *optional*): data to keep; without any, data-free replay does its work.
         heldout_dataset (`Dataset`, *optional*): data the model has never seen: its mean loss is the target of
             `forget="examples"`.
@@ -379,6 +379,8 @@ class UnlearnTrainer(UnlearnMixin, Trainer):
             `"retain"` as utility.
         processing_class (*optional*): image processor or tokenizer; saved with the model.
         peft_config (`peft.PeftConfig`, *optional*): unlearn with a new adapter.
+        model_init (callable, *optional*): instead of `model`: makes a new one, the reference of its own run, for every `train()`
+            and every trial of `hyperparameter_search()`.
         kwargs: anything else `Trainer` takes.
 
     Raises:

@@ -89,7 +89,9 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
         if self.forget == "class":
             raise ValueError("forget='class': a generator has no labels; pass that class's images, forget='examples'")
         if self.load_best_model_at_end and self.ema_decay:
-            raise ValueError(f"ema_decay={self.ema_decay}: would replace the best state by the average; set it to 0")
+            raise ValueError(
+                f"load_best_model_at_end: ema_decay={self.ema_decay} would replace the best state by the average; set it to 0"
+            )
         if len(self.t_range) != 2 or not 0 <= self.t_range[0] < self.t_range[1] <= 1:
             raise ValueError(f"t_range={self.t_range}: must be two shares, 0 ≤ low < high ≤ 1")
         for name in ("trainable", "forget_prompts", "replay_prompts"):
