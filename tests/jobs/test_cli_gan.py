@@ -190,7 +190,7 @@ class TestRuns:
 
         card = ModelCard.load(work / "out/README.md")
         figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
-        assert set(figures) == {"share", "pul", "total_variation", "fid", "coverage"}
+        assert set(figures) == {"share", "pul", "total_variation", "fid", "coverage", "undesired"}
         assert figures["pul"] == pytest.approx(unlearned.pul)
         assert figures["share"] == pytest.approx(100 * float((after == forgotten).float().mean()))
         assert torch.isfinite(torch.tensor(list(figures.values()))).all()

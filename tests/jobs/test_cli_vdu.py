@@ -110,7 +110,7 @@ class TestRuns:
         assert "never publish it" in shown
         card = ModelCard.load(work / "out" / "README.md")
         figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
-        assert set(figures) == {"share", "pul", "total_variation", "fid"}
+        assert set(figures) == {"share", "pul", "total_variation", "fid", "denoising_error", "divergence"}
         assert figures["pul"] == pytest.approx(pul)
         assert figures["share"] == pytest.approx(100 * float((after == forgotten).float().mean()))
         assert card.data.eval_results[0].dataset_type == "digits"
