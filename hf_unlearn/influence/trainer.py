@@ -28,6 +28,7 @@ from .in_run.ghost import GhostRecorder
 from .propagated.optimizers import FlatOptimizer
 from .propagated.sweep import Sweep
 from .propagated.trajectory import Trajectory
+from .report.observations import Observations
 from .report.records import read_observations
 from .report.report import InfluenceReport
 from .report.shuffling import ShufflingMeter
@@ -87,6 +88,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
         self._trajectory: Trajectory | None = None
         self._target_gradients: Tensor | None = None
         self._normalised_by: str | None = None
+        self._first_step, self._largest_gradient = 0, 0.0
         self._micro: list[tuple[Tensor, Tensor, Tensor]] = []
         self._scale = 1.0
         self._begun = False
@@ -159,6 +161,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
                     f"resume_from_checkpoint=True: no whole checkpoint in {folder!r}; start from the beginning"
                 )
         self._recorder, self._noted, self._micro = None, False, []
+        self._normalised_by, self._largest_gradient = None, 0.0
         self._target_sets = self._targets()
         try:
             if self._ghost is not None:
@@ -180,6 +183,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
     def _begin(self) -> None:
         """When the optimiser is there and the number of steps is known."""
         step, steps = self.state.global_step, self.state.max_steps
+        self._first_step = step
         if self.args.preconditioned and not isinstance(self._inner_optimizer, torch.optim.Adam | torch.optim.AdamW):
             kind = type(self._inner_optimizer).__name__
             raise ValueError(f"preconditioned: needs Adam or AdamW of torch, and optim is {kind}; set it to False")
@@ -272,6 +276,11 @@ class FINEMixin(RecordingMixin, LoadsByName):
         }
 
     def _propagate(self) -> None:
+        if self.state.global_step <= self._trajectory.start:
+            raise ValueError(
+                f"last_steps={self.args.last_steps}: the run stopped at step {self.state.global_step}, before the last ones of "
+                f"{self.state.max_steps}, so nothing of it was kept; leave last_steps out, or set max_steps to where it stops"
+            )
         window = round(self.args.target_window * self.state.global_step)
         meter = None
         if self.target != "self" and 2 <= self._steps_per_epoch < self.state.global_step:
@@ -324,8 +333,8 @@ class FINEMixin(RecordingMixin, LoadsByName):
                 trainer.train()
                 losses.append(self._target_sets.losses(trainer.model))
         measured = torch.stack(losses).double().var(0).cpu().numpy()
-        observations, manifest = read_observations(self.records_dir)
-        own = np.square(observations.since(self._burnt_in(manifest)).sigma)
+        observations, _ = read_observations(self.records_dir)
+        own = np.square(observations.since(self._burnt_in(observations)).sigma)
         self._scale = float(np.sqrt(measured.sum() / own.sum()))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -340,7 +349,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
         """What the run observed so far.
 
         Raises:
-            ValueError: there was no run.
+            ValueError: there was no run, or nothing of it was observed.
         """
         if not self._begun:
             raise ValueError(
@@ -351,11 +360,13 @@ class FINEMixin(RecordingMixin, LoadsByName):
             self._recorder.flush()
         observations, manifest = read_observations(self.records_dir)
         return InfluenceReport.from_observations(
-            observations, manifest, burn_in=self._burnt_in(manifest), scale=self._scale
+            observations, manifest, burn_in=self._burnt_in(observations), scale=self._scale
         )
 
-    def _burnt_in(self, manifest: dict[str, Any]) -> int:
-        return round(self.args.burn_in * manifest["steps"])
+    def _burnt_in(self, observations: Observations) -> int:
+        """A share of the steps that were taken: a run may be stopped early. The last one always counts."""
+        last = int(max(observations.steps.step, default=0))
+        return min(round(self.args.burn_in * (last + 1)), last)
 
     def _build_ghost(self) -> GhostRecorder:
         ghost = GhostRecorder(self.model, layers=self.args.layers)
