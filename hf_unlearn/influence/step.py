@@ -205,6 +205,8 @@ class RecordingMixin(LookingMixin):
                 self._look_at_targets(step)
 
     def _look_at_targets(self, step: int) -> None:
+        # The learning rate of the step comes on top when it closes, so only what differs between parameters goes into G: their
+        # groups' rates relative to the leading one, and Adam's second moment. One look serves `target_every` steps of any schedule.
         covered, rank = self._ghost.covered, self.args.target_rank
         self._target_gradients = None  # both, before the next ones are made
         self._ghost.clear_targets()
@@ -280,6 +282,8 @@ class RecordingMixin(LookingMixin):
         if not self._sees() or any(values.numel() == 0 for _, _, values in micro):
             return
         learning_rate = float(self._leading_group["lr"])
+        # A Gram matrix knows the pairs within a micro-batch only. Each stands for the whole step, of all processes, so the sums of
+        # its weights are needed here; products with targets need no one else, and are joined as they are.
         if self.target == "self":
             sums = torch.stack([torch.stack([w.sum(), w.square().sum()]) for _, w, _ in micro]).sum(0)
             sums = gather(sums[None]).sum(0) if self.args.world_size > 1 else sums

@@ -44,7 +44,9 @@ MAX_GIGABYTES = 8  # of memory in a sweep
 class FINEMixin(RecordingMixin, LoadsByName):
     """Gives a Trainer a record of what each example did to each target.
 
-    Training is as it would be without: the same batches, the same updates. A subclass may override `per_example_loss`.
+    Training is as it would be without: the same batches, the same updates (but for rounding where [`FINETrainer`] trains the head).
+    Before it starts and again on the way it is looked at whether `compute_loss`, a subclass's too, is the mean of the examples' own
+    losses; a subclass with another loss overrides `per_example_loss`.
     """
 
     _config_class: type = InfluenceConfig
@@ -148,7 +150,8 @@ class FINEMixin(RecordingMixin, LoadsByName):
         """Train, as [`~transformers.Trainer.train`] would, and record.
 
         Raises:
-            ValueError: the training set is not that of the run to be resumed, or the optimiser cannot be propagated through.
+            ValueError: the training set is not that of the run to be resumed, the optimiser cannot be propagated through, or the
+                loss is not the mean of the examples' own.
             FloatingPointError: a gradient is not finite.
         """
         if resume_from_checkpoint is True:
@@ -197,6 +200,8 @@ class FINEMixin(RecordingMixin, LoadsByName):
                 self._ghost.attach()
         if self.observation == "propagated":
             self._flat_optimizer = FlatOptimizer(self._inner_optimizer, list(self._parameters.values()))
+            # What is not kept of the states is computed again, a segment at a time, and a whole segment is held at once: so room on
+            # disk and room in memory are one choice, and a run that fits neither is refused before it is trained.
             start = max(0, steps - self.args.last_steps) if self.args.last_steps else 0
             vectors = 1 + len(self._flat_optimizer.names)
             each = 4 * vectors * sum(p.numel() for p in self._parameters.values())
@@ -282,6 +287,7 @@ class FINEMixin(RecordingMixin, LoadsByName):
                 f"{self.state.max_steps}, so nothing of it was kept; leave last_steps out, or set max_steps to where it stops"
             )
         window = round(self.args.target_window * self.state.global_step)
+        # Two epochs at least: what an epoch's batches have in common is read off where one ends and the next begins.
         meter = None
         if self.target != "self" and 2 <= self._steps_per_epoch < self.state.global_step:
             meter = ShufflingMeter(

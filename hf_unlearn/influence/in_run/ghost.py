@@ -346,6 +346,8 @@ class GhostRecorder:
     @torch.no_grad()
     def _record(self, seen: Seen, kept: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
         """The backward pass has arrived at a tap: add what its layer has to the products."""
+        # y is the gradient of what was backwarded, a mean or a sum, so all products are with shares of that one gradient. Nothing
+        # of it is kept: a layer's part is added to [batch, C] numbers while its x and y are there anyway.
         layer, batch, module = seen.layer, self._pass.batch_size, seen.layer.module
         y = ys[0]
         if (look := self._pass.look) is not None:
