@@ -84,6 +84,7 @@ class GhostRecorder:
         self._check_covered()
         self.learned = 0
         self._rows: dict[str, Rows] = {}
+        self._expands = True
         self._targets: dict[str, Tensor | Factors] = {}
         self._count = 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -190,13 +191,16 @@ class GhostRecorder:
             ValueError: nothing trainable is left.
         """
         self._check_attached("learn_rows")
-        look = Look()
         chosen = range(batch_size) if examples is None else examples
-        for look.example in sorted({chosen[0], chosen[-1]}):
-            self._pass = Pass(batch_size, look)
-            self._model.zero_grad()
-            losses()[look.example].backward()
-        self.stop()
+        chosen = sorted({chosen[0], chosen[-1]})
+        try:
+            look = self._looked(losses, batch_size, chosen)
+        except RuntimeError:
+            if not self._expands:
+                raise
+            # What a shared row goes into may repeat it for every example itself, as prompt tuning does: it is then not expanded here.
+            self._expands = False
+            look = self._looked(losses, batch_size, chosen)
         self.learned = max(self.learned, batch_size)
         refused = {}
         for layer in self._layers:
@@ -214,6 +218,15 @@ class GhostRecorder:
                 self._rows[layer.name] = found.pop()
         self._give_up(refused)
         self._give_up(self._disagreeing(losses, batch_size, look))
+
+    def _looked(self, losses: Callable[[], Tensor], batch_size: int, examples: Sequence[int]) -> Look:
+        look = Look()
+        for look.example in examples:
+            self._pass = Pass(batch_size, look)
+            self._model.zero_grad()
+            losses()[look.example].backward()
+        self.stop()
+        return look
 
     def _disagreeing(self, losses: Callable[[], Tensor], batch_size: int, look: Look) -> dict[str, str]:
         """Parameters g of which autograd, whose gradients of one example are in `.grad`, says another ⟨g, g⟩ than the layers do."""
@@ -256,7 +269,8 @@ class GhostRecorder:
     def _check_covered(self) -> None:
         if not self.covered:
             raise ValueError(
-                f"model: no trainable parameter is covered; the reasons are {set(self.uncovered.values())}"
+                f"model: no trainable parameter is covered; the reasons are {set(self.uncovered.values())}; use "
+                "observation='propagated', which sees all"
             )
 
     def _check_attached(self, what: str) -> None:
@@ -309,7 +323,7 @@ class GhostRecorder:
         places = [place for place, one in enumerate(outputs) if isinstance(one, Tensor) and one.requires_grad]
         if current is None or not places:
             return None
-        shared = isinstance(module, nn.Embedding) and len(outputs[0]) == 1
+        shared = self._expands and isinstance(module, nn.Embedding) and len(outputs[0]) == 1
         number = current.calls[layer.name]
         current.calls[layer.name] += 1
         device = outputs[places[0]].device.type

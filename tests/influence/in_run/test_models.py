@@ -149,6 +149,25 @@ def test_sizes_that_fit_by_chance(examples):
     products_agree(recorder, model, batch[:1])
 
 
+class Prompted(nn.Module):
+    """As prompt tuning: a shared row that the model itself repeats."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompt, self.head = nn.Embedding(2, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        prompt = self.prompt(torch.arange(2)[None]).repeat(len(x), 1, 1)
+        return type("Outputs", (), {"logits": self.head(torch.cat([prompt, x], 1).tanh().mean(1))})
+
+
+def test_a_shared_row_that_the_model_repeats():
+    model, batch = Prompted().double(), torch.randn(3, 4, 6, dtype=torch.float64)
+    recorder = learned(model, batch)
+    assert recorder.uncovered == {"prompt.weight": SHARED}
+    products_agree(recorder, model, batch)
+
+
 def test_layers_that_are_taken_out():
     model = Misleading().double()
     batch = torch.randn(4, 4, 6, dtype=torch.float64)
