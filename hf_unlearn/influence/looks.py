@@ -145,7 +145,7 @@ class LookingMixin:
         if np.isfinite([whole, rest]).all() and rest > bound:
             raise ValueError(
                 f"compute_loss: at step {self.state.global_step + 1} it is not the mean of the examples' own losses: of its gradient "
-                f"{rest / whole:.2g} parts in 1 are something else (a penalty, class weights, label smoothing, an auxiliary loss?); "
+                f"{rest / max(whole, rest):.2g} parts in 1 are something else (a penalty, class weights, label smoothing, an auxiliary loss?); "
                 "leave it out, or override per_example_loss"
             )
         return name

@@ -377,10 +377,10 @@ class FINEMixin(RecordingMixin, LoadsByName):
     def _build_ghost(self) -> GhostRecorder:
         ghost = GhostRecorder(self.model, layers=self.args.layers)
         if self.target == "self" and ghost.tied:
-            name = next(iter(ghost.tied))
+            name, owners = next(iter(ghost.tied.items()))
             raise ValueError(
-                f"target='self': {name} is tied between two layers, and its norms cannot be told; name the other layers by layers=, or "
-                "pass a target_dataset"
+                f"target='self': {name} is tied between two layers, and its norms cannot be told; take it out with "
+                f"layers=['!{owners[0]}'], or pass a target_dataset"
             )
         return ghost
 
