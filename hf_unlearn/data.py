@@ -90,6 +90,12 @@ def _column(dataset: Dataset, column: str) -> list[Any]:
     return dataset.with_format(None)[column][:]
 
 
+def value_name(value: Any, feature: Any) -> str:
+    """What a value of a column is called: by its class, if it has one (a `ClassLabel` of −1 is none)."""
+    names = getattr(feature, "names", None)
+    return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else str(value)
+
+
 def label_column(dataset: TorchDataset | Dataset) -> str | None:
     """The name under which a dataset's rows carry their label, or None."""
     names = dataset[0].keys() if len(dataset) and isinstance(dataset[0], dict) else ()

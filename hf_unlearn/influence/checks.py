@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..data import value_name
 from ..training.checks import check_drop_last, check_features, check_parallelism, check_processes
 from ..training.models import router_loss_weight
 
@@ -83,10 +84,9 @@ def target_sets_of(dataset) -> dict[str, Any]:
     if len(sets) == 1 and "target" in (getattr(dataset, "column_names", None) or ()) and isinstance(dataset, Dataset):
         feature = dataset.features["target"]
         values = dataset.with_format(None)["target"][:]
-        names = getattr(feature, "names", None)
         rows: dict[str, list[int]] = {}
         for row, value in enumerate(values):
-            rows.setdefault(str(names[value] if names else value), []).append(row)
+            rows.setdefault(value_name(value, feature), []).append(row)
         sets = {name: dataset.select(chosen).remove_columns("target") for name, chosen in rows.items()}
     if not sets:
         raise ValueError("target_dataset: is empty; pass examples that show the behaviour")

@@ -35,7 +35,8 @@ class FINEArguments:
             its window).
         target_batch_size (`int`, *optional*, defaults to 8): examples of a target in one look while training (`in_run`), drawn
             anew each time; None takes all. The sweep takes all.
-        layers (`list[str]`, *optional*): names or patterns (`*.q_proj`) of the modules that `in_run` sees; default all it can.
+        layers (`list[str]`, *optional*): names or patterns (`*.q_proj`) of the modules that `in_run` sees, or with a `!` before
+            them of those that it does not; default all it can. What is not seen is said at the start and in the report.
         target_rank (`int`, *optional*): approximate the targets' gradients of linear layers by this rank (`in_run`), which makes
             full fine-tuning cheaper to observe.
         target_window (`float`, defaults to 0.2): with `propagated`, the target is its mean loss over this last share of the steps:

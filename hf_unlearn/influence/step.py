@@ -16,6 +16,7 @@ from ..files import first_line
 from ..training.collators import ROW, RowCollator, WithRow
 from ..training.losses import IGNORED, cross_entropy, next_tokens
 from .in_run.layers import low_rank
+from .looks import LookingMixin
 from .propagated.trajectory import MicroBatch, random_states
 from .targets import Batch, OwnTargets, Targets, own_gains
 
@@ -23,7 +24,7 @@ from .targets import Batch, OwnTargets, Targets, own_gains
 logger = logging.get_logger(__name__)
 
 
-class RecordingMixin:
+class RecordingMixin(LookingMixin):
     """Training steps that are observed. The updates are those of the trainer it is mixed into."""
 
     # Losses
@@ -41,10 +42,15 @@ class RecordingMixin:
         labels = inputs.pop(label)
         if self.is_causal_lm:
             inputs["use_cache"] = False
-        outputs = model(**inputs)
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
-        if self.is_causal_lm:
+        logits = _logits_of(model(**inputs))
+        if self.is_causal_lm and isinstance(logits, Tensor) and logits.dim() == 3:
             logits, labels = next_tokens(logits, labels)
+        if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
+            given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"model: its logits ({given}) do not fit {label} {list(labels.shape)}: it needs one prediction a label; pass a "
+                "single-label classifier or a causal language model, or override per_example_loss"
+            )
         return cross_entropy(logits, labels), _predictions(labels)
 
     def _weights(self, inputs: Batch) -> Tensor:
@@ -105,6 +111,11 @@ class RecordingMixin:
             raise ValueError(
                 f"model: problem_type={problem!r} is not supported; single-label classifiers and causal language models are"
             )
+        if not own_loss and self.is_causal_lm and getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"model: {type(self.model).__name__} is an encoder–decoder, which is not supported; single-label classifiers and "
+                "causal language models are, or override per_example_loss"
+            )
         label = (self.label_names or ["labels"])[0]
         sets = {f"target_dataset: {name!r}": rows for name, rows in self.target_sets.items()}
         for name, rows in ({"train_dataset:": self.train_dataset} | sets).items():
@@ -130,20 +141,32 @@ class RecordingMixin:
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows = inputs.pop(ROW)
+        prepared = self._prepare_inputs(inputs)
         step, first = self.state.global_step, not self._micro
+        weight = self._weights(prepared).float()
+        # Both before the step is opened: what is covered says which gradients of targets are needed.
+        if self._ghost is not None and len(rows) > self._ghost.learned and weight.any():
+            self._learn_rows(prepared, weight)
+        if first and self._is_looked_at(step):
+            self._normalised_by = self._check_loss(prepared, weight, num_items_in_batch)
         if first:
             self._open_step(step)
-        weight = self._weights(self._prepare_inputs(inputs)).float()
-        if self._normalised_by is None:
-            self._normalised_by = self._how_normalised(model, inputs, num_items_in_batch)
         kept = random_states(self.args.device), dict(inputs)
         if self._ghost is not None and self._sees():
             self._ghost.start(len(rows), targets=self.target != "self", gram=self.target == "self")
+        self._upstream = None
         try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            with self._watched_loss():
+                loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             if self._ghost is not None:
                 self._ghost.stop()
+        if self._upstream is None:
+            raise ValueError(
+                "training_step: nothing was backwarded through compute_loss, so its examples cannot be seen; use a Trainer "
+                "whose training_step calls it"
+            )
+        # h_i as the layers saw it is the example's share of what was backwarded: its own gradient times this.
         total = self._items_per_step(num_items_in_batch) if self._normalised_by == "step" else weight.sum()
         coefficient = self._upstream * weight / total
         if self._ghost is not None:
@@ -153,63 +176,11 @@ class RecordingMixin:
             else:
                 self._micro.append((rows, weight, weight.new_empty(0)))
         elif self._trajectory is not None:
+            # The sweep takes the step again without the scaler, so its losses must not be scaled either.
             scale = self._loss_scale()
             self._trajectory.add(step, MicroBatch(kept[1], kept[0], rows, weight, coefficient / scale))
             self._micro.append((rows, weight, weight.new_empty(0)))
         return loss
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        training = self.model.training and torch.is_grad_enabled()
-        result = super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
-        if not training:
-            return result
-        loss, *outputs = result if return_outputs else (result,)
-        loss = _Factor.apply(loss, self)  # what comes down to it: the accumulation's divisor, the scaler's factor
-        return (loss, *outputs) if return_outputs else loss
-
-    def _how_normalised(self, model, inputs: Batch, num_items_in_batch) -> str:
-        """Whether the batch's loss is a mean over the micro-batch ("batch") or over the whole step ("step"), by looking.
-
-        Raises:
-            ValueError: it is neither, so its gradient is not a sum over examples that are weighted as they should be.
-        """
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        # Of twice as many items, so that a step of one micro-batch, as at the end of an epoch, tells the two apart as well.
-        items = None if num_items_in_batch is None else 2 * num_items_in_batch
-        tokens, losses = getattr(self, "_total_train_tokens", None), []
-        for whole in (True, False):
-            with torch.random.fork_rng(devices), torch.no_grad(), self.compute_loss_context_manager():
-                self.model.train()
-                if whole:
-                    losses.append(super().compute_loss(model, dict(inputs), num_items_in_batch=items))
-                else:
-                    losses.append(self.per_example_loss(self.model, dict(inputs)))
-        with torch.no_grad():
-            for buffer, value in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(value)
-        if tokens is not None:  # TRL's running averages saw this batch twice
-            self._metrics["train"].clear()
-            self._total_train_tokens = tokens
-        loss, (each, weight) = losses
-        summed = (each * weight).sum()
-        choices = {"batch": summed / weight.sum()}
-        if items is not None:
-            choices["step"] = summed / self._items_per_step(items)
-        name = min(choices, key=lambda name: (choices[name] - loss).abs().item())
-        if not torch.allclose(choices[name].float(), loss.float(), rtol=0.02, atol=1e-4):
-            raise ValueError(
-                f"compute_loss: {loss.item():.4g} is not the mean of the examples' own losses ({choices[name].item():.4g}), so "
-                "they cannot be told apart (label smoothing, an auxiliary loss, class weights?); override per_example_loss"
-            )
-        return name
-
-    def _items_per_step(self, num_items_in_batch: Tensor | int) -> Tensor | float:
-        """What the losses of a step are divided by, on this process."""
-        shared = self.args.average_tokens_across_devices
-        return num_items_in_batch / (self.args.world_size if shared else 1)
 
     def _observed(self, coefficient: Tensor) -> Tensor:
         """What one micro-batch tells: `[batch, targets]`, or for `target="self"` the Gram matrix, of the examples' own losses."""
@@ -233,6 +204,8 @@ class RecordingMixin:
                 self._look_at_targets(step)
 
     def _look_at_targets(self, step: int) -> None:
+        # The learning rate of the step comes on top when it closes, so only what differs between parameters goes into G: their
+        # groups' rates relative to the leading one, and Adam's second moment. One look serves `target_every` steps of any schedule.
         covered, rank = self._ghost.covered, self.args.target_rank
         self._target_gradients = None  # both, before the next ones are made
         self._ghost.clear_targets()
@@ -281,10 +254,6 @@ class RecordingMixin:
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
-    def _loss_scale(self) -> float:
-        scaler = self.accelerator.scaler
-        return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         value = float(norm)
@@ -302,12 +271,18 @@ class RecordingMixin:
         step, micro, self._micro = self.state.global_step, self._micro, []
         if self.accelerator.optimizer_step_was_skipped:
             return
+        if not micro:
+            raise ValueError(
+                "training_step: a step was taken past the one that observes; call super().training_step in yours"
+            )
         if self._trajectory is not None:
             self._trajectory.after(step, self._settings)
             return
-        if not micro or not self._sees() or any(values.numel() == 0 for _, _, values in micro):
+        if not self._sees() or any(values.numel() == 0 for _, _, values in micro):
             return
         learning_rate = float(self._leading_group["lr"])
+        # A Gram matrix knows the pairs within a micro-batch only. Each stands for the whole step, of all processes, so the sums of
+        # its weights are needed here; products with targets need no one else, and are joined as they are.
         if self.target == "self":
             sums = torch.stack([torch.stack([w.sum(), w.square().sum()]) for _, w, _ in micro]).sum(0)
             sums = gather(sums[None]).sum(0) if self.args.world_size > 1 else sums
@@ -343,6 +318,8 @@ class RecordingMixin:
             listed = "; ".join(f"{name} ({why})" for name, why in list(unseen.items())[:5])
             more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
             parts.append(f"{100 * share / whole:.1f} % of the trainable parameters are not seen: {listed}{more}.")
+            if self._recorder is not None:
+                self._recorder.describe(unseen={"share": share / whole, "parameters": unseen})
         if mixing:
             parts.append(
                 f"{len(mixing)} BatchNorm layers in train mode (first: {mixing[0]}) mix the examples of a batch: what is "
@@ -350,20 +327,6 @@ class RecordingMixin:
             )
         if parts:
             logger.warning("Influence: %s", " ".join(parts))
-
-
-class _Factor(torch.autograd.Function):
-    """Identity on the loss that sees what its gradient is multiplied by."""
-
-    @staticmethod
-    def forward(ctx, loss, trainer):
-        ctx.trainer = trainer
-        return loss.detach()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.trainer._upstream = gradient.detach().float()
-        return gradient, None
 
 
 def _own(rows: Tensor, weight: Tensor, gram: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -381,6 +344,13 @@ def _own(rows: Tensor, weight: Tensor, gram: Tensor, total: Tensor, squares: Ten
     mean = (weight * own + (total - weight) * others) / total
     variance = variance * (squares / total**2) / (weight.square().sum() / here**2)
     return rows, weight, torch.stack([own, mean, variance], dim=1)
+
+
+def _logits_of(outputs: Any) -> Any:
+    """Of a model that was given no labels: with them gone, the first of a tuple."""
+    if isinstance(outputs, tuple):
+        return outputs[0]
+    return outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
 
 
 def _base_rate(group: dict[str, Any]) -> float:

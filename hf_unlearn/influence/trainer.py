@@ -29,6 +29,7 @@ from .in_run.ghost import GhostRecorder
 from .propagated.optimizers import FlatOptimizer
 from .propagated.sweep import Sweep
 from .propagated.trajectory import Trajectory
+from .report.observations import Observations
 from .report.records import read_observations
 from .report.report import InfluenceReport
 from .report.shuffling import ShufflingMeter
@@ -44,7 +45,9 @@ MAX_GIGABYTES = 8  # of memory in a sweep
 class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
     """Gives a Trainer a record of what each example did to each target.
 
-    Training is as it would be without: the same batches, the same updates. A subclass may override `per_example_loss`.
+    Training is as it would be without: the same batches, the same updates (but for rounding where [`FINETrainer`] trains the head).
+    Before it starts and again on the way it is looked at whether `compute_loss`, a subclass's too, is the mean of the examples' own
+    losses; a subclass with another loss overrides `per_example_loss`.
     """
 
     _method = "influence"
@@ -94,6 +97,7 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
         self._trajectory: Trajectory | None = None
         self._target_gradients: Tensor | None = None
         self._normalised_by: str | None = None
+        self._first_step, self._largest_gradient = 0, 0.0
         self._micro: list[tuple[Tensor, Tensor, Tensor]] = []
         self._scale = 1.0
         self._begun = False
@@ -151,6 +155,7 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
 
     def _train(self, checkpoint: str | None, **kwargs):
         self._recorder, self._trajectory, self._noted, self._micro, self._is_swept = None, None, False, [], False
+        self._normalised_by, self._largest_gradient = None, 0.0
         self._target_sets = self._targets()
         try:
             if self._ghost is not None:
@@ -172,6 +177,7 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
     def _begin(self) -> None:
         """When the optimiser is there and the number of steps is known."""
         step, steps = self.state.global_step, self.state.max_steps
+        self._first_step = step
         if self.args.preconditioned and not isinstance(self._inner_optimizer, torch.optim.Adam | torch.optim.AdamW):
             kind = type(self._inner_optimizer).__name__
             raise ValueError(f"preconditioned: needs Adam or AdamW of torch, and optim is {kind}; set it to False")
@@ -187,6 +193,8 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
                 self._ghost.attach()
         if self.observation == "propagated" and not self._is_swept:
             self._flat_optimizer = FlatOptimizer(self._inner_optimizer, list(self._parameters.values()))
+            # What is not kept of the states is computed again, a segment at a time, and a whole segment is held at once: so room on
+            # disk and room in memory are one choice, and a run that fits neither is refused before it is trained.
             start = max(0, steps - self.args.last_steps) if self.args.last_steps else 0
             vectors = 1 + len(self._flat_optimizer.names)
             each = 4 * vectors * sum(p.numel() for p in self._parameters.values())
@@ -271,7 +279,13 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
         }
 
     def _propagate(self) -> None:
+        if self.state.global_step <= self._trajectory.start:
+            raise ValueError(
+                f"last_steps={self.args.last_steps}: the run stopped at step {self.state.global_step}, before the last ones of "
+                f"{self.state.max_steps}, so nothing of it was kept; leave last_steps out, or set max_steps to where it stops"
+            )
         window = round(self.args.target_window * self.state.global_step)
+        # Two epochs at least: what an epoch's batches have in common is read off where one ends and the next begins.
         meter = None
         if self.target != "self" and 2 <= self._steps_per_epoch < self.state.global_step:
             meter = ShufflingMeter(
@@ -323,8 +337,8 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
                 trainer.train()
                 losses.append(self._target_sets.losses(trainer.model))
         measured = torch.stack(losses).double().var(0).cpu().numpy()
-        observations, manifest = read_observations(self.records_dir)
-        own = np.square(observations.since(self._burnt_in(manifest)).sigma)
+        observations, _ = read_observations(self.records_dir)
+        own = np.square(observations.since(self._burnt_in(observations)).sigma)
         self._scale = float(np.sqrt(measured.sum() / own.sum()))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -339,7 +353,7 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
         """What the run observed so far.
 
         Raises:
-            ValueError: there was no run.
+            ValueError: there was no run, or nothing of it was observed.
         """
         if not self._begun:
             raise ValueError(
@@ -350,19 +364,21 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
             self._recorder.flush()
         observations, manifest = read_observations(self.records_dir)
         return InfluenceReport.from_observations(
-            observations, manifest, burn_in=self._burnt_in(manifest), scale=self._scale
+            observations, manifest, burn_in=self._burnt_in(observations), scale=self._scale
         )
 
-    def _burnt_in(self, manifest: dict[str, Any]) -> int:
-        return round(self.args.burn_in * manifest["steps"])
+    def _burnt_in(self, observations: Observations) -> int:
+        """A share of the steps that were taken: a run may be stopped early. The last one always counts."""
+        last = int(max(observations.steps.step, default=0))
+        return min(round(self.args.burn_in * (last + 1)), last)
 
     def _build_ghost(self) -> GhostRecorder:
         ghost = GhostRecorder(self.model, layers=self.args.layers)
         if self.target == "self" and ghost.tied:
-            name = next(iter(ghost.tied))
+            name, owners = next(iter(ghost.tied.items()))
             raise ValueError(
-                f"target='self': {name} is tied between two layers, and its norms cannot be told; name the other layers by layers=, or "
-                "pass a target_dataset"
+                f"target='self': {name} is tied between two layers, and its norms cannot be told; take it out with "
+                f"layers=['!{owners[0]}'], or pass a target_dataset"
             )
         return ghost
 

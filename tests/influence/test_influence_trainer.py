@@ -408,6 +408,36 @@ class TestPropagated:
             variance = step_statistics(counts.numpy(), last.numpy())[2]
             np.testing.assert_allclose(seen.steps.variance[position], variance, rtol=1e-2, atol=1e-3 * scale**2)
 
+    def test_wrong_labels_are_the_most_harmful(self, tmp_path):
+        """Classes that lie far apart: whoever has a wrong label pulls away from all right ones."""
+        generator = torch.Generator().manual_seed(0)
+        label = torch.arange(72) % 3
+        x = 2 * torch.eye(8)[label] + 0.3 * torch.randn(72, 8, generator=generator)
+        wrong = torch.arange(48) % 6 == 0
+        given = torch.where(wrong, (label[:48] + 1) % 3, label[:48])
+        rows, targets = (
+            Dataset.from_dict({"x": part.numpy(), "labels": labels.tolist()}).with_format("torch")
+            for part, labels in ((x[:48], given), (x[48:], label[48:]))
+        )
+        args = settings(tmp_path, observation="propagated", max_steps=24, per_device_train_batch_size=8, burn_in=0.1)
+        mu = np.array(trained(mlp(), args, rows, targets).influence.dataset["mu"][:])
+        assert mu[wrong].max() < mu[~wrong].min()
+        assert mu[wrong].max() < 0
+
+    def test_runs_of_a_few_batches(self, tmp_path):
+        """Few looks at an example, in more bins than they fill."""
+        args = settings(
+            tmp_path,
+            observation="propagated",
+            max_steps=-1,
+            num_train_epochs=4,
+            per_device_train_batch_size=8,
+            burn_in=0.1,
+        )
+        report = trained(mlp(), args, vectors(48), vectors(3, seed=1)).influence
+        assert len(report.observations.shuffling.correlation) == 4
+        assert np.isfinite(report.dataset["mu"][:]).all()
+
     def test_only_the_last_steps(self, tmp_path):
         values = []
         for name, changes in {"all": {}, "last": {"last_steps": 2}}.items():
@@ -498,14 +528,20 @@ class TestWhatIsNotSeen:
         model = without_batch_norm(tiny_resnet) if model == "group norm" else request.getfixturevalue(model)
         args = settings(tmp_path, max_steps=1, **changes)
         with caplog.at_level("WARNING", "hf_unlearn"):
-            trained(model, args, images(10), images(3, seed=1))
+            trainer = trained(model, args, images(10), images(3, seed=1))
         warnings = [record.getMessage() for record in caplog.records if record.name.startswith("hf_unlearn")]
         assert len(warnings) == (words is not None)
         assert all(word in warnings[0] for word in words or [])
         assert not any(word in warnings[0] for word in others)
+        unseen = trainer.influence.manifest.get("unseen")
+        assert (unseen is not None) == (bool(words) and "not seen" not in others)
         if "cls_token" in str(words):
-            unseen = sum(p.numel() for n, p in model.named_parameters() if "token" in n or "position" in n)
-            assert f"{100 * unseen / sum(p.numel() for p in model.parameters()):.1f} %" in warnings[0]
+            size = sum(p.numel() for n, p in model.named_parameters() if "token" in n or "position" in n)
+            share = size / sum(p.numel() for p in model.parameters())
+            assert unseen["share"] == pytest.approx(share)
+            assert set(unseen["parameters"]) == {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"}
+            for text in (warnings[0], trainer.influence.summary().caption):
+                assert f"{100 * share:.1f} % of the trainable parameters" in text
 
 
 class TestCalibration:
@@ -556,7 +592,35 @@ class TestCalibration:
         assert trainer.influence.scale > 0
 
 
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
 class TestReport:
+    @pytest.mark.parametrize("observation", ["in_run", "propagated"])
+    def test_a_run_that_was_stopped_early(self, observation, tmp_path):
+        """A share of the steps that were taken is burnt in, and never all of them."""
+        for number, (burn_in, first) in enumerate(((0.5, 2), (0.99, 3))):
+            args = settings(tmp_path / str(number), max_steps=40, burn_in=burn_in, observation=observation)
+            report = trained(mlp(), args, vectors(10), vectors(3, seed=1), callbacks=[StopAt(4)]).influence
+            assert report.observations.steps.step.tolist() == [0, 1, 2, 3]
+            assert report.burn_in == first
+            assert np.isfinite(report.dataset["mu"][:]).any()
+
+    def test_a_run_that_was_stopped_before_anything_was_kept(self, tmp_path):
+        args = settings(tmp_path, max_steps=40, last_steps=5, observation="propagated")
+        trainer = InfluenceTrainer(
+            mlp(), args, train_dataset=vectors(8), target_dataset=vectors(3), callbacks=[StopAt(2)]
+        )
+        with pytest.raises(ValueError, match=r"^last_steps=5: the run stopped at step 2, [^\n]*leave last_steps out"):
+            trainer.train()
+        with pytest.raises(ValueError, match=r"^observations: hold no step; train again[^\n]*$"):
+            trainer.influence  # noqa: B018 (a property)
+
     def test_ids_from_another_column_none_and_a_list_of_rows(self, tmp_path):
         rows, targets = vectors(8), vectors(2, seed=1)
         plain = rows.remove_columns("id")

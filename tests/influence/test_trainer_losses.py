@@ -30,14 +30,127 @@ class Both(torch.nn.Module):
 DATA = {"train_dataset": vectors(8), "target_dataset": vectors(3, seed=1)}
 
 
-def test_a_loss_that_is_no_mean_over_examples(tmp_path):
-    model = Both()
+def penalty(self, model, inputs, **kwargs):
+    return self.stock(model, inputs, **kwargs) + model.second.weight.square().sum()
+
+
+def from_the_start(self, model, inputs, **kwargs):
+    """Nothing at first, and its gradient too."""
+    if not hasattr(self, "start"):
+        self.start = state(model)
+    return self.stock(model, inputs, **kwargs) + sum(
+        (p - self.start[n]).square().sum() for n, p in model.named_parameters()
+    )
+
+
+def late(self, model, inputs, **kwargs):
+    return self.stock(model, inputs, **kwargs) * (2.0 if self.state.global_step >= 3 else 1.0)
+
+
+def class_weights(self, model, inputs, **kwargs):
+    """Without calling the trainer's own; a fresh head has the same loss in all classes."""
+    logits = model(inputs["x"])["logits"]
+    return F.cross_entropy(logits, inputs["labels"], weight=torch.tensor([1.0, 2.0, 5.0]))
+
+
+def smoothed(self, model, inputs, **kwargs):
+    return F.cross_entropy(model(inputs["x"])["logits"], inputs["labels"], label_smoothing=0.2)
+
+
+def plain(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    return F.cross_entropy(model(inputs["x"])["logits"], inputs["labels"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "step", "observation"),
+    [
+        (penalty, 2, "propagated"), (from_the_start, 2, "in_run"), (late, 5, "in_run"), (class_weights, 1, "in_run"),
+        (class_weights, 1, "propagated"), (smoothed, 1, "in_run"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_is_no_mean_over_examples(loss, step, observation, tmp_path):
+    class Other(InfluenceTrainer):
+        compute_loss, stock = loss, InfluenceTrainer.compute_loss
+
+    model = mlp()
+    torch.nn.init.zeros_(model.second.weight), torch.nn.init.zeros_(model.second.bias)
     before = state(model)
-    trainer = InfluenceTrainer(model, settings(tmp_path), **DATA)
-    with pytest.raises(ValueError, match=r"^compute_loss: .* is not the mean of the examples' own losses[^\n]*$"):
+    trainer = Other(model, settings(tmp_path, max_steps=6, observation=observation), **DATA)
+    message = rf"^compute_loss: at step {step} it is not the mean of the examples' own losses[^\n]*override per_example_loss$"
+    with pytest.raises(ValueError, match=message):
         trainer.train()
-    assert same(state(model), before)
-    assert not trainer._ghost._handles
+    assert same(state(model), before) == (step == 1)
+    assert "compute_loss" not in vars(trainer)
+    assert observation == "propagated" or not trainer._ghost._handles
+
+
+@pytest.mark.parametrize("how", ["a subclass", "an attribute"])
+def test_a_mean_that_does_not_call_the_trainers_own_loss(how, tmp_path):
+    class Own(InfluenceTrainer):
+        compute_loss = plain
+
+    args = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    seen = []
+    for number, trainer_class in enumerate((InfluenceTrainer, Own if how == "a subclass" else InfluenceTrainer)):
+        trainer = trainer_class(mlp(), settings(tmp_path / str(number), **args), **DATA)
+        if number and how == "an attribute":
+            trainer.compute_loss = own = lambda *args, **kwargs: plain(None, *args, **kwargs)
+        trainer.train()
+        seen.append(observations(trainer).value)
+    assert how == "a subclass" or trainer.compute_loss is own
+    np.testing.assert_allclose(seen[1], seen[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_nobody_saw(tmp_path):
+    class Blind(InfluenceTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(inputs["x"], inputs["labels"])["loss"]
+            loss.backward()
+            return loss.detach()
+
+    with pytest.raises(ValueError, match=r"^training_step: [^\n]*call super\(\).training_step in yours$"):
+        Blind(mlp(), settings(tmp_path), **DATA).train()
+
+
+class Tuples(torch.nn.Module):
+    """As `return_dict=False`."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x, labels=None):
+        return tuple(self.inner(x, labels).values())
+
+
+@pytest.mark.parametrize("observation", ["in_run", "propagated"])
+def test_models_that_return_tuples(observation, tmp_path):
+    seen = []
+    for number, model in enumerate((mlp(), Tuples())):
+        trainer = InfluenceTrainer(model, settings(tmp_path / str(number), observation=observation), **DATA)
+        trainer.train()
+        seen.append(observations(trainer).value)
+    np.testing.assert_allclose(seen[1], seen[0], rtol=1e-4, atol=1e-6)
+
+
+def test_models_whose_losses_by_example_are_not_known(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=12, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    with pytest.raises(ValueError, match=r"^model: T5ForConditionalGeneration is an encoder–decoder[^\n]*$"):
+        InfluenceTrainer(T5ForConditionalGeneration(config), settings(tmp_path), **DATA)
+
+    class Map(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 12)
+
+        def forward(self, x, labels=None):
+            logits = self.layer(x).view(-1, 3, 2, 2)
+            return {"loss": logits.sum(), "logits": logits}
+
+    with pytest.raises(ValueError, match=r"^model: its logits \(\[\d, 3, 2, 2\]\) do not fit labels \[\d\]: [^\n]*$"):
+        InfluenceTrainer(Map(), settings(tmp_path), **DATA).train()
 
 
 def test_such_a_loss_with_its_own_per_example_loss(tmp_path):

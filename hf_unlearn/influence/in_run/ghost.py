@@ -1,17 +1,22 @@
-"""Per-example gradients as dot products, norms and a Gram matrix, out of one ordinary backward pass."""
+"""Per-example gradients as dot products and a Gram matrix, out of one ordinary backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
-from .layers import Factors, PerExampleGradients, Rule, linear, mixes_examples, rule_for
+from .layers import Factors, linear, mixes_examples
 from .prompts import SharedPrompt, repeats_prompt
+from .recomputed import recomputed
+from .rows import FIRST, SHARED, Reached, Rows, rows_of
+from .survey import Layer, survey
+from .taps import Look, Pass, Seen, Tap
 
 
 class GhostRecorder:
@@ -21,11 +26,13 @@ class GhostRecorder:
        \langle h_i, h_j\rangle = \sum_{t,s} (y_{it} \cdot y_{js})\,(x_{it} \cdot x_{js}) $$
 
     for a linear layer with input x and output gradient y at positions t (the "ghost" products of In-Run Data Shapley,
-    arXiv 2406.11011); other layers likewise, see [`~hf_unlearn.influence.in_run.layers.RULES`]. LoRA layers are linear.
+    arXiv 2406.11011); other layers likewise, see [`~hf_unlearn.influence.in_run.layers.RULES`]. LoRA layers are linear. A layer
+    of another kind runs again, example by example, if it has no parts with parameters of their own.
 
         recorder = GhostRecorder(model)
-        recorder.set_targets({name: ... for name in recorder.covered})
         with recorder:
+            recorder.learn_rows(lambda: losses(model, batch), len(batch))  # leaves .grad behind
+            recorder.set_targets({name: ... for name in recorder.covered})
             recorder.start(len(batch), targets=True)
             loss(model, batch).backward()  # training as always: same values, same gradients, bit by bit
             recorder.stop()
@@ -40,17 +47,18 @@ class GhostRecorder:
 
     Cost: dots take per layer as many operations as C forward passes, and hold the smaller of the layer's input and output,
     or 256 MiB of it at a time; tokens without a gradient (padding, and in the head all with masked labels) are left out.
-    Norms and the Gram matrix work token by token as above, or form one layer's gradients, or some of their rows, for a
-    moment, whichever takes fewer operations. With `form_gradients` dots of several targets do so too where that is cheaper:
+    The Gram matrix works token by token as above, or forms one layer's gradients, or some of their rows, for a moment,
+    whichever takes fewer operations. With `form_gradients` dots of several targets do so too where that is cheaper:
     with 8 targets and 40 positions a sixth of the operations.
 
-    What it relies on: the batch is the first axis of every covered layer's input, or is flattened into it example by
-    example (`[batch · positions, d]`); sequence-first models and ids of positions without a batch axis cannot be told
-    from that if the sizes happen to fit. Whole forward and backward passes lie between `start` and `stop`.
+    Where the batch is in a layer's output, [`learn_rows`] finds out, and gives up layers that compute what all examples
+    share. Without it the batch is taken to be the first axis, alone or with positions (`[batch · positions, d]`). Whole forward
+    and backward passes lie between `start` and `stop`.
 
     Args:
         model (`nn.Module`): not a wrapper such as DistributedDataParallel. What is trainable is looked at once, here.
-        layers (`Sequence[str]`, *optional*): patterns (as of file names) of the names of the modules to see; default all.
+        layers (`Sequence[str]`, *optional*): patterns (as of file names) of the names of the modules to see; `!pattern` takes
+            modules out. Default all.
         form_gradients (`bool`, defaults to `True`): see above.
 
     Attributes:
@@ -59,8 +67,8 @@ class GhostRecorder:
         uncovered (`dict[str, str]`): names of the other trainable parameters, and why.
         recorded (`set[str]`): names of covered parameters that took part since `start`. One that has a gradient but is not
             here was used behind its layer's back, as a fused loss uses the head.
-        dots (`Tensor`): ⟨G_c, h_i⟩, `[batch, C]`, after the backward pass. fp32, as the other two; fp64 for an fp64 model.
-        squared_norms (`Tensor`): ‖h_i‖², `[batch]`.
+        learned (`int`): size of the largest batch that `learn_rows` has seen; 0 where it should look at the next one.
+        dots (`Tensor`): ⟨G_c, h_i⟩, `[batch, C]`, after the backward pass. fp32, as the Gram matrix; fp64 for an fp64 model.
         gram (`Tensor`): ⟨h_i, h_j⟩, `[batch, batch]`.
 
     Raises:
@@ -70,22 +78,24 @@ class GhostRecorder:
     def __init__(self, model: nn.Module, *, layers: Sequence[str] | None = None, form_gradients: bool = True):
         self.form_gradients = form_gradients
         self.dots: Tensor | None = None
-        self.squared_norms: Tensor | None = None
         self.gram: Tensor | None = None
         self.recorded: set[str] = set()
         self._model = model
-        self._layers, self.covered, self.uncovered, self._tied = _survey(model, layers)
-        if not self.covered:
-            raise ValueError(
-                f"model: no trainable parameter is covered; the reasons are {set(self.uncovered.values())}"
-            )
-        others = {name for layer in self._layers if layer.rule is not linear for name in layer.names.values()}
-        linears = {layer.names.get("weight") for layer in self._layers if layer.rule is linear}
-        self.matrices: set[str] = linears & self.covered.keys() - others
+        self._layers, self.covered, self.uncovered, self._tied = survey(model, layers)
+        self._check_covered()
+        self.learned = 0
+        self._rows: dict[str, Rows] = {}
+        self._expands = True
         self._targets: dict[str, Tensor | Factors] = {}
         self._count = 0
         self._handles: list[torch.utils.hooks.RemovableHandle | SharedPrompt] = []
-        self._pass: _Pass | None = None
+        self._pass: Pass | None = None
+
+    @property
+    def matrices(self) -> set[str]:
+        others = {name for layer in self._layers if layer.rule is not linear for name in layer.names.values()}
+        linears = {layer.names.get("weight") for layer in self._layers if layer.rule is linear}
+        return linears & self.covered.keys() - others
 
     @property
     def mixes_examples(self) -> list[str]:
@@ -96,7 +106,7 @@ class GhostRecorder:
 
     @property
     def tied(self) -> dict[str, list[str]]:
-        """Covered parameters that several layers share, with the layers. Norms and Gram matrix are refused with them."""
+        """Covered parameters that several layers share, with the layers. The Gram matrix is refused with them."""
         return self._tied
 
     def attach(self) -> None:
@@ -168,168 +178,240 @@ class GhostRecorder:
         if shapes != [(count, rows, rank), (count, columns, rank)]:
             raise ValueError(f"gradients[{name!r}]: factors {shapes} must be [(C, {rows}, r), (C, {columns}, r)]")
 
-    def start(self, batch_size: int, *, targets: bool = False, norms: bool = False, gram: bool = False) -> None:
+    def learn_rows(self, losses: Callable[[], Tensor], batch_size: int, examples: Sequence[int] | None = None) -> None:
+        """Find out from a batch where each layer has its examples, by a backward pass of one example's loss, then of another's.
+
+        Layers that no example has for itself, those that have to run again and cannot, and parameters whose gradient is not what
+        their layer's products say are not covered any more. A layer that no gradient arrives at stays as it is. The passes
+        replace `.grad`, and BatchNorm must be in eval mode.
+
+        Args:
+            losses: runs the model on the batch and returns `[batch]` losses. Called three times, with the same random numbers.
+            batch_size (`int`): examples in it.
+            examples (`Sequence[int]`, *optional*): those with a loss to speak of, default all; the first and the last are taken.
+
+        Raises:
+            ValueError: nothing trainable is left.
+        """
+        self._check_attached("learn_rows")
+        chosen = range(batch_size) if examples is None else examples
+        chosen = sorted({chosen[0], chosen[-1]})
+        try:
+            look = self._looked(losses, batch_size, chosen)
+        except RuntimeError:
+            if not self._expands:
+                raise
+            # What a shared row goes into may repeat it for every example itself, as prompt tuning does: it is then not expanded here.
+            self._expands = False
+            look = self._looked(losses, batch_size, chosen)
+        self.learned = max(self.learned, batch_size)
+        refused = {}
+        for layer in self._layers:
+            calls = [rows_of(seen, batch_size) for (name, _), seen in look.reached.items() if name == layer.name]
+            found = set(calls) - {None}
+            if SHARED in found:
+                refused |= dict.fromkeys(layer.names.values(), SHARED)
+            elif len(found) > 1:
+                refused |= dict.fromkeys(layer.names.values(), "its examples are now on one axis, now on another")
+            elif layer.rule is None and (layer.name in look.failed or found - {FIRST}):
+                refused |= dict.fromkeys(
+                    layer.names.values(), f"unsupported layer type '{type(layer.module).__name__}'"
+                )
+            elif found:
+                self._rows[layer.name] = found.pop()
+        self._give_up(refused)
+        self._give_up(self._disagreeing(losses, batch_size, look))
+
+    def _looked(self, losses: Callable[[], Tensor], batch_size: int, examples: Sequence[int]) -> Look:
+        look = Look()
+        for look.example in examples:
+            self._pass = Pass(batch_size, look)
+            self._model.zero_grad()
+            losses()[look.example].backward()
+        self.stop()
+        return look
+
+    def _disagreeing(self, losses: Callable[[], Tensor], batch_size: int, look: Look) -> dict[str, str]:
+        """Parameters g of which autograd, whose gradients of one example are in `.grad`, says another ⟨g, g⟩ than the layers do."""
+        own = {name: p.grad.detach().clone() for name, p in self.covered.items() if p.grad is not None}
+        kept = self._targets, self._count
+        self.set_targets({name: own.get(name, torch.zeros_like(p))[None] for name, p in self.covered.items()})
+        self.start(batch_size, targets=True)
+        self._pass.by_name = {}
+        self._model.zero_grad()
+        losses()[look.example].backward()
+        found = self._pass.by_name
+        self.stop()
+        self._targets, self._count = kept
+        squares = {name: g.to(self.dots.dtype).square().sum().item() for name, g in own.items()}
+        # What is nothing but rounding, as the gradient of a key's bias, agrees with nothing.
+        loose = any(p.dtype.itemsize < 4 for p in own.values()) or look.loose
+        share, floor = (0.1, 1e-3) if loose else (1e-2, 1e-7)
+        bound = floor * sum(squares.values())
+        return {
+            name: "it is used behind its layer's back"
+            for name, square in squares.items()
+            if abs(found.get(name, 0.0) - square) > share * square + bound
+        }
+
+    def _give_up(self, refused: Mapping[str, str]) -> None:
+        """Parameters, by name, and why. One that another layer uses too is not seen there either."""
+        if not refused:
+            return
+        self.uncovered |= refused
+        self.covered = {name: p for name, p in self.covered.items() if name not in refused}
+        self._tied = {name: owners for name, owners in self._tied.items() if name in self.covered}
+        kept = [
+            replace(layer, names={local: name for local, name in layer.names.items() if name in self.covered})
+            for layer in self._layers
+        ]
+        self._layers = [layer for layer in kept if layer.names]
+        self._check_covered()
+        self.attach()
+
+    def _check_covered(self) -> None:
+        if not self.covered:
+            raise ValueError(
+                f"model: no trainable parameter is covered; the reasons are {set(self.uncovered.values())}; use "
+                "observation='propagated', which sees all"
+            )
+
+    def _check_attached(self, what: str) -> None:
+        if not self._handles:
+            raise RuntimeError(
+                f"{what}: the hooks are not in place; call attach(), or use the recorder in a with statement"
+            )
+
+    def start(self, batch_size: int, *, targets: bool = False, gram: bool = False) -> None:
         """Arm the hooks for the passes until `stop`, and reset what is recorded.
 
-        Several passes over the same examples add up. That is exact for dots; norms of a sum need cross terms, so with
-        `norms` or `gram` a layer that is used a second time raises.
+        Several passes over the same examples add up. That is exact for dots; products of a sum need cross terms, so with
+        `gram` a layer that is used a second time raises.
 
         Args:
             batch_size (`int`): examples per batch.
-            targets, norms, gram (`bool`): what to record.
+            targets, gram (`bool`): what to record.
 
         Raises:
-            ValueError: nothing to record, no targets set, or norms of a parameter that two layers share.
-            RuntimeError: the hooks are not attached. Later, in the backward pass: a layer's input has no batch axis, or a
-                layer is used twice and norms were asked.
+            ValueError: nothing to record, no targets set, or a Gram matrix of a parameter that two layers share.
+            RuntimeError: the hooks are not attached. Later, in the backward pass: a layer's output has no batch axis, or a
+                layer is used twice and the Gram matrix was asked for.
         """
-        if not self._handles:
-            raise RuntimeError(
-                "start: the hooks are not in place; call attach(), or use the recorder in a with statement"
-            )
-        if not (targets or norms or gram):
-            raise ValueError("start: nothing to record; set targets, norms or gram")
+        self._check_attached("start")
+        if not (targets or gram):
+            raise ValueError("start: nothing to record; set targets or gram")
         if targets and not self._targets:
             raise ValueError("start: targets=True, but there are none; call set_targets() first")
-        if self._tied and (norms or gram):
+        if self._tied and gram:
             name, owners = next(iter(self._tied.items()))
             raise ValueError(
-                f"start: no norms of {name}, tied between {' and '.join(owners)}; exclude it with layers="
+                f"start: no Gram matrix of {name}, tied between {' and '.join(owners)}; exclude it with layers=['!{owners[0]}']"
             )
         parameter = next(iter(self.covered.values()))
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         zeros = partial(torch.zeros, dtype=dtype, device=parameter.device)
         self.dots = zeros(batch_size, self._count) if targets else None
-        self.squared_norms = zeros(batch_size) if norms else None
         self.gram = zeros(batch_size, batch_size) if gram else None
         self.recorded = set()
-        self._pass = _Pass(batch_size)
+        self._pass = Pass(batch_size)
 
     def stop(self) -> None:
         """Disarm the hooks; what was recorded stays."""
         self._pass = None
 
-    def _see(self, layer: _Layer, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        if self._pass is None or not output.requires_grad:
+    def _see(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """The forward hook: puts a tap behind the layer that will see the gradient of what it gave."""
+        current = self._pass
+        outputs = list(output) if type(output) is tuple else [output]
+        places = [place for place, one in enumerate(outputs) if isinstance(one, Tensor) and one.requires_grad]
+        if current is None or not places:
             return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        shared = isinstance(module, nn.Embedding) and len(output) == 1
-        examples = self._pass.batch_size if shared else None
-        return _Tap.apply(output, x.detach() if "weight" in layer.names else None, examples, self, layer, self._pass)
+        shared = self._expands and isinstance(module, nn.Embedding) and len(outputs[0]) == 1
+        number = current.calls[layer.name]
+        current.calls[layer.name] += 1
+        device = outputs[places[0]].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        arguments, structure = [], None
+        if layer.rule is None:  # it will run again, so it needs all that it was given
+            arguments, structure = tree_flatten((args, kwargs))
+        elif "weight" in layer.names:
+            arguments = [args[0] if args else next(iter(kwargs.values()))]
+        kept = [each.detach() for each in arguments if isinstance(each, Tensor)]
+        plain = [None if isinstance(each, Tensor) else (each,) for each in arguments]
+        seen = Seen(
+            layer,
+            current,
+            number,
+            len(outputs),
+            places,
+            current.batch_size if shared else None,
+            plain,
+            structure,
+            autocast,
+        )
+        if current.look is not None:
+            current.look.loose |= autocast is not None
+        if current.look is not None and layer.rule is None:
+            whole = [one.detach() if isinstance(one, Tensor) else one for one in outputs]
+            if not seen.call(kept).repeats(module, whole, current.batch_size):
+                current.look.failed.add(layer.name)
+        tapped = Tap.apply(self, seen, *(outputs[place] for place in places), *kept)
+        for place, one in zip(places, tapped, strict=True):
+            outputs[place] = one
+        return tuple(outputs) if type(output) is tuple else outputs[0]
 
     @torch.no_grad()
-    def _record(self, layer: _Layer, x: Tensor | None, y: Tensor) -> None:
-        batch, module = self._pass.batch_size, layer.module
-        # Tokens can be flattened into the first axis; ids cannot, as ids without a batch axis are more likely positions.
-        fits = len(y) == batch or (len(y) % batch == 0 and (batch == 1 or not isinstance(module, nn.Embedding)))
-        if y.dim() < 2 or not fits:
-            raise RuntimeError(
-                f"{layer.name}: its output {tuple(y.shape)} has no axis of batch_size={batch} examples; exclude it with layers="
+    def _record(self, seen: Seen, kept: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
+        """The backward pass has arrived at a tap: add what its layer has to the products."""
+        # y is the gradient of what was backwarded, a mean or a sum, so all products are with shares of that one gradient. Nothing
+        # of it is kept: a layer's part is added to [batch, C] numbers while its x and y are there anyway.
+        layer, batch, module = seen.layer, self._pass.batch_size, seen.layer.module
+        y = ys[0]
+        if (look := self._pass.look) is not None:
+            look.reached.setdefault((layer.name, seen.number), []).append(
+                Reached.by(y, look.example, layer.leading_axes(y))
             )
-        for local, gradients in layer.rule(module, x, y, batch, set(layer.names)).items():
+            return
+        if layer.name not in self._rows and self.learned:  # no gradient had arrived here
+            if not any(one.any() for one in ys):
+                self.recorded |= set(layer.names.values())
+                return
+            self.learned = 0  # to look again at the next batch
+        rows = self._rows.get(layer.name, FIRST)
+        axes = layer.leading_axes(y)
+        # Tokens can be flattened into the first axis; ids cannot, as ids without a batch axis are more likely positions.
+        positions = y.shape[rows.axis] // batch if axes > rows.axis else 0
+        fits = positions and y.shape[rows.axis] == positions * batch
+        if layer.name not in self._rows and isinstance(module, nn.Embedding):
+            fits = fits and (positions == 1 or batch == 1)
+        if not fits:
+            raise RuntimeError(
+                f"{layer.name}: its output {tuple(y.shape)} has no axis of batch_size={batch} examples; exclude it with "
+                f"layers=['!{layer.name}']"
+            )
+        if layer.rule is None:
+            by_output: list[Tensor | None] = [None] * seen.outputs
+            for place, one in zip(seen.places, ys, strict=True):
+                by_output[place] = one
+            found = recomputed(module, seen.call(kept), by_output, batch, layer.names)
+        else:
+            x = kept[0] if kept else None
+            if isinstance(module, nn.Embedding):  # ids of one row that all examples share, such as positions
+                x = x.expand(y.shape[:-1])
+            x, y = (None if value is None else rows.examples_first(value, batch) for value in (x, y))
+            found = layer.rule(module, x, y, batch, set(layer.names))
+        for local, gradients in found.items():
             name = layer.names[local]
             if self.dots is not None:
-                dots = gradients.dots(self._targets[name], self.form_gradients)
-                self.dots += dots.to(self.dots)
-            if self.gram is not None or self.squared_norms is not None:
+                dots = gradients.dots(self._targets[name], self.form_gradients).to(self.dots)
+                self.dots += dots
+                if self._pass.by_name is not None:
+                    self._pass.by_name[name] = self._pass.by_name.get(name, 0.0) + dots.sum().item()
+            if self.gram is not None:
                 if name in self.recorded:
                     raise RuntimeError(
-                        f"{layer.name}: used a second time since start(), so its norms need cross terms; exclude it with "
-                        "layers=, or call start() before every pass"
+                        f"{layer.name}: used a second time since start(), so its Gram matrix needs cross terms; exclude it with "
+                        f"layers=['!{layer.name}'], or call start() before every pass"
                     )
-                self._record_norms(gradients)
+                self.gram += gradients.gram().to(self.gram)
             self.recorded.add(name)
-
-    def _record_norms(self, gradients: PerExampleGradients) -> None:
-        if self.gram is None:
-            self.squared_norms += gradients.squared_norms().to(self.squared_norms)
-            return
-        gram = gradients.gram().to(self.gram)
-        self.gram += gram
-        if self.squared_norms is not None:
-            self.squared_norms += gram.diagonal()
-
-
-@dataclass(frozen=True)
-class _Layer:
-    name: str
-    module: nn.Module
-    rule: Rule
-    names: dict[str, str]  # "weight" and "bias" -> the covered parameter's full name
-
-
-@dataclass(frozen=True, eq=False)
-class _Pass:
-    """What lies between one start and its stop: a graph that was built in another is not recorded."""
-
-    batch_size: int
-
-
-class _Tap(torch.autograd.Function):
-    """Identity on a layer's output that remembers the layer's input and, in the backward pass, hands both over.
-
-    `save_for_backward`, and not the hook's closure, keeps x: so activation checkpointing can drop and recompute it, and
-    a recomputation, which runs the hooks again, leaves no second record. A single row of embeddings that all examples
-    share is expanded, so that every example's part of the gradient arrives before they are summed, as broadcasting would.
-    """
-
-    @staticmethod
-    def forward(ctx, output, x, examples, recorder, layer, current):
-        ctx.save_for_backward(x)
-        ctx.examples, ctx.recorder, ctx.layer, ctx.current = examples, recorder, layer, current
-        if examples is not None:
-            output = output.expand(examples, *output.shape[1:])
-        # An alias with the output's version counter, but not a view: views from a Function forbid ReLU(inplace=True)
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx, y):
-        if ctx.recorder._pass is ctx.current:
-            (x,) = ctx.saved_tensors
-            ctx.recorder._record(ctx.layer, x, y)
-        return y if ctx.examples is None else y.sum(0, keepdim=True), None, None, None, None, None
-
-
-def _survey(
-    model: nn.Module, patterns: Sequence[str] | None
-) -> tuple[list[_Layer], dict[str, nn.Parameter], dict[str, str], dict[str, list[str]]]:
-    """The layers to hook; covered and uncovered parameters; and the covered ones that several modules own."""
-    modules = dict(model.named_modules())
-    for pattern in patterns or []:
-        if not any(fnmatchcase(name, pattern) for name in modules):
-            raise ValueError(f"layers: {pattern!r} matches no module; they are named like {list(modules)[-1]!r}")
-    owners: dict[int, list[tuple[str, str]]] = {}
-    for module_name, module in modules.items():
-        for local, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((module_name, local))
-
-    covered, uncovered, tied = {}, {}, {}
-    seen: dict[str, dict[str, str]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        owning = owners[id(parameter)]
-        refusals = [(owner, _refusal(owner, modules[owner], local, patterns)) for owner, local in owning]
-        refusal = next(((owner, why) for owner, why in refusals if why), None)
-        if refusal is not None:
-            owner, why = refusal
-            uncovered[name] = why if len(owning) == 1 else f"tied to {owner}, which is not seen: {why}"
-            continue
-        covered[name] = parameter
-        if len(owning) > 1:
-            tied[name] = [owner for owner, _ in owning]
-        for owner, local in owning:
-            seen.setdefault(owner, {})[local] = name
-    layers = [_Layer(owner, modules[owner], rule_for(modules[owner]), names) for owner, names in seen.items()]
-    return layers, covered, uncovered, tied
-
-
-def _refusal(module_name: str, module: nn.Module, local: str, patterns: Sequence[str] | None) -> str | None:
-    if patterns is not None and not any(fnmatchcase(module_name, pattern) for pattern in patterns):
-        return "excluded by layers="
-    if "experts" in module_name.split("."):  # it gets some of the tokens, without their examples
-        return "an expert of a mixture does not see whole examples"
-    rule = rule_for(module)
-    if isinstance(rule, str):
-        return rule
-    return None if local in ("weight", "bias") else f"unsupported parameter of layer type '{type(module).__name__}'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -52,9 +53,6 @@ class PerExampleGradients(Protocol):
     def dots(self, targets: Tensor | Factors, form_gradients: bool) -> Tensor:
         """⟨G_c, h_i⟩ as `[batch, C]`; `targets` is G, `[C, *parameter.shape]`, or of a linear layer its factors."""
 
-    def squared_norms(self) -> Tensor:
-        """‖h_i‖² as `[batch]`."""
-
     def gram(self) -> Tensor:
         """⟨h_i, h_j⟩ as `[batch, batch]`."""
 
@@ -72,9 +70,6 @@ class VectorGradients:
 
     def dots(self, targets: Tensor, form_gradients: bool) -> Tensor:
         return self.values @ targets.flatten(1).to(self.values.dtype).T
-
-    def squared_norms(self) -> Tensor:
-        return self.values.square().sum(1)
 
     def gram(self) -> Tensor:
         return self.values @ self.values.T
@@ -141,20 +136,13 @@ class MatrixGradients:
         batch, _, positions, _ = self.rows.shape
         if places is not None:
             dots = dots.new_zeros(batch * positions, dots.shape[1]).index_copy_(0, places, dots)
-        return dots.view(batch, positions, -1).sum(1)
+        return dots.reshape(batch, positions, -1).sum(1)
 
     def formed_dots(self, targets: Tensor) -> Tensor:
         """The same through h_i, and for several groups too: C times fewer operations where there are many positions."""
         (_, groups, _, r), c = self.rows.shape, self.columns.shape[-1]
         targets = targets.reshape(len(targets), groups, r, c)
         return sum(h @ targets[:, :, part].flatten(1).to(h.dtype).T for part, h in self._formed())
-
-    def squared_norms(self) -> Tensor:
-        (_, _, positions, r), c = self.rows.shape, self.columns.shape[-1]
-        if positions * (r + c) >= r * c:
-            return sum(h.square().sum(1) for _, h in self._formed())
-        pairs = (self.rows @ self.rows.mT).mul_(self.columns @ self.columns.mT)
-        return pairs.sum((1, 2, 3), dtype=_accumulator(pairs.dtype))
 
     def gram(self) -> Tensor:
         (batch, groups, positions, r), c = self.rows.shape, self.columns.shape[-1]
@@ -177,7 +165,7 @@ class MatrixGradients:
 
 class ConvolutionGradients:
     """Of the kernels of a convolution: dots are ⟨y_i, G * x_i⟩ with G stacked into one convolution, so x is not unfolded;
-    norms unfold it and go on as matrices do.
+    the Gram matrix unfolds it and goes on as that of matrices does.
     """
 
     def __init__(self, module: nn.Conv2d, x: Tensor, y: Tensor, batch: int):
@@ -196,13 +184,11 @@ class ConvolutionGradients:
         step = max(1, CHUNK_ELEMENTS // (positions * out * count))
         for x, y in zip(self.x.split(step), self.y.split(step), strict=True):
             convolved = F.conv2d(x, kernels, None, module.stride, module.padding, module.dilation, module.groups)
-            convolved = convolved.view(len(x), module.groups, count, -1)
+            # reshape: PyTorch gives channels last where x had them, as in ConvNeXt
+            convolved = convolved.reshape(len(x), module.groups, count, -1)
             convolved.mul_(y.reshape(len(x), module.groups, 1, -1))
             dots.append(convolved.sum((1, 3), dtype=_accumulator(x.dtype)))
-        return torch.cat(dots).view(self.batch, -1, count).sum(1)
-
-    def squared_norms(self) -> Tensor:
-        return self._matrices().squared_norms()
+        return torch.cat(dots).reshape(self.batch, -1, count).sum(1)
 
     def gram(self) -> Tensor:
         return self._matrices().gram()
@@ -221,7 +207,7 @@ class ConvolutionGradients:
 
 
 class LookupGradients:
-    """Of an embedding: h_i has y_t added to row id_t. Dots read those rows of G, norms add y_t·y_s over equal ids."""
+    """Of an embedding: h_i has y_t added to row id_t. Dots read those rows of G, the Gram matrix adds y_t·y_s over equal ids."""
 
     def __init__(self, ids: Tensor, y: Tensor):
         self.ids, self.y = ids, y.to(_working_dtype(y.dtype))  # [batch, positions], [batch, positions, width]
@@ -233,10 +219,6 @@ class LookupGradients:
             products = targets[:, ids].to(y.dtype).mul_(y)  # [C, examples, positions, width]
             dots.append(products.sum((2, 3), dtype=_accumulator(y.dtype)).T)
         return torch.cat(dots)
-
-    def squared_norms(self) -> Tensor:
-        same = self.ids.unsqueeze(1) == self.ids.unsqueeze(2)
-        return (self.y @ self.y.mT).mul_(same).sum((1, 2), dtype=_accumulator(self.y.dtype))
 
     def gram(self) -> Tensor:
         batch, positions = self.ids.shape
@@ -274,11 +256,10 @@ def convolution(module, x, y, batch, names) -> dict[str, PerExampleGradients]:
     return gradients
 
 
-def embedding(module, ids, y, batch, names) -> dict[str, PerExampleGradients]:
-    ids = ids.expand(y.shape[:-1])  # ids of one row that all examples share, such as positions
+def embedding(module, ids, y, batch, names, *, scale: float = 1.0) -> dict[str, PerExampleGradients]:
     if module.padding_idx is not None:
         y = y.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
-    return {"weight": LookupGradients(ids.reshape(batch, -1), _tokens(y, batch))}
+    return {"weight": LookupGradients(ids.reshape(batch, -1), _tokens(y if scale == 1 else scale * y, batch))}
 
 
 def channels_last_norm(module, x, y, batch, names) -> dict[str, PerExampleGradients]:
@@ -306,23 +287,30 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.GroupNorm: channels_first_norm,
     nn.BatchNorm1d: channels_first_norm,
     nn.BatchNorm2d: channels_first_norm,
+    nn.BatchNorm3d: channels_first_norm,
 }
 
 
-def rule_for(module: nn.Module) -> Rule | str:
-    """The rule for a layer, or in words what it is that has none."""
+def rule_for(module: nn.Module) -> Rule | None | str:
+    """The rule for a layer; None for one that has to be computed again for each example ([`~hf_unlearn.influence.in_run.recomputed`]); or in words
+    why it cannot be seen at all.
+    """
     kind = type(module).__name__
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "its weight is used by nn.MultiheadAttention, not by the layer itself"
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-        return f"unsupported layer type '{kind}' with padding_mode={module.padding_mode!r}"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
         return f"unsupported layer type '{kind}' with max_norm or scale_grad_by_freq"
     for known, rule in RULES.items():
         # A subclass may scale, quantise or merge: only the forward that the rule was written for will do.
         if isinstance(module, known) and type(module).forward is known.forward:
-            return rule
-    return channels_last_norm if _is_rms_norm(module) else f"unsupported layer type '{kind}'"
+            return None if getattr(module, "padding_mode", "zeros") != "zeros" else rule
+    if _is_rms_norm(module):
+        return channels_last_norm
+    if isinstance(module, nn.Embedding) and (scale := _scale_of(module)) is not None:
+        return partial(embedding, scale=scale)
+    has_forward = type(module).forward is not nn.Module.forward
+    alone = all(child is module or not list(child.parameters(recurse=False)) for child in module.modules())
+    return None if has_forward and alone and not isinstance(module, _BatchNorm) else f"unsupported layer type '{kind}'"
 
 
 def mixes_examples(module: nn.Module) -> bool:
@@ -347,6 +335,24 @@ def _is_rms_norm(module: nn.Module) -> bool:
     except Exception:  # it wants more than x, such as a gate
         return False
     return torch.allclose(gradient.float(), _normalized(module, x)[0].float(), rtol=2e-2, atol=1e-3)
+
+
+@torch.no_grad()
+def _scale_of(module: nn.Embedding) -> float | None:
+    """c of a lookup that multiplies its rows by c, as Gemma's does, by a trial with a small table; None of anything else."""
+    padding = -1 if module.padding_idx is None else module.padding_idx
+    ids = [row for row in range(4) if row != padding][:3]
+    table = torch.linspace(-1, 2, max(4, padding + 1) * module.embedding_dim, device=module.weight.device)
+    table = table.to(module.weight.dtype).view(-1, module.embedding_dim)
+    try:
+        given = torch.tensor([ids], device=table.device)
+        found = torch.func.functional_call(module, {"weight": table}, (given,)).double().squeeze(0)
+        rows = table[ids].double()
+        scale = (found * rows).sum() / rows.square().sum()
+        same = torch.allclose(found, scale * rows, rtol=2e-2, atol=1e-3 * scale.abs().item())
+    except Exception:  # it takes no ids, such as a mask that positions are counted from
+        return None
+    return scale.to(module.weight.dtype).item() if same else None
 
 
 def _epsilon(module: nn.Module) -> float | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...data import value_name
 from ...tradeoff.bootstrap import moving_block_bootstrap
 from ...tradeoff.estimate import MIN_OBSERVATIONS, Method, accumulated_mu, estimate_mu
 from .observations import Observations
@@ -78,14 +80,15 @@ def _members_by_column(column: str, joined: Dataset, examples: int) -> tuple[lis
     try:
         for position, value in enumerate(joined.with_format(None)[column][:examples]):
             if value is not None:
-                places.setdefault(value, []).append(position)
+                # No NaN equals another, so each would be a group of its own.
+                places.setdefault(math.nan if value != value else value, []).append(position)
     except TypeError:
         raise ValueError(f"by={column!r}: holds {type(value).__name__} values; groups need plain ones") from None
     if not places:
         raise ValueError(f"by={column!r}: has no values")
-    names = getattr(joined.features[column], "names", None)
-    ordered = sorted(places)
-    return [names[value] if names else str(value) for value in ordered], [np.array(places[value]) for value in ordered]
+    ordered = sorted(places, key=lambda value: (value != value, value))
+    feature = joined.features[column]
+    return [value_name(value, feature) for value in ordered], [np.array(places[value]) for value in ordered]
 
 
 # Their μ

@@ -90,9 +90,13 @@ class InfluenceReport(Shown):
         _check_confidence(confidence)
         if not (scale > 0 and math.isfinite(scale)):
             raise ValueError(f"scale={scale!r}: must be positive and finite; it multiplies σ")
+        if not len(observations.steps.step):
+            raise ValueError(
+                "observations: hold no step; train again, to the end (observation='propagated' records when training has ended)"
+            )
         used = observations.since(burn_in) if burn_in else observations
         if burn_in < 0 or not len(used.steps.step):
-            last = max(observations.steps.step, default=None)
+            last = max(observations.steps.step)
             raise ValueError(f"burn_in={burn_in!r}: leaves no steps (the last one observed is {last})")
         estimates = used.example_mu(confidence=confidence)
         number, targets = estimates.mu.shape
@@ -275,8 +279,8 @@ class InfluenceReport(Shown):
         is no privacy guarantee.
 
         Args:
-            by: name of a column that [`~InfluenceReport.join`] attached (a group per value; rows without one are in
-                none), a mapping from names to sample ids, or the sample ids of one group.
+            by: name of a column that [`~InfluenceReport.join`] attached (a group per value, NaN being one; rows without
+                one are in none), a mapping from names to sample ids, or the sample ids of one group.
             target (`str` or list of `str`, *optional*): all of them if left out.
             method (`str`, defaults to `"accumulated"`): see above.
             confidence (`float`, *optional*): of the intervals; defaults to the report's.

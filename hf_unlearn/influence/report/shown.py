@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from ... import plots
+from ...data import value_name
 from ...tradeoff.curve import TradeOff
 from ...tradeoff.estimate import MIN_OBSERVATIONS, Method
 from .groups import Groups, gains_with_and_without, group_mu, positions_of
@@ -48,11 +49,13 @@ class Shown:
         features = self.dataset.features
         joined = [name for name in self._joined if getattr(features[name], "dtype", None) in SHORT]
         interval = f"{self.confidence:.0%} interval"
+        unseen = self.manifest.get("unseen") or {}
+        missed = f" {100 * unseen['share']:.1f} % of the trainable parameters were not seen." if unseen else ""
         table = Table(
             title=f"Influence, run {escape(str(self.manifest.get('run_id', '?')))}",
             caption="μ > 0 helps, < 0 harms, in standard deviations (of the loss over trainings with `propagated`, of the "
             "gains seen with `in_run`). Intervals cover the noise "
-            "of the estimate, not the model bias of σ. No privacy guarantee.",
+            f"of the estimate, not the model bias of σ. No privacy guarantee.{missed}",
         )
         for header in ("target", "sample", "μ", interval, "z", "seen", *joined):
             table.add_column(escape(header), justify="right" if header in ("μ", "z", "seen", interval) else "left")
@@ -154,5 +157,5 @@ def _signed(value: float, digits: str = ".3g") -> str:
 
 
 def _shown(value: Any, feature: Any) -> str:
-    text = "" if value is None else str(getattr(feature, "int2str", str)(value))
+    text = "" if value is None else value_name(value, feature)
     return text if len(text) <= 40 else text[:39] + "…"

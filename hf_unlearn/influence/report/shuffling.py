@@ -116,17 +116,21 @@ class ShufflingMeter:
         total, count, pairs = (part.cpu().numpy() for part in (self._sum, self._count, self._pairs))
         if not self._shuffled or pairs.sum() < MIN_PAIRS:
             return None
-        merged: list[list[int]] = [[]]
-        for place in range(self.bins):
-            if merged[-1] and pairs[merged[-1]].sum() >= MIN_PAIRS:
-                merged.append([])
-            merged[-1].append(place)
-        if len(merged) > 1 and pairs[merged[-1]].sum() < MIN_PAIRS:
-            merged[-2] += merged.pop()
+        merged = together(pairs)
         weights = np.array([count[places].sum() for places in merged])
         found = np.array([total[places].sum() for places in merged]) / weights
         falling = isotonic_regression(found.clip(-1, 1), weights=weights, increasing=False).x
         return Shuffling(self.length, tuple(np.repeat(falling, [len(places) for places in merged]).tolist()))
+
+
+def together(pairs: np.ndarray) -> list[list[int]]:
+    """Neighbouring bins in groups that each have `MIN_PAIRS` or more, as small as can be; one group where all have fewer."""
+    groups: list[list[int]] = [[]]
+    for place in range(len(pairs)):
+        groups[-1].append(place)
+        if min(pairs[groups[-1]].sum(), pairs[place + 1 :].sum()) >= MIN_PAIRS:
+            groups.append([])
+    return groups
 
 
 def _bin(lags, length: int, bins: int):

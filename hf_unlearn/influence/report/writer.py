@@ -132,7 +132,7 @@ class Recorder:
 
         Args:
             step (`int`): counted from 0.
-            examples (`[batch]` int): positions in `sample_ids`.
+            examples (`[batch]` int): positions in `sample_ids`. One that comes twice is stored once, with its weights added.
             weight (`[batch]`): predictions in each example, 1 for a classifier.
             value (`[batch, targets]`, or `[batch, 3]` for `"self"`): a_{t,i,c}; stored as float32.
             variance (`[targets]`, *optional*): σ²_{t,c} where the caller knows better than [`step_statistics`]; NaN
@@ -225,6 +225,7 @@ class Recorder:
             variance = None if batch.variance is None else next(variances)
             try:
                 self._pending.append(self._checked(batch.step, examples[rows], weight[rows], value[rows], variance))
+                self.pending_rows += len(self._pending[-1].weight) - len(batch.weight)
             except ValueError:
                 self._recorded -= {refused.step for refused in queue[position:]}
                 self.pending_rows -= sum(len(refused.weight) for refused in queue[position:])
@@ -239,6 +240,7 @@ class Recorder:
                 whose = "" if name == "examples" else f" for sample {self._ids[int(examples[row])].as_py()!r}"
                 raise ValueError(f"{name}: {numbers[row].tolist()}{whose} at step {step}; must be {rule}")
 
+        examples, weight, value = _once(examples, weight, value)
         if self.is_self and len(value) == 1:
             value[np.isnan(value[:, 2]), 2] = 0.0
         ids = len(self._ids)
@@ -278,6 +280,21 @@ class _Step(NamedTuple):
     total: float
     mean: np.ndarray
     variance: np.ndarray
+
+
+def _once(examples: np.ndarray, weight: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each example once, with all its predictions: it may come twice in a step, as when processes share out rows that they cannot
+    divide, and would leave the batch twice, each time alone.
+    """
+    found, first, row = np.unique(examples, return_index=True, return_inverse=True)
+    if len(found) == len(examples):
+        return examples, weight, value
+    total = np.bincount(row, weight)
+    share = np.where(total[row] > 0, weight / np.maximum(total[row], 1e-30), 1 / np.bincount(row)[row])
+    merged = np.zeros((len(found), value.shape[1]))
+    np.add.at(merged, row, share[:, None] * value)
+    order = np.argsort(first)
+    return found[order], total[order].astype(weight.dtype), merged[order].astype(value.dtype)
 
 
 def _gather(tensors: list[torch.Tensor], dtype: torch.dtype) -> np.ndarray:

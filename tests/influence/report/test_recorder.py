@@ -89,6 +89,26 @@ def test_the_callers_buffers_may_be_reused(tmp_path):
     expect(tmp_path, [0])
 
 
+def test_an_example_that_comes_twice_in_a_step_is_one(tmp_path):
+    """As where processes fill up a last batch: alone and as a group of one it leaves the batch with both."""
+    recorder = Recorder(tmp_path, MANIFEST, IDS, rows_per_shard=100)
+    twice, weight = np.array([3, 1, 3, 7, 7]), np.array([1.0, 2, 3, 0, 0])
+    value = np.arange(10, dtype=np.float32).reshape(5, 2)
+    recorder.add(0, twice, weight, value)
+    recorder.add(1, *batch(1))
+    assert recorder.pending_rows == 3 + 4
+    recorder.flush()
+    found = read_observations(tmp_path)[0]
+    assert found.example[:3].tolist() == [3, 1, 7]
+    assert found.weight[:3].tolist() == [4, 2, 0]
+    np.testing.assert_allclose(found.value[:3], [(value[0] + 3 * value[2]) / 4, value[1], (value[3] + value[4]) / 2])
+    assert found.steps.size.tolist() == [3, 4]
+    np.testing.assert_allclose(found.steps.mean[0], weight @ value / 6)
+    mu = found.example_mu().mu
+    alone = found.group_signals([np.array([example]) for example in range(10)]).sum(1)
+    np.testing.assert_allclose(np.nan_to_num(mu * found.sigma), alone, rtol=1e-5, atol=1e-6)
+
+
 def test_memory_is_bounded(tmp_path):
     recorder = Recorder(tmp_path, MANIFEST, IDS, rows_per_shard=20)
     for step in range(100):

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from rich.console import Console
 from scipy.special import stdtr
 
+from hf_unlearn.influence.checks import target_sets_of
 from hf_unlearn.influence.report import report as module
 from hf_unlearn.influence.report.report import InfluenceReport
 from hf_unlearn.influence.report.shuffling import Shuffling
@@ -373,6 +374,28 @@ def test_join_matches_by_id_and_groups_by_value(report, training_set):
     ):
         joined.group("key", "a")
     assert report.dataset.column_names == list(module.COLUMNS)
+
+
+def test_values_that_name_no_group_of_their_own(report):
+    """No NaN equals another; class −1 is how datasets write that there is none, and no name for the last class."""
+    ids = report.observations.sample_ids.tolist()
+    values = [float("nan") if row % 3 == 0 else 0.5 if row % 3 == 1 else None for row in range(len(ids))]
+    classes = ClassLabel(names=["cat", "dog"])
+    features = Features({"key": Value("int64"), "score": Value("float64"), "animal": classes})
+    data = Dataset.from_dict(
+        {"key": ids, "score": values, "animal": [row % 3 - 1 for row in range(len(ids))]}, features
+    )
+    joined = report.join(data, "key", ["score", "animal"])
+    for column, names in (("score", ["0.5", "nan"]), ("animal", ["-1", "cat", "dog"])):
+        groups = joined.group(column, "a", n_resamples=5)
+        assert groups["group"][:] == names
+        assert sum(groups["n_examples"][:]) == sum(value is not None for value in data[column][:])
+    shown = joined.summary(len(ids), "a")
+    assert {"cat", "dog", "-1"} <= set(shown.columns[-1]._cells)
+    sets = target_sets_of(data.rename_column("animal", "target"))
+    assert {name: len(rows) for name, rows in sets.items()} == {
+        n: len(ids) // 3 + (k < len(ids) % 3) for k, n in enumerate(("-1", "cat", "dog"))
+    }
 
 
 def test_bad_joins(report, training_set):
