@@ -42,7 +42,8 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
 
     > What to keep
         own_samples (`int`, defaults to 1000): images that the original draws, once, before the first step; 0 for none.
-        replay_prompts (`list[str]`, *optional*): with prompts: what it draws. Must not ask for the forgotten concept.
+        replay_prompts (`list[str]`, *optional*): with prompts: what it draws. Must not ask for the forgotten concept. Default: what the
+            method redirects to, else the empty prompt.
         num_inference_steps (`int`, *optional*): denoising steps of every image drawn. Default: the pipeline's own.
         guidance_scale (`float`, *optional*): of classifier-free guidance. Default: the pipeline's own.
     """
@@ -69,6 +70,11 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     replay_prompts: list[str] | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+
+    @property
+    def neutral_prompts(self) -> list[str]:
+        """Prompts that say nothing of what is forgotten."""
+        return [""]
 
     def _check_unlearn_arguments(self) -> None:
         super()._check_unlearn_arguments()
