@@ -43,6 +43,16 @@ PIPELINES = (
     "StableDiffusionPipeline",
     "LatentConsistencyModelPipeline",
 )
+# What makes a schedule, whichever its sampler.
+SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 # Entries of a U-Net's config with which it must be told more than an image, a time, a prompt and a guidance scale; and the values
 # with which it need not.
 TOLD_MORE = {
@@ -130,11 +140,14 @@ def _around(unet: nn.Module, noise_scheduler: Any) -> DiffusionPipeline:
         )
     if isinstance(noise_scheduler, DDPMScheduler):
         return DDPMPipeline(unet=unet, scheduler=noise_scheduler)
-    NoiseSchedule.of(noise_scheduler)
+    NoiseSchedule.of(noise_scheduler)  # refuses what is none
     if not isinstance(noise_scheduler, DDIMScheduler):
-        # The schedule is what counts for training; no stock pipeline of images alone draws with PNDM, UniPC, Euler and the like.
+        # No stock pipeline of images alone draws with UniPC, Euler and the like; what counts for training is the schedule. Not
+        # `from_config`, which takes DDIM's own defaults for all that was left at the other's (diffusers 0.42).
         logger.info("noise_scheduler: drawing with DDIM on the schedule of %s", type(noise_scheduler).__name__)
-    return DDIMPipeline(unet=unet, scheduler=noise_scheduler)  # which makes a DDIMScheduler of it
+        config = noise_scheduler.config
+        noise_scheduler = DDIMScheduler(**{key: config[key] for key in SCHEDULE if key in config})
+    return DDIMPipeline(unet=unet, scheduler=noise_scheduler)
 
 
 def choose_trainable(unet: nn.Module, trainable: Sequence[str], peft_config: Any = None, **lora: int) -> None:
@@ -198,7 +211,7 @@ def check_denoiser(unet: Any) -> None:
         value = unet.config.get(key)
         if value not in plain:
             raise ValueError(
-                f"model: its {key}={value!r} needs more than an image, a time and a prompt, which is not supported yet"
+                f"model: its {key}={value!r} needs more than an image and a prompt, which is not supported yet"
             )
     if not unet.config.sample_size:
         raise ValueError("model: its config has no sample_size, so how large its images are is not known; set it")

@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from ...images import image_column, pixels
-
-
 from .denoiser import guidance_of, is_prompted, resolution
 
 
@@ -45,7 +43,9 @@ class EncodedImages(TorchDataset):
         self.conditioning = conditioning or {}
         self.rows = torch.arange(len(latents)) if rows is None else rows
         self.prompts = list(prompts)
-        self.neutral: dict[str, Tensor] = {}  # tables like those of the conditioning, of what each prompt is redirected to
+        self.neutral: dict[
+            str, Tensor
+        ] = {}  # tables like those of the conditioning, of what each prompt is redirected to
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -92,7 +92,9 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
         self.replay_prompts = args.replay_prompts or args.neutral_prompts
         if drawn and is_prompted(self.pipeline) and not args.replay_prompts:
             if both := set(args.forget_prompts or ()) & set(self.replay_prompts):
-                raise ValueError(f"replay_prompts: missing, and the neutral prompt {min(both)!r} is among forget_prompts")
+                raise ValueError(
+                    f"replay_prompts: missing, and the neutral prompt {min(both)!r} is among forget_prompts"
+                )
             logger.warning(
                 "replay_prompts: not given, so what is kept is what %s draws; name what else must stay",
                 " and ".join(map(repr, self.replay_prompts)),

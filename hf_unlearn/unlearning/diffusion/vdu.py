@@ -96,7 +96,9 @@ class VDUConfig(DiffusionUnlearnConfig):
             )
         if self.stability_weight and not self.checkpoints:
             needs = {"anchor": self.anchor == "checkpoint_mean", "stability": self.stability == "inverse_variance"}
-            fixes = [f"{name}={fix!r}" for name, fix in (("anchor", "original"), ("stability", "fisher")) if needs[name]]
+            fixes = [
+                f"{name}={fix!r}" for name, fix in (("anchor", "original"), ("stability", "fisher")) if needs[name]
+            ]
             if fixes:
                 raise ValueError(
                     f"checkpoints: missing; name two or more of the run that trained the model, or set {' and '.join(fixes)}"
@@ -118,7 +120,9 @@ class VDUConfig(DiffusionUnlearnConfig):
         if self.forget_loss not in ("bounded", "redirect"):
             return
         if same := [prompt for prompt in self.redirected(prompts) if prompt in prompts]:
-            raise ValueError(f"redirect_prompt: {same[0]!r} is among forget_prompts; leave the forgotten concept out of it")
+            raise ValueError(
+                f"redirect_prompt: {same[0]!r} is among forget_prompts; leave the forgotten concept out of it"
+            )
 
     def redirected(self, prompts: Iterable[str]) -> list[str]:
         """The neutral prompt of each prompt.
@@ -208,11 +212,11 @@ class VDUTrainer(DiffusionUnlearnTrainer):
             return encoded
         known = encoded.prompts
         if not known and isinstance(args.redirect_prompt, dict):
-            raise ValueError("redirect_prompt: the prompts of this forget_dataset are not known; give one neutral prompt for all")
+            raise ValueError(
+                "redirect_prompt: the prompts of this forget_dataset are not known; give one neutral prompt for all"
+            )
         neutral = args.redirected(known) if known else args.neutral_prompts
-        tables, rows = encode_prompts(
-            neutral, self.pipeline, device=args.device, guidance_scale=args.guidance_scale
-        )
+        tables, rows = encode_prompts(neutral, self.pipeline, device=args.device, guidance_scale=args.guidance_scale)
         count = len(next(iter(encoded.conditioning.values())))
         encoded.neutral = {name: table[rows].expand(count, *table.shape[1:]) for name, table in tables.items()}
         return encoded
