@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
-# Loading
-
-
 # Splitting
 
 
@@ -94,7 +91,15 @@ def overlap(forget: Dataset, retain: Dataset, column: str) -> list[Any]:
     return sorted(set(_column(forget, column)) & set(_column(retain, column)), key=str)
 
 
-# Batches
+def check_marks(undesired: Any, clean: Any, argument: str = "undesired, clean") -> None:
+    """Refuse samples that are marked both ways, in arrays `[n, …]` and `[m, …]` of one kind; they are compared bit by bit.
+
+    Raises:
+        ValueError: naming `argument` and how many.
+    """
+    both = {row.tobytes() for row in undesired} & {row.tobytes() for row in clean}
+    if both:
+        raise ValueError(f"{argument}: {len(both)} samples are marked both undesired and clean; keep one of the marks")
 
 
 # Fingerprints

@@ -79,6 +79,11 @@ class GANTrainer(GANSavingMixin, Trainer):
         if train_dataset is None or len(train_dataset) == 0:
             raise ValueError("train_dataset: missing or empty; pass images to learn from")
         check_players(self.pipeline)
+        if args.path_length_weight and not hasattr(self.pipeline.generator, "mapping"):
+            raise ValueError(
+                f"path_length_weight={args.path_length_weight}: {type(self.pipeline.generator).__name__} has no mapping network whose "
+                "styles it could be of; set it to 0"
+            )
         self.extractor = extractor
         kwargs.setdefault("data_collator", self._collate)
         self.resize = args.resize

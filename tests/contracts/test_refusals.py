@@ -18,7 +18,7 @@ from trainers import pairs, resnet, seeded, vit  # isort: skip
 from transformers import ResNetModel, TrainingArguments, ViTForMaskedImageModeling
 from trl import SFTConfig
 
-from hf_unlearn import DCGANDiscriminator, GANPipeline
+from hf_unlearn import DCGANDiscriminator, DCGANGenerator, GANPipeline
 from hf_unlearn.influence.checks import check_model
 from hf_unlearn.training.collators import ROW
 from hf_unlearn.unlearning.checks import check_arguments
@@ -252,6 +252,8 @@ MODELS = [
       for name in GANS for what, size in (("sample_size", (9, 1)), ("channels", (8, 3)))),
     *((name, "model: the generator's weights are torch.bfloat16", "float32", {"model": lambda: gan().to(torch.bfloat16)})
       for name in GANS),
+    ("gan", "path_length_weight=1.0: DCGANGenerator has no mapping network", "set it to 0",
+     {"model": lambda: GANPipeline(DCGANGenerator(8, 1, base_channels=4), gan().discriminator)}),
     ("adapt", "discriminator='fresh': the pipeline has one", "leave it out", {"discriminator": "fresh", "adapt_steps": 300}),
     ("vdu", "pipeline: missing", "noise_scheduler=", {"pipeline": None}),
     ("vdu", "model: given beside pipeline", "keep one", {"model": lambda: ddpm().unet, "pipeline": lambda: ddpm()}),
@@ -453,8 +455,6 @@ SETTINGS = {  # by job: name, values, and what is said of them
         ("stability", ["variance"], "auto, inverse_variance, fisher, isotropic"),
         ("anchor", ["mean"], "original, checkpoint_mean"),
         ("loss_weighting", ["snr"], "simple, elbo, min_snr"),
-        ("forget", ["class"], "a generator has no labels"),
-        ("fisher_weight", [0.1], "set stability='fisher' and stability_weight"),
         ("checkpoints", [[]], "K = 0"),
         *((name, [float("inf")], "must be finite") for name in ("variance_floor", "caution")),
         *((name, [0.0, NAN], "> 0") for name in ("variance_floor", "snr_gamma", "caution")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ...training.checks import check_fields
 from ...training.config import DRAWING_RANGES, DrawingArguments
@@ -22,8 +22,10 @@ RANGES = {
 class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     """Configuration of [`~hf_unlearn.unlearning.diffusion.trainer.DiffusionUnlearnTrainer`]: [`UnlearnConfig`] and these.
 
-    Other defaults than there: `forget="examples"`, `isotropic_weight` 0, a look of the guard every 50 steps, `utility_tolerance` 0.5 of the
+    Other defaults than there: `isotropic_weight` 0, a look of the guard every 50 steps, `utility_tolerance` 0.5 of the
     original's own denoising error, `replay_weight` 1 for `redirect` and 10 for other losses. `heldout_loss` is a denoising error.
+
+    What labels need is no setting here: `forget`, `forget_accuracy`, `bn`, `fisher`, `fisher_samples`.
 
     > The denoising loss
         loss_weighting (`"simple"` | `"elbo"` | `"min_snr"`, defaults to `"min_snr"`): w_t; see [`~hf_unlearn.unlearning.diffusion.noise.NoiseSchedule`].
@@ -54,7 +56,13 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     max_steps: int = 200
     save_strategy: str = "no"
     logging_steps: float = 10
-    forget: Literal["class", "examples"] = "examples"
+    forget: ClassVar[str] = (
+        "examples"  # class attributes are no fields: a generator has no labels, no BatchNorm, no classes
+    )
+    forget_accuracy: ClassVar[float] = 0.0
+    bn: ClassVar[str] = "frozen"
+    fisher: ClassVar[str] = "exact"
+    fisher_samples: ClassVar[int] = 1
     isotropic_weight: float = 0.0
     guard_steps: int | None = 50
     loss_weighting: Literal["simple", "elbo", "min_snr"] = "min_snr"
@@ -80,8 +88,6 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
         super()._check_unlearn_arguments()
         check_fields(self, RANGES)
         check_fields(self, DRAWING_RANGES)
-        if self.forget == "class":
-            raise ValueError("forget='class': a generator has no labels; pass that class's images, forget='examples'")
         if len(self.t_range) != 2 or not 0 <= self.t_range[0] < self.t_range[1] <= 1:
             raise ValueError(f"t_range={self.t_range}: must be two shares, 0 ≤ low < high ≤ 1")
         for name in ("trainable", "forget_prompts", "replay_prompts"):

@@ -114,10 +114,8 @@ class PipelineSavingMixin(SavingMixin):
             "fisher_samples",
             "forget_accuracy",
             "forget",
-            "forget_prompts",
-            "replay_prompts",
         ):
-            chosen.pop(name, None)  # of classifiers, or telling what was forgotten
+            chosen.pop(name, None)  # of models with labels
         chosen |= {name: getattr(self.args, name) for name in (*TOLD, *self._told)}
         return chosen | {"anchor_precision": getattr(self, "precision_name", None)}
 

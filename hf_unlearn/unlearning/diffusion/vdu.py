@@ -62,7 +62,8 @@ class VDUConfig(DiffusionUnlearnConfig):
             of `forget_prompts`, in their order, or for prompts of a dataset a dict from prompt to neutral prompt.
     """
 
-    anchors_on_parameters: ClassVar[tuple[str, ...]] = ("fisher_weight", "stability_weight")
+    anchors_on_parameters: ClassVar[tuple[str, ...]] = ("stability_weight",)
+    fisher_weight: ClassVar[float] = 0.0  # no field: stability="fisher" is that anchor
 
     gamma: float | None = None
     forget_sum: bool = False
@@ -88,8 +89,6 @@ class VDUConfig(DiffusionUnlearnConfig):
         if odd := [prompt for prompt in self.neutral_prompts if not isinstance(prompt, str)]:
             raise ValueError(f"redirect_prompt: {odd[0]!r} is no text; give prompts")
         self._check_redirection()
-        if self.fisher_weight:
-            raise ValueError("fisher_weight: set stability='fisher' and stability_weight instead")
         if self.checkpoints is not None and not self.checkpoints:
             raise ValueError(
                 "checkpoints: K = 0, so there is no mean and no variance; name at least one, or leave it out"

