@@ -84,7 +84,7 @@ MUTANTS = [
     bug("unlearning/diffusion/objective.py", "answer[:, : batch[\"noisy\"].shape[1]].float()", "answer[:, -batch[\"noisy\"].shape[1] :].float()", "test_vdu_losses.py"),
     bug("unlearning/diffusion/saving.py", "forget_local_paths(folder)", "pass", "test_vdu_saving.py"),
     bug("unlearning/diffusion/saving.py", "self.decay, state.global_step)", "self.decay, state.global_step + 1)", "test_vdu_stability.py"),
-    bug("unlearning/diffusion/saving.py", "if self.accept is not None and not self.accept():", "if False:", "test_vdu_pool.py", "test_vdu_stability.py"),
+    bug("unlearning/diffusion/saving.py", "if self.accept is not None and not self.accept():", "if False:", "test_vdu_stability.py"),
     bug("unlearning/diffusion/denoiser.py", "part.copy_(piece)", "pass", "test_denoiser.py"),
     bug("unlearning/diffusion/denoiser.py", "DDIMScheduler(**{key: config[key] for key in SCHEDULE if key in config})", "DDIMScheduler.from_config(config)", "test_denoiser.py"),
     bug("unlearning/diffusion/encoded.py", "guidance_of(pipeline, guidance_scale) - 1.0", "guidance_of(pipeline, guidance_scale)", "test_denoiser.py"),

@@ -16,6 +16,7 @@ from hf_unlearn.examples import ddpm as small_ddpm
 from hf_unlearn.parameters.reference import ReferencePoint, trainable_parameters
 from hf_unlearn.unlearning.diffusion.drawing import generate
 from hf_unlearn.unlearning.diffusion.encoded import EncodedImages
+from hf_unlearn.unlearning.diffusion.saving import AverageWeights
 
 
 PLAIN = {
@@ -165,6 +166,21 @@ def test_the_average_is_the_recursion_written_out_and_does_not_change_the_steps(
     assert distance(now, points[-1]) > 1e-3
     trainer.save_model()
     assert same(weights(DDPMPipeline.from_pretrained(tmp_path).unet), now)
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_an_average_that_is_not_accepted_gives_way_to_the_last_step(accepted, caplog):
+    model, states = torch.nn.Linear(2, 1), iter(range(1, 4))
+    average = AverageWeights(model, 0.1, lambda: accepted)
+    state = SimpleNamespace(global_step=0)
+    average.on_train_begin(None, state, None)
+    for state.global_step in states:
+        with torch.no_grad():
+            model.weight.fill_(state.global_step)
+        average.on_step_end(None, state, None)
+    average.on_train_end(None, state, None)
+    assert bool((model.weight == 3).all()) == (not accepted)
+    assert ("keeping the last ones" in caplog.text) == (not accepted)
 
 
 class TestGuard:
