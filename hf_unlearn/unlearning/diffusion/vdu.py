@@ -25,6 +25,8 @@ from .trainer import DiffusionUnlearnTrainer
 
 logger = logging.getLogger(__name__)
 
+LASTING = 0.5  # of a prompt's effect without guidance; above, a small Stable Diffusion still drew the concept
+
 RANGES = {
     "> 0": ("variance_floor", "caution"),
     "≥ 0": ("stability_weight", "negative_guidance"),
@@ -219,6 +221,38 @@ class VDUTrainer(DiffusionUnlearnTrainer):
         count = len(next(iter(encoded.conditioning.values())))
         encoded.neutral = {name: table[rows].expand(count, *table.shape[1:]) for name, table in tables.items()}
         return encoded
+
+    @torch.no_grad()
+    def remaining_effect(self) -> float:
+        """With prompts: what is left of the effect of the forget prompts on the answer, ε(c) − ε(∅) along that of the original, as the
+        sampler sees it: times the guidance scale. The original has the scale itself, 0 is forgotten.
+        """
+        left, whole = 0.0, 0.0
+        with self._looking():
+            for batch in self._batches(self.forget_dataset, self.args.guard_examples):
+                neutral = {**batch, "conditioning": batch["neutral"]}
+                now, before = (
+                    self.predictions(forward, batch)[0] - self.predictions(forward, neutral)[0]
+                    for forward in (self.model, self.reference_forward)
+                )
+                left, whole = left + (now * before).sum().item(), whole + before.square().sum().item()
+        return self.guidance * left / whole if whole else 0.0
+
+    def train(self, *args: Any, **kwargs: Any):
+        """As [`~hf_unlearn.unlearning.diffusion.trainer.DiffusionUnlearnTrainer.train`]; says at the end whether prompts still have effect."""
+        output = super().train(*args, **kwargs)
+        if is_prompted(self.pipeline) and self.forget_loss_name == "redirect":
+            effect = self.remaining_effect()
+            logger.info("remaining effect of the forget prompts, times guidance: %.3g", effect)
+            if effect > LASTING:
+                logger.warning(
+                    "the forget prompts still have %.2g times the effect on an answer that they had without guidance (guidance_scale=%g), "
+                    "so what was to be forgotten is probably drawn; set a redirect_prompt for each and negative_guidance to about 1, or "
+                    "raise learning_rate or max_steps",
+                    effect,
+                    self.guidance,
+                )
+        return output
 
     @cached_property
     def posterior(self) -> ForgottenPosterior | None:

@@ -213,7 +213,7 @@ class TestGuard:
         assert trainer.utility() == pytest.approx(0.25 / trainer._own_error, rel=1e-4)
         assert trainer._own_error > 0
 
-    def test_with_prompts_it_judges_what_the_sampler_sees(self, tiny_stable_diffusion, tmp_path):
+    def test_with_prompts_it_judges_what_the_sampler_sees(self, tiny_stable_diffusion, tmp_path, caplog):
         """Guided answers, brute force: a change of ε(c) alone counts by the square of the scale, one of both answers once."""
         pipeline, scale = tiny_stable_diffusion, 7.5
         args = {
@@ -226,9 +226,15 @@ class TestGuard:
         }
         args |= {"replay_prompts": ["hot", "a pot"], "loss_weighting": "simple"}
         trainer = trainer_of(pipeline, tmp_path, args=PLAIN | args | {"forget_loss": "redirect"}, forget=())
-        trainer.train()
+        with caplog.at_level(logging.WARNING, "hf_unlearn"):
+            trainer.train()
         assert trainer.guard.looks[-1].utility_drop == pytest.approx(0, abs=1e-9)
         assert trainer.guidance == scale
+        assert "still have 7.5 times the effect" in caplog.text  # nothing was learned, and that is said
+        with torch.no_grad():
+            trainer.model.conv_out.weight *= 0.3
+        assert trainer.remaining_effect() == pytest.approx(0.3 * scale, rel=1e-3)
+        trainer.reference.restore(trainer.model)
         original, kept = copy.deepcopy(trainer.model), trainer.own.kept
         with torch.no_grad():
             for parameter in trainer.model.parameters():
