@@ -33,7 +33,10 @@ RENAMED = {
     "undesired_classes": "classes",
     "negatives": "undesired_folder",
     "positives": "clean_folder",
+    "fisher_weight": "stability_weight",  # of vdu, with stability: fisher
 }
+# Keys that recipes of generators had before, and that mean nothing there.
+OF_LABELS = {"forget", "forget_accuracy", "bn", "fisher", "fisher_samples"}
 
 
 class UsageError(Exception):
@@ -381,6 +384,8 @@ def _of(dataclass_type: type, given: dict[str, Any]) -> dict[str, Any]:
 def _nearest(word: str, known: Iterable[str]) -> str:
     if RENAMED.get(word) in (known := list(known)):
         return f"it is called {RENAMED[word]!r} now"
+    if word in OF_LABELS:
+        return "only models with labels or tokens have it; leave it out"
     return f"did you mean {difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]!r}?"
 
 

@@ -35,9 +35,6 @@ CONTENT = (
 )
 
 
-# Loading
-
-
 # Splitting
 
 
@@ -202,7 +199,15 @@ def _stored(scalar: Any) -> bytes:
     return repr(content).encode()
 
 
-# Batches
+def check_marks(undesired: Any, clean: Any, argument: str = "undesired, clean") -> None:
+    """Refuse samples that are marked both ways, in arrays `[n, …]` and `[m, …]` of one kind; they are compared bit by bit.
+
+    Raises:
+        ValueError: naming `argument` and how many.
+    """
+    both = {row.tobytes() for row in undesired} & {row.tobytes() for row in clean}
+    if both:
+        raise ValueError(f"{argument}: {len(both)} samples are marked both undesired and clean; keep one of the marks")
 
 
 # Fingerprints

@@ -8,11 +8,12 @@ from typing import ClassVar
 from transformers import TrainingArguments
 
 from ..training.checks import REFUSED, REFUSED_OF_IMAGES, check_fields, check_hub_strategy, check_stock
+from ..training.config import GUARD_RANGES, IMAGE_RANGES, GuardArguments, ImageArguments
 
 
 RANGES = {
     "≥ 0": ("r1_weight", "path_length_weight", "discriminator_warmup", "discriminator_learning_rate"),
-    "≥ 1": ("r1_every", "path_length_every", "guard_steps", "batch_size"),
+    "≥ 1": ("r1_every", "path_length_every"),
     "in [0, 1)": ("ema_decay",),
     "in (0, 1)": ("collapse_tolerance",),
 }
@@ -21,8 +22,9 @@ DRAWS = "evaluate() draws images and compares them, and predicts nothing; leave 
 
 
 @dataclass
-class GANConfig(TrainingArguments):
-    """Configuration of [`GANTrainer`]: [`~transformers.TrainingArguments`] and these.
+class GANConfig(ImageArguments, GuardArguments, TrainingArguments):
+    """Configuration of [`GANTrainer`]: [`~transformers.TrainingArguments`], [`~hf_unlearn.training.config.GuardArguments`],
+    [`~hf_unlearn.training.config.ImageArguments`] and these.
 
     Other defaults than there: 8,000 steps of Adam with betas (0, 0.99) and a constant learning rate of 2e-3 on batches of
     64, no clipping, no checkpoints.
@@ -31,21 +33,18 @@ class GANConfig(TrainingArguments):
         discriminator_learning_rate (`float`, *optional*): of the discriminator. Default: `learning_rate`, the generator's.
         r1_weight (`float`, defaults to 1.0): γ of the penalty γ/2·E‖∇D(x)‖² on real images (R1, arXiv 1801.04406).
         r1_every (`int`, defaults to 4): steps between two, each then weighed by so much more (arXiv 1912.04958).
-        path_length_weight (`float`, defaults to 0.0): weight of the path-length penalty on the generator (arXiv 1912.04958).
+        path_length_weight (`float`, defaults to 0.0): weight of the path-length penalty on a generator with a network `mapping` from
+            latents to styles (arXiv 1912.04958), which a DCGAN has not.
         path_length_every (`int`, defaults to 4): steps between two.
         discriminator_warmup (`int`, defaults to 0): first steps in which the discriminator alone moves, for one that is new.
         ema_decay (`float`, defaults to 0.999): of the average of the generator's weights, which is what draws and is saved.
 
     > When to stop
-        guard (`bool`, defaults to `True`): look for mode collapse while training; see [`CollapseGuard`].
+        guard (`bool`, defaults to `True`): look for mode collapse while training; see [`~hf_unlearn.gan.collapse.CollapseGuard`].
         guard_steps (`int`, *optional*): steps between two looks. Default: a tenth of the run.
         guard_examples (`int`, defaults to 256): images drawn at a look, and real ones they are compared with, at most.
         collapse_tolerance (`float`, defaults to 0.5): coverage below this share of the best one seen counts as collapse, in
             (0, 1).
-
-    > Images
-        resize (`bool`, defaults to `False`): scale and crop images that do not have the model's size.
-        batch_size (`int`, defaults to 64): images drawn at a time.
     """
 
     refused: ClassVar[dict[str, str]] = (
@@ -85,12 +84,8 @@ class GANConfig(TrainingArguments):
     path_length_every: int = 4
     discriminator_warmup: int = 0
     ema_decay: float = 0.999
-    guard: bool = True
-    guard_steps: int | None = None
     guard_examples: int = 256
     collapse_tolerance: float = 0.5
-    resize: bool = False
-    batch_size: int = 64
 
     def __post_init__(self):
         check_stock(self, self.refused)
@@ -105,6 +100,7 @@ class GANConfig(TrainingArguments):
 
     def _check_gan_arguments(self) -> None:
         check_hub_strategy(self)
-        check_fields(self, RANGES)
+        for ranges in (RANGES, GUARD_RANGES, IMAGE_RANGES):
+            check_fields(self, ranges)
         if self.guard_examples < 16:
             raise ValueError(f"guard_examples={self.guard_examples}: must be ≥ 16, or coverage says nothing")

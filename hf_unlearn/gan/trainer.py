@@ -81,6 +81,11 @@ class GANTrainer(GANSavingMixin, Trainer):
         if train_dataset is None or len(train_dataset) == 0:
             raise ValueError("train_dataset: missing or empty; pass images to learn from")
         check_players(self.pipeline)
+        if args.path_length_weight and not hasattr(self.pipeline.generator, "mapping"):
+            raise ValueError(
+                f"path_length_weight={args.path_length_weight}: {type(self.pipeline.generator).__name__} has no mapping network whose "
+                "styles it could be of; set it to 0"
+            )
         self.extractor = extractor
         if kwargs.get("model_init") is not None or kwargs.get("compute_loss_func") is not None:
             name = "model_init" if kwargs.get("model_init") is not None else "compute_loss_func"

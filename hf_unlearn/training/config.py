@@ -5,23 +5,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+GUARD_RANGES = {"≥ 1": ("guard_steps", "guard_examples")}
+IMAGE_RANGES = {"≥ 1": ("batch_size",)}
 DRAWING_RANGES = {"≥ 0": ("grid_images",), "≥ 1": ("batch_size", "grid_steps")}
 
 
 @dataclass
-class DrawingArguments:
-    """What a trainer of a generator draws on the way.
+class GuardArguments:
+    """Whether and when a trainer looks at what it does to the model. What it looks for is told by the trainer's own config.
 
-    > Pictures
+    > When to stop
+        guard (`bool`, defaults to `True`): watch the model while training, stop in time and go back to the best state seen.
+        guard_steps (`int`, *optional*): optimiser steps between two looks. Default: once per epoch.
+        guard_examples (`int`, defaults to 512): examples looked at, at most.
+    """
+
+    guard: bool = True
+    guard_steps: int | None = None
+    guard_examples: int = 512
+
+
+@dataclass
+class ImageArguments:
+    """How a trainer of a generator takes images and draws them.
+
+    > Images
         resize (`bool`, defaults to `False`): scale and crop images that do not have the model's size.
         batch_size (`int`, defaults to 64): images drawn at a time.
+    """
+
+    resize: bool = False
+    batch_size: int = 64
+
+
+@dataclass
+class DrawingArguments(ImageArguments):
+    """What a trainer of a generator draws on the way, besides [`ImageArguments`].
+
+    > Pictures
         grid_images (`int`, defaults to 16): images of the grids before, during and after, from the same noise; 0 for none.
         grid_steps (`int`, *optional*): optimiser steps between two grids. Default: only before and after.
         publish_before (`bool`, defaults to `False`): put the grid of the original beside the one that is published.
     """
 
-    resize: bool = False
-    batch_size: int = 64
     grid_images: int = 16
     grid_steps: int | None = None
     publish_before: bool = False

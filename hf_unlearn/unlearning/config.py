@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from ..training.checks import REFUSED, check_fields, check_hub_strategy, check_stock
+from ..training.config import GUARD_RANGES, GuardArguments
 
 
 RANGES = {
@@ -21,13 +22,13 @@ RANGES = {
         "utility_tolerance",
         "heldout_loss",
     ),
-    "≥ 1": ("fisher_samples", "fisher_examples", "guard_steps", "guard_examples", "guard_patience"),
+    "≥ 1": ("fisher_samples", "fisher_examples", "guard_patience"),
     "in [0, 1)": ("forget_accuracy",),
 }
 
 
 @dataclass
-class UnlearnArguments:
+class UnlearnArguments(GuardArguments):
     """What unlearning adds to [`~transformers.TrainingArguments`]. The loss of a step is
 
     `forget_weight · forget + retain_weight · retain + replay_weight · replay + anchor`.
@@ -63,7 +64,7 @@ class UnlearnArguments:
     > When to stop
         guard (`bool`, defaults to `True`): watch forgetting and utility while training; see [`Guard`].
         guard_steps (`int`, *optional*): optimiser steps between two looks. Default: once per epoch.
-        guard_examples (`int`, defaults to 512): forget examples looked at, at most.
+        guard_examples (`int`, defaults to 512): forget examples, and others for utility, that it looks at, at most.
         guard_patience (`int`, defaults to 3): looks at a forgotten model without better utility before stopping.
         forget_accuracy (`float`, defaults to 0.01): with `forget="class"`: the accuracy on the forget set, in [0, 1], at
             or below which the class counts as forgotten.
@@ -99,9 +100,6 @@ class UnlearnArguments:
     fisher_samples: int = 1
     fisher_examples: int | None = 256
     bn: Literal["frozen", "train"] = "frozen"
-    guard: bool = True
-    guard_steps: int | None = None
-    guard_examples: int = 512
     guard_patience: int = 3
     forget_accuracy: float = 0.01
     utility_tolerance: float | None = None
@@ -115,6 +113,7 @@ class UnlearnArguments:
 
     def _check_unlearn_arguments(self) -> None:
         check_fields(self, RANGES)
+        check_fields(self, GUARD_RANGES)
         check_hub_strategy(self)
 
 

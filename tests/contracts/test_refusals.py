@@ -28,7 +28,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from hf_unlearn import DCGANDiscriminator, GANPipeline
+from hf_unlearn import DCGANDiscriminator, DCGANGenerator, GANPipeline
 from hf_unlearn.influence.checks import check_model
 from hf_unlearn.training.collators import ROW
 from hf_unlearn.unlearning.checks import check_arguments
@@ -273,6 +273,8 @@ MODELS = [
       for name in GANS for what, size in (("sample_size", (9, 1)), ("channels", (8, 3)))),
     *((name, "model: the generator's weights are torch.bfloat16", "float32", {"model": lambda: gan().to(torch.bfloat16)})
       for name in GANS),
+    ("gan", "path_length_weight=1.0: DCGANGenerator has no mapping network", "set it to 0",
+     {"model": lambda: GANPipeline(DCGANGenerator(8, 1, base_channels=4), gan().discriminator)}),
     ("adapt", "discriminator='fresh': the pipeline has one", "leave it out", {"discriminator": "fresh", "adapt_steps": 300}),
     ("vdu", "pipeline: missing", "noise_scheduler=", {"pipeline": None}),
     ("vdu", "model: given beside pipeline", "keep one", {"model": lambda: ddpm().unet, "pipeline": lambda: ddpm()}),
@@ -327,13 +329,15 @@ PROMPTED = [  # by the pipeline what is passed
     ("forget_dataset: prompts are missing for a prompted model", "prompt, text, caption",
      lambda pipe: {"pipeline": pipe, "forget_dataset": images(4, channels=3)}),
     ("forget_dataset: given beside forget_prompts", "keep one", lambda pipe: {"pipeline": pipe, "forget_prompts": ["a photo"]}),
-    ("replay_prompts: missing", "own_samples=0", lambda pipe: {"pipeline": pipe, "replay_prompts": None}),
+    ("replay_prompts: missing, and the neutral prompt '' is among forget_prompts", "",
+     lambda pipe: {"pipeline": pipe, "replay_prompts": None, "forget_prompts": [""], "forget_dataset": None, "forget_loss": "npo"}),
+    ("redirect_prompt: has none for 'a hot pot'", "add it", lambda pipe: {"pipeline": pipe, "redirect_prompt": {"a photo": "a"}}),
     ("replay_prompts: 'pot' is among forget_prompts too", "keep it in one",
      lambda pipe: {"pipeline": pipe, "forget_prompts": ["pot"], "forget_dataset": None}),
     ("model: a prompted denoiser needs its VAE and text encoder", "pipeline=",
      lambda pipe: {"model": pipe.unet, "noise_scheduler": pipe.scheduler}),
     ("pipeline: StableDiffusionPipeline has no text_encoder", "", lambda pipe: {"pipeline": without_text(pipe)}),
-    ("pipeline: OnlyVAE has no unet to train (it has vae)", "", lambda pipe: {"pipeline": OnlyVAE(pipe.vae)}),
+    ("pipeline: OnlyVAE is not supported", "StableDiffusionPipeline", lambda pipe: {"pipeline": OnlyVAE(pipe.vae)}),
     ("model: AutoencoderKL is not supported", "UNet2DModel", lambda pipe: {"model": pipe.vae}),
     ("trainable=['lora', 'all']: 'lora' stands alone", "", lambda pipe: {"pipeline": pipe, "trainable": ["lora", "all"]}),
     ("stability_weight: an anchor on LoRA factors means nothing", "isotropic_weight",
@@ -411,7 +415,7 @@ ARGUMENTS = [
     ("fine", "train_dataset: list is not a", "", {"train_dataset": lambda: list(pairs(3))}),
     ("fine", f"train_dataset: column '{ROW}'", "rename", {"train_dataset": lambda: pairs(2).add_column(ROW, [0, 1])}),
     ("sft", "forget_dataset: holds images", "UnlearnTrainer", {"forget_dataset": pictures(Image.new("L", (8, 8)))}),
-    *(("vdu", "forget_loss='redirect' needs what is to be kept", "own_samples", {"forget_loss": loss, "guard": False} | ANY)
+    *(("vdu", "forget_loss='redirect' needs what is to be kept", "own_samples", {"forget_loss": loss} | ANY)
       for loss in ("redirect", "bounded")),
     ("vdu", "guard: has nothing to look at", "guard=False", {"forget_loss": "ascent"} | ANY),
     ("vdu", "forget_loss='match' needs a target", "heldout_dataset=", {"forget_loss": "match"}),
@@ -518,8 +522,6 @@ SETTINGS = {  # by job: name, values, and what is said of them
         ("stability", ["variance"], "auto, inverse_variance, fisher, isotropic"),
         ("anchor", ["mean"], "original, checkpoint_mean"),
         ("loss_weighting", ["snr"], "simple, elbo, min_snr"),
-        ("forget", ["class"], "a generator has no labels"),
-        ("fisher_weight", [0.1], "set stability='fisher' and stability_weight"),
         ("checkpoints", [[]], "K = 0"),
         *((name, [float("inf")], "must be finite") for name in ("variance_floor", "caution")),
         *((name, [0.0, NAN], "> 0") for name in ("variance_floor", "snr_gamma", "caution")),
@@ -581,8 +583,21 @@ def test_settings_that_make_no_sense(job, tmp_path):
 
 def test_settings_that_do_not_go_together(tmp_path):
     vdu, adapt, unlearn = (JOBS[name].config for name in ("vdu", "adapt", "unlearn"))
-    with pytest.raises(ValueError, match=r"^checkpoints: missing; anchor='checkpoint_mean'"):
+    with pytest.raises(
+        ValueError, match=r"^checkpoints: missing; .* or set anchor='original' and stability='fisher'$"
+    ):
         vdu.paper(str(tmp_path), **QUIET)
+    assert vdu.paper(str(tmp_path), anchor="original", stability="fisher", **QUIET).checkpoints is None
+    for given, problem in (
+        (["a", "b"], "has 2 prompts for 3 forget_prompts; give one for all, one for each"),
+        (["a", "b", "p"], "'p' is among forget_prompts"),
+        ({"p": "a", "q": "b"}, "has none for 'r'; add it"),
+        ({"p": "a", "q": "b", "r": 3}, "3 is no text"),
+    ):
+        with pytest.raises(ValueError, match=f"^redirect_prompt: {problem}"):
+            vdu(str(tmp_path), forget_prompts=["p", "q", "r"], redirect_prompt=given, **QUIET)
+    config = vdu(str(tmp_path), forget_prompts=["p", "q"], redirect_prompt=["a", "b"], **QUIET)
+    assert config.redirected(["q", "p"]) == ["b", "a"]
     with pytest.raises(ValueError, match="^gamma: sets forget_weight and stability_weight"):
         vdu(str(tmp_path), gamma=0.5, forget_weight=0.3, **QUIET)
     with pytest.raises(ValueError, match="^adapt_steps=200: must be more than discriminator_warmup=200"):

@@ -111,6 +111,7 @@ def ddpm():
 
 def gan(norm="batch", size=8, channels=1, latent_dim=4):
     generator = DCGANGenerator(size, channels, latent_dim=latent_dim, base_channels=4, norm=norm)
+    generator.mapping = nn.Identity()  # path lengths are of a mapping network, which a DCGAN has not
     return GANPipeline(generator, DCGANDiscriminator(size, channels, base_channels=4))
 
 

@@ -109,8 +109,8 @@ class StyleGenerator(ModelMixin, ConfigMixin):
     def map_latents(self, latents, truncation=1.0):
         one = self.mapping(latents.flatten(1))
         if self.training:
-            self.mean_style.lerp_(one.detach().mean(0), 0.1)
-        return self.mean_style.lerp(one, truncation).unsqueeze(1).repeat(1, 2, 1)
+            self.mean_style.lerp_(one.detach().mean(0).to(self.mean_style.dtype), 0.1)
+        return self.mean_style.to(one.dtype).lerp(one, truncation).unsqueeze(1).repeat(1, 2, 1)
 
     def synthesize(self, styles):
         x = self.constant

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
+from ...data import check_marks
 from ..scores import Basis, Score, ScoreBank
 from . import forms
 from .background import Background, Moments
@@ -123,7 +124,7 @@ class ConceptFit:
         marks = len(samples.undesired)
         if marks < FEWEST:
             raise ValueError(f"{name}: has {marks} undesired marks; mark at least {FEWEST}, better 20")
-        _refuse_contradictions(samples.undesired, samples.clean, name)
+        check_marks(samples.undesired, samples.clean, name)
         dimension = samples.undesired.shape[1]
         if settings.score in ("quadratic", "lda") and dimension > LARGEST:
             raise ValueError(
@@ -291,10 +292,3 @@ def _rounding(scores: Array) -> float:
 def _outwards(threshold: Threshold, margin: float) -> Threshold:
     """Moved so far to the side on which the promise holds that rounding cannot take a tie across the line."""
     return replace(threshold, value=float(np.float32(threshold.value + margin)))
-
-
-def _refuse_contradictions(undesired: Array, clean: Array, name: str) -> None:
-    if len(clean):
-        both = {row.tobytes() for row in undesired} & {row.tobytes() for row in clean}
-        if both:
-            raise ValueError(f"{name}: {len(both)} samples are marked both undesired and clean; keep one of the marks")

@@ -23,8 +23,10 @@ NO_KWARGS = "diffusers' denoisers take none; leave it out"
 class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     """Configuration of [`~hf_unlearn.unlearning.diffusion.trainer.DiffusionUnlearnTrainer`]: [`UnlearnConfig`] and these.
 
-    Other defaults than there: `forget="examples"`, `isotropic_weight` 0, a look of the guard every 50 steps, `utility_tolerance` 0.5 of the
+    Other defaults than there: `isotropic_weight` 0, a look of the guard every 50 steps, `utility_tolerance` 0.5 of the
     original's own denoising error, `replay_weight` 1 for `redirect` and 10 for other losses. `heldout_loss` is a denoising error.
+
+    What labels need is no setting here: `forget`, `forget_accuracy`, `bn`, `fisher`, `fisher_samples`.
 
     > The denoising loss
         loss_weighting (`"simple"` | `"elbo"` | `"min_snr"`, defaults to `"min_snr"`): w_t; see [`~hf_unlearn.unlearning.diffusion.noise.NoiseSchedule`].
@@ -43,7 +45,8 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
 
     > What to keep
         own_samples (`int`, defaults to 1000): images that the original draws, once, before the first step; 0 for none.
-        replay_prompts (`list[str]`, *optional*): with prompts: what it draws. Must not ask for the forgotten concept.
+        replay_prompts (`list[str]`, *optional*): with prompts: what it draws. Must not ask for the forgotten concept. Default: what the
+            method redirects to, else the empty prompt.
         num_inference_steps (`int`, *optional*): denoising steps of every image drawn. Default: the pipeline's own.
         guidance_scale (`float`, *optional*): of classifier-free guidance. Default: the pipeline's own.
     """
@@ -65,7 +68,13 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     max_steps: int = 200
     save_strategy: str = "no"
     logging_steps: float = 10
-    forget: Literal["class", "examples"] = "examples"
+    forget: ClassVar[str] = (
+        "examples"  # class attributes are no fields: a generator has no labels, no BatchNorm, no classes
+    )
+    forget_accuracy: ClassVar[float] = 0.0
+    bn: ClassVar[str] = "frozen"
+    fisher: ClassVar[str] = "exact"
+    fisher_samples: ClassVar[int] = 1
     isotropic_weight: float = 0.0
     guard_steps: int | None = 50
     loss_weighting: Literal["simple", "elbo", "min_snr"] = "min_snr"
@@ -82,12 +91,15 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
 
+    @property
+    def neutral_prompts(self) -> list[str]:
+        """Prompts that say nothing of what is forgotten."""
+        return [""]
+
     def _check_unlearn_arguments(self) -> None:
         super()._check_unlearn_arguments()
         check_fields(self, RANGES)
         check_fields(self, DRAWING_RANGES)
-        if self.forget == "class":
-            raise ValueError("forget='class': a generator has no labels; pass that class's images, forget='examples'")
         if self.load_best_model_at_end and self.ema_decay:
             raise ValueError(
                 f"load_best_model_at_end: ema_decay={self.ema_decay} would replace the best state by the average; set it to 0"

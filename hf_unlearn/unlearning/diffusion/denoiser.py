@@ -2,26 +2,67 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import nn
 
 from ...files import loading
-from ...hub.loading import diffusion_task
 from ...training.checks import check_single_precision
+from .noise import NoiseSchedule
 
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+logger = logging.getLogger(__name__)
+
 ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+# Pipelines, and classes derived from them, whose sampler asks the denoiser what training asks it. By name: to import them takes seconds.
+PIPELINES = (
+    "DDPMPipeline",
+    "DDIMPipeline",
+    "PNDMPipeline",
+    "StableDiffusionPipeline",
+    "LatentConsistencyModelPipeline",
+)
+# What makes a schedule, whichever its sampler.
+SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+# Entries of a U-Net's config with which it must be told more than an image, a time, a prompt and a guidance scale; and the values
+# with which it need not.
+TOLD_MORE = {
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None,),
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "attention_type": (None, "default"),
+    "time_embedding_type": (None, "positional", "learned"),
+}
 
 
 def as_pipeline(model: Any, pipeline: Any, noise_scheduler: Any) -> tuple[DiffusionPipeline, str | None]:
@@ -52,17 +93,27 @@ def as_pipeline(model: Any, pipeline: Any, noise_scheduler: Any) -> tuple[Diffus
         raise ValueError(f"pipeline: {type(given).__name__} is no pipeline of diffusers; pass one, or a UNet2DModel")
     elif noise_scheduler is not None:
         raise ValueError("noise_scheduler: the pipeline has its own; leave it out")
+    if not {kind.__name__ for kind in type(given).__mro__} & set(PIPELINES):
+        raise ValueError(f"pipeline: {type(given).__name__} is not supported; pass one of {', '.join(PIPELINES)}")
     name = name or given.config.get("_name_or_path") or None
-    if getattr(given, "unet", None) is None:
-        parts = ", ".join(given.components) or "nothing"
-        raise ValueError(f"pipeline: {type(given).__name__} has no unet to train (it has {parts})")
     check_denoiser(given.unet)
-    if diffusion_task(type(given)) is None or (not is_prompted(given) and len(given.components) > 2):
-        raise ValueError(f"pipeline: {type(given).__name__} does not draw images from noise or a prompt alone")
     if is_prompted(given):
         absent = [part for part in ("vae", "text_encoder", "tokenizer") if getattr(given, part, None) is None]
         if absent:
             raise ValueError(f"pipeline: {type(given).__name__} has no {absent[0]}, which a prompted model needs")
+        width, told = given.text_encoder.config.hidden_size, given.unet.config.cross_attention_dim
+        if given.unet.config.encoder_hid_dim_type == "text_proj":
+            told = given.unet.config.encoder_hid_dim
+        if {width} != set(told if isinstance(told, list | tuple) else (told,)):
+            raise ValueError(
+                f"pipeline: its text_encoder gives vectors of {width} numbers, its unet takes cross_attention_dim={told}"
+            )
+    elif "generator" not in inspect.signature(given.scheduler.step).parameters and isinstance(given, DDPMPipeline):
+        raise ValueError(
+            f"pipeline: DDPMPipeline cannot draw with {type(given.scheduler).__name__}; give it a DDPMScheduler or a DDIMScheduler"
+        )
+    for part in ("unet", "vae"):
+        unfuse(getattr(given, part, None))
     return given, name
 
 
@@ -87,8 +138,16 @@ def _around(unet: nn.Module, noise_scheduler: Any) -> DiffusionPipeline:
         raise ValueError(
             "noise_scheduler: missing; pass the one that the model was trained with, or the whole pipeline="
         )
-    kind = DDIMPipeline if isinstance(noise_scheduler, DDIMScheduler) else DDPMPipeline
-    return kind(unet=unet, scheduler=noise_scheduler)
+    if isinstance(noise_scheduler, DDPMScheduler):
+        return DDPMPipeline(unet=unet, scheduler=noise_scheduler)
+    NoiseSchedule.of(noise_scheduler)  # refuses what is none
+    if not isinstance(noise_scheduler, DDIMScheduler):
+        # No stock pipeline of images alone draws with UniPC, Euler and the like; what counts for training is the schedule. Not
+        # `from_config`, which takes DDIM's own defaults for all that was left at the other's (diffusers 0.42).
+        logger.info("noise_scheduler: drawing with DDIM on the schedule of %s", type(noise_scheduler).__name__)
+        config = noise_scheduler.config
+        noise_scheduler = DDIMScheduler(**{key: config[key] for key in SCHEDULE if key in config})
+    return DDIMPipeline(unet=unet, scheduler=noise_scheduler)
 
 
 def choose_trainable(unet: nn.Module, trainable: Sequence[str], peft_config: Any = None, **lora: int) -> None:
@@ -103,13 +162,13 @@ def choose_trainable(unet: nn.Module, trainable: Sequence[str], peft_config: Any
     Raises:
         ValueError: nothing has such a name, or the model takes no LoRA.
     """
+    if getattr(unet, "peft_config", None):
+        raise ValueError("trainable: the model has an adapter already; fuse it and unload it first")
     if peft_config is not None or "lora" in trainable:
         if peft_config is None and len(trainable) > 1:
             raise ValueError(f"trainable={list(trainable)}: 'lora' stands alone")
         if not hasattr(unet, "add_adapter"):
             raise ValueError(f"trainable: {type(unet).__name__} takes no LoRA in diffusers; use 'all' or patterns")
-        if getattr(unet, "peft_config", None):
-            raise ValueError("trainable: the model has an adapter already; fuse it or unload it first")
         if peft_config is None:
             from peft import LoraConfig
 
@@ -142,13 +201,14 @@ def check_denoiser(unet: Any) -> None:
         raise ValueError(
             f"model: {type(unet).__name__} is not supported; pass a UNet2DModel, a UNet2DConditionModel or their pipeline"
         )
-    needs = next(
-        (key for key in ("class_embed_type", "num_class_embeds", "addition_embed_type") if unet.config.get(key)), None
-    )
-    if needs:
-        raise ValueError(
-            f"model: its {needs}={unet.config[needs]!r} needs more than an image and a prompt, which is not supported yet"
-        )
+    for key, plain in TOLD_MORE.items():
+        value = unet.config.get(key)
+        if value not in plain:
+            raise ValueError(
+                f"model: its {key}={value!r} needs more than an image and a prompt, which is not supported yet"
+            )
+    if not unet.config.sample_size:
+        raise ValueError("model: its config has no sample_size, so how large its images are is not known; set it")
     channels, answered = unet.config.in_channels, unet.config.out_channels
     if answered not in (channels, 2 * channels):  # inpainting, upscaling, depth; twice as many: a learned variance
         raise ValueError(
@@ -159,6 +219,37 @@ def check_denoiser(unet: Any) -> None:
 def is_prompted(pipeline: DiffusionPipeline) -> bool:
     """Whether its denoiser is told what to draw."""
     return isinstance(pipeline.unet, UNet2DConditionModel)
+
+
+def guidance_of(pipeline: DiffusionPipeline, guidance_scale: float | None) -> float:
+    """The scale of classifier-free guidance that a prompted pipeline draws with: what is given, or its own default."""
+    if guidance_scale is not None:
+        return guidance_scale
+    return inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
+
+
+def unfuse(model: nn.Module | None) -> None:
+    """Take apart again, in place, the attention projections that `fuse_qkv_projections` made one of: the fused ones would be trained, and
+    the single ones saved.
+    """
+    for layer in model.modules() if model is not None else ():
+        if not isinstance(layer, Attention):
+            continue
+        for fused, names in (("to_qkv", ("to_q", "to_k", "to_v")), ("to_kv", ("to_k", "to_v"))):
+            if not hasattr(layer, fused):
+                continue
+            if isinstance(layer.processor, FusedAttnProcessor2_0):  # else what it holds is not used any more
+                whole, single = getattr(layer, fused), [getattr(layer, name) for name in names]
+                with torch.no_grad():
+                    for kind in ("weight", "bias") if whole.bias is not None else ("weight",):
+                        parts = [getattr(projection, kind) for projection in single]
+                        pieces = getattr(whole, kind).split([len(part) for part in parts])
+                        for part, piece in zip(parts, pieces, strict=True):
+                            part.copy_(piece)
+            delattr(layer, fused)
+        layer.fused_projections = False
+        if isinstance(layer.processor, FusedAttnProcessor2_0):
+            layer.set_processor(AttnProcessor2_0())
 
 
 def resolution(pipeline: DiffusionPipeline) -> tuple[int, int, int]:

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from ...images import image_column, pixels
+from .denoiser import guidance_of, is_prompted, resolution
 
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-from .denoiser import is_prompted, resolution
 
 
 PROMPT_COLUMNS = ("prompt", "text", "caption")
@@ -28,6 +28,7 @@ class EncodedImages(TorchDataset):
         latents_std (`Tensor`, *optional*): standard deviation of the VAE's posterior, same shape; each use draws from it.
         conditioning (`dict[str, Tensor]`): keyword arguments of the denoiser's forward, a row of a table each.
         rows (`Tensor`, *optional*): `[n]`, the row of the tables that belongs to each image.
+        prompts (`list[str]`): the prompt of each row of the tables; empty where they are not known.
     """
 
     def __init__(
@@ -36,10 +37,15 @@ class EncodedImages(TorchDataset):
         latents_std: Tensor | None = None,
         conditioning: dict[str, Tensor] | None = None,
         rows: Tensor | None = None,
+        prompts: Sequence[str] = (),
     ):
         self.latents, self.latents_std = latents, latents_std
         self.conditioning = conditioning or {}
         self.rows = torch.arange(len(latents)) if rows is None else rows
+        self.prompts = list(prompts)
+        self.neutral: dict[
+            str, Tensor
+        ] = {}  # tables like those of the conditioning, of what each prompt is redirected to
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -49,14 +55,15 @@ class EncodedImages(TorchDataset):
         item = {"latents": self.latents[index]}
         if self.latents_std is not None:
             item["latents_std"] = self.latents_std[index]
-        if self.conditioning:
-            item["conditioning"] = {name: table[self.rows[index]] for name, table in self.conditioning.items()}
+        for name, tables in (("conditioning", self.conditioning), ("neutral", self.neutral)):
+            if tables:
+                item[name] = {argument: table[self.rows[index]] for argument, table in tables.items()}
         return item
 
     def select(self, keep: Tensor) -> EncodedImages:
         """The images that a mask or a list of indices names."""
         std = None if self.latents_std is None else self.latents_std[keep]
-        return EncodedImages(self.latents[keep], std, self.conditioning, self.rows[keep])
+        return EncodedImages(self.latents[keep], std, self.conditioning, self.rows[keep], self.prompts)
 
 
 @torch.no_grad()
@@ -68,6 +75,7 @@ def encode(
     resize: bool = False,
     batch_size: int = 8,
     argument: str = "forget_dataset",
+    guidance_scale: float | None = None,
 ) -> EncodedImages:
     """What the denoiser sees of a dataset of images (and prompts).
 
@@ -76,6 +84,7 @@ def encode(
             `caption`.
         device: where VAE and text encoder run.
         argument (`str`): what to call the dataset in an error.
+        guidance_scale (`float`, *optional*): as of [`encode_prompts`].
 
     Raises:
         ValueError: a column is missing, or an image does not fit the model.
@@ -106,15 +115,26 @@ def encode(
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         means.append(((posterior.mean.float() - shift) * vae.config.scaling_factor).cpu())
         stds.append((posterior.std.float() * vae.config.scaling_factor).cpu())
-    conditioning, rows = encode_prompts(prompts, pipeline, device=device) if prompted else ({}, None)
-    return EncodedImages(torch.cat(means), torch.cat(stds) if stds else None, conditioning, rows)
+    if not prompted:
+        return EncodedImages(torch.cat(means))
+    told = encode_prompts(prompts, pipeline, device=device, guidance_scale=guidance_scale)
+    return EncodedImages(torch.cat(means), torch.cat(stds), *told, sorted(set(prompts)))
 
 
 @torch.no_grad()
 def encode_prompts(
-    prompts: Sequence[str], pipeline: DiffusionPipeline, *, device: torch.device | str
+    prompts: Sequence[str],
+    pipeline: DiffusionPipeline,
+    *,
+    device: torch.device | str,
+    guidance_scale: float | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """`(conditioning, rows)`: each different prompt once, as keyword arguments of the denoiser, and which one each is."""
+    """`(conditioning, rows)`: each different prompt once, in sorted order, as keyword arguments of the denoiser, and which one each is.
+
+    Args:
+        guidance_scale (`float`, *optional*): what a denoiser is told that takes the scale as an input (latent consistency, arXiv
+            2310.04378). Default: the pipeline's own.
+    """
     different = sorted(set(prompts))
     pipeline.text_encoder.to(device)
     tables = [
@@ -124,7 +144,11 @@ def encode_prompts(
         for begin in range(0, len(different), 64)
     ]
     place = {prompt: row for row, prompt in enumerate(different)}
-    return {"encoder_hidden_states": torch.cat(tables)}, torch.tensor([place[prompt] for prompt in prompts])
+    told = {"encoder_hidden_states": torch.cat(tables)}
+    if size := pipeline.unet.config.time_cond_proj_dim:
+        scales = torch.full((len(different),), guidance_of(pipeline, guidance_scale) - 1.0)
+        told["timestep_cond"] = pipeline.get_guidance_scale_embedding(scales, embedding_dim=size)
+    return told, torch.tensor([place[prompt] for prompt in prompts])
 
 
 def some_prompts(dataset: Any, count: int) -> list[str]:

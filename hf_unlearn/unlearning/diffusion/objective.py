@@ -14,8 +14,8 @@ from .. import losses
 from ..guard import LOOKING
 from ..objective import Batch
 from ..outcome import Outcome
-from .denoiser import is_prompted
-from .encoded import EncodedImages
+from .denoiser import guidance_of, is_prompted
+from .encoded import EncodedImages, encode_prompts
 from .noise import NoiseSchedule
 from .own_samples import OwnSamples
 
@@ -59,11 +59,6 @@ class DenoisingMixin:
             raise ValueError(
                 "loss_reduction='sum': is for texts, a denoiser's losses are means over pixels; leave it out"
             )
-        nothing_to_keep = not self.args.own_samples and self.replay_dataset is None and self.retain_dataset is None
-        if name == "redirect" and nothing_to_keep and not is_prompted(self.pipeline):
-            raise ValueError(
-                "forget_loss='redirect' needs what is to be kept: set own_samples, or pass retain_dataset="
-            )
         return name
 
     @property
@@ -79,9 +74,7 @@ class DenoisingMixin:
         clean = batch["latents"]
         if "latents_std" in batch:
             clean = clean + batch["latents_std"] * _normal(clean, generator)
-        low, high = (round(share * len(self.schedule)) for share in self.args.t_range)
-        low = min(low, len(self.schedule) - 1)  # a share above the last timestep, [0.99, 1] of 20
-        timesteps = torch.randint(low, max(high, low + 1), (len(clean),), generator=generator, device=clean.device)
+        timesteps = torch.randint(*self._timesteps, (len(clean),), generator=generator, device=clean.device)
         noise = _normal(clean, generator)
         return {
             "clean": clean,
@@ -89,7 +82,15 @@ class DenoisingMixin:
             "timesteps": timesteps,
             "noisy": self.schedule.add_noise(clean, noise, timesteps),
             "conditioning": batch.get("conditioning", {}),
+            "neutral": batch.get("neutral", {}),
         }
+
+    @property
+    def _timesteps(self) -> tuple[int, int]:
+        """First timestep that noise is drawn from, and the one after the last."""
+        low, high = (round(share * len(self.schedule)) for share in self.args.t_range)
+        low = min(low, len(self.schedule) - 1)  # a share above the last timestep, [0.99, 1] of 20
+        return low, max(high, low + 1)
 
     def predictions(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the denoiser answers, and what the true noise would have it answer, `[batch, channels, height, width]`, fp32."""
@@ -171,10 +172,38 @@ class DenoisingMixin:
         return self.own is not None or self.retain_dataset is not None
 
     def utility(self, model: Callable | None = None) -> float:
-        """How far the answers on kept images are from what they should be, as a share of the original's own error there."""
+        """How far the answers on kept images are from what they should be, as a share of the original's own error there.
+
+        With prompts: how far the *guided* answers are from the original's, which is what the sampler sees. Guidance by s multiplies what
+        was lost of a prompt's effect by s, and of its squared error by s².
+        """
         model = self.model if model is None else model
         loss, kept = (self.task_loss, self.retain_dataset) if self.own is None else (self.replay_loss, self.own.kept)
+        if self.guidance > 1:
+            loss = self._guided_loss
         return self._mean(lambda batch: loss(model, batch), kept) / self._own_error
+
+    @cached_property
+    def guidance(self) -> float:
+        """The scale of classifier-free guidance that is drawn with; 1 for none, also where the denoiser is told the scale instead."""
+        if not is_prompted(self.pipeline) or self.pipeline.unet.config.time_cond_proj_dim:
+            return 1.0
+        return max(1.0, guidance_of(self.pipeline, self.args.guidance_scale))
+
+    def guided(self, forward: Callable, batch: Batch) -> Tensor:
+        """What the sampler sees: ε(∅) + s (ε(c) − ε(∅)), s the guidance scale (arXiv 2207.12598)."""
+        answer, _ = self.predictions(forward, batch)
+        empty = {name: self._empty[name].expand_as(told) for name, told in batch["conditioning"].items()}
+        unprompted, _ = self.predictions(forward, {**batch, "conditioning": empty})
+        return unprompted + self.guidance * (answer - unprompted)
+
+    def _guided_loss(self, model: Callable, batch: Batch) -> Tensor:
+        return self._error(self.guided(model, batch), self.guided(self.reference_forward, batch), batch)
+
+    @cached_property
+    def _empty(self) -> dict[str, Tensor]:
+        told, _ = encode_prompts([""], self.pipeline, device=self.args.device)
+        return {name: table.to(self.args.device) for name, table in told.items()}
 
     @cached_property
     def _own_error(self) -> float:

@@ -122,6 +122,7 @@ class OwnSamplesMixin:
 
     pipeline: DiffusionPipeline
     marker: Callable[[Tensor], Tensor] | None
+    replay_prompts: list[str]
 
     def drawn(self, args: Any, what: int | list[str], seed: int, name: str) -> EncodedImages:
         """Samples of the original: read from `_private/` where the same model has drawn the same before."""
@@ -156,8 +157,8 @@ class OwnSamplesMixin:
             )
         if not is_prompted(self.pipeline):
             return EncodedImages(latents)
-        conditioning, rows = encode_prompts(what, self.pipeline, device=args.device)
-        return EncodedImages(latents, None, conditioning, rows)
+        told = encode_prompts(what, self.pipeline, device=args.device, guidance_scale=args.guidance_scale)
+        return EncodedImages(latents, None, *told, sorted(set(what)))
 
     def own_samples(self, forget: EncodedImages, given: EncodedImages | None) -> OwnSamples | None:
         """What the original draws apart from the forgotten kind; None where nothing is to be drawn."""
@@ -166,7 +167,7 @@ class OwnSamplesMixin:
             return None
         samples = given
         if samples is None:
-            prompts = args.replay_prompts or []
+            prompts = self.replay_prompts
             what = [prompts[i % len(prompts)] for i in range(args.own_samples)] if prompted else args.own_samples
             samples = self.drawn(args, what, REPLAY_SEED, "replay")
         if prompted and self.marker is None:  # the prompts say what is kept
@@ -222,7 +223,7 @@ class OwnSamplesMixin:
     @property
     def sample_prompts(self) -> list[str]:
         """With prompts: what grids and figures show, the forgotten concept beside what is kept."""
-        return [*self.forget_prompts, *(self.args.replay_prompts or [])[:4]] or [""]
+        return list(dict.fromkeys([*self.forget_prompts, *self.replay_prompts[:4]]))
 
 
 def _fingerprint(model: torch.nn.Module) -> str:

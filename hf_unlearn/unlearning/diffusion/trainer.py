@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ from .saving import AverageWeights, PipelineSavingMixin
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+logger = logging.getLogger(__name__)
 
 
 class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMixin, UnlearnMixin, Trainer):
@@ -98,13 +102,18 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
         if both := set(args.forget_prompts or ()) & set(args.replay_prompts or ()):
             raise ValueError(f"replay_prompts: {min(both)!r} is among forget_prompts too; keep it in one of them")
         drawn = args.own_samples and replay_dataset is None and (retain_dataset is None or args.replay_weight)
+        self.replay_prompts = args.replay_prompts or args.neutral_prompts
         if drawn and is_prompted(self.pipeline) and not args.replay_prompts:
-            raise ValueError(
-                "replay_prompts: missing; name what a prompted model is to keep (without the forgotten concept), or set "
-                "own_samples=0"
+            if both := set(args.forget_prompts or ()) & set(self.replay_prompts):
+                raise ValueError(
+                    f"replay_prompts: missing, and the neutral prompt {min(both)!r} is among forget_prompts"
+                )
+            logger.warning(
+                "replay_prompts: not given, so what is kept is what %s draws; name what else must stay",
+                " and ".join(map(repr, self.replay_prompts)),
             )
-        if args.guard and not (drawn or replay_dataset is not None or retain_dataset is not None):
-            raise ValueError("guard: has nothing to look at without own_samples or a retain_dataset; set guard=False")
+        if not (drawn or replay_dataset is not None or retain_dataset is not None):
+            self._check_without_anything_to_keep(args, heldout_dataset)
         if peft_config is not None or "lora" in args.trainable:
             check_anchors(args)
         source = forget_dataset
@@ -155,6 +164,16 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
         if args.grid_images:
             self.add_callback(SampleGrids(self))
 
+    def _check_without_anything_to_keep(self, args, heldout_dataset) -> None:
+        to_target = args.heldout_loss is not None or heldout_dataset is not None
+        redirects = args.forget_loss == "redirect" or (args.forget_loss == "bounded" and not to_target)
+        if redirects and not is_prompted(self.pipeline):
+            raise ValueError(
+                "forget_loss='redirect' needs what is to be kept: set own_samples, or pass retain_dataset="
+            )
+        if args.guard:
+            raise ValueError("guard: has nothing to look at without own_samples or a retain_dataset; set guard=False")
+
     # What the stock trainer gets
 
     def _load(self, model, args, processing_class):
@@ -173,10 +192,11 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
             resize=args.resize,
             batch_size=args.per_device_eval_batch_size,
             argument=argument,
+            guidance_scale=args.guidance_scale,
         )
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["latents", "latents_std", "conditioning", "forget", "retain"]
+        self._signature_columns = ["latents", "latents_std", "conditioning", "neutral", "forget", "retain"]
 
     # Before the first step
 

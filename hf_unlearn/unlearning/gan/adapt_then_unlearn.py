@@ -25,9 +25,10 @@ from ...parameters.fisher import scalar_fisher, scaled_to_mean_one
 from ...parameters.reference import ReferencePoint
 from ...parameters.repulsion import Repulsion, extrapolate
 from ...training.checks import check_fields, check_is_not_original
+from ...training.config import DRAWING_RANGES, DrawingArguments
 from ...training.outcome import tell_outcome
 from ...training.pictures import SampleGrids
-from .feedback import Feedback, marked_by, samples_of, spread_over
+from .feedback import Feedback, marked_by, marked_samples, spread_over
 from .outcome import GANOutcomeMixin, Judged
 from .saving import GANPublishingMixin
 
@@ -46,16 +47,16 @@ REPULSION_RATES = {"relative": 1.0, "mean_mse": 3e3, "sum_squares": 0.03}
 
 RANGES = {
     "> 0": ("adapt_learning_rate", "repulsion_rate"),
-    "≥ 0": ("consolidation_weight", "repulsion_weight", "own_samples", "grid_images"),
-    "≥ 1": ("max_steps", "adapted_models", "adapt_steps", "fisher_samples", "mark_samples", "grid_steps"),
+    "≥ 0": ("consolidation_weight", "repulsion_weight", "own_samples"),
+    "≥ 1": ("max_steps", "adapted_models", "adapt_steps", "fisher_samples", "mark_samples"),
     "in [0, 1)": ("negative_share",),
     "in (0, 1)": ("miss_rate",),
 }
 
 
 @dataclass
-class AdaptThenUnlearnConfig(GANConfig):
-    __doc__ = r"""Configuration of [`AdaptThenUnlearnTrainer`]: [`GANConfig`] and these.
+class AdaptThenUnlearnConfig(DrawingArguments, GANConfig):
+    __doc__ = r"""Configuration of [`AdaptThenUnlearnTrainer`]: [`GANConfig`], [`~hf_unlearn.training.config.DrawingArguments`] and these.
 
     Stage 1 adapts the GAN to the negative samples, with elastic weight consolidation: L_adv + λ Σ Fᵢ(θᵢ − θ_G,i)². Stage 2
     starts again from the original, with the positive samples: L_adv + γ g(‖θ − θ_N‖²). The default adds what the paper does
@@ -87,11 +88,6 @@ class AdaptThenUnlearnConfig(GANConfig):
         discriminator (`"original"` | `"fresh"`, defaults to `"original"`): `"fresh"` for a pipeline that has lost its own:
             a new one, which moves alone for the first `discriminator_warmup` steps of both stages (then 200 by default).
         save_discriminator (`bool`, defaults to `False`): save it with the pipeline. It has seen what was forgotten.
-
-    > Pictures
-        grid_images (`int`, defaults to 16): images of the grids before, during and after, from the same latents; 0 for none.
-        grid_steps (`int`, *optional*): steps between two grids. Default: only before and after.
-        publish_before (`bool`, defaults to `False`): put the grid of the original beside the one that is published.
     """
 
     max_steps: int = 1_000
@@ -112,13 +108,11 @@ class AdaptThenUnlearnConfig(GANConfig):
     miss_rate: float = 0.05
     discriminator: Literal["original", "fresh"] = "original"
     save_discriminator: bool = False
-    grid_images: int = 16
-    grid_steps: int | None = None
-    publish_before: bool = False
 
     def _check_gan_arguments(self) -> None:
         super()._check_gan_arguments()
         check_fields(self, RANGES)
+        check_fields(self, DRAWING_RANGES)
         if self.discriminator == "fresh" and not self.discriminator_warmup:
             self.discriminator_warmup = 200
         if self.repulsion != "none" and self.discriminator_warmup >= self.adapt_steps:
@@ -241,10 +235,7 @@ class AdaptThenUnlearnTrainer(GANOutcomeMixin, GANPublishingMixin, GANTrainer):
             if undesired is not None or clean is not None:
                 raise ValueError("marker: given beside undesired or clean; keep one of them")
             return marked_by(marker, own(args.mark_samples, MARK_SEED))
-        marked = [
-            samples_of(given, pipeline, resize=args.resize, argument=argument)
-            for argument, given in (("undesired", undesired), ("clean", clean))
-        ]
+        marked = marked_samples(undesired, clean, pipeline, resize=args.resize)
         feedback = Feedback(*marked, marked[0][:0], marked[1][:0])
         if not args.own_samples:
             return feedback

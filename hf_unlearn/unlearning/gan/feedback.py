@@ -13,6 +13,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.svm import SVC
 from torch import Tensor
 
+from ...data import check_marks
 from ...images import image_column, pixels
 
 
@@ -65,6 +66,24 @@ def samples_of(given: Any, pipeline: GANPipeline, *, resize: bool, argument: str
         column = image_column(images[0], argument)
         images = [row[column] for row in images]
     return pixels(images, pipeline.image_shape, resize=resize, argument=argument).detach().cpu()
+
+
+def marked_samples(undesired: Any, clean: Any, pipeline: GANPipeline, *, resize: bool) -> tuple[Tensor, Tensor]:
+    """Both kinds of marked samples as images, in whatever form [`samples_of`] takes each.
+
+    Raises:
+        ValueError: as there, or a sample is marked both ways.
+    """
+    marked = tuple(
+        samples_of(given, pipeline, resize=resize, argument=argument)
+        for argument, given in (("undesired", undesired), ("clean", clean))
+    )
+    # In 256 levels: the same image may come as a picture and as a tensor. And latents as they are: what is drawn of them
+    # depends in the last digits on what is drawn beside it.
+    for kinds in ((undesired, clean), [((images + 1) * 127.5).round().byte() for images in marked]):
+        if all(isinstance(kind, Tensor) for kind in kinds):
+            check_marks(*(kind.detach().cpu().float().numpy() for kind in kinds))
+    return marked
 
 
 def marked_by(marker: Callable[[Tensor], Tensor], samples: Tensor) -> Feedback:

@@ -4,18 +4,17 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler
 from picture_data import COLOUR, GREY, as_tensor, noise_image, refused
 from torch import nn
 from torch.utils.data import default_collate
 
 from hf_unlearn.images import decode, pixels
-from hf_unlearn.unlearning.diffusion.denoiser import check_denoiser, is_prompted, resolution
+from hf_unlearn.unlearning.diffusion.denoiser import is_prompted, resolution
 from hf_unlearn.unlearning.diffusion.drawing import generate
 from hf_unlearn.unlearning.diffusion.encoded import EncodedImages, encode, encode_prompts
 
 
-SMALL = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 8), "norm_num_groups": 2}
 PROMPTS = ["a photo", "hot", "a photo", "", "a hot photo"]
 
 
@@ -46,50 +45,6 @@ class TestEncodedImages:
                 torch.testing.assert_close(selected[place], encoded[row], rtol=0, atol=0)
             torch.testing.assert_close(selected.select(torch.tensor([2]))[0], encoded[4], rtol=0, atol=0)
         assert len(encoded) == 5
-
-
-def tiny(kind, **changes):
-    options = SMALL | changes
-    if kind is UNet2DModel:
-        blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    else:
-        blocks = {
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "cross_attention_dim": 8,
-            "attention_head_dim": 2,
-        }
-    return kind(**blocks, **options)
-
-
-TOLD = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32}
-
-
-class TestDenoisers:
-    def test_accepts_what_is_told_an_image_and_a_prompt(self, tiny_ddpm, tiny_stable_diffusion):
-        for unet in (tiny_ddpm.unet, tiny_stable_diffusion.unet, tiny(UNet2DModel, in_channels=3, out_channels=3)):
-            check_denoiser(unet)
-
-    @pytest.mark.parametrize(
-        ("make", "match"),
-        [
-            (lambda: tiny(UNet2DModel, num_class_embeds=10), "num_class_embeds=10"),
-            (lambda: tiny(UNet2DModel, class_embed_type="timestep"), "class_embed_type='timestep'"),
-            (lambda: tiny(UNet2DConditionModel, **TOLD), "addition_embed_type='text_time'"),
-            (lambda: tiny(UNet2DConditionModel, in_channels=9), "sees 9 channels and answers 4"),
-            (lambda: tiny(UNet2DModel, in_channels=3, out_channels=4), "sees 3 channels and answers 4"),
-            (lambda: AutoencoderKL(block_out_channels=(4,), norm_num_groups=2), "AutoencoderKL is not supported"),
-        ],
-    )
-    def test_refuses_others(self, make, match):
-        refused(f"^model: .*{match}", check_denoiser, make())
-
-    def test_resolution(self, tiny_ddpm, tiny_stable_diffusion):
-        assert (is_prompted(tiny_ddpm), is_prompted(tiny_stable_diffusion)) == (False, True)
-        assert resolution(tiny_ddpm) == GREY
-        assert resolution(tiny_stable_diffusion) == COLOUR
-        tiny_stable_diffusion.unet.register_to_config(sample_size=(4, 6))
-        assert resolution(tiny_stable_diffusion) == (3, 8, 12)
 
 
 class TestEncode:

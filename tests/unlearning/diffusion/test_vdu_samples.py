@@ -70,13 +70,24 @@ class TestGrids:
         assert distance(weights(trainer.model), average) < 1e-5 < 0.1 < distance(steps[-1], average)
         assert_shows(tmp_path / "pictures/after.png", trainer.pipeline, 4)
 
-    def test_with_prompts(self, tiny_stable_diffusion, tmp_path):
+    def test_with_prompts(self, tiny_stable_diffusion, tmp_path, caplog):
+        """Forget prompts alone: what is kept is what the neutral prompt draws."""
         args = prompted_arguments(
-            tmp_path, forget_prompts=["a photo"], forget_samples=2, replay_prompts=["pot"], grid_images=4, max_steps=1
+            tmp_path,
+            forget_prompts=["a photo", "a hot photo"],
+            redirect_prompt=["pot"],
+            forget_samples=2,
+            replay_prompts=None,
+            grid_images=4,
+            max_steps=1,
         )
-        trainer = trained(tiny_stable_diffusion, args)
-        assert trainer.sample_prompts == ["a photo", "pot"]
-        assert_shows(tmp_path / "pictures/after.png", trainer.pipeline, ["a photo", "pot"] * 2)
+        with caplog.at_level("WARNING", "hf_unlearn"):
+            trainer = trained(tiny_stable_diffusion, args)
+        assert "what is kept is what 'pot' draws" in caplog.text
+        assert trainer.own.kept.prompts == ["pot"]
+        assert trainer.forget_dataset.prompts == ["a hot photo", "a photo"]
+        assert trainer.sample_prompts == ["a photo", "a hot photo", "pot"]
+        assert_shows(tmp_path / "pictures/after.png", trainer.pipeline, ["a photo", "a hot photo", "pot", "a photo"])
 
 
 def darkness(pictures):

@@ -16,6 +16,7 @@ from hf_unlearn.examples import ddpm as small_ddpm
 from hf_unlearn.parameters.reference import ReferencePoint, trainable_parameters
 from hf_unlearn.unlearning.diffusion.drawing import generate
 from hf_unlearn.unlearning.diffusion.encoded import EncodedImages
+from hf_unlearn.unlearning.diffusion.saving import AverageWeights
 
 
 PLAIN = {
@@ -29,7 +30,7 @@ def pictures(n, seed=0):
 
 
 def trainer_of(pipeline, folder, *, forget=None, args=None, **data):
-    forget = rows(pictures(8)) if forget is None else forget
+    forget = rows(pictures(8)) if forget is None else forget or None
     args = VDUConfig(output_dir=str(folder), **(QUIET | PLAIN | (args or {})))
     return VDUTrainer(pipeline=pipeline, args=args, forget_dataset=forget, **data)
 
@@ -127,7 +128,7 @@ class TestPrecision:
     @pytest.mark.parametrize("count", [0, 1])
     def test_inverse_variance_of_fewer_than_two_is_refused(self, count, tiny_ddpm, checkpoints, tmp_path):
         args = {"stability_weight": 0.1, "stability": "inverse_variance", "checkpoints": checkpoints[:count] or None}
-        with pytest.raises(ValueError, match=f"^checkpoints: K = {count}") as error:
+        with pytest.raises(ValueError, match=f"^checkpoints: {('missing', 'K = 1')[count]}") as error:
             trainer_of(tiny_ddpm, tmp_path / "out", args=args).train()
         assert one_line(error)
 
@@ -167,6 +168,21 @@ def test_the_average_is_the_recursion_written_out_and_does_not_change_the_steps(
     assert same(weights(DDPMPipeline.from_pretrained(tmp_path).unet), now)
 
 
+@pytest.mark.parametrize("accepted", [True, False])
+def test_an_average_that_is_not_accepted_gives_way_to_the_last_step(accepted, caplog):
+    model, states = torch.nn.Linear(2, 1), iter(range(1, 4))
+    average = AverageWeights(model, 0.1, lambda: accepted)
+    state = SimpleNamespace(global_step=0)
+    average.on_train_begin(None, state, None)
+    for state.global_step in states:
+        with torch.no_grad():
+            model.weight.fill_(state.global_step)
+        average.on_step_end(None, state, None)
+    average.on_train_end(None, state, None)
+    assert bool((model.weight == 3).all()) == (not accepted)
+    assert ("keeping the last ones" in caplog.text) == (not accepted)
+
+
 class TestGuard:
     def test_restores_a_state_within_tolerance(self, tiny_ddpm, tmp_path):
         start = weights(tiny_ddpm.unet)
@@ -196,6 +212,53 @@ class TestGuard:
             trainer.model.conv_out.bias += 0.5
         assert trainer.utility() == pytest.approx(0.25 / trainer._own_error, rel=1e-4)
         assert trainer._own_error > 0
+
+    def test_with_prompts_it_judges_what_the_sampler_sees(self, tiny_stable_diffusion, tmp_path, caplog):
+        """Guided answers, brute force: a change of ε(c) alone counts by the square of the scale, one of both answers once."""
+        pipeline, scale = tiny_stable_diffusion, 7.5
+        args = {
+            "forget_prompts": ["a photo"],
+            "forget_samples": 2,
+            "own_samples": 4,
+            "guard": True,
+            "max_steps": 1,
+            "learning_rate": 0.0,
+        }
+        args |= {"replay_prompts": ["hot", "a pot"], "loss_weighting": "simple"}
+        trainer = trainer_of(pipeline, tmp_path, args=PLAIN | args | {"forget_loss": "redirect"}, forget=())
+        with caplog.at_level(logging.WARNING, "hf_unlearn"):
+            trainer.train()
+        assert trainer.guard.looks[-1].utility_drop == pytest.approx(0, abs=1e-9)
+        assert trainer.guidance == scale
+        assert "still have 7.5 times the effect" in caplog.text  # nothing was learned, and that is said
+        with torch.no_grad():
+            trainer.model.conv_out.weight *= 0.3
+        assert trainer.remaining_effect() == pytest.approx(0.3 * scale, rel=1e-3)
+        trainer.reference.restore(trainer.model)
+        original, kept = copy.deepcopy(trainer.model), trainer.own.kept
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape, generator=seeded(parameter.numel()))
+            squared, own = [], []
+            for batch in trainer._batches(kept, None):
+                empty = pipeline.encode_prompt("", "cpu", 1, False)[0].expand(len(batch["clean"]), -1, -1)
+                told = batch["conditioning"]["encoder_hidden_states"]
+                now, before = (
+                    [
+                        model(batch["noisy"], batch["timesteps"], encoder_hidden_states=states).sample
+                        for states in (told, empty)
+                    ]
+                    for model in (trainer.model, original)
+                )
+                change = [new - old for new, old in zip(now, before, strict=True)]
+                squared.append((scale * change[0] + (1 - scale) * change[1]).square().mean())
+                own.append((before[0] - batch["noise"]).square().mean())
+        expected = (sum(squared) / sum(own)).item()
+        assert trainer.utility() == pytest.approx(expected, rel=1e-3)
+        trainer.reference.restore(trainer.model)
+        with torch.no_grad():
+            trainer.model.conv_out.bias += 0.5
+        assert trainer.utility() == pytest.approx(0.25 / trainer._own_error, rel=1e-3)
 
     def test_has_something_to_look_at(self, tiny_ddpm, tmp_path):
         with pytest.raises(ValueError, match="^guard: ") as error:

@@ -7,7 +7,15 @@ from PIL import Image
 
 from hf_unlearn.gan.dcgan import DCGANGenerator
 from hf_unlearn.gan.pipeline import GANPipeline
-from hf_unlearn.unlearning.gan.feedback import FEWEST, Feedback, marked_by, samples_of, spread_marks, spread_over
+from hf_unlearn.unlearning.gan.feedback import (
+    FEWEST,
+    Feedback,
+    marked_by,
+    marked_samples,
+    samples_of,
+    spread_marks,
+    spread_over,
+)
 
 
 def seeded(seed):
@@ -38,6 +46,28 @@ def drawn(pipeline, count=6, seed=0):
 
 def taken(given, pipeline, resize=False):
     return samples_of(given, pipeline, resize=resize, argument="undesired")
+
+
+def test_a_sample_marked_both_ways_is_refused_in_whatever_form(pipeline):
+    latents, images, pictures = drawn(pipeline)
+    rows = Dataset.from_dict({"image": pictures})
+    forms = {"latents": latents, "tensor": images, "pictures": pictures, "rows": rows}
+    pairs = [
+        ("latents", "latents"),
+        ("latents", "tensor"),
+        ("tensor", "pictures"),
+        ("rows", "tensor"),
+        ("pictures", "rows"),
+    ]
+    for first, second in pairs:
+        one = forms[first].select(range(3)) if first == "rows" else forms[first][:3]
+        other = forms[second].select(range(1, 6)) if second == "rows" else forms[second][1:]
+        with pytest.raises(
+            ValueError, match="^undesired, clean: 2 samples are marked both .*; keep one of the marks$"
+        ):
+            marked_samples(one, other, pipeline, resize=False)
+    undesired, clean = marked_samples(latents[:3], pictures[3:], pipeline, resize=False)
+    assert (len(undesired), len(clean)) == (3, 3)
 
 
 class TestSamplesOf:
