@@ -136,13 +136,17 @@ class FASTSafetyChecker(PreTrainedModel):
     # Judging
 
     @torch.no_grad()
-    def judge(self, inputs: Any, *, batch_size: int | None = None) -> Verdict:
+    def judge(
+        self, inputs: Any, *, batch_size: int | None = None, value_range: tuple[float, float] | None = None
+    ) -> Verdict:
         """Flags and scores: the one place that decides.
 
         Args:
             inputs: PIL images, or images `[n, channels, height, width]` in [−1, 1]; texts, for a filter of texts; latents
                 `[n, …]`, for one without encoder.
             batch_size (`int`, *optional*): of the encoder.
+            value_range (`(-1, 1)` or `(0, 1)`, *optional*): of a tensor of images. By default (−1, 1), and a tensor without a value
+                below 0 is refused: in [0, 1], as a pipeline gives it with `output_type="pt"`, all of it would seem bright.
 
         Returns:
             [`Verdict`]: on the CPU.
@@ -155,7 +159,7 @@ class FASTSafetyChecker(PreTrainedModel):
                 raise ValueError(f"encoder: missing; pass the one it was fitted with, {self._encoder_name()}")
             embeddings = as_rows(inputs, "inputs")
         else:
-            embeddings = self.encoder(inputs, batch_size=batch_size)
+            embeddings = self.encoder(inputs, batch_size=batch_size, value_range=value_range)
         if embeddings.shape[1] != self.bank.dimension:
             raise ValueError(
                 f"inputs: give embeddings of {embeddings.shape[1]} numbers, the filter was fitted on {self.bank.dimension}"
@@ -173,14 +177,15 @@ class FASTSafetyChecker(PreTrainedModel):
                 images itself. With it the answer is the slot's, `(images, flags)`.
         """
         in_slot = clip_input is not None
-        seen = images
+        seen, value_range = images, None
         if isinstance(images, np.ndarray) and self.encoder is not None:
             if images.ndim != 4:
                 raise ValueError(f"images: an array must be [n, height, width, channels], got {list(images.shape)}")
-            seen = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) * 2 - 1
+            seen, value_range = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), (0, 1)
         if in_slot and isinstance(seen, Tensor):
-            seen = seen.clamp(-1, 1)  # what a VAE decodes is not clamped yet; NaN stays NaN
-        verdict = self.judge(seen)
+            value_range = value_range or (-1, 1)
+            seen = seen.clamp(*value_range)  # what a VAE decodes is not clamped yet; NaN stays NaN
+        verdict = self.judge(seen, value_range=value_range)
         flags = verdict.flags.tolist()
         if self.action == "blank":
             # diffusers 0.42 takes flagged tensors as they are, in [0, 1], and scales the others from [−1, 1].

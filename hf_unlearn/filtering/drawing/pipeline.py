@@ -191,7 +191,7 @@ class FilteredPipeline(PipelineWrapper):
         return Drawn(output, images if as_latents else shown, flags | ~finite, scores)
 
     def _judge(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        flags, scores = self.safety_checker.judge(inputs)
+        flags, scores = self.safety_checker.judge(inputs, value_range=(-1, 1))
         if flags.shape != (len(inputs),) or flags.dtype != torch.bool or len(scores) != len(inputs):
             raise ValueError(f"safety_checker: judged {list(flags.shape)} of {len(inputs)} images")
         return flags.cpu().clone(), scores.float().cpu().clone()

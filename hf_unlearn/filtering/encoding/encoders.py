@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ...images import check_value_range, signed
 from ...modes import in_eval_mode
 from .checkpoints import (
     KINDS,
@@ -202,7 +203,11 @@ class FilterEncoder(LoadsEncoders, nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, inputs: Sequence[Image.Image] | Tensor | Sequence[str], *, batch_size: int | None = None
+        self,
+        inputs: Sequence[Image.Image] | Tensor | Sequence[str],
+        *,
+        batch_size: int | None = None,
+        value_range: tuple[float, float] | None = None,
     ) -> Tensor:
         """One embedding an input.
 
@@ -210,6 +215,8 @@ class FilterEncoder(LoadsEncoders, nn.Module):
             inputs (list of `PIL.Image.Image`, `Tensor` `[n, c, h, w]` in [-1, 1], or list of `str`): as for
                 [`ImagePreprocessing.prepare`], or texts, which are cut after `max_length` tokens.
             batch_size (`int`, *optional*, defaults to 32): inputs at a time.
+            value_range (`(-1, 1)` or `(0, 1)`, *optional*): of a tensor of floats. By default (−1, 1), and a tensor without a
+                value below 0 is refused, since nearly always it is in [0, 1].
 
         Returns:
             `Tensor`: `[n, d]`, fp32, on the model's device. NaN where an image has a pixel that is not finite.
@@ -221,6 +228,9 @@ class FilterEncoder(LoadsEncoders, nn.Module):
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size: must be a positive whole number, got {batch_size!r}")
         embed = self._embed_texts if self.kind == "text" else self._embed_images
+        check_value_range(value_range)
+        if self.kind != "text" and isinstance(inputs, Tensor) and inputs.ndim == 4:
+            inputs = signed(inputs, "images", value_range=value_range)
         with in_eval_mode(self.model), torch.autocast(self.device.type, enabled=False):
             embeddings = torch.cat([self._checked(embed(batch), len(batch)) for batch in _batches(inputs, batch_size)])
         return F.normalize(embeddings, dim=-1) if self.normalize else embeddings

@@ -241,7 +241,11 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
             return feedback
 
         def features(images: Tensor) -> Tensor:
-            return images if extractor is None else features_of(images, extractor, name="marks").values
+            return (
+                images
+                if extractor is None
+                else features_of(images, extractor, name="marks", value_range=(-1, 1)).values
+            )
 
         samples = own(args.own_samples, OWN_SEED)
         return spread_over(feedback, samples, features, miss_rate=args.miss_rate, seed=args.seed)

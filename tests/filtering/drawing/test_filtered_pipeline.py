@@ -865,7 +865,7 @@ class TestFittedFilter:
     def test_an_encoder_of_the_users_own(self, gan, tmp_path):
         encoder = FilterEncoder.own(lambda images: images.mean((2, 3)), name="mean colours", channels=3)
         noise = torch.rand(40, 3, 8, 8, generator=seeded())
-        fitter = FASTFitter(encoder, score="mean_difference").update(undesired=noise[:20], clean=noise[20:] - 1)
+        fitter = FASTFitter(encoder, score="mean_difference").update(undesired=noise[:20] - 0.1, clean=noise[20:] - 1)
         pipe = FilteredPipeline(gan.pipeline, fitter.fit(threshold="pooled_mean").checker())
         pipe.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="^encoder: the filter was fitted with the user's own"):
