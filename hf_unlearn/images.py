@@ -164,7 +164,7 @@ def pixels(
     *,
     resize: bool,
     argument: str = "forget_dataset",
-    first: int = 0,
+    rows: Sequence[int | str] | None = None,
     whole: bool = True,
 ) -> Tensor:
     """Images as tensors in [−1, 1], `[n, channels, height, width]`, fp32.
@@ -173,12 +173,13 @@ def pixels(
         images: PIL images as for [`of_pil`], or arrays and tensors `[channels, height, width]` as for [`signed`].
         shape: `(channels, height, width)` of the model.
         resize (`bool`): fit PIL images to the model: the short side scaled (bicubic), the rest cropped at the centre.
-        first (`int`, defaults to 0): row of the first one, for errors.
+        rows (`Sequence`, *optional*): what to call them in an error: which rows of a dataset they are. Default: from 0.
         whole (`bool`, defaults to `True`): see [`signed`].
 
     Raises:
         ValueError: another size or number of channels, values that are not as they must be, or pixels that are not finite.
     """
+    rows = range(len(images)) if rows is None else rows
     if isinstance(images, Tensor):
         if len(images):
             _check_shape(images[0], shape, argument)
@@ -187,7 +188,7 @@ def pixels(
     else:
         made = [
             _fitting(image, shape, resize, f"{argument}: image {row}", argument)
-            for row, image in enumerate(images, first)
+            for row, image in zip(rows, images, strict=True)
         ]
         known = torch.tensor(
             [is_pil(image) or tensor.dtype in BY_TYPE for image, tensor in zip(images, made, strict=True)]
@@ -195,7 +196,7 @@ def pixels(
         tensors = torch.stack([signed(tensor, argument, whole=False) for tensor in made])
     if not (finite := tensors.isfinite().flatten(1).all(1)).all():
         raise ValueError(
-            f"{argument}: an image holds NaN or infinite pixels (row {first + int(finite.int().argmin())}); remove it"
+            f"{argument}: an image holds NaN or infinite pixels (row {rows[int(finite.int().argmin())]}); remove it"
         )
     if whole and not known.all():
         check_signed(*tensors[~known].aminmax(), argument)
@@ -254,9 +255,9 @@ def _by_band(image: Tensor, resized: Callable[[Image.Image], Image.Image]) -> Te
 def look(dataset: Any, column: str, shape: tuple[int, int, int], *, resize: bool, argument: str) -> None:
     """Refuse a dataset of which some rows, the first and others all over it, do not fit a model: see [`pixels`]."""
     rows = sorted({round(place) for place in np.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset)))})
-    images = [image for row in rows if (image := dataset[row][column]) is not None]
+    images = {row: image for row in rows if (image := dataset[row][column]) is not None}
     if images:
-        pixels(images, shape, resize=resize, argument=argument)
+        pixels(list(images.values()), shape, resize=resize, argument=argument, rows=list(images))
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:

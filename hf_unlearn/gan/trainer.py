@@ -120,7 +120,8 @@ class GANTrainer(GANSavingMixin, Trainer):
     def _pixels(self, rows: Sequence[dict[str, Any]], argument: str) -> Tensor:
         column = image_column(rows[0], argument)
         shape = self.pipeline.image_shape
-        return pixels([row[column] for row in rows], shape, resize=self.resize, argument=argument, whole=False)
+        images, names = [row[column] for row in rows], ["of a batch"] * len(rows)
+        return pixels(images, shape, resize=self.resize, argument=argument, rows=names, whole=False)
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if isinstance(rows[0], Checked):

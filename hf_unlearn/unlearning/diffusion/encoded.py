@@ -97,9 +97,8 @@ def encode(
         for name in (column, prompt_column) if prompted else (column,):
             if empty := [begin + row for row, values in enumerate(rows) if values[name] is None]:
                 raise ValueError(f"{argument}: row {empty[0]} has no {name}; remove it or fill it in")
-        images = pixels(
-            [row[column] for row in rows], shape, resize=resize, argument=argument, first=begin, whole=False
-        )
+        images, numbers = [row[column] for row in rows], range(begin, begin + len(rows))
+        images = pixels(images, shape, resize=resize, argument=argument, rows=numbers, whole=False)
         if not prompted:
             means.append(images)
             continue
