@@ -106,6 +106,8 @@ class GANTrainer(GANSavingMixin, Trainer):
         """The dataset, after a look at its first row."""
         if isinstance(dataset, dict):
             raise ValueError(f"{argument}: is a dict; pass one dataset, and others to evaluate()")
+        if isinstance(dataset, ImageTensors):
+            return dataset
         if isinstance(dataset, Tensor):
             return ImageTensors(pixels(dataset, self.pipeline.image_shape, resize=self.resize, argument=argument))
         look(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock, RLock
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,7 +24,7 @@ from ..checker import FASTSafetyChecker
 from . import saved
 from .actions import Action, FilteredImageError, check_action, replaced
 from .calls import Call
-from .formats import as_tensor, asked_for, check_output_type, converted, decoded
+from .formats import as_tensor, asked_for, check_fields, check_output_type, content_of, converted, decoded
 from .outputs import Drawn, as_tuple, with_verdict
 from .wrapper import PipelineWrapper
 
@@ -33,8 +36,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _OWN = ("pipeline", "safety_checker")
-# What diffusers 0.42 calls the arguments of pipelines for videos and sound.
-_NO_IMAGES = ("num_frames", "audio_length_in_s", "audio_end_in_s", "num_waveforms_per_prompt")
+# A pipeline holds the state of a call: its scheduler's, a callback's. One lock for each, whatever filters are on it.
+_LOCKS: WeakKeyDictionary[DiffusionPipeline, RLock] = WeakKeyDictionary()
+_LOCK = Lock()
 
 
 class FilteredPipeline(PipelineWrapper):
@@ -72,6 +76,8 @@ class FilteredPipeline(PipelineWrapper):
         ValueError: no filter of images, or a pipeline that draws none.
     """
 
+    _own = (*PipelineWrapper._own, *_OWN, "action", "max_tries")
+
     def __init__(
         self,
         pipeline: DiffusionPipeline,
@@ -102,7 +108,14 @@ class FilteredPipeline(PipelineWrapper):
             FilteredImageError: with `"raise"`.
         """
         action = self.action if filter_action is None else check_action(filter_action, "filter_action")
-        call = Call(self.pipeline, args, kwargs)
+        try:
+            with _lock_of(self.pipeline):
+                return self._filtered(Call(self.pipeline, args, kwargs), action)
+        except BaseException as error:
+            _forget_locals(error)
+            raise
+
+    def _filtered(self, call: Call, action: Action) -> BaseOutput | tuple:
         wanted = call["output_type"]
         check_output_type(self.pipeline, wanted)
         if wanted == "latent" and (callable(action) or action == "blur"):
@@ -113,7 +126,7 @@ class FilteredPipeline(PipelineWrapper):
         images = self._act(drawn, action)
         output = with_verdict(
             drawn.output,
-            images=images if wanted == "latent" else converted(images, wanted, self.pipeline),
+            **{drawn.content: images if wanted == "latent" else converted(images, wanted, self.pipeline)},
             filtered=drawn.flags.tolist(),
             filter_scores=drawn.scores,
             filter_tries=tries.tolist(),
@@ -172,23 +185,30 @@ class FilteredPipeline(PipelineWrapper):
 
     def _draw(self, call: Call, verdict: tuple[Tensor, Tensor] | None = None) -> Drawn:
         output = call()
-        if not is_dataclass(output) or not hasattr(output, "images"):
+        if not is_dataclass(output):
             raise ValueError(f"pipeline: gives a {type(output).__name__} without images, so nothing can be filtered")
-        beside = [key for key, value in vars(output).items() if key.endswith("_images") and value is not None]
-        if beside:
-            raise ValueError(f"pipeline: gives {beside[0]} too, which are not filtered")
-        images = output.images
+        given = [item.name for item in fields(output) if getattr(output, item.name) is not None]
+        content = check_fields(type(self.pipeline).__name__, type(output).__name__, given)
+        images = getattr(output, content)
         as_latents = call["output_type"] == "latent"
         shown, finite = decoded(images, self.pipeline) if as_latents else as_tensor(images)
         if verdict is None:
             # What is not finite is not released, whatever an encoder makes of it.
             whole = shown if finite.all() else shown.nan_to_num(0)
-            verdict = self._judge((whole.float() * 2).sub_(1))
+            verdict = self._judge_shown((whole.float() * 2).sub_(1))
             verdict[1][~finite] = torch.nan
         flags, scores = verdict
         if len(flags) != len(shown):
             raise ValueError(f"pipeline: drew {len(shown)} images of {len(flags)} latents")
-        return Drawn(output, images if as_latents else shown, flags | ~finite, scores)
+        return Drawn(output, images if as_latents else shown, flags | ~finite, scores, content)
+
+    def _judge_shown(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Of videos every frame, and each by its worst one."""
+        if images.ndim == 4:
+            return self._judge(images)
+        flags, scores = self._judge(images.flatten(0, 1))
+        videos = images.shape[:2]
+        return flags.view(videos).any(1), scores.view(*videos, -1).amax(1)  # NaN is above all
 
     def _judge(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         flags, scores = self.safety_checker.judge(inputs, value_range=(-1, 1))
@@ -371,12 +391,24 @@ class FilteredPipeline(PipelineWrapper):
             super().__setattr__(name, value)
 
 
+def _lock_of(pipeline: DiffusionPipeline) -> RLock:
+    with _LOCK:
+        return _LOCKS.setdefault(pipeline, RLock())
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Whoever keeps an error keeps its frames, and in them would be images that the filter has not released."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 def _check_pipeline(pipeline: Any) -> None:
     if not isinstance(pipeline, DiffusionPipeline) or isinstance(pipeline, FilteredPipeline):
         raise ValueError(f"pipeline: is a {type(pipeline).__name__}, must be a pipeline of diffusers without a filter")
-    arguments = inspect.signature(pipeline.__call__).parameters
-    if not {"output_type", "return_dict"} <= set(arguments) or not set(_NO_IMAGES).isdisjoint(arguments):
-        raise ValueError(f"pipeline: {type(pipeline).__name__} draws no images that can be filtered")
+    content_of(pipeline)
 
 
 def _check_filter(checker: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...gan.config import GANConfig
 from ...gan.dcgan import DCGANDiscriminator
 from ...gan.pipeline import GANPipeline
-from ...gan.players import as_pipeline, check_players
+from ...gan.players import ImageTensors, as_pipeline, check_players
 from ...gan.trainer import GANTrainer
 from ...metrics.features import features_of
 from ...modes import seeded_generator
@@ -26,7 +26,7 @@ from ...parameters.reference import ReferencePoint
 from ...parameters.repulsion import Repulsion, extrapolate
 from ...training.checks import check_fields, check_is_not_original
 from ...training.pictures import SampleGrids
-from .feedback import Feedback, marked_by, samples_of, spread_over
+from .feedback import Feedback, both_of, marked_by, spread_over
 from .saving import GANPublishingMixin
 
 
@@ -232,10 +232,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
             if undesired is not None or clean is not None:
                 raise ValueError("marker: given beside undesired or clean; keep one of them")
             return marked_by(marker, own(args.mark_samples, MARK_SEED))
-        marked = [
-            samples_of(given, pipeline, resize=args.resize, argument=argument)
-            for argument, given in (("undesired", undesired), ("clean", clean))
-        ]
+        marked = both_of(undesired, clean, pipeline, resize=args.resize)
         feedback = Feedback(*marked, marked[0][:0], marked[1][:0])
         if not args.own_samples:
             return feedback
@@ -281,7 +278,7 @@ class AdaptThenUnlearnTrainer(GANPublishingMixin, GANTrainer):
         logger.info(
             "adapting model %d of %d to %d undesired", k + 1, self.args.adapted_models, len(self.source_dataset)
         )
-        trainer = GANTrainer(players, stage, train_dataset=self.feedback.undesired)
+        trainer = GANTrainer(players, stage, train_dataset=ImageTensors(self.feedback.undesired))
         trainer.anchor = self.build_consolidation()
         trainer.train()
         adapted = {name: value.detach() for name, value in trainer.averaged.named_parameters()}

@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.svm import SVC
 from torch import Tensor
 
-from ...images import image_column, pixels
+from ...images import check_signed, image_column, pixels
 
 
 if TYPE_CHECKING:
@@ -64,7 +64,20 @@ def samples_of(given: Any, pipeline: GANPipeline, *, resize: bool, argument: str
     if isinstance(images[0], dict):
         column = image_column(images[0], argument)
         images = [row[column] for row in images]
-    return pixels(images, pipeline.image_shape, resize=resize, argument=argument).detach().cpu()
+    # A few marked samples may well be bright, all of them.
+    return pixels(images, pipeline.image_shape, resize=resize, argument=argument, whole=False).detach().cpu()
+
+
+def both_of(undesired: Any, clean: Any, pipeline: GANPipeline, *, resize: bool) -> tuple[Tensor, Tensor]:
+    """Marked samples of both kinds as images: see [`samples_of`].
+
+    Raises:
+        ValueError: as there, or samples that are in [0, 1] by all appearance.
+    """
+    given = {"undesired": undesired, "clean": clean}
+    marked = [samples_of(value, pipeline, resize=resize, argument=name) for name, value in given.items()]
+    check_signed(*torch.cat(marked).aminmax(), "undesired, clean")
+    return marked[0], marked[1]
 
 
 def marked_by(marker: Callable[[Tensor], Tensor], samples: Tensor) -> Feedback:
