@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from pathlib import Path
@@ -25,11 +23,13 @@ from .config import ACTIONS, DOWNLOAD_OPTIONS, SCHEMA_VERSION, SUFFIXES, FASTCon
 from .encoding.checkpoints import dtype_of
 from .encoding.encoders import FilterEncoder
 from .encoding.latents import as_rows
+from .integrity import check_size, fingerprint, fingerprint_of_scores
 from .scores import ScoreBank
 
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+    from transformers import CLIPImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ class FASTSafetyChecker(PreTrainedModel):
     ```python
     checker = FASTSafetyChecker.from_pretrained("me/no-weapons")
     output = checker(images)  # output.images, output.flags, output.scores
-    pipe = StableDiffusionPipeline.from_pretrained("…", safety_checker=checker)  # in place of the stock one
+    slot = {"safety_checker": checker, "feature_extractor": checker.feature_extractor}
+    pipe = StableDiffusionPipeline.from_pretrained("…", **slot)  # in place of the stock one
     ```
 
     Args:
@@ -73,6 +74,11 @@ class FASTSafetyChecker(PreTrainedModel):
             raise ValueError(f"action={config.action!r}: must be one of {', '.join(ACTIONS)}")
         if config.action == "flag":
             logger.warning(GIVES_OUT)
+        limits = {"components": config.embedding_size, "directions": config.components * len(config.concepts)}
+        for name, most in limits.items():
+            value = getattr(config, name)
+            if type(value) is not int or not 0 <= value <= most:
+                raise ValueError(f"{name}={value!r}: must be from 0 to {most}; fit the filter again")
         self.bank = ScoreBank(config.embedding_size, len(config.concepts), config.components, config.directions)
         self.encoder: FilterEncoder | None = None
         spec = config.encoder_spec
@@ -119,6 +125,15 @@ class FASTSafetyChecker(PreTrainedModel):
         entry = self.config.concepts[index]
         entry["threshold"] = {"value": float(self.bank.threshold[index]), "rule": "fixed", "promise": None}
         entry["figures"] = {}
+
+    @property
+    def feature_extractor(self) -> CLIPImageProcessor:
+        """What Stable Diffusion's pipelines want beside a safety checker; the filter prepares the images itself and looks at nothing
+        that comes out of it.
+        """
+        from transformers import CLIPImageProcessor
+
+        return CLIPImageProcessor()
 
     @property
     def action(self) -> str:
@@ -211,7 +226,7 @@ class FASTSafetyChecker(PreTrainedModel):
             self.config.encoder_spec = encoder.spec
             has_weights = not encoder.stored and encoder.model.state_dict()
             self.config.encoder_fingerprint = encoder.fingerprint() if has_weights else None
-        self.config.fingerprint = _fingerprint(self.bank, self.config)
+        self.config.fingerprint = fingerprint(self.config, self.bank, self.encoder)
         state = self.state_dict()
         if encoder is not None and not encoder.stored:
             state = {name: value for name, value in state.items() if not name.startswith("encoder.")}
@@ -249,11 +264,18 @@ class FASTSafetyChecker(PreTrainedModel):
         folder = Path(name)
         if not folder.is_dir():
             patterns = [f"{subfolder}/*.{suffix}" if subfolder else f"*.{suffix}" for suffix in SUFFIXES]
-            folder = Path(snapshot_download(name, allow_patterns=patterns, **hub))
+            try:
+                folder = Path(snapshot_download(name, allow_patterns=patterns, **hub))
+            except (OSError, ValueError) as error:
+                raise OSError(
+                    f"{name!r}: is no folder, and cannot be had from the Hub ({first_line(error)})"
+                ) from error
         folder = folder / subfolder
         if not (folder / "config.json").is_file():
             raise OSError(f"{name}: has no config.json of a filter{f' in {subfolder}' if subfolder else ''}")
         try:
+            with torch.device("meta"):
+                check_size(cls(FASTConfig.from_pretrained(folder)), folder, name)
             checker, info = super().from_pretrained(
                 folder,
                 *model_args,
@@ -273,21 +295,32 @@ class FASTSafetyChecker(PreTrainedModel):
         if kwargs.get("device_map") is None and any(p.is_meta for p in checker.parameters()):
             raise ValueError(f"{name}: weights of the filter were not loaded; save it again")
         checker.config._name_or_path = name
-        checker._check_weights(name)
         checker._attach(
             encoder, folder, {key: value for key, value in hub.items() if key not in ("revision", "proxies")}
         )
+        checker._check_weights(name)
         checker._cast_encoder(next((dtype for dtype in wanted if dtype not in (None, "auto")), None))
         return (checker, info) if info_wanted else checker
 
     def _check_weights(self, name: str) -> None:
-        if self.config.fingerprint != _fingerprint(self.bank, self.config):
+        for key, value in self.state_dict().items():
+            if value.is_meta:
+                raise ValueError(
+                    f"{name}: {key} is not in memory, so it cannot be checked; load it without device_map"
+                )
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"{name}: {key} is not finite; save the filter again")
+        if self.config.fingerprint == fingerprint(self.config, self.bank, self.encoder):
+            return
+        if self.config.fingerprint != fingerprint_of_scores(self.config, self.bank):
             raise ValueError(
                 f"{name}: scores, thresholds or encoder are not those that its config.json was written for; save it again"
             )
-        for key, value in self.state_dict().items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise ValueError(f"{name}: {key} is not finite; save the filter again")
+        logger.warning(
+            "%s: was saved by an earlier version, whose fingerprint leaves out the encoder's weights and the action: whether these "
+            "are as they were saved is not known. Save it again.",
+            name,
+        )
 
     def _attach(self, given: FilterEncoder | None, folder: Path, hub: dict[str, Any]) -> None:
         """The encoder that the weights do not hold."""
@@ -383,13 +416,3 @@ def _blank(item: Any) -> Any:
     if isinstance(item, Image.Image):
         return Image.new("RGB", item.size)
     return "" if isinstance(item, str) else torch.zeros_like(torch.as_tensor(item))
-
-
-def _fingerprint(bank: ScoreBank, config: FASTConfig) -> str:
-    """Of scores, thresholds, names, and how the encoder sees."""
-    seen = [[concept["name"] for concept in config.concepts], config.encoder_spec, config.encoder_fingerprint]
-    digest = hashlib.sha256(json.dumps(seen, sort_keys=True).encode())
-    for name, value in sorted(bank.state_dict().items()):
-        digest.update(f"{name} {list(value.shape)}\n".encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

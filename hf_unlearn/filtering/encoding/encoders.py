@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...images import check_value_range, signed
-from ...modes import in_eval_mode
 from .checkpoints import (
     KINDS,
     NOT_IN_SPEC,
@@ -32,8 +31,8 @@ BATCH_SIZE = 32
 class FilterEncoder(LoadsEncoders, nn.Module):
     """Inputs to one embedding each: a model, how its inputs are prepared and what is taken of its outputs.
 
-    The model runs in eval mode, without gradient or autocast, on its own device and in its own dtype; embeddings are
-    fp32. What an input gives does not depend on the others, but for the rounding of another batch or padding.
+    The model is put in eval mode and stays in it (pass a copy of one that you train), and runs without gradient or
+    autocast, on its own device and in its own dtype; embeddings are fp32. What an input gives does not depend on the others, but for the rounding of another batch or padding.
 
     Args:
         model (`PreTrainedModel`): an image or text model of transformers, without head; another: [`FilterEncoder.own`].
@@ -105,6 +104,11 @@ class FilterEncoder(LoadsEncoders, nn.Module):
         self.reference = reference
         self.name = name or type(model).__name__
         self._embedding_size = embedding_size
+        self.eval()
+
+    def train(self, mode: bool = True) -> FilterEncoder:
+        """Stays in eval mode, whatever is asked for: what is judged must not depend on it, nor on who else is judging."""
+        return super().train(False)
 
     @classmethod
     def own(
@@ -231,7 +235,8 @@ class FilterEncoder(LoadsEncoders, nn.Module):
         check_value_range(value_range)
         if self.kind != "text" and isinstance(inputs, Tensor) and inputs.ndim == 4:
             inputs = signed(inputs, "images", value_range=value_range)
-        with in_eval_mode(self.model), torch.autocast(self.device.type, enabled=False):
+        self.eval()  # and not back: another thread may be in the middle
+        with torch.autocast(self.device.type, enabled=False):
             embeddings = torch.cat([self._checked(embed(batch), len(batch)) for batch in _batches(inputs, batch_size)])
         return F.normalize(embeddings, dim=-1) if self.normalize else embeddings
 
