@@ -16,8 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
+from ...files import first_line
 from ...hub.publish import forget_local_paths, publish_folder
 from ..card import filter_card
 from ..checker import FASTSafetyChecker
@@ -261,7 +263,12 @@ class FilteredPipeline(PipelineWrapper):
                 "FilteredPipeline(pipeline=…, safety_checker=…)"
             )
         hub = saved.hub_arguments(kwargs)
-        index, folder = saved.fetch(name, **hub)
+        try:
+            index, folder = saved.fetch(name, **hub)
+        except (OSError, HFValidationError) as error:
+            raise ValueError(
+                f"{str(name)!r}: is no folder, and cannot be had from the Hub ({first_line(error)})"
+            ) from error
         settings = {key: value for key, value in (("action", action), ("max_tries", max_tries)) if value is not None}
         if saved.is_filtered(index):
             if filter is not None or filter_revision is not None:

@@ -9,8 +9,10 @@ import os
 import pickle
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -23,6 +25,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.utils import BaseOutput
 from filter_data import (
     BrightnessChecker,
     case,
@@ -40,6 +43,7 @@ from hf_unlearn import FASTFitter, FASTSafetyChecker, FilterEncoder, GANPipeline
 from hf_unlearn.filtering.drawing import saved
 from hf_unlearn.filtering.drawing.actions import FilteredImageError, blur
 from hf_unlearn.filtering.drawing.formats import content_of
+from hf_unlearn.filtering.drawing.outputs import Drawn
 from hf_unlearn.filtering.drawing.pipeline import FilteredPipeline
 
 
@@ -549,6 +553,97 @@ class SafeOutput(ImagePipelineOutput):
     """As the pipeline of Safe Latent Diffusion gives one."""
 
     unsafe_images: list | None = None
+
+
+class TestVideos:
+    """Judged frame by frame; one frame that is not released, and the video is not."""
+
+    @pytest.fixture
+    def videos(self, gan, monkeypatch):
+        """The GAN's images as two videos of two frames each; asked for, as a video pipeline is, in its own forms."""
+        frames = gan.draw(output_type="pt").images.view(2, 2, 3, 8, 8)
+
+        def call(self, num_videos_per_prompt=2, generator=None, output_type="pil", return_dict=True):
+            forms = {"pt": frames, "np": frames.movedim(-3, -1).numpy()}
+            return VideoOutput(forms.get(output_type, frames))
+
+        monkeypatch.setattr(GANPipeline, "__call__", call)
+        gan.arguments.clear()
+        return frames
+
+    def test_one_frame_decides(self, gan, videos):
+        brightness = (videos * 2 - 1).flatten(2).mean(2)
+        brightest = int(brightness.max(1).values.argmax())
+        pipe = FilteredPipeline(gan.pipeline, BrightnessChecker(brightness.flatten().topk(2).values.mean().item()))
+        for output_type in ("pt", "np", "pil"):
+            out = pipe(output_type=output_type)
+            shown = out.frames if output_type != "pil" else np.stack([as_array(video) for video in out.frames])
+            shown = torch.as_tensor(np.asarray(shown))
+            assert out.filtered == [number == brightest for number in range(2)]
+            assert not shown[brightest].any()
+            assert shown[1 - brightest].any(dim=-1).any()
+            torch.testing.assert_close(out.filter_scores[:, 0], brightness.amax(1))
+        assert pipe(output_type="pt").frames[1 - brightest].equal(videos[1 - brightest])
+        assert pipe(output_type="pt", filter_action="blur").frames[brightest].any()
+        with pytest.raises(ValueError, match="^output_type='latent': .* what images they show"):
+            pipe(output_type="latent")
+
+    def test_a_broken_frame(self, gan, videos):
+        videos[1, 0, 0, 0, 0] = torch.nan
+        out = FilteredPipeline(gan.pipeline, BrightnessChecker(EVERYTHING))(output_type="pt")
+        assert out.filtered == [False, True]
+        assert out.filter_scores.isnan().flatten().tolist() == [False, True]
+        assert out.frames.isfinite().all()
+
+
+class TestErrors:
+    def test_hold_no_images(self, gan, monkeypatch):
+        """Nor do their frames, of which a debugger or a report makes use: nowhere is a tensor of what was drawn."""
+
+        def broken(inputs, **_):
+            raise ValueError("cannot judge")
+
+        for raises in ("raise", "judge"):
+            pipe = filtered(gan, 2, action="raise")
+            if raises == "judge":
+                monkeypatch.setattr(pipe.safety_checker, "judge", broken)
+            with pytest.raises((FilteredImageError, ValueError)) as caught:
+                gan.draw(pipe)
+            trace, held = caught.value.__traceback__, []
+            while trace is not None:
+                if trace.tb_frame.f_code is not sys._getframe().f_code:
+                    held += trace.tb_frame.f_locals.values()
+                trace = trace.tb_next
+            assert not [value for value in held if isinstance(value, torch.Tensor | np.ndarray | Drawn)]
+
+    def test_threads_on_one_pipeline(self, gan):
+        """Each of many calls at once gives what it gives alone, and nothing that is blocked is released."""
+        pipe = FilteredPipeline(gan.pipeline, fitted_filter())
+        scores = pipe.safety_checker.judge(gan.draw(output_type="pt").images * 2 - 1).scores
+        pipe.safety_checker.set_threshold("bright", scores.flatten().sort().values[1:3].mean().item())
+        pipe.safety_checker.encoder.model.train()
+        alone = gan.draw(pipe, output_type="pt")
+        with ThreadPoolExecutor(3) as pool:
+            for out in pool.map(lambda _: gan.draw(pipe, output_type="pt"), range(12)):
+                assert out.filtered == alone.filtered
+                assert_same(out.images, alone.images)
+        assert not pipe.safety_checker.train().encoder.model.training
+
+    def test_a_pipeline_that_is_not_there(self, gan, tmp_path):
+        gan.pipeline.save_pretrained(tmp_path / "plain")
+        with mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
+            for name in ("nosuch", str(tmp_path / "nosuch")):
+                for arguments in ((name,), (tmp_path / "plain",)):
+                    with pytest.raises(
+                        (OSError, ValueError), match="nosuch'?: is no folder, and cannot be had"
+                    ) as error:
+                        FilteredPipeline.from_pretrained(*arguments, filter=name)
+                    assert "\n" not in str(error.value)
+
+
+@dataclass
+class VideoOutput(BaseOutput):
+    frames: torch.Tensor
 
 
 class TestRefused:
