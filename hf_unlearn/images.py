@@ -52,10 +52,10 @@ def of_pil(image: Image.Image, name: str = "image") -> Tensor:
     | mode | becomes |
     |---|---|
     | `1`, `L`; `LA`, `La` | grey |
-    | `P`, `PA`, `RGB`, `RGBA`, `RGBa`, `RGBX`, `CMYK`, `YCbCr`, `HSV` | RGB, as PIL converts it |
+    | `P`, `PA`, `RGB`, `RGBA`, `RGBa`, `RGBX`, `CMYK`, `YCbCr`, `HSV`, `LAB` | RGB, as PIL converts it |
     | `I;16` of any byte order | grey, 0 to 65535 |
     | `I`, `F` | grey, 0 to 255; refused where it ends at 1 or below, which may mean 0 to 1 |
-    | `LAB`, and what PIL cannot convert | refused |
+    | what PIL cannot convert (`LAB` before PIL 13) | refused |
 
     Stock image processors of transformers 5.23 and diffusers 0.42 do otherwise with four of them: they cut 16 bits off at 255,
     read `F` in 0…1 as black, do not turn images, and diffusers leaves out transparency (what is behind it shows).

@@ -56,12 +56,14 @@ class FilteredPipeline(PipelineWrapper):
     It is called like the pipeline inside, and gives what that gives, of a subclass of its output's class, with
     `filtered` (`list[bool]`: not released as drawn; with `"flag"`: would not have been), `filter_scores` (`Tensor`, fp32, `[n,
     concepts]`, of what was drawn last for this place) and `filter_tries` (`list[int]`, images drawn for this place).
-    An image is released if all of its pixels are finite and the filter says so. Other attributes are those of the pipeline inside.
+    An image is released if all of its pixels are finite and the filter says so; a video if this holds for every frame, and its
+    scores are those of the worst one. Other attributes are those of the pipeline inside, also where they are set. Calls from
+    several threads wait for each other.
 
     This protects from accidents, not from someone who holds the weights: `pipe.pipeline` draws without the filter.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): draws images.
+        pipeline ([`~diffusers.DiffusionPipeline`]): draws images or videos.
         safety_checker ([`FASTSafetyChecker`]): judges images; without an encoder, the latents of a GAN before they are drawn.
             It stays in its own precision, in which its thresholds were found.
         action (`str` or a function, defaults to `"blank"`): what happens to images that are not released:
@@ -71,7 +73,8 @@ class FilteredPipeline(PipelineWrapper):
             - `"flag"`: nothing, they are given out: the caller looks at `filtered`.
             - `"regenerate"`: drawn again with other noise, at most `max_tries` times, then blank. The others stay as they are.
             - `"raise"`: [`~hf_unlearn.filtering.drawing.actions.FilteredImageError`], and no image is given out.
-            - a function of the images (`[k, channels, height, width]`, fp32, in [0, 1]) and their scores that gives other ones.
+            - a function of the images (`[k, channels, height, width]`, of videos `[k, frames, …]`; fp32, in [0, 1]) and their
+              scores that gives other ones.
         max_tries (`int`, defaults to 3): further draws of `"regenerate"`.
 
     Raises:
