@@ -6,11 +6,172 @@ import torch
 from picture_data import COLOUR, GREY, as_tensor, noise_image, refused
 from PIL import Image
 
-from hf_unlearn.images import grey_images, grid, pixels
+from hf_unlearn.filtering.encoding.preprocessing import ImagePreprocessing
+from hf_unlearn.images import grey_images, grid, look, of_pil, pixels, signed
 
 
 FRAME = 2  # pixels of grey around each image of a grid
 FRAMED = 64 + 2 * FRAME
+
+
+WHITE = 255
+# Of each mode a picture of one colour, and the bytes that it stands for; transparency is over white.
+FLAT = {
+    "1": (1, [WHITE]),
+    "L": (100, [100]),
+    "LA": ((100, 51), [100 * 0.2 + WHITE * 0.8]),
+    "La": ((20, 51), [100 * 0.2 + WHITE * 0.8]),
+    "P": ((200, 100, 50), [200, 100, 50]),
+    "PA": ((200, 100, 50, 51), [200 * 0.2 + WHITE * 0.8, 100 * 0.2 + WHITE * 0.8, 50 * 0.2 + WHITE * 0.8]),
+    "RGB": ((200, 100, 50), [200, 100, 50]),
+    "RGBA": ((200, 100, 50, 51), [200 * 0.2 + WHITE * 0.8, 100 * 0.2 + WHITE * 0.8, 50 * 0.2 + WHITE * 0.8]),
+    "RGBa": ((40, 20, 10, 51), [200 * 0.2 + WHITE * 0.8, 100 * 0.2 + WHITE * 0.8, 50 * 0.2 + WHITE * 0.8]),
+    "RGBX": ((200, 100, 50, 7), [200, 100, 50]),
+    "CMYK": ((55, 155, 205, 51), [200 * 0.8, 100 * 0.8, 50 * 0.8]),
+    "YCbCr": ((100, 148, 88), [100 + 1.402 * -40, 100 - 0.344136 * 20 - 0.714136 * -40, 100 + 1.772 * 20]),
+    "HSV": ((0, 128, 200), [200, 200 * (1 - 128 / 255), 200 * (1 - 128 / 255)]),
+    "LAB": ((138, 166, 174), [200, 100, 50]),  # CIE's, 255 · L / 100 and 128 + a
+    "I": (100, [100]),
+    "F": (100.0, [100]),
+}
+
+
+def flat(mode):
+    colour, expected = FLAT[mode]
+    if mode in ("P", "PA"):
+        image = Image.new("P", (8, 8), 3)
+        image.putpalette([0] * 9 + list(colour[:3]))
+        if mode == "PA":
+            image = image.convert("PA")
+            image.putalpha(Image.new("L", (8, 8), colour[3]))
+        return image, expected
+    return Image.new(mode, (8, 8), colour), expected
+
+
+def sixteen(values, order="<"):
+    """Grey of 16 bits, as a file of this byte order gives it."""
+    mode = "I;16" if order == "<" else "I;16B"
+    return Image.frombytes(mode, values.shape[::-1], values.astype(f"{order}u2").tobytes())
+
+
+RAMP = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+TURNS = {
+    1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: np.transpose,
+    6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).T, 8: np.rot90,
+}  # fmt: skip
+
+
+class TestOfPIL:
+    """One table; a model and a filter see the same."""
+
+    def everywhere(self, image):
+        """As a tensor, after a look that all ways to it agree."""
+        tensor = of_pil(image)
+        shape = (3, *tensor.shape[1:])
+        assert pixels([image], shape, resize=False)[0].equal(tensor.expand(shape).clamp(-1, 1))
+        torch.testing.assert_close(ImagePreprocessing().prepare([image])[0], tensor.expand(shape), rtol=0, atol=1e-6)
+        return tensor
+
+    def test_every_mode(self):
+        for mode in FLAT:
+            image, expected = flat(mode)
+            assert image.mode == mode
+            tensor = (self.everywhere(image) + 1) * 127.5
+            assert tensor.shape == (len(expected), 8, 8)
+            expected = torch.tensor(expected, dtype=torch.float32).view(-1, 1, 1).expand_as(tensor)
+            # PIL rounds, twice where colours and transparency were multiplied.
+            torch.testing.assert_close(tensor, expected, rtol=0, atol=6 if mode in ("La", "RGBa") else 1.1)
+
+    def test_sixteen_bits(self):
+        for order in "<>":
+            tensor = self.everywhere(sixteen(RAMP, order))
+            torch.testing.assert_close(tensor[0].double(), torch.from_numpy(RAMP / 32767.5 - 1), rtol=0, atol=1e-6)
+            assert abs(tensor.mean()) < 1e-5
+        assert pixels([sixteen(RAMP.repeat(2, 0).repeat(2, 1))], GREY, resize=True).mean().abs() < 1e-2
+
+    def test_what_is_one_transparent_colour_is_white(self):
+        for mode, clear in (("L", 100), ("RGB", (200, 100, 50)), ("P", 3), ("P", bytes([9, 9, 9, 0])), ("1", 1)):
+            image = flat(mode)[0]
+            image.info["transparency"] = clear
+            assert (self.everywhere(image) == 1).all()
+        image = sixteen(RAMP)
+        image.info["transparency"] = 0
+        assert self.everywhere(image)[0, 0, 0] == 1
+
+    def test_values_without_a_type(self):
+        """Modes I and F say nothing of their range: 0 to 255, unless they end at 1."""
+        black = Image.new("F", (8, 8), 0)
+        assert (self.everywhere(black) == -1).all()
+        for mode, values in (("F", RAMP / 65535), ("F", -RAMP / 65535), ("F", RAMP), ("I", RAMP), ("I", RAMP > 9)):
+            image = Image.fromarray(values.astype({"F": np.float32, "I": np.int32}[mode]))
+            assert image.mode == mode
+            refused(
+                rf"^a: image 0 of mode '{mode}' has values .*\[0, 255\]",
+                pixels,
+                [image],
+                GREY,
+                resize=True,
+                argument="a",
+            )
+            refused(
+                rf"^images: image 0 of mode '{mode}' has values .*\[0, 255\]", ImagePreprocessing().prepare, [image]
+            )
+        image = Image.new("F", (8, 8), np.nan)
+        assert of_pil(image).isnan().all()
+        refused("NaN or infinite pixels \\(row 1\\)", pixels, [black, image], GREY, resize=False)
+
+    def test_upright(self):
+        values = np.random.default_rng(0).integers(0, 256, (4, 8), dtype=np.uint8)
+        for orientation, turned in TURNS.items():
+            image = Image.fromarray(values)
+            image.getexif()[0x0112] = orientation
+            assert torch.equal(
+                (self.everywhere(image)[0] + 1).mul(127.5).round().byte(), torch.tensor(turned(values).copy())
+            )
+
+    def test_no_pixels(self):
+        refused("^image is 0 × 5, it has no pixels", of_pil, Image.new("RGB", (0, 5)))
+
+
+class TestArrays:
+    def test_by_their_type(self):
+        for dtype, white in ((torch.bool, 1), (torch.uint8, 255), (torch.uint16, 65535)):
+            values = torch.tensor([0, white]).to(dtype).view(1, 1, 2)
+            for given in (values, values.numpy(), values.tolist() if dtype is torch.bool else values):
+                assert pixels([given], (1, 1, 2), resize=False).flatten().tolist() == [-1, 1]
+            assert pixels(values[None], (1, 1, 2), resize=False).flatten().tolist() == [-1, 1]
+            assert signed(values, "images").flatten().tolist() == [-1, 1]
+
+    def test_by_their_range(self):
+        values = torch.rand(4, *GREY, generator=torch.Generator().manual_seed(0))
+        for given in (values, list(values), [values[0].numpy(), values[1].half()]):
+            refused("^a: has no pixel below 0, .*images \\* 2 - 1", pixels, given, GREY, resize=False, argument="a")
+        torch.testing.assert_close(signed(values, "images", value_range=(0, 1)), values * 2 - 1)
+        assert signed(values, "images", value_range=(-1, 1)).equal(values)
+        assert pixels(values, GREY, resize=False, whole=False).equal(values)  # a part may be bright
+        assert pixels([values[0] - 0.1, *values[1:]], GREY, resize=False)[1:].equal(values[1:])
+        for given, value_range in (
+            (values - 1, (0, 1)),
+            (values * 255, None),
+            (values * 255, (0, 1)),
+            (values, (0, 255)),
+        ):
+            refused("pixel values reach|value_range", signed, given, "images", value_range=value_range)
+        refused("real numbers", signed, values * 1j, "images")
+
+    def test_pictures_and_arrays_together(self):
+        image = noise_image("L")
+        both = pixels([image, as_tensor(image), np.asarray(image)[None]], GREY, resize=False)
+        assert (both - both[:1]).abs().max() < 1e-6
+
+    def test_a_look_at_a_dataset(self):
+        """All over it: the last row too, which is named."""
+        rows = [{"image": noise_image("L")} for _ in range(200)]
+        look(rows, "image", GREY, resize=False, argument="train_dataset")
+        rows[-1] = {"image": torch.full(GREY, torch.nan)}
+        refused(
+            "^train_dataset: .*NaN.* \\(row 199\\)", look, rows, "image", GREY, resize=False, argument="train_dataset"
+        )
 
 
 class TestPixels:
@@ -20,12 +181,6 @@ class TestPixels:
         tensors = pixels(images, shape, resize=resize)
         assert tensors.dtype == torch.float32
         torch.testing.assert_close(tensors.double(), torch.stack([as_tensor(image) for image in images]))
-
-    def test_grey_and_transparent_images_become_colour(self):
-        grey, transparent = noise_image("L"), noise_image("RGBA")
-        tensors = pixels([grey, transparent], COLOUR, resize=False)
-        torch.testing.assert_close(tensors[0].double(), as_tensor(grey).expand(3, 8, 8))
-        torch.testing.assert_close(tensors[1].double(), as_tensor(transparent)[:3])
 
     @pytest.mark.parametrize(("mode", "upright"), [("L", True), ("RGB", False)])
     def test_resizing_keeps_proportions_and_the_centre(self, mode, upright):
@@ -57,8 +212,8 @@ class TestPixels:
         tensors = pixels([kind(image.tolist()) for image in values], COLOUR, resize=True)
         assert tensors.dtype == torch.float32
         assert torch.equal(tensors, torch.from_numpy(values).float())
-        nearly = pixels([torch.full(COLOUR, 1.005)], COLOUR, resize=False)  # rounding of whoever made them
-        assert torch.equal(nearly, torch.ones(1, *COLOUR))
+        nearly = pixels([torch.full(COLOUR, -1.005)], COLOUR, resize=False)  # rounding of whoever made them
+        assert torch.equal(nearly, -torch.ones(1, *COLOUR))
 
     @pytest.mark.parametrize(
         ("images", "shape", "match"),
@@ -69,11 +224,12 @@ class TestPixels:
             ([torch.zeros(3, 8, 9)], COLOUR, r"shape \(3, 8, 9\), the model's is \(3, 8, 8\)"),
             ([torch.zeros(COLOUR), torch.zeros(3, 4, 4)], COLOUR, r"shape \(3, 4, 4\)"),
             ([torch.zeros(1, 8, 8)], COLOUR, r"shape \(1, 8, 8\)"),
-            ([torch.zeros(8, 8)], GREY, r"shape \(8, 8\)"),
-            ([np.zeros((8, 8, 3))], COLOUR, r"shape \(8, 8, 3\)"),
+            ([torch.zeros(8, 8)], GREY, r"shape \(8, 8\).* add its one channel"),
+            ([np.zeros((8, 8, 3))], COLOUR, r"shape \(8, 8, 3\).* channels first"),
             ([torch.zeros(COLOUR), torch.full(COLOUR, torch.nan)], COLOUR, "NaN"),
             ([torch.full(COLOUR, -torch.inf)], COLOUR, "infinite"),
-            ([np.array(noise_image()).transpose(2, 0, 1)], COLOUR, r"pixel values reach 2\d\d.*\[−1, 1\]"),
+            ([np.array(noise_image(), np.int64).transpose(2, 0, 1)], COLOUR, r"pixel values reach 2\d\d.*\[−1, 1\]"),
+            ([[["one"] * 8] * 8], GREY, "image 0 is a list that holds no pixels"),
             ([torch.zeros(COLOUR), torch.full(COLOUR, -1.5)], COLOUR, "reach 1.5"),
         ],
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from pathlib import Path
@@ -23,8 +21,13 @@ from .config import ACTIONS, DOWNLOAD_OPTIONS, SCHEMA_VERSION, SUFFIXES, FASTCon
 from .encoding.checkpoints import dtype_of
 from .encoding.encoders import FilterEncoder
 from .encoding.latents import as_rows
+from .integrity import check_size, fingerprint, fingerprint_of_scores
 from .pushing import FilterPushMixin
 from .scores import ScoreBank
+
+
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessor
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,8 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
     ```python
     checker = FASTSafetyChecker.from_pretrained("me/no-weapons")
     output = checker(images)  # output.images, output.flags, output.scores
-    pipe = StableDiffusionPipeline.from_pretrained("…", safety_checker=checker)  # in place of the stock one
+    slot = {"safety_checker": checker, "feature_extractor": checker.feature_extractor}
+    pipe = StableDiffusionPipeline.from_pretrained("…", **slot)  # in place of the stock one
     ```
 
     Args:
@@ -69,6 +73,11 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
             raise ValueError(f"action={config.action!r}: must be one of {', '.join(ACTIONS)}")
         if config.action == "flag":
             logger.warning(GIVES_OUT)
+        limits = {"components": config.embedding_size, "directions": config.components * len(config.concepts)}
+        for name, most in limits.items():
+            value = getattr(config, name)
+            if type(value) is not int or not 0 <= value <= most:
+                raise ValueError(f"{name}={value!r}: must be from 0 to {most}; fit the filter again")
         self.bank = ScoreBank(config.embedding_size, len(config.concepts), config.components, config.directions)
         self.encoder: FilterEncoder | None = None
         spec = config.encoder_spec
@@ -117,6 +126,15 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
         entry["figures"] = {}
 
     @property
+    def feature_extractor(self) -> CLIPImageProcessor:
+        """What Stable Diffusion's pipelines want beside a safety checker; the filter prepares the images itself and looks at nothing
+        that comes out of it.
+        """
+        from transformers import CLIPImageProcessor
+
+        return CLIPImageProcessor()
+
+    @property
     def action(self) -> str:
         """`"blank"` or `"flag"`: what a call does to what is not released. Pipelines have actions of their own."""
         return self.config.action
@@ -132,13 +150,17 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
     # Judging
 
     @torch.no_grad()
-    def judge(self, inputs: Any, *, batch_size: int | None = None) -> Verdict:
+    def judge(
+        self, inputs: Any, *, batch_size: int | None = None, value_range: tuple[float, float] | None = None
+    ) -> Verdict:
         """Flags and scores: the one place that decides.
 
         Args:
             inputs: PIL images, or images `[n, channels, height, width]` in [−1, 1]; texts, for a filter of texts; latents
                 `[n, …]`, for one without encoder.
             batch_size (`int`, *optional*): of the encoder.
+            value_range (`(-1, 1)` or `(0, 1)`, *optional*): of a tensor of images. By default (−1, 1), and a tensor without a value
+                below 0 is refused: in [0, 1], as a pipeline gives it with `output_type="pt"`, all of it would seem bright.
 
         Returns:
             [`Verdict`]: on the CPU.
@@ -151,7 +173,7 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
                 raise ValueError(f"encoder: missing; pass the one it was fitted with, {self._encoder_name()}")
             embeddings = as_rows(inputs, "inputs")
         else:
-            embeddings = self.encoder(inputs, batch_size=batch_size)
+            embeddings = self.encoder(inputs, batch_size=batch_size, value_range=value_range)
         if embeddings.shape[1] != self.bank.dimension:
             raise ValueError(
                 f"inputs: give embeddings of {embeddings.shape[1]} numbers, the filter was fitted on {self.bank.dimension}"
@@ -169,14 +191,15 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
                 images itself. With it the answer is the slot's, `(images, flags)`.
         """
         in_slot = clip_input is not None
-        seen = images
+        seen, value_range = images, None
         if isinstance(images, np.ndarray) and self.encoder is not None:
             if images.ndim != 4:
                 raise ValueError(f"images: an array must be [n, height, width, channels], got {list(images.shape)}")
-            seen = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) * 2 - 1
+            seen, value_range = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), (0, 1)
         if in_slot and isinstance(seen, Tensor):
-            seen = seen.clamp(-1, 1)  # what a VAE decodes is not clamped yet; NaN stays NaN
-        verdict = self.judge(seen)
+            value_range = value_range or (-1, 1)
+            seen = seen.clamp(*value_range)  # what a VAE decodes is not clamped yet; NaN stays NaN
+        verdict = self.judge(seen, value_range=value_range)
         flags = verdict.flags.tolist()
         if self.action == "blank":
             # diffusers 0.42 takes flagged tensors as they are, in [0, 1], and scales the others from [−1, 1].
@@ -213,7 +236,7 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
             self.config.encoder_spec = encoder.spec
             has_weights = not encoder.stored and encoder.model.state_dict()
             self.config.encoder_fingerprint = encoder.fingerprint() if has_weights else None
-        self.config.fingerprint = _fingerprint(self.bank, self.config)
+        self.config.fingerprint = fingerprint(self.config, self.bank, self.encoder)
         state = self.state_dict()
         if encoder is not None and not encoder.stored:
             state = {name: value for name, value in state.items() if not name.startswith("encoder.")}
@@ -254,11 +277,18 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
         folder = Path(name)
         if not folder.is_dir():
             patterns = [f"{subfolder}/*.{suffix}" if subfolder else f"*.{suffix}" for suffix in SUFFIXES]
-            folder = Path(snapshot_download(name, allow_patterns=patterns, **hub))
+            try:
+                folder = Path(snapshot_download(name, allow_patterns=patterns, **hub))
+            except (OSError, ValueError) as error:
+                raise OSError(
+                    f"{name!r}: is no folder, and cannot be had from the Hub ({first_line(error)})"
+                ) from error
         folder = folder / subfolder
         if not (folder / "config.json").is_file():
             raise OSError(f"{name}: has no config.json of a filter{f' in {subfolder}' if subfolder else ''}")
         try:
+            with torch.device("meta"):
+                check_size(cls(FASTConfig.from_pretrained(folder)), folder, name)
             checker, info = super().from_pretrained(
                 folder,
                 *model_args,
@@ -278,21 +308,32 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
         if kwargs.get("device_map") is None and any(p.is_meta for p in checker.parameters()):
             raise ValueError(f"{name}: weights of the filter were not loaded; save it again")
         checker.config._name_or_path = name
-        checker._check_weights(name)
         checker._attach(
             encoder, folder, {key: value for key, value in hub.items() if key not in ("revision", "proxies")}
         )
+        checker._check_weights(name)
         checker._cast_encoder(next((dtype for dtype in wanted if dtype not in (None, "auto")), None))
         return (checker, info) if info_wanted else checker
 
     def _check_weights(self, name: str) -> None:
-        if self.config.fingerprint != _fingerprint(self.bank, self.config):
+        for key, value in self.state_dict().items():
+            if value.is_meta:
+                raise ValueError(
+                    f"{name}: {key} is not in memory, so it cannot be checked; load it without device_map"
+                )
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"{name}: {key} is not finite; save the filter again")
+        if self.config.fingerprint == fingerprint(self.config, self.bank, self.encoder):
+            return
+        if self.config.fingerprint != fingerprint_of_scores(self.config, self.bank):
             raise ValueError(
                 f"{name}: scores, thresholds or encoder are not those that its config.json was written for; save it again"
             )
-        for key, value in self.state_dict().items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise ValueError(f"{name}: {key} is not finite; save the filter again")
+        logger.warning(
+            "%s: was saved by an earlier version, whose fingerprint leaves out the encoder's weights and the action: whether these "
+            "are as they were saved is not known. Save it again.",
+            name,
+        )
 
     def _attach(self, given: FilterEncoder | None, folder: Path, hub: dict[str, Any]) -> None:
         """The encoder that the weights do not hold."""
@@ -375,13 +416,3 @@ def _blank(item: Any) -> Any:
     if isinstance(item, Image.Image):
         return Image.new("RGB", item.size)
     return "" if isinstance(item, str) else torch.zeros_like(torch.as_tensor(item))
-
-
-def _fingerprint(bank: ScoreBank, config: FASTConfig) -> str:
-    """Of scores, thresholds, names, and how the encoder sees."""
-    seen = [[concept["name"] for concept in config.concepts], config.encoder_spec, config.encoder_fingerprint]
-    digest = hashlib.sha256(json.dumps(seen, sort_keys=True).encode())
-    for name, value in sorted(bank.state_dict().items()):
-        digest.update(f"{name} {list(value.shape)}\n".encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..images import IMAGE_COLUMNS, image_column, pixels
+from ..images import IMAGE_COLUMNS, image_column, look, pixels
 from ..metrics.features import Features, features_of
 from ..metrics.generation import density_coverage, frechet_distance
 from ..modes import seeded_generator
@@ -116,14 +116,24 @@ class GANTrainer(GANSavingMixin, Trainer):
         """The dataset, after a look at its first row."""
         if isinstance(dataset, dict):
             raise ValueError(f"{argument}: is a dict; pass one dataset, and others to evaluate()")
+        if isinstance(dataset, ImageTensors):
+            return dataset
         if isinstance(dataset, Tensor):
             return ImageTensors(pixels(dataset, self.pipeline.image_shape, resize=self.resize, argument=argument))
-        self._pixels([dataset[0]], argument)
+        look(
+            dataset,
+            image_column(dataset[0], argument),
+            self.pipeline.image_shape,
+            resize=self.resize,
+            argument=argument,
+        )
         return dataset
 
     def _pixels(self, rows: Sequence[dict[str, Any]], argument: str) -> Tensor:
         column = image_column(rows[0], argument)
-        return pixels([row[column] for row in rows], self.pipeline.image_shape, resize=self.resize, argument=argument)
+        shape = self.pipeline.image_shape
+        images, names = [row[column] for row in rows], ["of a batch"] * len(rows)
+        return pixels(images, shape, resize=self.resize, argument=argument, rows=names, whole=False)
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if isinstance(rows[0], Checked):
@@ -267,7 +277,9 @@ class GANTrainer(GANSavingMixin, Trainer):
         """What images are compared by: the extractor's features, or pixels."""
         if self.extractor is None:
             return Features(images.flatten(1), "pixels")
-        return features_of(images, self.extractor, name=getattr(self.extractor, "name", "extractor"))
+        return features_of(
+            images, self.extractor, name=getattr(self.extractor, "name", "extractor"), value_range=(-1, 1)
+        )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Draw as many images as there are in the dataset, and compare: Fréchet distance, density and coverage.

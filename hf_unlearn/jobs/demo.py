@@ -146,7 +146,7 @@ def run(output_dir: str | Path = "demo", forgotten: int = 3, seed: int = 0) -> P
     # What counts is what other people will load: a process that has never seen the trainer.
     names = json.dumps({name: str(folder) for name, folder in folders.items()})
     subprocess.run([sys.executable, "-m", "hf_unlearn.jobs.demo", names, str(forgotten)], check=True)
-    console.print(f"model    {folders['unlearned']}\ncard     {card}\npicture  {picture}")
+    console.print(f"model    {folders['unlearned']}\ncard     {card}\npicture  {picture}", markup=False)
     console.print(f"{time.monotonic() - started:.0f} s in all")
     return folders["unlearned"]
 

@@ -246,7 +246,7 @@ def _shown_column(train: Dataset) -> str | None:
 
 def _tell(job: InfluenceJob, config: FINEArguments, report: InfluenceReport, check: str | None, private: Path) -> None:
     out = console()
-    out.print(report.summary(job.top))
+    out.print(report.summary(job.top), markup=True)  # which escapes what it shows
     pictures, label = [], data.label_column(report.dataset)
     for number, target in enumerate(report.targets[:10]):
         word = re.sub(r"[^\w-]+", "_", target)[:50]  # a target may be called anything, "a/b" too

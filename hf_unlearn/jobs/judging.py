@@ -68,7 +68,7 @@ def reference_of(
         return None
     column = image_column(rows.column_names, "eval_split")
     images = [rows[index][column] for index in range(len(rows))]
-    return features_of(pixels(images, shape, resize=resize, argument="eval_split"), classifier)
+    return features_of(pixels(images, shape, resize=resize, argument="eval_split"), classifier, value_range=(-1, 1))
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Judge:
         images = trainer.draw(self.samples, MEASURE_SEED)
         if not torch.isfinite(images).all():
             return None
-        features = None if self.reference is None else features_of(images, self.classifier)
+        features = None if self.reference is None else features_of(images, self.classifier, value_range=(-1, 1))
         return Look(self.classifier.classify(images), features)
 
     def figures(self, before: Look, after: Look) -> tuple[list[Figure], Table]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def resume_argument(config: UnlearnArguments) -> str | bool | None:
 
 
 def console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    """Names of concepts and classes are anybody's: nothing that is printed is read as markup."""
+    return Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def show_code(lines: Sequence[str]) -> None:
@@ -42,7 +43,7 @@ def tell(trainer: Any, table: Table | None, code: str, *, kind: str, grids: bool
     if table is not None:
         out.print(table)
     for failed in trainer.failed_checks:
-        out.print(f"[bold red]not passed[/]  {escape(failed)}")
+        out.print(Text.assemble(("not passed", "bold red"), f"  {failed}"))
     places = {kind: folder, "card": Path(folder, "README.md")} | ({"grids": private / "samples"} if grids else {})
     for name, place in (places | {"private": f"{private} (could undo the unlearning: never publish it)"}).items():
         out.print(f"{name:8} {place}", markup=False)

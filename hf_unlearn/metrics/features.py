@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import first_line
+from ..images import signed
 from ..modes import in_eval_mode
 
 
@@ -55,16 +56,23 @@ def check_comparable(real: Features, fake: Features, *, at_least: int, hint: str
 
 @torch.no_grad()
 def features_of(
-    images: Tensor, extractor: Callable[[Tensor], Tensor], *, batch_size: int = 64, name: str | None = None
+    images: Tensor,
+    extractor: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int = 64,
+    name: str | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> Features:
     """Run an extractor over images.
 
     Args:
-        images (`Tensor`): `[n, c, h, w]`, float in [-1, 1].
+        images (`Tensor`): `[n, c, h, w]`, float in `value_range`.
         extractor (callable, e.g. [`ClassifierFeatures`] or any `nn.Module`): takes such images, returns `[n, d]`. A
             module runs in eval mode, on the device of its parameters, and gets its modes back.
         batch_size (`int`, defaults to 64): images at a time.
         name (`str`, defaults to `extractor.name`): goes into the result.
+        value_range (`(-1, 1)` or `(0, 1)`, *optional*): of the images. By default (−1, 1), and images without a value below 0 are
+            refused, since nearly always they are in [0, 1]: a distance between sets of two ranges says nothing.
 
     Returns:
         [`Features`]: in the CPU's memory.
@@ -75,6 +83,8 @@ def features_of(
     name = name or getattr(extractor, "name", None)
     if not isinstance(name, str):
         raise ValueError(f"name: {type(extractor).__name__} has no `name`, pass one")
+    _check(images)
+    images = signed(images, "images", value_range=value_range)
     with in_eval_mode(extractor) if isinstance(extractor, nn.Module) else nullcontext():
         return Features(torch.cat([extractor(batch).cpu() for batch in _batches(images, extractor, batch_size)]), name)
 
@@ -211,10 +221,16 @@ class _Inception(nn.Module):
 
 def _batches(images: Tensor, extractor: Callable, batch_size: int) -> Iterator[Tensor]:
     """Parts of the images, checked, on the extractor's device."""
-    if images.ndim != 4 or not len(images) or not images.is_floating_point():
-        raise ValueError(f"images: must be float [n, c, h, w], got {images.dtype} {list(images.shape)}")
-    if not (images.abs() <= 1).all():  # NaN too
-        raise ValueError("images: must be finite and in [-1, 1]")
+    _check(images)
+    if not (images.abs() <= 1).all():
+        raise ValueError("images: must be in [−1, 1]")
     parameter = next(extractor.parameters(), None) if isinstance(extractor, nn.Module) else None
     for batch in images.split(batch_size):
         yield batch if parameter is None else batch.to(parameter.device)
+
+
+def _check(images: Tensor) -> None:
+    if images.ndim != 4 or not len(images) or not images.is_floating_point():
+        raise ValueError(f"images: must be float [n, c, h, w], got {images.dtype} {list(images.shape)}")
+    if not images.isfinite().all():
+        raise ValueError("images: must be finite, got NaN or infinity")

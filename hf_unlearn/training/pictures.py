@@ -139,5 +139,5 @@ class FIDCallback(_DrawsAtTimes):
 
     def look(self, step: int, stage: str) -> None:
         images = self.trainer.draw(self.samples, METRIC_SEED)
-        drawn = features_of(images, self.extractor, name=self.reference.extractor)
+        drawn = features_of(images, self.extractor, name=self.reference.extractor, value_range=(-1, 1))
         self.trainer.log({"fid": frechet_distance(self.reference, drawn).distance})

@@ -54,6 +54,7 @@ QUIET = {
 def images(n, labels=(3,), *, seed=0, channels=1, size=8):
     """`n` random images in [−1, 1] as rows, brighter than what an untrained model draws. Another seed, other ids."""
     pixels = 1 - torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
+    pixels[..., 0, 0] = -0.1  # or they might be in [0, 1]
     rows = {"id": [1000 * seed + 7 * row for row in range(n)], "pixel_values": pixels.numpy()}
     return Dataset.from_dict(rows | {"labels": [labels[row % len(labels)] for row in range(n)]}).with_format("torch")
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
 
 from hf_unlearn import FASTConfig, FASTFitter, FASTSafetyChecker, FilterEncoder, FilterOutput
+from hf_unlearn.filtering.integrity import fingerprint_of_scores
 
 
 KINDS = ("latents", "resnet", "vit", "clip", "bert", "own")
@@ -553,6 +554,56 @@ def middle(checker, images):
     ordered = scores.sort().values
     checker.set_threshold("bright", ordered[1:3].mean().item())
     return (scores > ordered[1:3].mean()).numpy()
+
+
+class TestIntegrity:
+    def test_everything_that_decides_is_covered(self, tmp_path, caplog):
+        """One flipped sign in the encoder that is stored; another preprocessing, action, name, threshold."""
+        of_brightness(tiny_encoder("vit"), 3).save_pretrained(tmp_path)
+        weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+        whole, settings = load_file(weights), json.loads(config.read_text())
+        assert FASTSafetyChecker.from_pretrained(tmp_path).config.fingerprint == settings["fingerprint"]
+        for key in ("encoder.model.layernorm.weight", "bank.weight", "bank.threshold"):
+            changed = dict(whole)
+            changed[key] = whole[key].clone()
+            changed[key].view(-1)[0] *= -1
+            save_file(changed, weights, {"format": "pt"})
+            with pytest.raises(ValueError, match="are not those that its config.json was written for"):
+                FASTSafetyChecker.from_pretrained(tmp_path)
+        save_file(whole, weights, {"format": "pt"})
+        spec = settings["encoder_spec"]
+        for change in (
+            {"action": "flag"},
+            {"encoder_spec": spec | {"preprocessing": spec["preprocessing"] | {"mean": [0.4]}}},
+            {"concepts": [settings["concepts"][0] | {"name": "dark"}]},
+        ):
+            config.write_text(json.dumps(settings | change))
+            with pytest.raises(ValueError, match="are not those that its config.json was written for"):
+                FASTSafetyChecker.from_pretrained(tmp_path)
+        config.write_text(json.dumps(settings))
+        loaded = FASTSafetyChecker.from_pretrained(tmp_path)
+        caplog.clear()
+        config.write_text(json.dumps(settings | {"fingerprint": fingerprint_of_scores(loaded.config, loaded.bank)}))
+        FASTSafetyChecker.from_pretrained(tmp_path)  # of an earlier version
+        assert "whose fingerprint leaves out the encoder's weights" in caplog.text
+
+    def test_a_config_that_asks_for_too_much_is_refused_before_anything_is_made(self, tmp_path):
+        of_brightness(tiny_encoder("vit"), 3).save_pretrained(tmp_path)
+        config = tmp_path / "config.json"
+        settings = json.loads(config.read_text())
+        spec = settings["encoder_spec"]
+        for change, message in (
+            ({"components": 10**9}, "components=1000000000: must be from 0 to 16"),
+            ({"directions": 10**9}, "directions=1000000000: must be from 0 to 0"),
+            ({"embedding_size": 10**9, "components": 10**9}, "config.json asks for"),
+            (
+                {"encoder_spec": spec | {"config": spec["config"] | {"intermediate_size": 10**9}}},
+                "config.json asks for",
+            ),
+        ):
+            config.write_text(json.dumps(settings | change))
+            with pytest.raises(ValueError, match=message):
+                FASTSafetyChecker.from_pretrained(tmp_path)
 
 
 class TestSlot:

@@ -134,7 +134,9 @@ class TestWhatItSays:
         for part in (tiny_resnet, digits_processor()):
             part.save_pretrained(tmp_path / "an encoder")
         images = torch.rand(40, 1, 8, 8)
-        fitter = FASTFitter(tmp_path / "an encoder", score="lda").update(undesired=images[:20], clean=images[20:] - 1)
+        fitter = FASTFitter(tmp_path / "an encoder", score="lda").update(
+            undesired=images[:20] - 0.1, clean=images[20:] - 1
+        )
         fitter.fit(threshold="pooled_mean").checker().save_pretrained(tmp_path / "filter")
         content = filter_card(FASTSafetyChecker.from_pretrained(tmp_path / "filter").config)
         assert str(tmp_path) not in content

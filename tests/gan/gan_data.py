@@ -30,7 +30,9 @@ def pipeline(*, seed=0, channels=1, latent_dim=4, dtype=torch.float32, norm="pix
 def images(n=12, *, seed=0, channels=1, size=8):
     """`n` bright images in [−1, 1], which an untrained model does not draw."""
     generator = torch.Generator().manual_seed(seed)
-    return 1 - 0.5 * torch.rand(n, channels, size, size, generator=generator)
+    bright = 1 - 0.5 * torch.rand(n, channels, size, size, generator=generator)
+    bright[..., 0, 0] = -0.1  # or they might be in [0, 1]
+    return bright
 
 
 def own_images(pipe, n=64, *, seed=3):

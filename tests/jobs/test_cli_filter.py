@@ -10,11 +10,13 @@ import torch
 import yaml
 from fresh import run_python
 from PIL import Image
+from rich.table import Table
 from test_cli_gan import frequent, loaded, models, save_classifier, tiny_gan  # noqa: F401
 
 from hf_unlearn import FASTFitter, FASTSafetyChecker, FilteredPipeline, FilterEncoder, cli
 from hf_unlearn.examples import gan as small_gan
 from hf_unlearn.filtering.fitting.rates import Rate
+from hf_unlearn.jobs.keys import console
 from hf_unlearn.modes import seeded_generator
 
 
@@ -856,3 +858,14 @@ def test_own_encoders_cannot_be_named(recipe, fails):
     fitter.fit(threshold="pooled_mean").checker().save_pretrained("out")
     line = fails("run", "--config", recipe(), code=1, left=["out"])
     assert "was fitted with the user's own, 'pixels'" in line
+
+
+def test_names_are_not_read_as_markup(capsys):
+    """Of concepts, classes and folders: what is printed is what they are called."""
+    table = Table(title="a [/b] c: 3 samples")
+    table.add_column("[red]")
+    table.add_row("[/]")
+    console().print(table)
+    console().print("above the threshold of a [/b] c")
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("a [/b] c: 3 samples", "[red]", "[/]", "threshold of a [/b] c"))

@@ -268,9 +268,22 @@ class TestFeatures:
         refuses(lambda: features_of(IMAGES[0], Mean()), "images", "[1, 8, 8]")
         refuses(lambda: features_of(IMAGES[:0], Mean()), "images", "[0, 1, 8, 8]")
         refuses(lambda: features_of(IMAGES + math.nan, Mean()), "images", "finite")
-        refuses(lambda: features_of(IMAGES * 255, Mean()), "images", "[-1, 1]")
+        refuses(lambda: features_of(IMAGES * 255, Mean()), "images", "[−1, 1]")
+        refuses(lambda: features_of(IMAGES, Mean(), value_range=(0, 1)), "images", "[0, 1]")
+        refuses(lambda: features_of(IMAGES, Mean(), value_range=(0, 255)), "value_range", "(0, 255)")
         refuses(lambda: features_of(IMAGES, lambda images: images.flatten(1) / 0, name="odd"), "'odd'", "finite")
         refuses(lambda: features_of(IMAGES, lambda images: images, name="odd"), "'odd'", "[7, 1, 8, 8]")
+
+    def test_of_one_range(self):
+        """Images of one law in [−1, 1] and in [0, 1] are no two laws: they are told apart, or brought together."""
+        refuses(lambda: features_of((IMAGES + 1) / 2, Mean()), "images", "[0, 1]", "value_range=")
+        scaled, own = (
+            features_of(images, lambda images: images.flatten(1), name="pixels", value_range=value_range).values
+            for images, value_range in (((IMAGES + 1) / 2, (0, 1)), (IMAGES, None))
+        )
+        assert torch.allclose(scaled, own, atol=1e-6)
+        bright = features_of(IMAGES.abs(), Mean(), value_range=(-1, 1)).values
+        assert torch.allclose(bright, IMAGES.abs().mean((2, 3)).double(), atol=1e-4)
 
     def test_inception_asks_for_what_is_missing(self):
         if importlib.util.find_spec("torch_fidelity"):
@@ -344,4 +357,4 @@ class TestClassifierFeatures:
         extractor = ClassifierFeatures(tiny_resnet)
         refuses(lambda: ClassifierFeatures(tiny_resnet, head="fc"), "no submodule 'fc'")
         refuses(lambda: features_of(IMAGES.expand(-1, 3, -1, -1), extractor), "1 channels", "got 3")
-        refuses(lambda: extractor.classify(IMAGES * 2), "[-1, 1]")
+        refuses(lambda: extractor.classify(IMAGES * 2), "[−1, 1]")

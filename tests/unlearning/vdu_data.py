@@ -24,7 +24,9 @@ def rows(images, **columns):
 
 def images(n=8, *, seed=0, size=8, channels=1):
     """`n` bright images in [−1, 1], of a kind that an untrained model does not draw."""
-    return rows(1 - 0.5 * torch.rand(n, channels, size, size, generator=seeded(seed)))
+    bright = 1 - 0.5 * torch.rand(n, channels, size, size, generator=seeded(seed))
+    bright[..., 0, 0] = -0.1  # or they might be in [0, 1]
+    return rows(bright)
 
 
 def prompted_images(n=4, *, seed=0):

@@ -7,27 +7,16 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from diffusers import DiffusionPipeline
-from torch import Tensor
 
 
-# How the names of arguments begin in diffusers 0.42 of which every prompt may have its own.
-_PICTURES = ("image", "mask", "control_image")
-_OF_A_PROMPT = (
-    "prompt",
-    "negative_prompt",
-    "negative_image",
-    "pooled_",
-    "negative_pooled_",
-    "class_labels",
-    *_PICTURES,
-)
-# These may be per prompt too, in a form that each pipeline has of its own.
-_UNCLEAR = ("ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image_embeds")
-_PER_PROMPT = "num_images_per_prompt"
-# GANPipeline has both: its batch_size says how many are drawn at a time.
+# How diffusers 0.42 calls the number of images that a call draws, and that of each prompt. GANPipeline has both of the first: its
+# batch_size says how many are drawn at a time.
 _NUMBERS = ("num_images", "batch_size")
+_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
+_PROMPTS = ("prompt", "negative_prompt")
+# Which are told apart, or left out, themselves.
+_OF_THE_CALL = ("generator", "latents", "output_type", "return_dict")
 
 
 class Call:
@@ -54,6 +43,16 @@ class Call:
     def takes(self, name: str) -> bool:
         return name in self.signature.parameters
 
+    def _values_of(self, name: str) -> list[Any]:
+        value = self.arguments[name]
+        return (
+            list(value.values()) if self.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else [value]
+        )
+
+    @property
+    def _number(self) -> str | None:
+        return next((name for name in _NUMBERS if self.takes(name)), None)
+
     def replace(self, **values: Any) -> Call:
         """The same call with some arguments changed, of those that there are."""
         call = copy.copy(self)
@@ -62,9 +61,15 @@ class Call:
         return call
 
     def again(self) -> Call:
-        """The same call with new noise: a generator goes on where it is, the caller's latents are left out."""
-        call = copy.copy(self)
-        call.arguments = {name: value for name, value in self.arguments.items() if name != "latents"}
+        """The same call with new noise: a generator goes on where it is, the caller's latents are left out, of which there may be
+        more than the call says.
+        """
+        call, latents = copy.copy(self), self["latents"]
+        if latents is not None and self._number:
+            call = self.replace(**{self._number: len(latents)})
+        given = self.signature.parameters.get("latents")
+        if given is not None and given.default is not inspect.Parameter.empty:
+            call.arguments = {name: value for name, value in call.arguments.items() if name != "latents"}
         return call
 
     def generator_of(self, places: Sequence[int], drawn: int) -> Any:
@@ -77,36 +82,39 @@ class Call:
     def for_places(self, places: Sequence[int], drawn: int) -> Call | None:
         """A call that draws new images for these places among the `drawn` ones, in this order.
 
+        Only where every argument that was given is understood: one value (a number, a word, a function), which holds for all
+        images; how many to draw; or a list of prompts, of which each has as many images one after another. What another list, a
+        tensor or a picture means, its name and its length do not tell.
+
         Returns:
-            [`Call`]; None if nobody can tell which arguments belong to which image.
+            [`Call`]; None if an argument is not understood: then the whole call has to be drawn again.
         """
-        values = {"generator": self.generator_of(places, drawn)}
-        number = next((name for name in _NUMBERS if self.takes(name)), None)
-        if number is not None:
-            return self.again().replace(**values, **{number: len(places)})
-        each = self[_PER_PROMPT] or 1
-        prompts, rest = divmod(drawn, each)
-        if rest:
+        generator = self["generator"]
+        if isinstance(generator, list) and len(generator) != drawn:
             return None
-        if prompts == 1:
-            return self.again().replace(**values, **{_PER_PROMPT: len(places)})
-        if any(self[name] is not None for name in _UNCLEAR) or hasattr(
-            getattr(self.pipeline, "controlnet", None), "nets"
-        ):
-            return None
-        chosen = [place // each for place in places]
+        values: dict[str, Any] = {"generator": self.generator_of(places, drawn)}
+        lists = {}
         for name, value in self.arguments.items():
-            if not name.startswith(_OF_A_PROMPT) or not isinstance(value, list | tuple | Tensor | np.ndarray):
-                continue
-            tiled = (
-                name.startswith(_PICTURES) and len(value) == prompts and each > 1
-            )  # not in the order of the prompts
-            if (
-                tiled
-                or len(value) not in (1, prompts)
-                or (name.startswith(_PICTURES) and getattr(value, "ndim", 4) < 4)
-            ):
+            if name in _PROMPTS and isinstance(value, list) and all(isinstance(text, str) for text in value):
+                lists[name] = value
+            elif name not in _OF_THE_CALL and not all(map(_is_one_value, self._values_of(name))):
                 return None
-            if len(value) == prompts:
-                values[name] = [value[i] for i in chosen] if isinstance(value, list | tuple) else value[chosen]
-        return self.again().replace(**values, **{_PER_PROMPT: 1})
+        number, again = self._number, self.again()
+        each = next((name for name in _PER_PROMPT if self.takes(name)), None)
+        if number is not None and each is None and not lists and again[number] == drawn:
+            return again.replace(**values, **{number: len(places)})
+        if each is None or number is not None or "prompt" not in self.arguments:
+            return None
+        images = self[each] or 1
+        if "prompt" not in lists:
+            if lists or not isinstance(self["prompt"], str) or images != drawn:
+                return None
+            return again.replace(**values, **{each: len(places)})
+        if {len(prompts) for prompts in lists.values()} != {drawn / images}:
+            return None
+        chosen = {name: [prompts[place // images] for place in places] for name, prompts in lists.items()}
+        return again.replace(**values, **chosen, **{each: 1})
+
+
+def _is_one_value(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str) or callable(value)

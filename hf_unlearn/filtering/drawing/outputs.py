@@ -44,15 +44,18 @@ class Drawn:
 
     Args:
         output (`BaseOutput`): as the pipeline gave it.
-        images (`Tensor`): its images, `[n, channels, height, width]` in [0, 1], or latents.
+        images (`Tensor`): its images, `[n, channels, height, width]` in [0, 1], videos, `[n, frames, channels, height, width]`, or
+            latents.
         flags (`Tensor`): bool, `[n]`: not to be released.
         scores (`Tensor`): fp32, `[n, concepts]`.
+        content (`str`): the field of the output that they come from.
     """
 
     output: BaseOutput
     images: Tensor
     flags: Tensor
     scores: Tensor
+    content: str = "images"
 
     def take(self, other: Drawn, picks: list[int], places: list[int]) -> None:
         """Put the images at `picks` of another draw to these places."""
@@ -65,6 +68,6 @@ class Drawn:
         for item in fields(self.output):
             own, new = getattr(self.output, item.name), getattr(other.output, item.name)
             # One entry an image, such as the verdict of Stable Diffusion's own checker.
-            if item.name != "images" and isinstance(own, list) and len(own) == len(self.flags):
+            if item.name != self.content and isinstance(own, list) and len(own) == len(self.flags):
                 merged = dict(zip(places, (new[pick] for pick in picks), strict=True))
                 setattr(self.output, item.name, [merged.get(place, value) for place, value in enumerate(own)])

@@ -5,15 +5,20 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from threading import Lock, RLock
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
+from ...files import first_line
 from ...hub.adapters import check_no_adapter
 from ...hub.origin import hub_id, origin, origins_of
 from ...hub.publish import forget_local_paths
@@ -24,7 +29,7 @@ from ..pushing import FilterPushMixin
 from . import saved
 from .actions import Action, FilteredImageError, check_action, replaced
 from .calls import Call
-from .formats import as_tensor, asked_for, check_output_type, converted, decoded
+from .formats import as_tensor, asked_for, check_fields, check_output_type, content_of, converted, decoded
 from .outputs import Drawn, as_tuple, with_verdict
 from .wrapper import PipelineWrapper
 
@@ -35,8 +40,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _OWN = ("pipeline", "safety_checker")
-# What diffusers 0.42 calls the arguments of pipelines for videos and sound.
-_NO_IMAGES = ("num_frames", "audio_length_in_s", "audio_end_in_s", "num_waveforms_per_prompt")
+# A pipeline holds the state of a call: its scheduler's, a callback's. One lock for each, whatever filters are on it.
+_LOCKS: WeakKeyDictionary[DiffusionPipeline, RLock] = WeakKeyDictionary()
+_LOCK = Lock()
 
 
 class FilteredPipeline(FilterPushMixin, PipelineWrapper):
@@ -52,12 +58,14 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
     It is called like the pipeline inside, and gives what that gives, of a subclass of its output's class, with
     `filtered` (`list[bool]`: not released as drawn; with `"flag"`: would not have been), `filter_scores` (`Tensor`, fp32, `[n,
     concepts]`, of what was drawn last for this place) and `filter_tries` (`list[int]`, images drawn for this place).
-    An image is released if all of its pixels are finite and the filter says so. Other attributes are those of the pipeline inside.
+    An image is released if all of its pixels are finite and the filter says so; a video if this holds for every frame, and its
+    scores are those of the worst one. Other attributes are those of the pipeline inside, also where they are set. Calls from
+    several threads wait for each other.
 
     This protects from accidents, not from someone who holds the weights: `pipe.pipeline` draws without the filter.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): draws images.
+        pipeline ([`~diffusers.DiffusionPipeline`]): draws images or videos.
         safety_checker ([`FASTSafetyChecker`]): judges images; without an encoder, the latents of a GAN before they are drawn.
             It stays in its own precision, in which its thresholds were found.
         action (`str` or a function, defaults to `"blank"`): what happens to images that are not released:
@@ -67,12 +75,15 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
             - `"flag"`: nothing, they are given out: the caller looks at `filtered`.
             - `"regenerate"`: drawn again with other noise, at most `max_tries` times, then blank. The others stay as they are.
             - `"raise"`: [`~hf_unlearn.filtering.drawing.actions.FilteredImageError`], and no image is given out.
-            - a function of the images (`[k, channels, height, width]`, fp32, in [0, 1]) and their scores that gives other ones.
+            - a function of the images (`[k, channels, height, width]`, of videos `[k, frames, …]`; fp32, in [0, 1]) and their
+              scores that gives other ones.
         max_tries (`int`, defaults to 3): further draws of `"regenerate"`.
 
     Raises:
         ValueError: no filter of images, or a pipeline that draws none.
     """
+
+    _own = (*PipelineWrapper._own, *_OWN, "action", "max_tries")
 
     def __init__(
         self,
@@ -105,7 +116,14 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
             FilteredImageError: with `"raise"`.
         """
         action = self.action if filter_action is None else check_action(filter_action, "filter_action")
-        call = Call(self.pipeline, args, kwargs)
+        try:
+            with _lock_of(self.pipeline):
+                return self._filtered(Call(self.pipeline, args, kwargs), action)
+        except BaseException as error:
+            _forget_locals(error)
+            raise
+
+    def _filtered(self, call: Call, action: Action) -> BaseOutput | tuple:
         wanted = call["output_type"]
         check_output_type(self.pipeline, wanted)
         if wanted == "latent" and (callable(action) or action == "blur"):
@@ -116,7 +134,7 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
         images = self._act(drawn, action)
         output = with_verdict(
             drawn.output,
-            images=images if wanted == "latent" else converted(images, wanted, self.pipeline),
+            **{drawn.content: images if wanted == "latent" else converted(images, wanted, self.pipeline)},
             filtered=drawn.flags.tolist(),
             filter_scores=drawn.scores,
             filter_tries=tries.tolist(),
@@ -175,26 +193,33 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
 
     def _draw(self, call: Call, verdict: tuple[Tensor, Tensor] | None = None) -> Drawn:
         output = call()
-        if not is_dataclass(output) or not hasattr(output, "images"):
+        if not is_dataclass(output):
             raise ValueError(f"pipeline: gives a {type(output).__name__} without images, so nothing can be filtered")
-        beside = [key for key, value in vars(output).items() if key.endswith("_images") and value is not None]
-        if beside:
-            raise ValueError(f"pipeline: gives {beside[0]} too, which are not filtered")
-        images = output.images
+        given = [item.name for item in fields(output) if getattr(output, item.name) is not None]
+        content = check_fields(type(self.pipeline).__name__, type(output).__name__, given)
+        images = getattr(output, content)
         as_latents = call["output_type"] == "latent"
         shown, finite = decoded(images, self.pipeline) if as_latents else as_tensor(images)
         if verdict is None:
             # What is not finite is not released, whatever an encoder makes of it.
             whole = shown if finite.all() else shown.nan_to_num(0)
-            verdict = self._judge((whole.float() * 2).sub_(1))
+            verdict = self._judge_shown((whole.float() * 2).sub_(1))
             verdict[1][~finite] = torch.nan
         flags, scores = verdict
         if len(flags) != len(shown):
             raise ValueError(f"pipeline: drew {len(shown)} images of {len(flags)} latents")
-        return Drawn(output, images if as_latents else shown, flags | ~finite, scores)
+        return Drawn(output, images if as_latents else shown, flags | ~finite, scores, content)
+
+    def _judge_shown(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Of videos every frame, and each by its worst one."""
+        if images.ndim == 4:
+            return self._judge(images)
+        flags, scores = self._judge(images.flatten(0, 1))
+        videos = images.shape[:2]
+        return flags.view(videos).any(1), scores.view(*videos, -1).amax(1)  # NaN is above all
 
     def _judge(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        flags, scores = self.safety_checker.judge(inputs)
+        flags, scores = self.safety_checker.judge(inputs, value_range=(-1, 1))
         if flags.shape != (len(inputs),) or flags.dtype != torch.bool or len(scores) != len(inputs):
             raise ValueError(f"safety_checker: judged {list(flags.shape)} of {len(inputs)} images")
         return flags.cpu().clone(), scores.float().cpu().clone()
@@ -244,7 +269,12 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
                 "FilteredPipeline(pipeline=…, safety_checker=…)"
             )
         hub = saved.hub_arguments(kwargs)
-        index, folder = saved.fetch(name, **hub)
+        try:
+            index, folder = saved.fetch(name, **hub)
+        except (OSError, HFValidationError) as error:
+            raise ValueError(
+                f"{str(name)!r}: is no folder, and cannot be had from the Hub ({first_line(error)})"
+            ) from error
         settings = {key: value for key, value in (("action", action), ("max_tries", max_tries)) if value is not None}
         if saved.is_filtered(index):
             if filter is not None or filter_revision is not None:
@@ -374,12 +404,24 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
             super().__setattr__(name, value)
 
 
+def _lock_of(pipeline: DiffusionPipeline) -> RLock:
+    with _LOCK:
+        return _LOCKS.setdefault(pipeline, RLock())
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Whoever keeps an error keeps its frames, and in them would be images that the filter has not released."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 def _check_pipeline(pipeline: Any) -> None:
     if not isinstance(pipeline, DiffusionPipeline) or isinstance(pipeline, FilteredPipeline):
         raise ValueError(f"pipeline: is a {type(pipeline).__name__}, must be a pipeline of diffusers without a filter")
-    arguments = inspect.signature(pipeline.__call__).parameters
-    if not {"output_type", "return_dict"} <= set(arguments) or not set(_NO_IMAGES).isdisjoint(arguments):
-        raise ValueError(f"pipeline: {type(pipeline).__name__} draws no images that can be filtered")
+    content_of(pipeline)
 
 
 def _check_filter(checker: Any) -> None:

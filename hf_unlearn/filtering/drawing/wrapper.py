@@ -31,7 +31,17 @@ _PASSED_ON = (
 
 
 class PipelineWrapper(DiffusionPipeline):
-    """Its attributes are those of `pipeline`, read and set, unless they are its own or private, or methods that draw."""
+    """Its attributes are those of `pipeline`, read and set, unless they are its own, or private methods, or methods that draw.
+
+    Args:
+        _own (`tuple[str, ...]`): of the class: names of attributes that are set here.
+    """
+
+    _own: tuple[str, ...] = ("pipeline", "internal_dict")
+
+    @property
+    def model_cpu_offload_seq(self) -> Any:
+        return self.pipeline.model_cpu_offload_seq
 
     def to(self, *args, **kwargs) -> PipelineWrapper:
         self.pipeline.to(*args, **kwargs)
@@ -54,19 +64,21 @@ class PipelineWrapper(DiffusionPipeline):
         return self.pipeline._execution_device
 
     def __getattr__(self, name: str) -> Any:
-        # Private ones are left alone: the configuration of diffusers 0.42 is one, and so is what copy asks for.
-        if name.startswith("_") or "pipeline" not in self.__dict__:
+        inner = self.__dict__.get("pipeline")
+        # Of private ones only values that were set on it: `_interrupt` for instance, and none of its methods.
+        own = name.startswith("__") or name.removeprefix("_") in self._own
+        if inner is None or own or (name.startswith("_") and name not in vars(inner)):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if name in _DRAWING and hasattr(self.pipeline, name):
+        if name in _DRAWING and hasattr(inner, name):
             raise AttributeError(f"{name}: draws past the filter; call the pipeline, or ask .pipeline for it")
-        return getattr(self.pipeline, name)
+        return getattr(inner, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
-        if own or not hasattr(self.__dict__.get("pipeline"), name):
+        inner = self.__dict__.get("pipeline")
+        if inner is None or name.startswith("__") or name.removeprefix("_") in self._own:
             super().__setattr__(name, value)
         else:
-            setattr(self.pipeline, name, value)
+            setattr(inner, name, value)
 
 
 def _passed_on(name: str):

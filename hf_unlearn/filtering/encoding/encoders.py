@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ...modes import in_eval_mode
+from ...images import check_value_range, signed
 from .checkpoints import (
     KINDS,
     NOT_IN_SPEC,
@@ -31,8 +31,8 @@ BATCH_SIZE = 32
 class FilterEncoder(LoadsEncoders, nn.Module):
     """Inputs to one embedding each: a model, how its inputs are prepared and what is taken of its outputs.
 
-    The model runs in eval mode, without gradient or autocast, on its own device and in its own dtype; embeddings are
-    fp32. What an input gives does not depend on the others, but for the rounding of another batch or padding.
+    The model is put in eval mode and stays in it (pass a copy of one that you train), and runs without gradient or
+    autocast, on its own device and in its own dtype; embeddings are fp32. What an input gives does not depend on the others, but for the rounding of another batch or padding.
 
     Args:
         model (`PreTrainedModel`): an image or text model of transformers, without head; another: [`FilterEncoder.own`].
@@ -104,6 +104,11 @@ class FilterEncoder(LoadsEncoders, nn.Module):
         self.reference = reference
         self.name = name or type(model).__name__
         self._embedding_size = embedding_size
+        self.eval()
+
+    def train(self, mode: bool = True) -> FilterEncoder:
+        """Stays in eval mode, whatever is asked for: what is judged must not depend on it, nor on who else is judging."""
+        return super().train(False)
 
     @classmethod
     def own(
@@ -202,7 +207,11 @@ class FilterEncoder(LoadsEncoders, nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, inputs: Sequence[Image.Image] | Tensor | Sequence[str], *, batch_size: int | None = None
+        self,
+        inputs: Sequence[Image.Image] | Tensor | Sequence[str],
+        *,
+        batch_size: int | None = None,
+        value_range: tuple[float, float] | None = None,
     ) -> Tensor:
         """One embedding an input.
 
@@ -210,6 +219,8 @@ class FilterEncoder(LoadsEncoders, nn.Module):
             inputs (list of `PIL.Image.Image`, `Tensor` `[n, c, h, w]` in [-1, 1], or list of `str`): as for
                 [`ImagePreprocessing.prepare`], or texts, which are cut after `max_length` tokens.
             batch_size (`int`, *optional*, defaults to 32): inputs at a time.
+            value_range (`(-1, 1)` or `(0, 1)`, *optional*): of a tensor of floats. By default (−1, 1), and a tensor without a
+                value below 0 is refused, since nearly always it is in [0, 1].
 
         Returns:
             `Tensor`: `[n, d]`, fp32, on the model's device. NaN where an image has a pixel that is not finite.
@@ -221,7 +232,11 @@ class FilterEncoder(LoadsEncoders, nn.Module):
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size: must be a positive whole number, got {batch_size!r}")
         embed = self._embed_texts if self.kind == "text" else self._embed_images
-        with in_eval_mode(self.model), torch.autocast(self.device.type, enabled=False):
+        check_value_range(value_range)
+        if self.kind != "text" and isinstance(inputs, Tensor) and inputs.ndim == 4:
+            inputs = signed(inputs, "images", value_range=value_range)
+        self.eval()  # and not back: another thread may be in the middle
+        with torch.autocast(self.device.type, enabled=False):
             embeddings = torch.cat([self._checked(embed(batch), len(batch)) for batch in _batches(inputs, batch_size)])
         return F.normalize(embeddings, dim=-1) if self.normalize else embeddings
 

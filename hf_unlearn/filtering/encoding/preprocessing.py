@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ...files import first_line
+from ...images import LUMINANCE, is_pil, of_pil, signed
 
 
 RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, which processors are saved with
-LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, PIL's
 LONGEST = 64  # times the short side; a longer image loses its ends before it is resized and not after
 UNLIKE = 5 / 255  # of the range of a pixel; PIL rounds to 8 bits after each of two passes
 
@@ -121,28 +120,30 @@ class ImagePreprocessing:
         """Images as the encoder takes them; what comes out for one does not depend on the others.
 
         Args:
-            images (list of `PIL.Image.Image`, or `Tensor`): PIL images of any mode and size: transparency over white,
-                16 bits as they are, modes I and F with 0 to 255, the current frame, no EXIF rotation. Or
-                `[n, c, h, w]`, float in [-1, 1], `c` 1 or 3; prepared where it is.
+            images (list of `PIL.Image.Image`, or `Tensor`): PIL images of any mode and size, as for
+                [`~hf_unlearn.images.of_pil`]. Or `[n, c, h, w]`, `c` 1 or 3, uint8, or float in [−1, 1]; prepared where
+                it is.
 
         Returns:
             `Tensor`: `[n, channels, height, width]`, fp32. All NaN where an image has a pixel that is not finite.
 
         Raises:
-            ValueError: the images are not as above, pixels are beyond [-1.01, 1.01], or sizes differ and stay so.
+            ValueError: the images are not as above, pixels are out of range, or sizes differ and stay so.
         """
         if isinstance(images, Tensor):
             return self._prepared(_checked(images))
         if not isinstance(images, (list, tuple)):
-            hint = "; wrap it as [image]" if _is_pil(images) else ""
+            hint = "; wrap it as [image]" if is_pil(images) else ""
             raise ValueError(
                 f"images: must be a list of PIL images or a tensor [n, c, h, w], got {type(images).__name__}{hint}"
             )
-        if odd := [type(image).__name__ for image in images if not _is_pil(image)]:
+        if odd := [type(image).__name__ for image in images if not is_pil(image)]:
             raise ValueError(f"images: must be PIL images or one tensor [n, c, h, w], got {odd[0]} in a list")
         if not images:
             raise ValueError("images: is empty, pass at least one")
-        prepared = [self._prepared(_pixels(image, number)[None]) for number, image in enumerate(images)]
+        prepared = [
+            self._prepared(of_pil(image, f"images: image {number}")[None]) for number, image in enumerate(images)
+        ]
         if len(shapes := {tuple(image.shape[1:]) for image in prepared}) > 1:
             raise ValueError(f"images: have shapes {sorted(shapes)}, which stay as they are; set size and channels")
         return torch.cat(prepared)
@@ -203,10 +204,6 @@ def example(channels: int | None = 3) -> Image.Image:
     return Image.fromarray(bands.astype(np.uint8)).convert("L" if channels == 1 else "RGB")
 
 
-def _is_pil(image: Any) -> bool:
-    return hasattr(image, "getbands")
-
-
 def _edges(processor: Any, name: str, does: bool | None) -> tuple[int, int] | int | None:
     edges = dict(getattr(processor, name, None) or {}) if does else {}
     known = {key: value for key, value in edges.items() if value is not None}
@@ -224,50 +221,9 @@ def _numbers(values: float | Sequence[float]) -> tuple[float, ...]:
 
 
 def _checked(images: Tensor) -> Tensor:
-    """fp32, after checks; a value that is not finite passes."""
-    if images.ndim != 4 or not images.numel() or not images.is_floating_point():
-        raise ValueError(
-            f"images: must be a float tensor [n, c, h, w] in [-1, 1], got {images.dtype} {list(images.shape)}"
-        )
+    """In [−1, 1], fp32, after checks; a value that is not finite passes."""
+    if images.ndim != 4 or not images.numel():
+        raise ValueError(f"images: must be a tensor [n, c, h, w] in [−1, 1], got {images.dtype} {list(images.shape)}")
     if images.shape[1] not in (1, 3):
         raise ValueError(f"images: must have 1 (grey) or 3 (RGB) channels, got {images.shape[1]}; convert them")
-    images = images.float()
-    reached = torch.where(images.isfinite(), images.abs(), 0).amax()
-    if reached > 1.01:
-        raise ValueError(f"images: pixel values reach {reached:.3g}; rescale them to be in [-1, 1]")
-    return images
-
-
-def _pixels(image: Image.Image, number: int) -> Tensor:
-    """One PIL image as `[1 or 3, h, w]` in [-1, 1], fp32."""
-    if 0 in image.size:
-        raise ValueError(f"images: image {number} is {image.width} × {image.height}, it has no pixels")
-    try:
-        if image.mode.startswith("I;16"):
-            array = np.asarray(image).astype(np.float32) / 65535
-        elif image.mode in ("I", "F"):
-            array = np.asarray(image).astype(np.float32) / 255
-        else:
-            array = np.asarray(_opaque(image)).astype(np.float32) / 255
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"images: image {number} of mode {image.mode!r} cannot be read ({first_line(error)}); convert it to RGB"
-        ) from error
-    seen = array[np.isfinite(array)]
-    if seen.size and (seen.min() < 0 or seen.max() > 1):
-        raise ValueError(
-            f"images: image {number} of mode {image.mode!r} has values from {seen.min() * 255:g} to "
-            f"{seen.max() * 255:g}; rescale them to be in [0, 255]"
-        )
-    tensor = torch.from_numpy(array)
-    return (tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()) * 2 - 1
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """Grey or RGB; what is behind a transparent pixel is white, as in transformers 5.23."""
-    if image.mode == "La":
-        image = image.convert("LA")  # PIL 13 has no direct way from La
-    if {"A", "a"} & set(image.getbands()) or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    return signed(images, "images", whole=False)

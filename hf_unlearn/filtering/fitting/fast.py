@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ...images import IMAGE_COLUMNS
+from ...images import IMAGE_COLUMNS, check_signed
 from ..checker import FASTSafetyChecker
 from ..config import SCHEMA_VERSION, FASTConfig
 from ..encoding.encoders import FilterEncoder
@@ -138,7 +139,13 @@ class FASTFitter:
         self._dimension: int | None = None
 
     def update(
-        self, *, undesired: Any = None, clean: Any = None, unmarked: Any = None, concept: str | None = None
+        self,
+        *,
+        undesired: Any = None,
+        clean: Any = None,
+        unmarked: Any = None,
+        concept: str | None = None,
+        value_range: tuple[float, float] | None = None,
     ) -> FASTFitter:
         """Take in samples; call it as often as you like. Nothing is taken where something is wrong: all samples of a call are
         embedded before.
@@ -148,6 +155,8 @@ class FASTFitter:
             clean: samples that somebody looked at and that do not show it; without `concept`, none of the concepts.
             unmarked: samples that nobody looked at, other ones than the clean ones, which are held out; they serve all concepts.
             concept (`str`, *optional*): whose marks they are; needed for `undesired` where there are several.
+            value_range (`(-1, 1)` or `(0, 1)`, *optional*): of images that are tensors. By default (−1, 1), and one of these three
+                without a value below 0 is refused, since nearly always it is in [0, 1], as `output_type="pt"` gives it.
 
         Raises:
             ValueError: an unknown concept, or samples that cannot be embedded or whose embeddings are not finite.
@@ -159,7 +168,9 @@ class FASTFitter:
                 raise ValueError(f"concept: missing; say which of {', '.join(map(repr, self.concepts))} is undesired")
             concept = next(iter(self.concepts))
         given = {"undesired": undesired, "clean": clean, "unmarked": unmarked}
-        embedded = {name: list(self._embedded(value, name)) for name, value in given.items() if value is not None}
+        embedded = {
+            name: list(self._embedded(value, name, value_range)) for name, value in given.items() if value is not None
+        }
         dimension = self._dimension
         for name, parts in embedded.items():
             for rows in parts:
@@ -185,14 +196,18 @@ class FASTFitter:
             )
         return self._background
 
-    def _embedded(self, samples: Any, argument: str) -> Iterator[Array]:
+    def _embedded(
+        self, samples: Any, argument: str, value_range: tuple[float, float] | None = None
+    ) -> Iterator[Array]:
         """Embeddings `[n, d]`, fp64, in parts; each checked."""
-        found = 0
+        found, seen = 0, []
         for part in _parts(samples, self.encoder, argument):
             if self.encoder is None:
                 rows = as_rows(part, argument)
             else:
-                rows = self.encoder(part, batch_size=self.batch_size)
+                rows = self.encoder(part, batch_size=self.batch_size, value_range=value_range or (-1, 1))
+                if isinstance(part, Tensor) and part.is_floating_point():
+                    seen.append(torch.stack(part.aminmax()))
             rows = rows.to("cpu", torch.float64).numpy()
             if not np.isfinite(rows).all():
                 bad = int(np.argmin(np.isfinite(rows).all(1)))
@@ -200,6 +215,8 @@ class FASTFitter:
                 raise ValueError(f"{argument}: sample {found + bad} has NaN or infinite {what}; remove it")
             found += len(rows)
             yield rows
+        if seen and value_range is None:  # of all parts together: some may well be bright
+            check_signed(torch.stack(seen)[:, 0].min(), torch.stack(seen)[:, 1].max(), argument)
         if not found:
             raise ValueError(f"{argument}: is empty; pass samples, or leave it out")
 

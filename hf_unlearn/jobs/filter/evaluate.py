@@ -106,9 +106,10 @@ def run_evaluate(job: FilterEvaluateJob) -> None:
         if reference is None and others is not None:
             reference = reference_of(others, classifier, tuple(batch.images.shape[1:]), resize=job.resize)
         undesired.append(torch.isin(classifier.classify(batch.images), torch.tensor(classes)))
-        scores.append(checker.judge(batch.latents if checker.encoder is None else batch.images).scores[:, concept])
+        seen = batch.latents if checker.encoder is None else batch.images
+        scores.append(checker.judge(seen, value_range=(-1, 1)).scores[:, concept])
         if reference is not None:
-            features.append(features_of(batch.images, classifier).values)
+            features.append(features_of(batch.images, classifier, value_range=(-1, 1)).values)
     threshold = list(checker.thresholds.values())[concept]
     values = torch.cat(scores)
     released = values.isfinite() & (values <= threshold)

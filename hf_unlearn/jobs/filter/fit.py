@@ -199,7 +199,7 @@ def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
     _check_enough(job, *marks(fitter, source))
     kept: list[Tensor] = []
     for batch in source.batches(UNMARKED, job.unmarked, "drawing unmarked samples"):
-        fitter.update(unmarked=batch.images if encoder else batch.latents)
+        fitter.update(unmarked=batch.images if encoder else batch.latents, value_range=(-1, 1))
         keep(kept, batch, encoder)
     result = fitter.fit(
         threshold=job.threshold,
@@ -277,7 +277,7 @@ def _look(job: FilterFitJob, fitter: FASTFitter, source: Source, shows: Callable
         kinds = {"undesired": seen[undesired][:allowed], "clean": seen[~undesired]}
         for kind, samples in kinds.items():
             if len(samples):
-                fitter.update(**{kind: samples})
+                fitter.update(**{kind: samples}, value_range=(-1, 1))
                 counts[kind] += len(samples)
     if job.marker is not None and counts["undesired"] < 2:
         raise ValueError(

@@ -95,8 +95,7 @@ def pictures_of(job: Fit, checker: FASTSafetyChecker, source: Source, kept: list
 
 
 def _judged(checker: FASTSafetyChecker, kept: Tensor, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    parts = (part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part for part in kept.split(batch_size))
-    verdicts = [checker.judge(part) for part in parts]
+    verdicts = [checker.judge(part, value_range=(-1, 1)) for part in kept.split(batch_size)]
     scores = torch.cat([verdict.scores[:, 0] for verdict in verdicts])
     return scores.numpy(), torch.cat([verdict.flags for verdict in verdicts]).numpy()
 

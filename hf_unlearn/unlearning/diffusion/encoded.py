@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from ...images import image_column, pixels
+from ...images import image_column, look, pixels
 from .denoiser import guidance_of, is_prompted, resolution
 
 
@@ -100,12 +100,14 @@ def encode(
             f"{argument}: prompts are missing for a prompted model; add a column named one of {', '.join(PROMPT_COLUMNS)}"
         )
     means, stds, prompts = [], [], []
+    look(dataset, column, shape, resize=resize, argument=argument)
     for begin in range(0, len(dataset), batch_size):
         rows = [dataset[row] for row in range(begin, min(begin + batch_size, len(dataset)))]
         for name in (column, prompt_column) if prompted else (column,):
             if empty := [begin + row for row, values in enumerate(rows) if values[name] is None]:
                 raise ValueError(f"{argument}: row {empty[0]} has no {name}; remove it or fill it in")
-        images = pixels([row[column] for row in rows], shape, resize=resize, argument=argument)
+        images, numbers = [row[column] for row in rows], range(begin, begin + len(rows))
+        images = pixels(images, shape, resize=resize, argument=argument, rows=numbers, whole=False)
         if not prompted:
             means.append(images)
             continue

@@ -17,7 +17,7 @@ from transformers import Trainer
 from ...gan.config import GANConfig
 from ...gan.dcgan import DCGANDiscriminator
 from ...gan.pipeline import GANPipeline
-from ...gan.players import as_pipeline, check_players
+from ...gan.players import ImageTensors, as_pipeline, check_players
 from ...gan.trainer import GANTrainer
 from ...modes import seeded_generator
 from ...parameters.anchors import QuadraticAnchor
@@ -286,7 +286,7 @@ class AdaptThenUnlearnTrainer(GANOutcomeMixin, GANPublishingMixin, GANTrainer):
         logger.info(
             "adapting model %d of %d to %d undesired", k + 1, self.args.adapted_models, len(self.source_dataset)
         )
-        trainer = GANTrainer(players, stage, train_dataset=self.feedback.undesired)
+        trainer = GANTrainer(players, stage, train_dataset=ImageTensors(self.feedback.undesired))
         trainer.anchor = self.build_consolidation()
         Trainer.train(trainer)  # a part of this run, and none of its own
         return {name: value.detach() for name, value in trainer.averaged.named_parameters()}

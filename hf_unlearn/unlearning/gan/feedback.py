@@ -14,7 +14,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from ...data import check_marks
-from ...images import image_column, pixels
+from ...images import check_signed, image_column, pixels
 
 
 if TYPE_CHECKING:
@@ -65,19 +65,21 @@ def samples_of(given: Any, pipeline: GANPipeline, *, resize: bool, argument: str
     if isinstance(images[0], dict):
         column = image_column(images[0], argument)
         images = [row[column] for row in images]
-    return pixels(images, pipeline.image_shape, resize=resize, argument=argument).detach().cpu()
+    # A few marked samples may well be bright, all of them.
+    return pixels(images, pipeline.image_shape, resize=resize, argument=argument, whole=False).detach().cpu()
 
 
 def marked_samples(undesired: Any, clean: Any, pipeline: GANPipeline, *, resize: bool) -> tuple[Tensor, Tensor]:
     """Both kinds of marked samples as images, in whatever form [`samples_of`] takes each.
 
     Raises:
-        ValueError: as there, or a sample is marked both ways.
+        ValueError: as there, samples that are in [0, 1] by all appearance, or one that is marked both ways.
     """
     marked = tuple(
         samples_of(given, pipeline, resize=resize, argument=argument)
         for argument, given in (("undesired", undesired), ("clean", clean))
     )
+    check_signed(*torch.cat(marked).aminmax(), "undesired, clean")
     # In 256 levels: the same image may come as a picture and as a tensor. And latents as they are: what is drawn of them
     # depends in the last digits on what is drawn beside it.
     for kinds in ((undesired, clean), [((images + 1) * 127.5).round().byte() for images in marked]):

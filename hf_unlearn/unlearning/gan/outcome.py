@@ -65,7 +65,11 @@ class GANOutcomeMixin:
 
     def mark_features(self, images: Tensor) -> Tensor:
         """What the marks are spread by."""
-        return images if self.sorted_by is None else features_of(images, self.sorted_by, name="marks").values
+        return (
+            images
+            if self.sorted_by is None
+            else features_of(images, self.sorted_by, name="marks", value_range=(-1, 1)).values
+        )
 
     @property
     def outcome_line(self) -> str:

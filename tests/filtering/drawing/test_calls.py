@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from filter_data import seeded
+from PIL import Image
 
 from hf_unlearn.filtering.drawing.calls import Call
 
@@ -41,6 +42,16 @@ class ClassConditional:
         return {"class_labels": class_labels}
 
 
+class Consistency:
+    def __call__(self, batch_size=1, class_labels=None, generator=None):
+        return {"batch_size": batch_size, "class_labels": class_labels}
+
+
+class FromNoise:
+    def __call__(self, latents, num_images_per_prompt=1):
+        return {"latents": latents}
+
+
 def call(pipeline, *args, **kwargs):
     return Call(pipeline, args, kwargs)
 
@@ -63,69 +74,59 @@ class TestArguments:
 class TestForPlaces:
     def test_numbers(self):
         assert call(Unconditional(), 5).for_places([1, 4], 5)()["batch_size"] == 2
-        again = call(Adversarial(), 5, latents=torch.zeros(5, 2), batch_size=7).for_places([0, 2, 3], 5)()
-        assert again == {"num_images": 3, "batch_size": 7, "latents": None}
+        for given in ({"num_images": 5}, {}):  # the latents say how many
+            again = call(Adversarial(), **given, latents=torch.zeros(5, 2), batch_size=7)
+            assert again.for_places([0, 2, 3], 5)() == {"num_images": 3, "batch_size": 7, "latents": None}
+            assert again.again()() == {"num_images": 5, "batch_size": 7, "latents": None}
+        assert call(Consistency(), 4, class_labels=7).for_places([1], 4)() == {"batch_size": 1, "class_labels": 7}
 
-    @pytest.mark.parametrize("prompt", ["a", ["a"]])
-    def test_one_prompt(self, prompt):
-        image = torch.zeros(3, 8, 8)
-        again = call(TextToImage(), prompt, image=image, num_images_per_prompt=4).for_places([1, 3], 4)()
-        assert again["prompt"] == prompt
-        assert again["image"] is image
-        assert again["num_images_per_prompt"] == 2
+    def test_one_prompt(self):
+        callback = object.__init__
+        given = {"num_images_per_prompt": 4, "negative_prompt": "x", "callback_on_step_end": callback, "eta": 0.5}
+        again = call(TextToImage(), "a", **given, latents=torch.zeros(4, 4)).for_places([1, 3], 4)()
+        assert (again["prompt"], again["negative_prompt"], again["num_images_per_prompt"]) == ("a", "x", 2)
+        assert (again["callback_on_step_end"], again["latents"]) == (callback, None)
+        again = call(TextToImage(), ["a"], num_images_per_prompt=4).for_places([1, 3], 4)()
+        assert (again["prompt"], again["num_images_per_prompt"]) == (["a", "a"], 1)
 
     def test_prompts_and_what_goes_with_them(self):
-        embeddings, pooled, callback = torch.arange(6.0).view(3, 2, 1), torch.arange(3.0).view(3, 1), object()
-        given = {"negative_prompt": ["x", "y", "z"], "prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
-        given |= {"num_images_per_prompt": 2, "callback_on_step_end": callback, "latents": torch.zeros(6, 4)}
-        again = call(TextToImage(), **given).for_places([0, 3, 4, 5], 6)()
-        assert again["negative_prompt"] == ["x", "y", "z", "z"]
-        assert again["prompt_embeds"].equal(embeddings[[0, 1, 2, 2]])
-        assert again["pooled_prompt_embeds"].equal(pooled[[0, 1, 2, 2]])
+        given = {"negative_prompt": ["x", "y", "z"], "num_images_per_prompt": 2}
+        again = call(TextToImage(), ["a", "b", "c"], **given).for_places([0, 3, 4, 5], 6)()
+        assert (again["prompt"], again["negative_prompt"]) == (["a", "b", "c", "c"], ["x", "y", "z", "z"])
         assert again["num_images_per_prompt"] == 1
-        assert again["callback_on_step_end"] is callback
-        assert again["latents"] is None
-
-    def test_pictures(self):
-        """Of several images a prompt, diffusers 0.42 has the pictures in another order than the prompts."""
-        images = np.arange(3 * 4).reshape(3, 2, 2, 1)
-        again = call(TextToImage(), ["a", "b", "c"], image=images).for_places([0, 2], 3)()
-        assert (again["image"] == images[[0, 2]]).all()
-        assert call(TextToImage(), ["a", "b", "c"], image=images, num_images_per_prompt=2).for_places([0], 6) is None
-
-    def test_what_all_prompts_share(self):
-        again = call(TextToImage(), ["a", "b"], "x", image=torch.zeros(1, 3, 8, 8)).for_places([1], 2)()
-        assert (again["prompt"], again["negative_prompt"]) == (["b"], "x")
-        assert again["image"].shape == (1, 3, 8, 8)
 
     def test_generators(self):
         generators = [seeded(number) for number in range(3)]
         again = call(TextToImage(), ["a", "b", "c"], generator=generators).for_places([0, 2], 3)()
         assert [id(one) for one in again["generator"]] == [id(generators[0]), id(generators[2])]
         assert call(Unconditional(), 3, generators[0]).for_places([1], 3)()["generator"] is generators[0]
-
-    def test_labels(self):
-        assert call(ClassConditional(), [5, 6, 7]).for_places([0, 2], 3)()["class_labels"] == [5, 7]
-        labels = torch.tensor([5, 6, 7])
-        assert call(ClassConditional(), labels).for_places([2], 3)()["class_labels"].tolist() == [7]
+        assert (
+            call(TextToImage(), ["a", "b"], generator=generators, num_images_per_prompt=2).for_places([0], 4) is None
+        )
 
     @pytest.mark.parametrize(
         ("given", "drawn"),
         [
             (call(TextToImage(), ["a", "b"], num_images_per_prompt=3), 7),
             (call(TextToImage(), ["a", "b"], ["x", "y", "z"]), 2),
-            (call(TextToImage(), ["a", "b"], image=torch.zeros(2, 8, 8)), 2),
+            (call(TextToImage(), "a"), 2),
+            (call(TextToImage(), "a", ["x"], num_images_per_prompt=2), 2),
+            # One reference each, or both of each? Flux 2 means the latter.
+            (call(TextToImage(), ["a", "b"], image=[torch.zeros(1, 3, 8, 8)] * 2), 2),
+            (call(TextToImage(), ["a", "b"], image=np.zeros((2, 8, 8, 3))), 2),
+            (call(TextToImage(), "a", image=Image.new("L", (8, 8)), num_images_per_prompt=2), 2),
+            (call(TextToImage(), ["a", "b"], pooled_prompt_embeds=torch.zeros(2, 4)), 2),
+            (call(TextToImage(), prompt_embeds=torch.zeros(2, 4, 4)), 2),
             (call(TextToImage(), ["a", "b"], ip_adapter_image=[torch.zeros(2, 3, 8, 8)]), 2),
+            (call(TextToImage(), ["a", "b"], sigmas=[1.0, 0.5]), 2),  # as many as prompts, by chance
+            (call(TextToImage(), ["a", "b"], cross_attention_kwargs={"masks": torch.zeros(2, 1)}), 2),
+            (call(Consistency(), 4, class_labels=[0, 1, 2, 3]), 4),
+            (call(Unconditional(), 3), 4),
+            (call(ClassConditional(), [5, 6]), 2),
         ],
     )
     def test_where_nobody_can_tell(self, given, drawn):
         assert given.for_places([0, 1], drawn) is None
 
-    def test_with_several_control_networks(self):
-        """Whose images are a list too, of one for each network."""
-        pipeline = TextToImage()
-        pipeline.controlnet = torch.nn.Module()
-        pipeline.controlnet.nets = torch.nn.ModuleList()
-        images = [torch.zeros(1, 3, 8, 8)] * 2
-        assert call(pipeline, ["a", "b"], image=images).for_places([1], 2) is None
-        assert call(pipeline, "a", image=images, num_images_per_prompt=2).for_places([1], 2)()["image"] is images
+    def test_latents_that_have_to_be_given(self):
+        assert call(FromNoise(), latents := torch.zeros(2, 4)).again()()["latents"] is latents

@@ -9,8 +9,10 @@ import os
 import pickle
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -23,6 +25,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.utils import BaseOutput
 from filter_data import (
     BrightnessChecker,
     case,
@@ -40,6 +43,8 @@ from PIL import Image
 from hf_unlearn import FASTFitter, FASTSafetyChecker, FilterEncoder, GANPipeline
 from hf_unlearn.filtering.drawing import saved
 from hf_unlearn.filtering.drawing.actions import FilteredImageError, blur
+from hf_unlearn.filtering.drawing.formats import content_of
+from hf_unlearn.filtering.drawing.outputs import Drawn
 from hf_unlearn.filtering.drawing.pipeline import FilteredPipeline
 
 
@@ -349,10 +354,11 @@ class TestRegenerate:
         pipe = filtered(each, threshold=threshold, action="regenerate", max_tries=1)
         each.draw(pipe, output_type="pt", generator=generators)
         seen = pipe.safety_checker.seen
-        assert [len(images) for images in seen] == [4, 1]
-        assert_same((seen[1][0] + 1) / 2, expected)
+        whole = "image" in each.arguments  # of which nobody can tell whose they are
+        assert [len(images) for images in seen] == [4, 4 if whole else 1]
+        assert_same((seen[1][place if whole else 0] + 1) / 2, expected)
         for number, generator in enumerate(generators):
-            assert generator.get_state().equal(states[number]) == (number != place)
+            assert generator.get_state().equal(states[number]) == (number != place and not whole)
 
     @pytest.mark.parametrize("latents", [False, True])
     def test_where_the_arguments_cannot_be_taken_apart(self, stable_diffusion, latents, monkeypatch):
@@ -373,7 +379,7 @@ class TestRegenerate:
         assert_same(out.images[others], expected[others])
 
     def test_a_pipeline_that_draws_another_number(self, gan, monkeypatch):
-        monkeypatch.setattr("hf_unlearn.filtering.drawing.calls._NUMBERS", ())
+        monkeypatch.setattr("hf_unlearn.filtering.drawing.calls.Call.for_places", lambda self, *_: self.again())
         with pytest.raises(ValueError, match="^pipeline: drew 4 images again, must draw 2$"):
             gan.draw(filtered(gan, 2, action="regenerate"))
 
@@ -550,6 +556,97 @@ class SafeOutput(ImagePipelineOutput):
     unsafe_images: list | None = None
 
 
+class TestVideos:
+    """Judged frame by frame; one frame that is not released, and the video is not."""
+
+    @pytest.fixture
+    def videos(self, gan, monkeypatch):
+        """The GAN's images as two videos of two frames each; asked for, as a video pipeline is, in its own forms."""
+        frames = gan.draw(output_type="pt").images.view(2, 2, 3, 8, 8)
+
+        def call(self, num_videos_per_prompt=2, generator=None, output_type="pil", return_dict=True):
+            forms = {"pt": frames, "np": frames.movedim(-3, -1).numpy()}
+            return VideoOutput(forms.get(output_type, frames))
+
+        monkeypatch.setattr(GANPipeline, "__call__", call)
+        gan.arguments.clear()
+        return frames
+
+    def test_one_frame_decides(self, gan, videos):
+        brightness = (videos * 2 - 1).flatten(2).mean(2)
+        brightest = int(brightness.max(1).values.argmax())
+        pipe = FilteredPipeline(gan.pipeline, BrightnessChecker(brightness.flatten().topk(2).values.mean().item()))
+        for output_type in ("pt", "np", "pil"):
+            out = pipe(output_type=output_type)
+            shown = out.frames if output_type != "pil" else np.stack([as_array(video) for video in out.frames])
+            shown = torch.as_tensor(np.asarray(shown))
+            assert out.filtered == [number == brightest for number in range(2)]
+            assert not shown[brightest].any()
+            assert shown[1 - brightest].any(dim=-1).any()
+            torch.testing.assert_close(out.filter_scores[:, 0], brightness.amax(1))
+        assert pipe(output_type="pt").frames[1 - brightest].equal(videos[1 - brightest])
+        assert pipe(output_type="pt", filter_action="blur").frames[brightest].any()
+        with pytest.raises(ValueError, match="^output_type='latent': .* what images they show"):
+            pipe(output_type="latent")
+
+    def test_a_broken_frame(self, gan, videos):
+        videos[1, 0, 0, 0, 0] = torch.nan
+        out = FilteredPipeline(gan.pipeline, BrightnessChecker(EVERYTHING))(output_type="pt")
+        assert out.filtered == [False, True]
+        assert out.filter_scores.isnan().flatten().tolist() == [False, True]
+        assert out.frames.isfinite().all()
+
+
+class TestErrors:
+    def test_hold_no_images(self, gan, monkeypatch):
+        """Nor do their frames, of which a debugger or a report makes use: nowhere is a tensor of what was drawn."""
+
+        def broken(inputs, **_):
+            raise ValueError("cannot judge")
+
+        for raises in ("raise", "judge"):
+            pipe = filtered(gan, 2, action="raise")
+            if raises == "judge":
+                monkeypatch.setattr(pipe.safety_checker, "judge", broken)
+            with pytest.raises((FilteredImageError, ValueError)) as caught:
+                gan.draw(pipe)
+            trace, held = caught.value.__traceback__, []
+            while trace is not None:
+                if trace.tb_frame.f_code is not sys._getframe().f_code:
+                    held += trace.tb_frame.f_locals.values()
+                trace = trace.tb_next
+            assert not [value for value in held if isinstance(value, torch.Tensor | np.ndarray | Drawn)]
+
+    def test_threads_on_one_pipeline(self, gan):
+        """Each of many calls at once gives what it gives alone, and nothing that is blocked is released."""
+        pipe = FilteredPipeline(gan.pipeline, fitted_filter())
+        scores = pipe.safety_checker.judge(gan.draw(output_type="pt").images * 2 - 1).scores
+        pipe.safety_checker.set_threshold("bright", scores.flatten().sort().values[1:3].mean().item())
+        pipe.safety_checker.encoder.model.train()
+        alone = gan.draw(pipe, output_type="pt")
+        with ThreadPoolExecutor(3) as pool:
+            for out in pool.map(lambda _: gan.draw(pipe, output_type="pt"), range(12)):
+                assert out.filtered == alone.filtered
+                assert_same(out.images, alone.images)
+        assert not pipe.safety_checker.train().encoder.model.training
+
+    def test_a_pipeline_that_is_not_there(self, gan, tmp_path):
+        gan.pipeline.save_pretrained(tmp_path / "plain")
+        with mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
+            for name in ("nosuch", str(tmp_path / "nosuch")):
+                for arguments in ((name,), (tmp_path / "plain",)):
+                    with pytest.raises(
+                        (OSError, ValueError), match="nosuch'?: is no folder, and cannot be had"
+                    ) as error:
+                        FilteredPipeline.from_pretrained(*arguments, filter=name)
+                    assert "\n" not in str(error.value)
+
+
+@dataclass
+class VideoOutput(BaseOutput):
+    frames: torch.Tensor
+
+
 class TestRefused:
     def test_no_filter(self, gan):
         pipe = filtered(gan, 1)
@@ -570,18 +667,47 @@ class TestRefused:
                 ValueError, match=r"^pipeline: is a .*, must be a pipeline of diffusers without a filter"
             ):
                 FilteredPipeline(nothing, BrightnessChecker(0))
-        for name in ("AnimateDiffPipeline", "AudioLDM2Pipeline", "WanPipeline"):  # known before anything is drawn
+
+    def test_every_pipeline_of_diffusers_is_known_before_it_draws(self):
+        """By what it gives: sound, texts, embeddings, depth, latents beside the images; videos and images are taken."""
+        refused, taken = {}, {"images": 0, "image": 0, "frames": 0}
+        for name in dir(diffusers):
+            if name == "DiffusionPipeline" or "Pipeline" not in name or "Modular" in name:
+                continue
             kind = getattr(diffusers, name)
-            with pytest.raises(ValueError, match=f"^pipeline: {name} draws no images that can be filtered$"):
-                FilteredPipeline(kind.__new__(kind), BrightnessChecker(0))
+            if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)) or kind.__name__ != name:
+                continue
+            try:
+                taken[content_of(kind.__new__(kind)) or "images"] += 1
+            except ValueError as error:
+                refused[name] = str(error)
+        assert min(taken.values()) >= 2
+        assert taken["images"] > 150
+        assert taken["frames"] > 40
+        for name, why in {
+            "AudioLDM2Pipeline": "a AudioPipelineOutput without", "LongCatAudioDiTPipeline": "a AudioPipelineOutput without",
+            "AceStepPipeline": "a AudioPipelineOutput without", "DanceDiffusionPipeline": "a AudioPipelineOutput without",
+            "DiffusionGemmaPipeline": "a DiffusionGemmaPipelineOutput without", "LTX2Pipeline": "audio too",
+            "MarigoldDepthPipeline": "a MarigoldDepthOutput without", "StableDiffusionLDM3DPipeline": "a LDM3D",
+            "KandinskyPriorPipeline": "a KandinskyPriorPipelineOutput without", "FluxPriorReduxPipeline": "a FluxPriorRedux",
+        }.items():  # fmt: skip
+            assert refused.pop(name).startswith(f"pipeline: {name} gives {why}")
+        assert len(refused) < 30
 
     @pytest.mark.parametrize(
         ("output", "message"),
         [
-            (diffusers.AudioPipelineOutput(audios=np.zeros(3)), "gives a AudioPipelineOutput without images"),
+            (
+                diffusers.AudioPipelineOutput(audios=np.zeros(3)),
+                "GANPipeline gives a AudioPipelineOutput without images",
+            ),
             (SimpleNamespace(images=[]), "gives a SimpleNamespace without images"),
-            (SafeOutput(torch.zeros(1, 3, 8, 8), unsafe_images=[0]), "gives unsafe_images too, which are not"),
+            (SafeOutput(torch.zeros(1, 3, 8, 8), unsafe_images=[0]), "GANPipeline gives unsafe_images too, which the"),
             (ImagePipelineOutput(images=[]), "gives images as list, which"),
+            (
+                ImagePipelineOutput(images=[[Image.new("L", (8, 8))], [Image.new("L", (9, 8))]]),
+                "gives images as list, which",
+            ),
             (ImagePipelineOutput(images=[torch.zeros(3, 8, 8)]), "gives images as list, which"),
             (ImagePipelineOutput(images=torch.zeros(3, 8, 8)), r"gives images as Tensor of shape \[3, 8, 8\], which"),
             (ImagePipelineOutput(images=np.zeros((1, 8, 8, 3), np.uint8)), "gives images as Tensor of shape"),
@@ -634,9 +760,16 @@ class TestAttributes:
         pipe.scheduler = scheduler
         assert inner.scheduler is scheduler
         assert "scheduler" not in vars(pipe)
-        pipe.note = "mine"
-        assert "note" not in vars(inner)
-        assert pipe.note == "mine"
+        for name, value in (
+            ("note", "mine"),
+            ("_interrupt", True),
+            ("_guidance_scale", 3),
+            ("model_cpu_offload_seq", "unet"),
+        ):
+            setattr(pipe, name, value)
+            assert getattr(inner, name) is getattr(pipe, name) is value
+            assert name not in vars(pipe)
+        assert not hasattr(pipe, "_encode_prompt")  # a method, which is no value that somebody set
         assert pipe.components == {"pipeline": inner, "safety_checker": pipe.safety_checker}
         assert pipe.config["pipeline"] == ("diffusers", "StableDiffusionPipeline")
         assert "FilteredPipeline" in repr(pipe)
@@ -902,7 +1035,7 @@ class TestFittedFilter:
     def test_an_encoder_of_the_users_own(self, gan, tmp_path):
         encoder = FilterEncoder.own(lambda images: images.mean((2, 3)), name="mean colours", channels=3)
         noise = torch.rand(40, 3, 8, 8, generator=seeded())
-        fitter = FASTFitter(encoder, score="mean_difference").update(undesired=noise[:20], clean=noise[20:] - 1)
+        fitter = FASTFitter(encoder, score="mean_difference").update(undesired=noise[:20] - 0.1, clean=noise[20:] - 1)
         pipe = FilteredPipeline(gan.pipeline, fitter.fit(threshold="pooled_mean").checker())
         pipe.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="^encoder: the filter was fitted with the user's own"):

@@ -290,7 +290,11 @@ class TestStandIns:
         for encoder in (None, FilterEncoder.own(Flatten(2, 20.0), name="flat")):
             scale = 1 if encoder is None else 20
             fitter = FASTFitter(encoder, score="mean_difference")
-            fitter.update(undesired=torch.from_numpy(undesired / scale), unmarked=torch.from_numpy(unmarked / scale))
+            samples = {
+                "undesired": torch.from_numpy(undesired / scale),
+                "unmarked": torch.from_numpy(unmarked / scale),
+            }
+            fitter.update(**samples, value_range=(-1, 1))
             concept = fitter.fit(threshold="pooled_mean")["undesired"]
             # τ = mean of 3 marks and of 3 stand-ins, along an axis that is nearly the first
             means.append(2 * concept.threshold.value - 11)

@@ -106,7 +106,7 @@ class TestFigures:
 
     def run(self, pipeline, folder, resume=None, callbacks=("pul", "fid"), **values):
         trainer = VDUTrainer(pipeline=pipeline, args=arguments(folder, **values), forget_dataset=images())
-        self.reference = features_of(torch.rand(20, 1, 8, 8, generator=seeded(0)), corners, name="c")
+        self.reference = features_of(torch.rand(20, 1, 8, 8, generator=seeded(0)) * 2 - 1, corners, name="c")
         made = {
             "pul": PULCallback(trainer, darkness, [1], samples=12, steps=2),
             "fid": FIDCallback(trainer, self.reference, corners, samples=12),
