@@ -2,73 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from .. import data
 from ..examples.named import DDPMS
 from ..metrics.features import ClassifierFeatures
-from ..training.checks import check_fields, check_processes
+from ..training.checks import check_processes
 from ..unlearning.diffusion.denoiser import resolution
 from ..unlearning.diffusion.vdu import VDUConfig, VDUTrainer
 from .alone import made_once
 from .judging import Judge, classifier_of, forget_and_report, reference_of
-from .keys import check_needs
 from .selecting import Parts, select
-from .unlearn import UnlearnJob
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-METHODS = {"vdu": (VDUConfig, VDUTrainer)}
-
-
-@dataclass
-class VDUJob(UnlearnJob):
-    """Which diffusion model forgets what: the keys of a recipe with `method: vdu` besides those of [`VDUConfig`].
-
-    What is forgotten is said as for classifiers, by `forget_column`, `forget_ids` or `forget_dataset`, or by the config's
-    `forget_prompts`, which need no dataset.
-
-    Args:
-        model (`str`): `"digits-ddpm"` or `"fashion-mnist-ddpm"` (small models, trained on first use: minutes), the folder or
-            the id of a pipeline.
-        classifier (`str`, *optional*): counts what is drawn before and after: `"digits"`, a folder or an id of an image
-            classifier. Its classes are those of the dataset.
-        forget_limit (`int`, *optional*): use at most so many of the forget rows, drawn by the seed.
-        measure_samples (`int`, defaults to 500): images drawn before and after for it.
-        eval_split (`str`, *optional*): split whose rows that are not forgotten are the reference of the Fréchet distance.
-    """
-
-    _methods = METHODS
-
-    method: Literal["vdu"] | None = None
-    classifier: str | None = None
-    forget_limit: int | None = None
-    measure_samples: int = 500
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self, {"≥ 2": ("measure_samples",), "≥ 1": ("forget_limit",)})
-        example = "'digits', a folder, or an id"
-        check_needs(self, ("retain", "dataset", example), ("eval_split", "dataset", example))
-
-    def _needs_forget_rows(self) -> bool:
-        return False  # forget_prompts may stand in: the config knows
-
-    def config(self, config_class: type, given: dict) -> VDUConfig:
-        config = super().config(config_class, given)
-        rows = any((self.forget_column, self.forget_ids, self.forget_dataset))
-        if rows == bool(config.forget_prompts):
-            raise ValueError(
-                "forget_prompts: given beside rows to forget; keep one of them"
-                if rows
-                else "forget_column: missing; say what to forget by forget_column, forget_ids, forget_dataset or forget_prompts"
-            )
-        return config
+    from .recipe.vdu import VDUJob
 
 
 def run_vdu(job: VDUJob, config: VDUConfig, trainer_class: type[VDUTrainer]) -> None:

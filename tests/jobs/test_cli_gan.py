@@ -300,9 +300,9 @@ class TestBadRecipes:
         [
             ({"marke": "digits"}, "{path}: unknown key 'marke'; did you mean 'marker'?"),
             ({"forget_column": "label"}, "{path}: unknown key 'forget_column'; did you mean "),
-            ({"preset": "papers"}, "{path}: preset: invalid choice: 'papers'"),
-            ({"repulsion": "l2"}, "{path}: repulsion: invalid choice: 'l2'"),
-            ({"undesired": ["a"]}, "{path}: undesired: invalid int value: 'a'"),
+            ({"preset": "papers"}, "{path}: preset='papers': must be one of "),
+            ({"repulsion": "l2"}, "{path}: repulsion='l2': must be one of "),
+            ({"undesired": ["a"]}, "{path}: undesired: 'a' is not allowed; expected int"),
             ({"model": None}, "model: missing; set it to 'digits-gan', 'fashion-mnist-gan', a folder, or an id on the Hub"),
             ({"output_dir": None}, "output_dir: missing; set it to the folder that gets the unlearned model"),
             ({"marker": "digits"}, "classes: missing; list the classes that marker is to mark, as in [3]"),
