@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+from transformers.trainer_callback import DefaultFlowCallback
 
 from hf_unlearn import PBUConfig, __version__, cli, data
 from hf_unlearn.examples.classifier import TRAINING, cached_digits_classifier, digits_processor, predict
@@ -427,7 +429,7 @@ class TestRunning:
         assert '| `forget_loss` | "match" |' in card
         assert classifier not in card
 
-    def test_resuming(self, classifier, recipe, tmp_path):
+    def test_stopping_and_resuming(self, classifier, recipe, tmp_path, monkeypatch, capsys):
         def run(name, *arguments):
             keys = {
                 "model": classifier, "output_dir": str(tmp_path / name), "max_steps": 4, "save_strategy": "steps",
@@ -435,10 +437,29 @@ class TestRunning:
             }  # fmt: skip
             return cli.main(["unlearn", "--config", recipe(**keys), *QUICK, *arguments])
 
+        flow = DefaultFlowCallback.on_step_end
+
+        def stop_at(step):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == step:
+                    signal.raise_signal(signal.SIGINT)  # Ctrl-C
+                return flow(self, args, state, control, **kwargs)
+
+            return on_step_end
+
         assert run("whole") == 0
-        assert run("parts") == 0
-        (tmp_path / "parts/checkpoint-4").rename(tmp_path / "gone")
-        (tmp_path / "parts/model.safetensors").unlink()
+        for step, how in (
+            (1, "no checkpoint was saved, so the same command begins anew; save_strategy and save_steps save some"),
+            (3, "go on from step 2 with the same command and --resume_from_checkpoint true"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(DefaultFlowCallback, "on_step_end", stop_at(step))
+                capsys.readouterr()
+                assert run("parts") == 130
+            out, err = capsys.readouterr()
+            assert err.splitlines()[-1] == f"hf-unlearn: stopped at step {step}; {how}"
+            assert "Traceback" not in out + err
+        assert not (tmp_path / "parts/model.safetensors").exists()
         marker = tmp_path / "parts/checkpoint-2/unlearning.json"
         written = marker.stat().st_mtime_ns
         assert run("parts", "--resume_from_checkpoint", "true") == 0

@@ -682,8 +682,6 @@ class TestBadRecipes:
             ({"batch_size": 0}, "batch_size=0: must be ≥ 1"),
             ({"num_inference_steps": 0}, "num_inference_steps=0: must be ≥ 1"),
             ({"device": "gpu"}, "device='gpu': is none; set it to cpu or cuda"),
-            pytest.param({"device": "cuda"}, "device='cuda': there is no such GPU; leave it out",
-                         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
             ({"pipeline": "digits-gan", "prompts": ["a"]}, "prompts: 'digits-gan' has none; leave it out"),
             ({"concept": " "}, "concept: is empty; name what is filtered"),
             ({"encoder_layer": 1}, "encoder: missing, which encoder_layer needs"),
@@ -811,6 +809,10 @@ class TestBadData:
         monkeypatch.setenv("WORLD_SIZE", "2")
         line = fails("fit", "--config", recipe(**MARKED), code=1)
         assert line == "filter: runs in one process; start it without accelerate launch"
+        monkeypatch.delenv("WORLD_SIZE")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        line = fails("fit", "--config", recipe(**MARKED, device="cuda"), code=1)
+        assert line == "device='cuda': there is no such GPU; leave it out"
 
     def test_no_filter(self, recipe, fails, encoder):
         line = fails("run", "--config", recipe(), code=1)

@@ -299,7 +299,7 @@ class TestBadRecipes:
         ("keys", "message"),
         [
             ({"marke": "digits"}, "{path}: unknown key 'marke'; did you mean 'marker'?"),
-            ({"forget_column": "label"}, "{path}: unknown key 'forget_column'; did you mean "),
+            ({"forget_column": "label"}, "{path}: unknown key 'forget_column'; hf-unlearn unlearn --method adapt_then_unlearn --help"),
             ({"preset": "papers"}, "{path}: preset='papers': must be one of "),
             ({"repulsion": "l2"}, "{path}: repulsion='l2': must be one of "),
             ({"undesired": ["a"]}, "{path}: undesired: 'a' is not allowed; expected int"),
@@ -325,7 +325,7 @@ class TestBadRecipes:
             (FEEDBACK | {"dataset": "digits", "eval_split": "test"}, "classifier: missing, which eval_split needs"),
             (FEEDBACK | {"dataset": "digits", "eval_split": "test", "classifier": "digits"},
              "classes: missing, which eval_split needs"),
-            ({"negative_share": 1}, "negative_share=1.0: must be in [0, 1)"),
+            ({"negative_share": 1}, "{path}: negative_share=1.0: must be in [0, 1)"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
     )  # fmt: skip

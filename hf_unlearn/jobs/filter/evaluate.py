@@ -23,7 +23,7 @@ from ..keys import console
 from ..marking import class_numbers, other_real_images
 from ..recipe.filter import FilterEvaluateJob
 from .report import TITLES, add_rate, start_columns
-from .source import EVALUATION, Source, check_alone, filtered_pipeline
+from .source import EVALUATION, Source, check_machine, filtered_pipeline
 
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run_evaluate(job: FilterEvaluateJob) -> None:
     Raises:
         ValueError: something in the recipe does not fit; nothing was written.
     """
-    check_alone()
+    check_machine(job)
     classifier = classifier_of(job.classifier, None)
     classes = class_numbers(job.classes, classifier, key="classes", argument="classifier", name=job.classifier)
     others = None

@@ -26,7 +26,7 @@ from .source import (
     UNMARKED,
     Batch,
     Source,
-    check_alone,
+    check_machine,
     device_of,
     plain_pipeline,
 )
@@ -45,7 +45,7 @@ def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
     Raises:
         ValueError: something in the recipe does not fit the pipeline or the marks; no filter was written.
     """
-    check_alone()
+    check_machine(job)
     # What costs seconds to find wrong comes before what costs minutes to draw.
     marks = _marks(job)
     encoder = _encoder(job)

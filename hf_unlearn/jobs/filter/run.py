@@ -13,7 +13,7 @@ from ...filtering.drawing.actions import FilteredImageError
 from ...plots import image_grid
 from ..keys import console
 from ..recipe.filter import VERDICTS, FilterRunJob
-from .source import RUN, Source, check_alone, filtered_pipeline
+from .source import RUN, Source, check_machine, filtered_pipeline
 
 
 GRID = "grid.png"
@@ -26,7 +26,7 @@ def run_filtered(job: FilterRunJob) -> None:
     Raises:
         ValueError: something in the recipe does not fit, or with `action: raise` an image is not released; nothing was written.
     """
-    check_alone()
+    check_machine(job)
     settings = {name: getattr(job, name) for name in ("action", "max_tries") if getattr(job, name) is not None}
     pipe = filtered_pipeline(job, **settings)
     source = Source(pipe.pipeline, job)

@@ -35,26 +35,21 @@ SHEET_SAMPLES, UNMARKED, EVALUATION, RUN = range(4)
 FIT_FIRST = "run hf-unlearn filter fit first, or set filter to a folder or an id"
 
 
-def check_alone() -> None:
-    """Refuse several processes: each would write the same folder."""
+def check_machine(job: PipelineJob) -> None:
+    """Refuse several processes, of which each would write the same folder, and a GPU that is not there.
+
+    Raises:
+        ValueError: naming what to change.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("filter: runs in one process; start it without accelerate launch")
+    if device_of(job).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={job.device!r}: there is no such GPU; leave it out")
 
 
 def device_of(job: PipelineJob) -> str:
-    """Where a job draws.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    name = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r}: is none; set it to cpu or cuda, or leave it out") from error
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r}: there is no such GPU; leave it out")
-    return name
+    """Where a job draws."""
+    return job.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _loading(job: PipelineJob) -> dict[str, Any]:
