@@ -31,6 +31,6 @@ def made_once(config: TrainingArguments | None, name: str, *, seed: int = 0) -> 
     with config.main_process_first(desc="training a small model"):
         alone = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
         alone = {name: value for name, value in alone.items() if not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
-        command = [sys.executable, "-m", "hf_unlearn.examples", name, "--seed", str(seed), "--quiet"]
+        command = [sys.executable, "-m", "hf_unlearn.examples", name, "--seed", str(seed)]
         done = subprocess.run(command, env=alone, check=True, stdout=subprocess.PIPE, text=True)
         return done.stdout.splitlines()[-1]

@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -442,7 +441,7 @@ class TestRunning:
         def stop_at(step):
             def on_step_end(self, args, state, control, **kwargs):
                 if state.global_step == step:
-                    signal.raise_signal(signal.SIGINT)  # Ctrl-C
+                    raise KeyboardInterrupt  # Ctrl-C
                 return flow(self, args, state, control, **kwargs)
 
             return on_step_end

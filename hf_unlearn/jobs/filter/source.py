@@ -69,7 +69,7 @@ def named_pipeline(job: PipelineJob) -> tuple[str, dict[str, Any]]:
     """
     name = job.pipeline
     if name in SMALL:
-        name = str(made(name, progress=sys.stderr.isatty()))
+        name = str(made(name))
     with loading("pipeline", job.pipeline, "a pipeline"):
         return name, saved.fetch(name, revision=job.pipeline_revision)[0]
 
