@@ -4,6 +4,7 @@ import ast
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 
 import hf_unlearn
 from hf_unlearn.cli import VERBS
+from hf_unlearn.jobs.recipe.methods import DEMO, FILTER, INFLUENCE, UNLEARN, chosen, read
+from hf_unlearn.jobs.recipe.reading import options
 
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +86,24 @@ class TestDocuments:
         assert len(examples) == (ROOT / "README.md").read_text().count("```python")
         assert ours
         assert [(module, name) for module, name in ours if not hasattr(importlib.import_module(module), name)] == []
+
+    def test_every_command_can_be_read(self):
+        """In the README, the pages and the heads of the recipes; without running them."""
+        files = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *(ROOT / "hf_unlearn" / "recipes").glob("*.yaml")]
+        begins = r"^(?:# +|    )?(?:hf-unlearn|accelerate launch .* -m hf_unlearn\.cli) +([^|`\n]*)$"
+        found = [line for file in files for line in re.findall(begins, file.read_text(), flags=re.MULTILINE)]
+        assert len(found) > 25
+        for line in found:
+            verb, *words = shlex.split(line.replace(" …", ""), comments=True)
+            if verb == "list":
+                continue
+            methods = {"unlearn": UNLEARN, "influence": INFLUENCE, "filter": FILTER, "demo": {"demo": DEMO}}[verb]
+            name = words.pop(0) if verb == "filter" else None
+            given = options(words)
+            name = verb if verb == "demo" else name or chosen(given, methods)
+            others = list(methods.values()) if verb == "filter" else []
+            values = read(methods[name], given, others, help="")
+            methods[name].job_of(values)
 
     @pytest.mark.parametrize("document", ["README.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))])
     def test_links_lead_somewhere(self, document):

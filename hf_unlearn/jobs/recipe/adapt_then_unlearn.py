@@ -45,7 +45,7 @@ class GANJob:
 
     _argument_group_name = "model, feedback and measuring"
 
-    method: Literal["adapt_then_unlearn"] | None = None
+    method: str | None = None
     preset: Literal["paper"] | None = None
     model: str | None = None
     marker: str | None = None

@@ -41,7 +41,7 @@ class InfluenceJob:
 
     _argument_group_name = "model and data"
 
-    method: Literal["classifier", "sft"] | None = None
+    method: str | None = None
     model: str | None = None
     dataset: str | None = None
     dataset_revision: str | None = None

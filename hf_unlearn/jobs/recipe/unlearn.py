@@ -39,7 +39,7 @@ class UnlearnJob:
     """
 
     _argument_group_name = "model and data"
-    method: Literal["pbu", "unlearn", "sft"] | None = None
+    method: str | None = None
     preset: Literal["paper"] | None = None
     model: str | None = None
     dataset: str | None = None

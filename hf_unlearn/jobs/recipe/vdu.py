@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ...training.checks import check_fields
 from .checks import check_needs
@@ -27,7 +27,7 @@ class VDUJob(UnlearnJob):
         eval_split (`str`, *optional*): split whose rows that are not forgotten are the reference of the Fréchet distance.
     """
 
-    method: Literal["vdu"] | None = None
+    method: str | None = None
     classifier: str | None = None
     forget_limit: int | None = None
     measure_samples: int = 500
