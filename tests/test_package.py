@@ -53,6 +53,7 @@ class TestWheel:
         folder = tmp_path_factory.mktemp("wheel")
         source = folder / "source"
         shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "demo", "outputs", "build", "*.egg-info"))
+        run(sys.executable, ROOT / ".ci" / "addresses.py", "https://example.org/me/hf_unlearn/", source)
         build = ("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source)
         run(sys.executable, "-m", "pip", *build)
         (wheel,) = folder.glob("*.whl")
@@ -67,6 +68,27 @@ class TestWheel:
         assert {"hf_unlearn/py.typed", "hf_unlearn/examples/opinions.json"} <= names
         assert any(name.endswith(".md.jinja") for name in names)
 
+    def test_pypi_shows_pictures_and_addresses(self, wheel):
+        with zipfile.ZipFile(wheel[0]) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+            text = archive.read(name).decode()
+        here = "https://example.org/me/hf_unlearn"
+        assert {line for line in text.splitlines() if line.startswith("Project-URL:")} == {
+            f"Project-URL: Repository, {here}",
+            f"Project-URL: Issues, {here}/issues",
+            f"Project-URL: Changelog, {here}/blob/main/CHANGELOG.md",
+            f"Project-URL: Benchmarks, {here}/blob/main/docs/benchmarks.md",
+        }
+        links = re.findall(r"\]\(([^)]+)\)", text)
+        assert links
+        assert [link for link in links if not link.startswith(("https://", "#"))] == []
+        kinds = {"blob": 0, "raw": 0}
+        for kind, file in (link.removeprefix(f"{here}/").split("/main/") for link in links if link.startswith(here)):
+            assert (ROOT / file.partition("#")[0]).exists()
+            assert (kind == "raw") == file.endswith(".png")
+            kinds[kind] += 1
+        assert all(kinds.values())
+
     def test_works_away_from_the_checkout_and_has_the_command(self, wheel, tmp_path):
         site = wheel[1]
         away = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(site)}}
@@ -74,6 +96,7 @@ class TestWheel:
         assert Path(file).is_relative_to(site)
         version = run(sys.executable, site / "bin" / "hf-unlearn", "--version", **away)
         assert version.strip() == f"hf-unlearn {hf_unlearn.__version__}"
+        assert "pbu_digits (unlearn)" in run(sys.executable, site / "bin" / "hf-unlearn", "list", **away)
 
 
 class TestDocuments:
