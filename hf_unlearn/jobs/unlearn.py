@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -34,31 +33,30 @@ def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[U
     check_processes(config)
     parts = select(job, config.id_column)
     trainer = trainer_class(
-        _model(job, config),
+        _model(job.model, config),
         config,
         forget_dataset=parts.forget,
         retain_dataset=parts.retain,
         heldout_dataset=parts.heldout,
         # Not under the name "retain", which the guard would choose the best state by: these rows are for measuring.
-        eval_dataset={f"{job.eval_split}_{name}": rows for name, rows in parts.evaluation.items()} or None,
+        eval_dataset={f"{parts.splits[name]}_{name}": rows for name, rows in parts.evaluation.items()} or None,
     )
-    if job.dataset and not Path(job.dataset).exists():
-        trainer.card_values = {"dataset_name": job.dataset, "dataset_type": job.dataset}
+    trainer.card_values = parts.card_values
     before = _measure(trainer)
     train(trainer)
-    trainer.results = _figures(job, config, trainer, before, _measure(trainer))
+    trainer.results = _figures(trainer, before, _measure(trainer))
     trainer.save_model()
     if trainer.is_world_process_zero():
         code = loading_code(type(trainer.model), config.output_dir, processor=trainer.processor_loader)
         tell(trainer, _table(trainer, len(parts.forget)), code, kind="model")
 
 
-def _model(job: UnlearnJob, config: UnlearnArguments) -> str:
-    if job.model == "digits":
-        return made_once(config, "digits")
-    with loading("model", job.model, "a model"):
-        AutoConfig.from_pretrained(job.model)
-    return job.model
+def _model(name: str, config: UnlearnArguments) -> str:
+    if name == "digits":
+        return made_once(config, name)
+    with loading("model", name, "a model"):
+        AutoConfig.from_pretrained(name)
+    return name
 
 
 def _measure(trainer: UnlearnTrainer) -> dict[str, float]:
@@ -72,15 +70,9 @@ def _measure(trainer: UnlearnTrainer) -> dict[str, float]:
     return values
 
 
-def _figures(
-    job: UnlearnJob,
-    config: UnlearnArguments,
-    trainer: UnlearnTrainer,
-    before: dict[str, float],
-    after: dict[str, float],
-) -> list[Figure]:
+def _figures(trainer: UnlearnTrainer, before: dict[str, float], after: dict[str, float]) -> list[Figure]:
     what, metric, unit = ("Accuracy", "accuracy", "%") if trainer.is_classifier else ("Loss", "loss", "nats")
-    if config.forget == "class":
+    if trainer.args.forget == "class":
         forgotten, kept = "forgotten class" + "es" * (len(trainer.forgotten_classes) > 1), "other classes"
     else:
         forgotten, kept = "forgotten examples", "other examples"
@@ -90,7 +82,7 @@ def _figures(
             name=f"{what} on the {forgotten if name.endswith('_forget') else kept}",
             before=before[name],
             after=value,
-            split=job.eval_split if job.forget_column or name.endswith("_retain") else job.split,
+            split=name.rpartition("_")[0],
             unit=unit,
         )
         for name, value in after.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import data
@@ -30,7 +29,7 @@ def run_vdu(job: VDUJob, config: VDUConfig, trainer_class: type[VDUTrainer]) -> 
         FloatingPointError: the loss is not finite.
     """
     check_processes(config)
-    parts = Parts(None, None, None, {}) if config.forget_prompts else select(job, config.id_column)
+    parts = Parts() if config.forget_prompts else select(job, config.id_column)
     classifier = None if job.classifier is None else classifier_of(job.classifier, config)
     trainer = trainer_class(
         pipeline=_pipeline(job.model, config),
@@ -39,10 +38,9 @@ def run_vdu(job: VDUJob, config: VDUConfig, trainer_class: type[VDUTrainer]) -> 
         retain_dataset=parts.retain,
         heldout_dataset=parts.heldout,
     )
-    if job.dataset and not Path(job.dataset).exists():
-        trainer.card_values = {"dataset_name": job.dataset, "dataset_type": job.dataset}
+    trainer.card_values = parts.card_values
     # What cannot be measured is said now, and not after the training.
-    forget_and_report(trainer, _judge(job, parts, trainer, classifier) if classifier else None)
+    forget_and_report(trainer, _judge(parts, trainer, classifier, job.measure_samples) if classifier else None)
 
 
 def _limited(rows: Dataset | None, limit: int | None, seed: int) -> Dataset | None:
@@ -55,7 +53,7 @@ def _pipeline(model: str, config: VDUConfig) -> str:
     return made_once(config, model) if model in DDPMS else model
 
 
-def _judge(job: VDUJob, parts: Parts, trainer: VDUTrainer, classifier: ClassifierFeatures) -> Judge:
+def _judge(parts: Parts, trainer: VDUTrainer, classifier: ClassifierFeatures, samples: int) -> Judge:
     """Compares with the real images that are not forgotten, where there are some.
 
     Raises:
@@ -64,11 +62,11 @@ def _judge(job: VDUJob, parts: Parts, trainer: VDUTrainer, classifier: Classifie
     count, forgotten = classifier.model.config.num_labels, _forgotten_classes(parts)
     if forgotten and forgotten[-1] >= count:
         raise ValueError(
-            f"classifier={job.classifier!r}: has {count} classes, so none is the dataset's {forgotten[-1]}"
+            f"classifier={classifier.name!r}: has {count} classes, so none is the dataset's {forgotten[-1]}"
         )
     others = parts.evaluation.get("retain")
     reference = reference_of(others, classifier, resolution(trainer.pipeline), resize=trainer.args.resize)
-    return Judge(classifier, job.measure_samples, forgotten, reference, job.eval_split)
+    return Judge(classifier, samples, forgotten, reference, parts.splits.get("retain"))
 
 
 def _forgotten_classes(parts: Parts) -> list[int]:
