@@ -139,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         if debug:
             raise
-        print(f"\nhf-unlearn: {stop or 'stopped'}", file=sys.stderr)
+        line = "\n" if sys.stderr.isatty() else ""  # below a progress bar
+        print(f"{line}hf-unlearn: {str(stop) or 'stopped; the same command begins anew'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # as of `hf-unlearn list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

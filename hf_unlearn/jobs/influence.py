@@ -58,7 +58,7 @@ def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[
         processing_class=processing_class,
         peft_config=_adapter(job),
     )
-    train(trainer)
+    run_training(trainer)
     trainer.save_model()
     if trainer.is_world_process_zero():
         columns = {check, job.group_column, data.label_column(train), _shown_column(train)} - {None}

@@ -15,7 +15,7 @@ from ..images import image_column, pixels
 from ..metrics.features import ClassifierFeatures, Features, features_of
 from ..metrics.generation import UnlearnedResult, class_shift, density_coverage, frechet_distance, percentage_unlearned
 from .alone import made_once
-from .keys import tell, train
+from .keys import run_training, tell
 
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def forget_and_report(trainer: VDUTrainer | AdaptThenUnlearnTrainer, judge: Judg
         FloatingPointError: the loss is not finite.
     """
     before = judge.look(trainer) if judge else None
-    train(trainer)
+    run_training(trainer)
     after = judge.look(trainer) if before else None
     table = None
     if before and after:

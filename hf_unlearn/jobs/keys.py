@@ -26,7 +26,7 @@ class Stopped(KeyboardInterrupt):
     """Ctrl-C while a job trains, and how to go on."""
 
 
-def train(trainer: Any) -> None:
+def run_training(trainer: Any) -> None:
     """`trainer.train()`, from the checkpoint that the recipe names.
 
     Raises:

@@ -13,7 +13,7 @@ from ..hub.card import Figure
 from ..hub.loading import loading_code
 from ..training.checks import check_processes
 from .alone import made_once
-from .keys import tell, train
+from .keys import run_training, tell
 from .selecting import select
 
 
@@ -43,7 +43,7 @@ def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[U
     )
     trainer.card_values = parts.card_values
     before = _measure(trainer)
-    train(trainer)
+    run_training(trainer)
     trainer.results = _figures(trainer, before, _measure(trainer))
     trainer.save_model()
     if trainer.is_world_process_zero():

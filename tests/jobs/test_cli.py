@@ -446,7 +446,15 @@ class TestRunning:
 
             return on_step_end
 
+        def stopped(*_):
+            raise KeyboardInterrupt
+
         assert run("whole") == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(unlearn, "select", stopped)
+            capsys.readouterr()
+            assert run("parts") == 130
+        assert capsys.readouterr() == ("", "hf-unlearn: stopped; the same command begins anew\n")
         for step, how in (
             (1, "no checkpoint was saved, so the same command begins anew; save_strategy and save_steps save some"),
             (3, "go on from step 2 with the same command and --resume_from_checkpoint true"),

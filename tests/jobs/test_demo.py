@@ -72,7 +72,6 @@ def test_prints_the_table_from_what_a_new_process_loads(demo):
         others = [value for index, value in enumerate(figures["per_class"]) if index != 5]
         expected = (figures["forget_accuracy"], figures["retain_accuracy"], min(others), figures["membership"])
         assert re.findall(r"[\d.]+(?= %)", row) == [f"{100 * value:.1f}" for value in expected]
-    assert result.stderr.count("100%") >= 2  # training and retraining to the end; the guard may stop the middle one
     for line in ("unlearned", "README.md", "per_class.png"):
         assert line in result.stdout
     assert "Traceback" not in result.stderr
