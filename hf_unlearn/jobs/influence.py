@@ -15,7 +15,7 @@ from ..files import loading
 from ..influence.report.report import COLUMNS, InfluenceReport
 from ..training.checks import check_processes
 from ..training.models import is_causal_lm, load_model
-from .keys import console, show_code
+from .keys import console, run_training, show_code
 
 
 if TYPE_CHECKING:
