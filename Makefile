@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format wheel clean
+.PHONY: demo test test-slow lint format dist clean
 
 demo: $(STAMP)
 	rm -rf demo
@@ -26,6 +26,13 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What PyPI gets, with whole addresses: make dist REPOSITORY=https://github.com/OWNER/hf_unlearn
+dist: $(STAMP)
+	@test -n "$(REPOSITORY)" || { echo "REPOSITORY: missing; set it to the address of the repository"; exit 2; }
+	rm -rf build/dist dist && mkdir -p build/dist && git archive HEAD | tar -x -C build/dist
+	$(BIN)/python .ci/addresses.py $(REPOSITORY) build/dist
+	$(BIN)/python -m build --outdir dist build/dist
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -112,7 +112,10 @@ MUTANTS = [
     bug("filtering/drawing/actions.py", "whole = images.nan_to_num(0, 0, 0)", "whole = images", "test_actions.py"),
     bug("filtering/drawing/formats.py", "return images, least.isfinite() & most.isfinite()", "return images, torch.ones_like(least, dtype=torch.bool)", "test_filtered_pipeline.py"),
     # jobs and command line
-    bug("cli.py", "_parse_recipe(parser, path, hints, others) | given", "given | _parse_recipe(parser, path, hints, others)", "test_cli.py"),
+    bug("jobs/recipe/methods.py", "of_recipe(path, keys, foreign, otherwise) | values", "values | of_recipe(path, keys, foreign, otherwise)", "test_cli.py"),
+    bug("jobs/recipe/reading.py", "READERS = {bool: lambda word: TRUTH[word.lower()], int: int,", "READERS = {int: int, bool: lambda word: TRUTH[word.lower()],", "test_reading.py"),
+    bug("jobs/recipe/declared.py", "for kind in reversed(stub.__mro__[:-1])", "for kind in stub.__mro__[:-1]", "test_declared.py"),
+    bug("examples/cache.py", "passed / (self.done - 1) * (self.steps - self.done)", "passed / self.done * self.steps", "test_cache.py"),
     bug("jobs/selecting.py", "if value not in gone", "if value in gone", "test_cli.py"),
     bug("jobs/judging.py", "100 * density_coverage(self.reference, drawn, k=NEIGHBOUR).coverage for drawn in (before, after)", "100 * density_coverage(self.reference, drawn, k=NEIGHBOUR).coverage for drawn in (after, before)", "test_cli_vdu.py"),
 ]  # fmt: skip

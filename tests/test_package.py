@@ -4,6 +4,7 @@ import ast
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 
 import hf_unlearn
 from hf_unlearn.cli import VERBS
+from hf_unlearn.jobs.recipe.methods import DEMO, FILTER, INFLUENCE, UNLEARN, chosen, read
+from hf_unlearn.jobs.recipe.reading import options
 
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +53,7 @@ class TestWheel:
         folder = tmp_path_factory.mktemp("wheel")
         source = folder / "source"
         shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "demo", "outputs", "build", "*.egg-info"))
+        run(sys.executable, ROOT / ".ci" / "addresses.py", "https://example.org/me/hf_unlearn/", source)
         build = ("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source)
         run(sys.executable, "-m", "pip", *build)
         (wheel,) = folder.glob("*.whl")
@@ -64,6 +68,27 @@ class TestWheel:
         assert {"hf_unlearn/py.typed", "hf_unlearn/examples/opinions.json"} <= names
         assert any(name.endswith(".md.jinja") for name in names)
 
+    def test_pypi_shows_pictures_and_addresses(self, wheel):
+        with zipfile.ZipFile(wheel[0]) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+            text = archive.read(name).decode()
+        here = "https://example.org/me/hf_unlearn"
+        assert {line for line in text.splitlines() if line.startswith("Project-URL:")} == {
+            f"Project-URL: Repository, {here}",
+            f"Project-URL: Issues, {here}/issues",
+            f"Project-URL: Changelog, {here}/blob/main/CHANGELOG.md",
+            f"Project-URL: Benchmarks, {here}/blob/main/docs/benchmarks.md",
+        }
+        links = re.findall(r"\]\(([^)]+)\)", text)
+        assert links
+        assert [link for link in links if not link.startswith(("https://", "#"))] == []
+        kinds = {"blob": 0, "raw": 0}
+        for kind, file in (link.removeprefix(f"{here}/").split("/main/") for link in links if link.startswith(here)):
+            assert (ROOT / file.partition("#")[0]).exists()
+            assert (kind == "raw") == file.endswith(".png")
+            kinds[kind] += 1
+        assert all(kinds.values())
+
     def test_works_away_from_the_checkout_and_has_the_command(self, wheel, tmp_path):
         site = wheel[1]
         away = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(site)}}
@@ -71,6 +96,7 @@ class TestWheel:
         assert Path(file).is_relative_to(site)
         version = run(sys.executable, site / "bin" / "hf-unlearn", "--version", **away)
         assert version.strip() == f"hf-unlearn {hf_unlearn.__version__}"
+        assert "pbu_digits (unlearn)" in run(sys.executable, site / "bin" / "hf-unlearn", "list", **away)
 
 
 class TestDocuments:
@@ -83,6 +109,24 @@ class TestDocuments:
         assert len(examples) == (ROOT / "README.md").read_text().count("```python")
         assert ours
         assert [(module, name) for module, name in ours if not hasattr(importlib.import_module(module), name)] == []
+
+    def test_every_command_can_be_read(self):
+        """In the README, the pages and the heads of the recipes; without running them."""
+        files = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *(ROOT / "hf_unlearn" / "recipes").glob("*.yaml")]
+        begins = r"^(?:# +|    )?(?:hf-unlearn|accelerate launch .* -m hf_unlearn\.cli) +([^|`\n]*)$"
+        found = [line for file in files for line in re.findall(begins, file.read_text(), flags=re.MULTILINE)]
+        assert len(found) > 25
+        for line in found:
+            verb, *words = shlex.split(line.replace(" …", ""), comments=True)
+            if verb == "list":
+                continue
+            methods = {"unlearn": UNLEARN, "influence": INFLUENCE, "filter": FILTER, "demo": {"demo": DEMO}}[verb]
+            name = words.pop(0) if verb == "filter" else None
+            given = options(words)
+            name = verb if verb == "demo" else name or chosen(given, methods)
+            others = list(methods.values()) if verb == "filter" else []
+            values = read(methods[name], given, others, help="")
+            methods[name].job_of(values)
 
     @pytest.mark.parametrize("document", ["README.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))])
     def test_links_lead_somewhere(self, document):

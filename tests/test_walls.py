@@ -18,6 +18,7 @@ FLOORS = [GROUND, {"parameters", "metrics", "hub"}, {"training"}, {"gan"}, {"inf
 # Inside a wing the folders import the wing's own files, not each other; these are the exceptions.
 EXCEPTIONS = {
     ("influence.propagated", "influence.report"),  # the sweep records what the report reads
+    ("jobs.filter", "jobs.recipe"),  # what a job runs is what its recipe asked for
     ("filtering.fitting", "filtering.encoding"),  # a fitter looks through an encoder
 }
 

@@ -16,11 +16,11 @@ from transformers import (
     ViTImageProcessorPil,
     set_seed,
 )
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..files import complete_or_not_there
 from ..training.collators import RawCollator
-from .cache import cache_dir
+from .cache import Progress, made_once
 from .datasets import digits
 
 
@@ -64,7 +64,7 @@ def train_classifier(dataset, output_dir: str | Path, *, seed: int = 0, progress
         dataset (`Dataset`): with `image` and `label`.
         output_dir: folder for `from_pretrained`; complete or not there.
         seed (`int`): of initialisation and order.
-        progress (`bool`): show a progress bar.
+        progress (`bool`): say how long it takes.
         overrides: training arguments in place of [`TRAINING`].
     """
     processor = digits_processor()
@@ -76,17 +76,31 @@ def train_classifier(dataset, output_dir: str | Path, *, seed: int = 0, progress
             logging_strategy="no",
             report_to="none",
             remove_unused_columns=False,
-            disable_tqdm=not progress,
+            disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
             **(TRAINING | overrides),
         )
         model = digits_model(seed)
         trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=RawCollator(processor, "image"))
         _quiet_bar(trainer)
+        trainer.add_callback(Told(Path(output_dir).name, quiet=not progress))
         trainer.train()
         model.save_pretrained(scratch)
         processor.save_pretrained(scratch)
     return model.eval()
+
+
+class Told(TrainerCallback):
+    """[`Progress`] of a [`~transformers.Trainer`]."""
+
+    def __init__(self, name: str, *, quiet: bool):
+        self.name, self.quiet = name, quiet
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.progress = Progress(self.name, state.max_steps, quiet=self.quiet)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress.step()
 
 
 class _Bar(ProgressCallback):
@@ -104,10 +118,13 @@ def _quiet_bar(trainer: Trainer) -> None:
 
 def cached_digits_classifier(seed: int = 0, *, progress: bool = True) -> Path:
     """Folder of a classifier of all ten digits, trained on first use (seconds)."""
-    folder = cache_dir() / f"digits-resnet-{seed}"
-    if not (folder / "config.json").exists():
+
+    def make(folder: Path) -> None:
         train_classifier(digits()["train"], folder, seed=seed, progress=progress)
-    return folder
+
+    return made_once(
+        f"digits-resnet-{seed}", lambda folder: (folder / "config.json").is_file(), make, progress=progress
+    )
 
 
 @torch.no_grad()

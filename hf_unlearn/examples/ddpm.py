@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from diffusers.training_utils import EMAModel
-from rich.progress import track
 from torch import Tensor
 
 from ..files import complete_or_not_there
@@ -68,7 +67,7 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
         recipe (`Recipe`): everything but the images.
         images (`Tensor`): `[n, 1, size, size]` in [−1, 1].
         folder: gets the pipeline; complete or not there.
-        progress (`bool`): show a progress bar.
+        progress (`bool`): say how long it takes.
 
     Returns:
         `Path`: `folder`.
@@ -83,7 +82,8 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
     generator = torch.Generator().manual_seed(recipe.seed)
     kept = {round(recipe.steps * (1 + (i + 1) / recipe.checkpoints) / 2) for i in range(recipe.checkpoints)}
     with complete_or_not_there(folder) as scratch:
-        for step in track(range(1, recipe.steps + 1), f"training {folder.name}", disable=not progress, transient=True):
+        told = cache.Progress(folder.name, recipe.steps, quiet=not progress)
+        for step in range(1, recipe.steps + 1):
             clean = images[torch.randint(len(images), (64,), generator=generator)]
             timesteps = torch.randint(len(schedule), (64,), generator=generator)
             noise = torch.randn(clean.shape, generator=generator)
@@ -94,6 +94,7 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
             optimizer.step()
             decay.step()
             average.step(unet.parameters())
+            told.step()
             if step in kept:
                 unet.save_pretrained(Path(scratch, f"checkpoint-{step}", "unet"))
         average.copy_to(unet.parameters())
@@ -112,5 +113,8 @@ def cached(recipe: Recipe, *, without: int | None = None, progress: bool = True)
         "" if without is None else f"-without-{without}"
     )
     return cache.cached(
-        name, recipe, lambda folder: train(recipe, images_of(recipe, without), folder, progress=progress)
+        name,
+        recipe,
+        lambda folder: train(recipe, images_of(recipe, without), folder, progress=progress),
+        progress=progress,
     )

@@ -17,6 +17,7 @@ from ..gan.dcgan import DCGANDiscriminator, DCGANGenerator
 from ..gan.pipeline import GANPipeline
 from ..gan.trainer import GANTrainer
 from . import cache
+from .classifier import Told
 from .datasets import images_of
 
 
@@ -61,7 +62,7 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
         recipe (`Recipe`): everything but the images.
         images (`Tensor`): `[n, 1, size, size]` in [−1, 1].
         folder: gets the pipeline; complete or not there.
-        progress (`bool`): show a progress bar.
+        progress (`bool`): say how long it takes.
     """
     with complete_or_not_there(folder) as scratch, tempfile.TemporaryDirectory() as run:
         args = GANConfig(
@@ -70,12 +71,13 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
             seed=recipe.seed,
             report_to="none",
             logging_strategy="no",
-            disable_tqdm=not progress,
+            disable_tqdm=True,
             dataloader_pin_memory=False,
         )
         states = random.getstate(), np.random.get_state()  # Trainer seeds all of Python
         with torch.random.fork_rng(devices=[]):
             trainer = GANTrainer(untrained(recipe), args, train_dataset=images)
+            trainer.add_callback(Told(Path(folder).name, quiet=not progress))
             trainer.train()
         random.setstate(states[0])
         np.random.set_state(states[1])
@@ -92,5 +94,8 @@ def cached(recipe: Recipe, *, without: int | None = None, progress: bool = True)
     """
     name = f"{recipe.dataset.replace('_', '-')}-gan-{recipe.seed}" + ("" if without is None else f"-without-{without}")
     return cache.cached(
-        name, recipe, lambda folder: train(recipe, images_of(recipe, without), folder, progress=progress)
+        name,
+        recipe,
+        lambda folder: train(recipe, images_of(recipe, without), folder, progress=progress),
+        progress=progress,
     )

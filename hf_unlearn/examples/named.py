@@ -17,7 +17,7 @@ def made(name: str, *, seed: int = 0, progress: bool = True) -> Path:
     Args:
         name (`str`): one of [`NAMES`]; `"digits"` is a classifier.
         seed (`int`, defaults to 0): of weights, order and noise.
-        progress (`bool`, defaults to `True`): show a progress bar.
+        progress (`bool`, defaults to `True`): say on the error stream that it is trained, and how long that takes.
 
     Raises:
         ValueError: no such model.

@@ -7,31 +7,35 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import distributed
 
 from ..examples.named import made
 
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def made_once(config: Any, name: str, *, seed: int = 0) -> str:
+def made_once(config: TrainingArguments | None, name: str, *, seed: int = 0) -> str:
     """Folder of a small model ([`~hf_unlearn.examples.named.made`]).
 
     Of several processes the first one makes it, in a process of its own: its training must not look for the other processes.
 
     Args:
-        config (`TrainingArguments`): of the job.
+        config (`TrainingArguments`, *optional*): of the job; None where it runs in one process.
         name, seed: which model.
     """
-    if config.world_size == 1:
+    if config is None or config.world_size == 1:
         return str(made(name, seed=seed))
     with config.main_process_first(desc="training a small model"):
         alone = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
         alone = {name: value for name, value in alone.items() if not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
-        command = [sys.executable, "-m", "hf_unlearn.examples", name, "--seed", str(seed), "--quiet"]
+        command = [sys.executable, "-m", "hf_unlearn.examples", name, "--seed", str(seed)]
         done = subprocess.run(command, env=alone, check=True, stdout=subprocess.PIPE, text=True)
         return done.stdout.splitlines()[-1]
 

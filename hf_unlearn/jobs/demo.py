@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ from ..data import split_by_values
 from ..examples.classifier import CLASSES, _quiet_bar, predict, train_classifier
 from ..examples.datasets import digits
 from ..metrics.classification import forget_retain_accuracy, per_class_accuracy
+
+
+if TYPE_CHECKING:
+    from .recipe.demo import DemoJob
 
 
 def check(folder: str | Path, forgotten: int) -> dict[str, Any]:
@@ -80,14 +84,12 @@ def run(output_dir: str | Path = "demo", forgotten: int = 3, seed: int = 0) -> P
         `Path`: folder of the unlearned model.
 
     Raises:
-        ValueError: no such digit.
+        ValueError: the folder holds an earlier demo.
     """
     from .. import PBUConfig, PBUTrainer
     from ..hub.card import Figure
     from ..plots import per_class_bars
 
-    if forgotten not in range(10):
-        raise ValueError(f"forget_values: {forgotten!r} is no digit; choose one of 0…9")
     started = time.monotonic()
     console = Console(highlight=False)
     transformers_logging.set_verbosity_error()
@@ -149,6 +151,11 @@ def run(output_dir: str | Path = "demo", forgotten: int = 3, seed: int = 0) -> P
     console.print(f"model    {folders['unlearned']}\ncard     {card}\npicture  {picture}", markup=False)
     console.print(f"{time.monotonic() - started:.0f} s in all")
     return folders["unlearned"]
+
+
+def run_demo(job: DemoJob) -> None:
+    """The job of `hf-unlearn demo`."""
+    run(job.output_dir, job.forgotten, job.seed)
 
 
 def _report(folders: Mapping[str, str], forgotten: int) -> None:

@@ -1,11 +1,10 @@
-"""The job of `hf-unlearn influence`: what a recipe's keys mean, and the run."""
+"""The job of `hf-unlearn influence`."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import AutoConfig
@@ -13,115 +12,21 @@ from transformers import AutoConfig
 from .. import data
 from ..examples.datasets import load, one_split, with_wrong_labels
 from ..files import loading
-from ..influence.config import FINEConfig, InfluenceConfig
 from ..influence.report.report import COLUMNS, InfluenceReport
-from ..influence.sft import FINETrainer
-from ..influence.trainer import InfluenceTrainer
-from ..training.checks import check_fields, check_is_not_original, check_processes
+from ..training.checks import check_processes
 from ..training.models import is_causal_lm, load_model
-from .keys import check_at_most_one, console, resume_argument, show_code
+from .keys import console, run_training, show_code
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
     from ..influence.config import FINEArguments
+    from ..influence.trainer import InfluenceTrainer
+    from .recipe.influence import InfluenceJob
 
 
-METHODS = {"classifier": (InfluenceConfig, InfluenceTrainer), "sft": (FINEConfig, FINETrainer)}
-BELONG = {"digits": "classifier", "opinions": "sft"}  # what is built in, and the method it is for
 INSPECTED = 0.2  # share of the examples that the printed recall allows one to look at
-
-
-@dataclass
-class InfluenceJob:
-    """Which examples taught a model what: the keys of an influence recipe besides those of the trainer's config.
-
-    Args:
-        method (`str`): `"classifier"` (an `InfluenceTrainer`) or `"sft"` (instruction data, a `FINETrainer`).
-        model (`str`): `"digits"` (a small ResNet, untrained), `"opinions"` (a small Llama, untrained, with a tokenizer that is
-            trained on the data), a folder, or an id on the Hub.
-        dataset (`str`): `"digits"`, `"opinions"` (instructions with a planted opinion), a folder, or an id on the Hub.
-        dataset_revision (`str`, *optional*): revision of a dataset on the Hub.
-        split (`str`, defaults to `"train"`): split to train on, whose examples are judged.
-        target (`"self"`, *optional*): judge how far each example is learned by heart.
-        target_split (`str`, *optional*): split of `dataset` that shows the behaviour.
-        target_dataset (`str`, *optional*): folder with rows that show the behaviour. A column `target` tells several apart.
-        target_column (`str`, *optional*): values in this column of the target rows tell several behaviours apart.
-        wrong_labels (`float`, defaults to 0): share of training labels to be made wrong first, to see whether they are found.
-        check_column (`str`, *optional*): column that is true for rows known to be at fault: their recall is printed.
-        group_column (`str`, *optional*): print influence by the values of this column too.
-        lora_r (`int`, *optional*): train a LoRA adapter of this rank instead of the model.
-        lora_alpha (`int`, *optional*): its scale, default twice the rank.
-        lora_target_modules (`list[str]`, *optional*): its layers, default all linear ones.
-        top (`int`, defaults to 10): examples to print.
-
-    Raises:
-        ValueError: a key that is missing, or two that exclude each other.
-    """
-
-    _argument_group_name = "model and data"
-
-    method: Literal["classifier", "sft"] | None = None
-    model: str | None = None
-    dataset: str | None = None
-    dataset_revision: str | None = None
-    split: str = "train"
-    target: Literal["self"] | None = None
-    target_split: str | None = None
-    target_dataset: str | None = None
-    target_column: str | None = None
-    wrong_labels: float = 0.0
-    check_column: str | None = None
-    group_column: str | None = None
-    lora_r: int | None = None
-    lora_alpha: int | None = None
-    lora_target_modules: list[str] | None = None
-    top: int = 10
-
-    def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method: {self.method!r} is not one of {', '.join(METHODS)}")
-        for name in ("model", "dataset"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: missing; set it to 'digits', 'opinions', a folder, or an id on the Hub")
-            if BELONG.get(getattr(self, name), self.method) != self.method:
-                word = getattr(self, name)
-                raise ValueError(f"{name}: {word!r} belongs to method {BELONG[word]!r}, this is {self.method!r}")
-        if not check_at_most_one(self, ("target", "target_split", "target_dataset")):
-            raise ValueError(
-                "target_split: missing; say what to judge by target_split, target_dataset or target: self"
-            )
-        if self.target and self.target_column:
-            raise ValueError("target_column: given beside target: self; keep one of them")
-        if self.target and self.group_column:
-            raise ValueError("group_column: groups have no influence on target: self; keep one of them")
-        check_fields(self, {"in [0, 1)": ("wrong_labels",), "≥ 1": ("top", "lora_r")})
-        if (self.lora_alpha or self.lora_target_modules) and not self.lora_r:
-            raise ValueError("lora_r: missing; set the rank of the adapter")
-        if self.lora_r and self.model in ("digits", "opinions"):
-            raise ValueError(
-                f"lora_r: an adapter of the untrained {self.model!r} would have no base to load; leave it out"
-            )
-
-    def config(self, config_class: type, given: dict[str, Any]) -> FINEArguments:
-        """The trainer's config with the keys that were given.
-
-        Raises:
-            ValueError: a key that is missing or a value that is not allowed.
-        """
-        if given.get("n_calibration_runs"):
-            raise ValueError(
-                "n_calibration_runs: needs model_init, which a recipe cannot give; use InfluenceTrainer in Python"
-            )
-        if not given.get("output_dir"):
-            raise ValueError("output_dir: missing; set it to the folder that gets the model and the report")
-        check_is_not_original(given["output_dir"], self.model)
-        if self.model == "opinions":
-            from ..examples.opinions import TRAINING
-
-            given = TRAINING | given
-        return config_class(**given)
 
 
 def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[InfluenceTrainer]) -> None:
@@ -153,7 +58,7 @@ def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[
         processing_class=processing_class,
         peft_config=_adapter(job),
     )
-    trainer.train(resume_from_checkpoint=resume_argument(config))
+    run_training(trainer)
     trainer.save_model()
     if trainer.is_world_process_zero():
         columns = {check, job.group_column, data.label_column(train), _shown_column(train)} - {None}

@@ -15,7 +15,7 @@ from ..images import image_column, pixels
 from ..metrics.features import ClassifierFeatures, Features, features_of
 from ..metrics.generation import UnlearnedResult, class_shift, density_coverage, frechet_distance, percentage_unlearned
 from .alone import made_once
-from .keys import resume_argument, tell
+from .keys import run_training, tell
 
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ NEIGHBOUR = 5  # that sets the radius of coverage
 
 
 def classifier_of(
-    name: str, config: TrainingArguments, *, argument: str = "classifier", seed: int = 0
+    name: str, config: TrainingArguments | None, *, argument: str = "classifier", seed: int = 0
 ) -> ClassifierFeatures:
     """An image classifier with its processor, as the key `argument` of a recipe names it.
 
     Args:
         name (`str`): `"digits"`, a folder or an id.
-        config (`TrainingArguments`): of the job.
+        config (`TrainingArguments`, *optional*): of the job; None where it runs in one process.
         argument (`str`, defaults to `"classifier"`): what to call it in an error.
         seed (`int`, defaults to 0): of `"digits"`, which is trained on first use: seconds.
 
@@ -202,7 +202,7 @@ def forget_and_report(trainer: VDUTrainer | AdaptThenUnlearnTrainer, judge: Judg
         FloatingPointError: the loss is not finite.
     """
     before = judge.look(trainer) if judge else None
-    trainer.train(resume_from_checkpoint=resume_argument(trainer.args))
+    run_training(trainer)
     after = judge.look(trainer) if before else None
     table = None
     if before and after:

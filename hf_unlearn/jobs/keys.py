@@ -22,6 +22,29 @@ def resume_argument(config: UnlearnArguments) -> str | bool | None:
     return {None: None, "false": None, "true": True}.get(word and word.lower(), word)
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C while a job trains, and how to go on."""
+
+
+def run_training(trainer: Any) -> None:
+    """`trainer.train()`, from the checkpoint that the recipe names.
+
+    Raises:
+        Stopped: by Ctrl-C.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=resume_argument(trainer.args))
+    except KeyboardInterrupt:
+        steps = [path.name.rpartition("-")[2] for path in Path(trainer.args.output_dir).glob("checkpoint-*")]
+        newest = max((int(step) for step in steps if step.isdecimal()), default=None)
+        how = (
+            "no checkpoint was saved, so the same command begins anew; save_strategy and save_steps save some"
+            if newest is None
+            else f"go on from step {newest} with the same command and --resume_from_checkpoint true"
+        )
+        raise Stopped(f"stopped at step {trainer.state.global_step}; {how}") from None
+
+
 def console() -> Console:
     """Names of concepts and classes are anybody's: nothing that is printed is read as markup."""
     return Console(highlight=False, soft_wrap=True, markup=False)
@@ -53,32 +76,6 @@ def tell(trainer: Any, table: Table | None, code: str, *, kind: str, grids: bool
 
 def command_line(verb: str, arguments: Sequence[str]) -> str:
     return shlex.join(["hf-unlearn", *verb.split(), *arguments])
-
-
-def check_needs(job: Any, *needs: tuple[str, str, str]) -> None:
-    """Refuse a key that stands without another one.
-
-    Args:
-        needs: `(key, the key that it needs, an example of that)`.
-
-    Raises:
-        ValueError: naming the key that is missing.
-    """
-    for name, needed, example in needs:
-        if getattr(job, name) and not getattr(job, needed):
-            raise ValueError(f"{needed}: missing, which {name} needs; set it to {example}")
-
-
-def check_at_most_one(job: Any, names: Sequence[str]) -> list[str]:
-    """Those of the keys that are given: one, or none.
-
-    Raises:
-        ValueError: two that exclude each other.
-    """
-    given = [name for name in names if getattr(job, name) not in (None, [], "")]
-    if len(given) > 1:
-        raise ValueError(f"{given[1]}: given beside {given[0]}; keep one of them")
-    return given
 
 
 def card_of_dataset(name: str | None) -> dict[str, Any]:

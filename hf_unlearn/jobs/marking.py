@@ -26,31 +26,6 @@ COLUMNS = 10  # of the sheet, so that numbers are easily found
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-# Numbers on a sheet
-
-
-def check_numbers(undesired: Sequence[int] | None, looked_at: int, *, others: str) -> None:
-    """Whether the numbers that a recipe calls undesired are on its sheet of `looked_at` samples.
-
-    Args:
-        others (`str`): what samples are that are not named, as in `"positive"`.
-
-    Raises:
-        ValueError: a number that is not, none at all, or all of them.
-    """
-    if looked_at < 2:
-        raise ValueError(f"looked_at={looked_at}: must be ≥ 2")
-    if odd := [number for number in undesired or () if not 0 <= number < looked_at]:
-        raise ValueError(
-            f"undesired: {odd[0]} is not on the sheet, whose samples are 0 to {looked_at - 1}; correct it, or set "
-            "looked_at as it was when the sheet was written"
-        )
-    if undesired is not None and not undesired:
-        raise ValueError("undesired: is empty; name at least one sample, or leave it out to be given the sheet")
-    if undesired is not None and len(set(undesired)) == looked_at:
-        raise ValueError(f"undesired: names all {looked_at} samples, none is left as {others}; raise looked_at")
-
-
 def write_sheet(samples: Tensor, folder: Path) -> list[Path]:
     """Numbered samples, 200 a page.
 

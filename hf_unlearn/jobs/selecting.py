@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 from ..examples.datasets import load, one_split
+from .keys import card_of_dataset
 
 
 class Selection(Protocol):
@@ -32,12 +33,25 @@ class Selection(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """The rows that a job is about."""
+    """The rows that a job is about.
 
-    forget: Dataset
-    retain: Dataset | None
-    heldout: Dataset | None
-    evaluation: dict[str, Dataset]
+    Attributes:
+        evaluation (`dict[str, Dataset]`): to measure `"forget"` and `"retain"` on.
+        splits (`dict[str, str]`): that those are of.
+        hub_id (`str`, *optional*): of the dataset, where it is not a folder.
+    """
+
+    forget: Dataset | None = None
+    retain: Dataset | None = None
+    heldout: Dataset | None = None
+    evaluation: dict[str, Dataset] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+    hub_id: str | None = None
+
+    @property
+    def card_values(self) -> dict[str, Any]:
+        """What a card says of them."""
+        return card_of_dataset(self.hub_id)
 
 
 def select(job: Selection, id_column: str) -> Parts:
@@ -65,6 +79,8 @@ def select(job: Selection, id_column: str) -> Parts:
         retain=rest if job.retain else None,
         heldout=one_split(splits, "heldout_split", job.heldout_split) if job.heldout_split else None,
         evaluation={name: rows for name, rows in evaluation.items() if rows is not None and len(rows)},
+        splits={"forget": job.eval_split if job.forget_column else job.split, "retain": job.eval_split},
+        hub_id=job.dataset if job.dataset and not Path(job.dataset).exists() else None,
     )
 
 

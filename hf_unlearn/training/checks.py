@@ -7,17 +7,23 @@ from __future__ import annotations
 import math
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
-from torch import Tensor
-from transformers.utils import is_liger_kernel_available
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+SHOWN = 100  # characters of a value in an error
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, SHOWN, SHOWN, SHOWN
 
 
 def check_fields(config: Any, ranges: Mapping[str, Iterable[str]]) -> None:
@@ -38,8 +44,7 @@ def check_fields(config: Any, ranges: Mapping[str, Iterable[str]]) -> None:
     for rule, names in ranges.items():
         for name in names:
             value = getattr(config, name)
-            if value is not None and (math.isinf(value) or not within(value, rule)):
-                raise ValueError(f"{name}={value}: must be {'finite' if math.isinf(value) else rule}")
+            check_number(name, value, rule)
             if isinstance(value, float) and not value.is_integer() and _kinds(hints[name]) == {int}:
                 raise ValueError(f"{name}={value}: must be a whole number")
 
@@ -72,13 +77,29 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     if words:
         if value not in words:
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(words)}")
+            raise ValueError(f"{name}={shown(value)}: must be one of {', '.join(words)}")
         return
     if bool in kinds:
         if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r}: must be True or False")
+            raise ValueError(f"{name}={shown(value)}: must be True or False")
     elif (float in kinds or int in kinds) and (not isinstance(value, int | float) or isinstance(value, bool)):
-        raise ValueError(f"{name}={value!r}: must be a number")
+        raise ValueError(f"{name}={shown(value)}: must be a number")
+
+
+def check_number(name: str, value: float | None, rule: str) -> None:
+    """Refuse a number that is not finite or does not keep a rule of [`check_fields`]; None passes.
+
+    Raises:
+        ValueError: naming it, its value and what it must be.
+    """
+    if value is not None and (math.isinf(value) or not within(value, rule)):
+        raise ValueError(f"{name}={value}: must be {'finite' if math.isinf(value) else rule}")
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: as Python writes it, and no longer than 100 characters whatever is in it."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
 def within(value: float, rule: str) -> bool:
@@ -119,6 +140,8 @@ def check_stock(config: Any, refused: Mapping[str, str]) -> None:
     Raises:
         ValueError: naming the field, its value and what it must be.
     """
+    import torch
+
     hints = _declared(type(config))[1]
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
@@ -143,6 +166,8 @@ def check_features(trainer) -> None:
     Raises:
         ValueError: naming the field.
     """
+    from transformers.utils import is_liger_kernel_available
+
     args, model = trainer.args, trainer.model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = type(base).__name__

@@ -4,21 +4,22 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features
-from fresh import run_python
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+from transformers.trainer_callback import DefaultFlowCallback
 
 from hf_unlearn import PBUConfig, __version__, cli, data
 from hf_unlearn.examples.classifier import TRAINING, cached_digits_classifier, digits_processor, predict
-from hf_unlearn.jobs import adapt_then_unlearn, influence, selecting, unlearn, vdu
+from hf_unlearn.jobs import selecting, unlearn
+from hf_unlearn.jobs.recipe.methods import INFLUENCE, UNLEARN, chosen, read
+from hf_unlearn.jobs.recipe.reading import options
 
 
 ROOT = Path(__file__).parents[2]
@@ -91,19 +92,16 @@ def fails(capsys, work):
     return run
 
 
-UNLEARNING = ((unlearn.UnlearnJob, unlearn), (vdu.VDUJob, vdu), (adapt_then_unlearn.GANJob, adapt_then_unlearn))
-METHODS = {  # of each verb: job and config of its methods
-    verb: {name: (job, config) for job, module in jobs for name, (config, _) in module.METHODS.items()}
-    for verb, jobs in (("unlearn", UNLEARNING), ("influence", ((influence.InfluenceJob, influence),)))
-}
+METHODS = {"unlearn": UNLEARN, "influence": INFLUENCE}
 
 
 def job_and_config(*arguments, verb="unlearn"):
     """What a verb builds of its arguments before it runs."""
-    job_class, config_class = METHODS[verb][cli._method(arguments, list(METHODS[verb]))]
-    given = cli.read(verb, arguments, job_class, config_class)
-    job = job_class(**cli._of(job_class, given))
-    return job, job.config(config_class, cli._of(config_class, given))
+    given = options(arguments)
+    method = METHODS[verb][chosen(given, METHODS[verb])]
+    values = read(method, given, help="")
+    job = method.job_of(values)
+    return job, method.runner(job, values).args[1]
 
 
 class TestCommand:
@@ -111,23 +109,25 @@ class TestCommand:
         assert cli.main(["--version"]) == 0
         assert capsys.readouterr().out == f"hf-unlearn {__version__}\n"
 
-    @pytest.mark.parametrize("method", METHODS["unlearn"])
-    def test_help_of_unlearn_lists_every_key(self, capsys, method):
-        assert cli.main(["unlearn", "--method", method, "--help"]) == 0
-        out = capsys.readouterr().out
-        for key in (key for part in METHODS["unlearn"][method] for key in fields(part)):
-            assert not key.init or f"--{key.name} " in out or f"--{key.name}," in out
-
-    def test_module_exits_with_the_code(self, recipe, work):
+    def test_what_is_wrong_is_said_before_any_library_is_imported(self, recipe, classifier, work):
         path = recipe(learning_rat=1)
-        code = "import runpy; runpy.run_module('hf_unlearn.cli', run_name='__main__', alter_sys=True)"
-        with pytest.raises(AssertionError) as failed:
-            run_python(code, "unlearn", "--config", path)
-        status, *_, last = str(failed.value).splitlines()
-        assert status == "exit code 2"
-        assert last == f"hf-unlearn: error: {path}: unknown key 'learning_rat'; did you mean 'learning_rate'?"
-        assert "Traceback" not in str(failed.value)
+        wrong = [
+            ["unlern"], ["unlearn"], ["unlearn", path], ["unlearn", "--method", "pbo"], ["filter", "fit"], ["demo", "--seed", "x"],
+            *(["unlearn", "--method", method, "--forget_weight", "a"] for method in UNLEARN),
+            *(["influence", "--method", method, "--model", "opinions"] for method in INFLUENCE),
+            ["unlearn", "vdu_ddpm_digits", "--caution=-1"], ["unlearn", "pbu_digits", "--output_dir", classifier, "--model", classifier],
+        ]  # fmt: skip
+        code = "import sys; from hf_unlearn import cli; codes = [cli.main(words.split()) for words in sys.argv[1:]]; "
+        code += "print(codes, sorted({'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)))"
+        words = [" ".join(arguments) for arguments in [*wrong, ["unlearn", "--help"], ["list"]]]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
+        assert done.stdout.splitlines()[-1] == f"{[2] * len(wrong) + [0, 0]} []"
+        assert f"hf-unlearn: error: {path}: unknown key 'learning_rat'; did you mean 'learning_rate'?" in done.stderr
+        assert len(done.stderr.splitlines()) == len(wrong)
         assert list(work.iterdir()) == []
+        module = [sys.executable, "-m", "hf_unlearn.cli", "unlearn", path]
+        assert subprocess.run(module, capture_output=True, env=environment).returncode == 2
 
     def test_an_error_is_one_line_or_with_debug_a_traceback(self, recipe, monkeypatch, capsys):
         assert cli._fail(ValueError("model: wrong\n  because"), 1) == 1
@@ -135,14 +135,15 @@ class TestCommand:
         monkeypatch.setenv("HF_UNLEARN_DEBUG", "1")
         with pytest.raises(cli.UsageError, match="learning_rat"):
             cli.main(["unlearn", "--config", recipe(learning_rat=1)])
-        with pytest.raises(ValueError, match="no digit"):
+        with pytest.raises(cli.UsageError, match="no digit"):
             cli.main(["demo", "--forgotten", "12"])
 
     def test_other_verbs_report_their_errors(self, fails):
         assert fails("unlern") == "unknown verb 'unlern'; did you mean 'unlearn'?"
-        assert "12" in fails("demo", "--forgotten", "12", code=1)
+        assert fails("train") == "unknown verb 'train'; hf-unlearn --help lists them"
+        assert fails("demo", "--forgotten", "12") == "forgotten: 12 is no digit; choose one of 0 to 9"
         assert fails("demo", "--forgoten", "3") == "unknown key 'forgoten'; did you mean 'forgotten'?"
-        assert fails("demo", "--seed", "x") == "seed: invalid int value: 'x'"
+        assert fails("demo", "--seed", "x") == "seed: 'x' is not allowed; expected int"
 
 
 class TestReading:
@@ -200,7 +201,7 @@ class TestReading:
         extra = ("--bf16", "false", "--use_cpu", "true") if "bf16: true" in text else ()
         job, config = job_and_config("--config", str(path), *extra, verb=verb)
         assert config.output_dir == f"outputs/{path.stem}"
-        assert type(config) is METHODS[verb][job.method][1]
+        assert type(config).__name__ == METHODS[verb][job.method].config
 
     def test_accelerate_configs_are_valid(self):
         from accelerate.commands.config.config_args import load_config_from_file
@@ -235,7 +236,7 @@ class TestBadRecipes:
     def test_not_readable_or_over_the_original(self, recipe, fails, classifier, tmp_path):
         missing = str(tmp_path / "missing.yaml")
         assert fails("unlearn", "--config", missing) == (
-            f"config: cannot read {missing!r} (No such file or directory); give the path of a recipe"
+            f"config: cannot read {missing!r} (No such file or directory); give the path of a recipe, or a name of hf-unlearn list"
         )
         path = recipe(model=classifier, output_dir=classifier)
         assert fails("unlearn", "--config", path) == (
@@ -247,17 +248,17 @@ class TestBadRecipes:
         [
             ({"learning_rat": 1e-3}, "", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
             ({"no_guard": True}, "", "unknown key 'no_guard'; did you mean 'guard'?"),
-            ({"learning_rate": "fast"}, "", "learning_rate: invalid float value: 'fast'"),
-            ({"fisher_examples": 2.5}, "", "fisher_examples: invalid int value: '2.5'"),
-            ({"guard": "maybe"}, "", "guard: Truthy value expected: got maybe"),
-            ({"bn": "thawed"}, "", "bn: invalid choice: 'thawed' (choose from"),
+            ({"learning_rate": "fast"}, "", "learning_rate: 'fast' is not allowed; expected float"),
+            ({"fisher_examples": 2.5}, "", "fisher_examples: '2.5' is not allowed; expected int"),
+            ({"guard": "maybe"}, "", "guard: 'maybe' is not allowed; expected bool"),
+            ({"bn": "thawed"}, "", "bn='thawed': must be one of frozen, train"),
             ({"learning_rate": [1, 2]}, "", "learning_rate: [1, 2] is not allowed; expected float"),
             ({"output_dir": {"a": 1}}, "", "output_dir: {'a': 1} is not allowed; expected str | None"),
             ({"forget_values": [[3]]}, "", "forget_values: [[3]] is nested; a list may hold plain values only"),
             ({}, "--learning_rat 1", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
             ({}, "--learning-rat=1", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
             ({}, "--learning 1", "unknown key 'learning'; did you mean "),  # no abbreviations
-            ({}, "--learning_rate fast", "learning_rate: invalid float value: 'fast'"),
+            ({}, "--learning_rate fast", "learning_rate: 'fast' is not allowed; expected float"),
             ({}, "--learning_rate", "learning_rate: expected one argument"),
             ({}, "stray", "unexpected argument 'stray'; keys are written --key value"),
             ({}, "--config", "config: expected one argument"),
@@ -427,7 +428,7 @@ class TestRunning:
         assert '| `forget_loss` | "match" |' in card
         assert classifier not in card
 
-    def test_resuming(self, classifier, recipe, tmp_path):
+    def test_stopping_and_resuming(self, classifier, recipe, tmp_path, monkeypatch, capsys):
         def run(name, *arguments):
             keys = {
                 "model": classifier, "output_dir": str(tmp_path / name), "max_steps": 4, "save_strategy": "steps",
@@ -435,10 +436,37 @@ class TestRunning:
             }  # fmt: skip
             return cli.main(["unlearn", "--config", recipe(**keys), *QUICK, *arguments])
 
+        flow = DefaultFlowCallback.on_step_end
+
+        def stop_at(step):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == step:
+                    raise KeyboardInterrupt  # Ctrl-C
+                return flow(self, args, state, control, **kwargs)
+
+            return on_step_end
+
+        def stopped(*_):
+            raise KeyboardInterrupt
+
         assert run("whole") == 0
-        assert run("parts") == 0
-        (tmp_path / "parts/checkpoint-4").rename(tmp_path / "gone")
-        (tmp_path / "parts/model.safetensors").unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(unlearn, "select", stopped)
+            capsys.readouterr()
+            assert run("parts") == 130
+        assert capsys.readouterr() == ("", "hf-unlearn: stopped; the same command begins anew\n")
+        for step, how in (
+            (1, "no checkpoint was saved, so the same command begins anew; save_strategy and save_steps save some"),
+            (3, "go on from step 2 with the same command and --resume_from_checkpoint true"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(DefaultFlowCallback, "on_step_end", stop_at(step))
+                capsys.readouterr()
+                assert run("parts") == 130
+            out, err = capsys.readouterr()
+            assert err.splitlines()[-1] == f"hf-unlearn: stopped at step {step}; {how}"
+            assert "Traceback" not in out + err
+        assert not (tmp_path / "parts/model.safetensors").exists()
         marker = tmp_path / "parts/checkpoint-2/run.json"
         written = marker.stat().st_mtime_ns
         assert run("parts", "--resume_from_checkpoint", "true") == 0

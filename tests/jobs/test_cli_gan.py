@@ -300,10 +300,10 @@ class TestBadRecipes:
         ("keys", "message"),
         [
             ({"marke": "digits"}, "{path}: unknown key 'marke'; did you mean 'marker'?"),
-            ({"forget_column": "label"}, "{path}: unknown key 'forget_column'; did you mean "),
-            ({"preset": "papers"}, "{path}: preset: invalid choice: 'papers'"),
-            ({"repulsion": "l2"}, "{path}: repulsion: invalid choice: 'l2'"),
-            ({"undesired": ["a"]}, "{path}: undesired: invalid int value: 'a'"),
+            ({"forget_column": "label"}, "{path}: unknown key 'forget_column'; hf-unlearn unlearn --method adapt_then_unlearn --help"),
+            ({"preset": "papers"}, "{path}: preset='papers': must be one of "),
+            ({"repulsion": "l2"}, "{path}: repulsion='l2': must be one of "),
+            ({"undesired": ["a"]}, "{path}: undesired: 'a' is not allowed; expected int"),
             ({"model": None}, "model: missing; set it to 'digits-gan', 'fashion-mnist-gan', a folder, or an id on the Hub"),
             ({"output_dir": None}, "output_dir: missing; set it to the folder that gets the unlearned model"),
             ({"marker": "digits"}, "classes: missing; list the classes that marker is to mark, as in [3]"),
@@ -326,7 +326,7 @@ class TestBadRecipes:
             (FEEDBACK | {"dataset": "digits", "eval_split": "test"}, "classifier: missing, which eval_split needs"),
             (FEEDBACK | {"dataset": "digits", "eval_split": "test", "classifier": "digits"},
              "classes: missing, which eval_split needs"),
-            ({"negative_share": 1}, "negative_share=1.0: must be in [0, 1)"),
+            ({"negative_share": 1}, "{path}: negative_share=1.0: must be in [0, 1)"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
     )  # fmt: skip

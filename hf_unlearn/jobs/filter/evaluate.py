@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +19,11 @@ from ...metrics.generation import density_coverage, frechet_distance
 from ...plots import tradeoff_curve
 from ...tradeoff.curve import TradeOff
 from ..judging import NEIGHBOUR, classifier_of, reference_of
-from ..keys import check_needs, console
+from ..keys import console
 from ..marking import class_numbers, other_real_images
+from ..recipe.filter import FilterEvaluateJob
 from .report import TITLES, add_rate, start_columns
-from .source import EVALUATION, PipelineJob, Source, check_alone, filtered_pipeline
+from .source import EVALUATION, Source, check_machine, filtered_pipeline
 
 
 if TYPE_CHECKING:
@@ -35,62 +36,14 @@ CURVE_FILE = "tradeoff.png"  # α: clean samples that are blocked, T(α): undesi
 Z = 1.959964  # of 95 %
 
 
-@dataclass
-class FilterEvaluateJob(PipelineJob):
-    """Who judges what: the keys of `hf-unlearn filter evaluate` besides those of [`PipelineJob`].
-
-    Args:
-        filter, filter_revision (`str`, *optional*): as for `run`.
-        concept (`str`, *optional*): of a filter with several.
-        classifier (`str`): `"digits"`, a folder or an id of an image classifier: a sample is undesired if it sees one of
-            `classes` in it. Not the one that marked, nor the filter's encoder, or the figures flatter.
-        classes (`list[str]`): names or numbers of its classes.
-        samples (`int`, defaults to 2,000): that are drawn; others than those of `fit`.
-        dataset, eval_split (`str`, *optional*): real images, and the split of them: those of the other classes are what samples
-            are compared with, before and after the filter. Their labels are the classifier's numbers.
-        dataset_revision (`str`, *optional*): of a dataset on the Hub.
-        resize (`bool`, defaults to `False`): fit the real images to what the pipeline draws.
-
-    Raises:
-        ValueError: a key that is missing, or a value that is not allowed.
-    """
-
-    _argument_group_name = "filter and judge"
-    _ranges = {"≥ 2": ("samples",)}
-
-    filter: str | None = None
-    filter_revision: str | None = None
-    concept: str | None = None
-    classifier: str | None = None
-    classes: list[str] | None = None
-    samples: int = 2000
-    dataset: str | None = None
-    dataset_revision: str | None = None
-    eval_split: str | None = None
-    resize: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.classifier:
-            raise ValueError("classifier: missing; set it to 'digits', a folder, or an id of an image classifier")
-        if not self.classes:
-            raise ValueError("classes: missing; list the classes that are undesired, as in [3]")
-        check_needs(
-            self,
-            ("dataset_revision", "dataset", "an id on the Hub"),
-            ("eval_split", "dataset", "'digits', a folder, or an id"),
-            ("dataset", "eval_split", "the split to compare with, as in test"),
-        )
-
-
 def run_evaluate(job: FilterEvaluateJob) -> None:
     """Draw, judge, write `evaluation.json` and `tradeoff.png`, and print the figures.
 
     Raises:
         ValueError: something in the recipe does not fit; nothing was written.
     """
-    check_alone()
-    classifier = classifier_of(job.classifier, job)
+    check_machine(job)
+    classifier = classifier_of(job.classifier, None)
     classes = class_numbers(job.classes, classifier, key="classes", argument="classifier", name=job.classifier)
     others = None
     if job.eval_split is not None:

@@ -4,59 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 
 from ...filtering.drawing.actions import FilteredImageError
 from ...plots import image_grid
 from ..keys import console
-from .source import RUN, PipelineJob, Source, check_alone, filtered_pipeline
+from ..recipe.filter import VERDICTS, FilterRunJob
+from .source import RUN, Source, check_machine, filtered_pipeline
 
 
-VERDICTS, GRID = "verdicts.json", "grid.png"
+GRID = "grid.png"
 IN_GRID = 100
-
-
-@dataclass
-class FilterRunJob(PipelineJob):
-    """What is drawn through which filter: the keys of `hf-unlearn filter run` besides those of [`PipelineJob`].
-
-    Args:
-        filter (`str`, *optional*): folder or id of a filter. Default: the one in `output_dir`; a pipeline that was saved with a
-            filter has its own.
-        filter_revision (`str`, *optional*): of a filter on the Hub.
-        num_images (`int`, *optional*): how many. Default: one a prompt, or 36.
-        action (`str`, *optional*): what happens to images that are not released, see [`FilteredPipeline`]. Default: as
-            saved, or `"blank"`. `"raise"`: no image is written if one is not released.
-        max_tries (`int`, *optional*): further draws of `"regenerate"`.
-        images_dir (`str`, *optional*): gets the images and `verdicts.json`. Default: `images` in `output_dir`.
-
-    Raises:
-        ValueError: a key that is missing, or a value that is not allowed.
-    """
-
-    _argument_group_name = "filter and images"
-    _ranges = {"≥ 1": ("num_images", "max_tries")}
-
-    filter: str | None = None
-    filter_revision: str | None = None
-    num_images: int | None = None
-    action: Literal["blank", "blur", "flag", "regenerate", "raise"] | None = None
-    max_tries: int | None = None
-    images_dir: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        folder = self.images_folder
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / VERDICTS).is_file():
-            raise ValueError(f"images_dir: {str(folder)!r} holds something else; choose another folder")
-
-    @property
-    def images_folder(self) -> Path:
-        return Path(self.images_dir) if self.images_dir else self.folder / "images"
 
 
 def run_filtered(job: FilterRunJob) -> None:
@@ -65,7 +26,7 @@ def run_filtered(job: FilterRunJob) -> None:
     Raises:
         ValueError: something in the recipe does not fit, or with `action: raise` an image is not released; nothing was written.
     """
-    check_alone()
+    check_machine(job)
     settings = {name: getattr(job, name) for name in ("action", "max_tries") if getattr(job, name) is not None}
     pipe = filtered_pipeline(job, **settings)
     source = Source(pipe.pipeline, job)

@@ -3,127 +3,59 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ...examples.named import DDPMS, GANS, made
+from ...examples.named import made
 from ...files import loading
 from ...filtering.checker import FASTSafetyChecker
-from ...filtering.config import FASTConfig
 from ...filtering.drawing import saved
 from ...filtering.drawing.formats import as_tensor, asked_for
 from ...filtering.drawing.pipeline import FilteredPipeline
 from ...gan.pipeline import GANPipeline
 from ...hub.loading import diffusion_task
 from ...modes import seeded_generator
-from ...training.checks import check_fields
+from ..recipe.filter import SMALL, PipelineJob, holds_a_filter
 
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-SMALL = (*GANS, *DDPMS)
 # What samples are for: of one seed, each purpose has its own.
 SHEET_SAMPLES, UNMARKED, EVALUATION, RUN = range(4)
 FIT_FIRST = "run hf-unlearn filter fit first, or set filter to a folder or an id"
 
 
-@dataclass
-class PipelineJob:
-    """What draws: the keys that `fit`, `run` and `evaluate` have in common, so that one recipe may serve all three.
-
-    Args:
-        pipeline (`str`): `"digits-gan"`, `"fashion-mnist-gan"`, `"digits-ddpm"` or `"fashion-mnist-ddpm"` (small models, trained
-            on first use: minutes), a folder, or an id on the Hub.
-        pipeline_revision (`str`, *optional*): of a pipeline on the Hub.
-        prompts (`list[str]`, *optional*): what a prompted pipeline is asked for, in turn.
-        num_inference_steps, guidance_scale (*optional*): of a diffusion pipeline. Default: its own.
-        seed (`int`, defaults to 0): of all samples; those of the sheet, the unmarked ones, those of `evaluate` and of `run` are
-            different ones.
-        batch_size (`int`, defaults to 32): images drawn at a time.
-        device (`str`, *optional*): as in `"cuda"`. Default: a GPU, if there is one.
-        dtype (`"float16"` | `"bfloat16"`, *optional*): of the pipeline's weights. Default: float32.
-        output_dir (`str`): the filter's folder: `fit` writes the filter, `run` its images into `images/` and `evaluate`
-            `evaluation.json`.
+def check_machine(job: PipelineJob) -> None:
+    """Refuse several processes, of which each would write the same folder, and a GPU that is not there.
 
     Raises:
-        ValueError: a key that is missing, or a value that is not allowed.
+        ValueError: naming what to change.
     """
-
-    _argument_group_name = "pipeline"
-    world_size: ClassVar[int] = 1  # `made_once` asks
-    _ranges: ClassVar[dict[str, tuple[str, ...]]] = {}
-
-    pipeline: str | None = None
-    pipeline_revision: str | None = None
-    prompts: list[str] | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int = 0
-    batch_size: int = 32
-    device: str | None = None
-    dtype: Literal["float16", "bfloat16"] | None = None
-    output_dir: str | None = None
-
-    def __post_init__(self):
-        if not self.pipeline:
-            raise ValueError(
-                f"pipeline: missing; set it to {', '.join(map(repr, SMALL))}, a folder, or an id on the Hub"
-            )
-        if not self.output_dir:
-            raise ValueError("output_dir: missing; set it to the folder of the filter")
-        if self.prompts is not None and not (self.prompts and all(prompt.strip() for prompt in self.prompts)):
-            raise ValueError("prompts: has nothing to ask for; list some, or leave it out")
-        check_fields(self, {"≥ 1": ("batch_size", "num_inference_steps")} | self._ranges)
-        if self.device is not None:
-            try:
-                torch.device(self.device)
-            except RuntimeError as error:
-                raise ValueError(f"device={self.device!r}: is none; set it to cpu or cuda, or leave it out") from error
-        if self.on.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device={self.device!r}: there is no such GPU; leave it out")
-        if self.pipeline in SMALL:
-            for name in ("pipeline_revision", "prompts", "guidance_scale", "dtype"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: {self.pipeline!r} has none; leave it out")
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.output_dir)
-
-    @property
-    def on(self) -> str:
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """Arguments of `from_pretrained`."""
-        given = {"revision": self.pipeline_revision, "dtype": self.dtype and getattr(torch, self.dtype)}
-        return {name: value for name, value in given.items() if value is not None}
-
-
-def check_alone() -> None:
-    """Refuse several processes: each would write the same folder."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("filter: runs in one process; start it without accelerate launch")
+    if device_of(job).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={job.device!r}: there is no such GPU; leave it out")
 
 
-def holds_a_filter(folder: Path) -> bool:
-    try:
-        return json.loads((folder / "config.json").read_text()).get("model_type") == FASTConfig.model_type
-    except (OSError, ValueError, AttributeError):
-        return False
+def device_of(job: PipelineJob) -> str:
+    """Where a job draws."""
+    return job.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _loading(job: PipelineJob) -> dict[str, Any]:
+    """Arguments of `from_pretrained`."""
+    given = {"revision": job.pipeline_revision, "dtype": job.dtype and getattr(torch, job.dtype)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 # Pipelines
@@ -137,7 +69,7 @@ def named_pipeline(job: PipelineJob) -> tuple[str, dict[str, Any]]:
     """
     name = job.pipeline
     if name in SMALL:
-        name = str(made(name, progress=sys.stderr.isatty()))
+        name = str(made(name))
     with loading("pipeline", job.pipeline, "a pipeline"):
         return name, saved.fetch(name, revision=job.pipeline_revision)[0]
 
@@ -152,7 +84,7 @@ def plain_pipeline(job: PipelineJob) -> tuple[DiffusionPipeline, str]:
     if saved.is_filtered(index):
         raise ValueError(f"pipeline={job.pipeline!r}: has a filter already; give the pipeline in its folder pipeline/")
     with loading("pipeline", job.pipeline, "a pipeline"):
-        return saved.load_plain(name, index, **job.loading).to(job.on), name
+        return saved.load_plain(name, index, **_loading(job)).to(device_of(job)), name
 
 
 def filtered_pipeline(job: Any, **settings: Any) -> FilteredPipeline:
@@ -172,15 +104,15 @@ def filtered_pipeline(job: Any, **settings: Any) -> FilteredPipeline:
         raise ValueError(f"{key}: pipeline={job.pipeline!r} has its own filter; leave it out")
     if own:
         with loading("pipeline", job.pipeline, "a filtered pipeline"):
-            return FilteredPipeline.from_pretrained(name, **settings, **job.loading).to(job.on)
+            return FilteredPipeline.from_pretrained(name, **settings, **_loading(job)).to(device_of(job))
     if not job.filter and not holds_a_filter(job.folder):
         raise ValueError(f"filter: missing, and output_dir={job.output_dir!r} holds none; {FIT_FIRST}")
     source = {} if job.filter_revision is None else {"revision": job.filter_revision}
     with loading("filter", job.filter or job.output_dir, "a filter"):
         checker = FASTSafetyChecker.from_pretrained(job.filter or job.output_dir, **source)
     with loading("pipeline", job.pipeline, "a pipeline"):
-        pipeline = saved.load_plain(name, index, **job.loading)
-    return FilteredPipeline(pipeline, checker, **settings).to(job.on)
+        pipeline = saved.load_plain(name, index, **_loading(job))
+    return FilteredPipeline(pipeline, checker, **settings).to(device_of(job))
 
 
 # Samples

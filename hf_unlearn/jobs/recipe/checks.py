@@ -1,0 +1,54 @@
+"""What the recipes of several kinds of jobs refuse alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def check_needs(job: Any, *needs: tuple[str, str, str]) -> None:
+    """Refuse a key that stands without another one.
+
+    Args:
+        needs: `(key, the key that it needs, an example of that)`.
+
+    Raises:
+        ValueError: naming the key that is missing.
+    """
+    for name, needed, example in needs:
+        if getattr(job, name) and not getattr(job, needed):
+            raise ValueError(f"{needed}: missing, which {name} needs; set it to {example}")
+
+
+def check_at_most_one(job: Any, names: Sequence[str]) -> list[str]:
+    """Those of the keys that are given: one, or none.
+
+    Raises:
+        ValueError: two that exclude each other.
+    """
+    given = [name for name in names if getattr(job, name) not in (None, [], "")]
+    if len(given) > 1:
+        raise ValueError(f"{given[1]}: given beside {given[0]}; keep one of them")
+    return given
+
+
+def check_numbers(undesired: Sequence[int] | None, looked_at: int, *, others: str) -> None:
+    """Whether the numbers that a recipe calls undesired are on its sheet of `looked_at` samples.
+
+    Args:
+        others (`str`): what samples are that are not named, as in `"positive"`.
+
+    Raises:
+        ValueError: a number that is not, none at all, or all of them.
+    """
+    if looked_at < 2:
+        raise ValueError(f"looked_at={looked_at}: must be ≥ 2")
+    if odd := [number for number in undesired or () if not 0 <= number < looked_at]:
+        raise ValueError(
+            f"undesired: {odd[0]} is not on the sheet, whose samples are 0 to {looked_at - 1}; correct it, or set "
+            "looked_at as it was when the sheet was written"
+        )
+    if undesired is not None and not undesired:
+        raise ValueError("undesired: is empty; name at least one sample, or leave it out to be given the sheet")
+    if undesired is not None and len(set(undesired)) == looked_at:
+        raise ValueError(f"undesired: names all {looked_at} samples, none is left as {others}; raise looked_at")

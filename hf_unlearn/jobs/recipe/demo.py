@@ -1,0 +1,27 @@
+"""The keys of `hf-unlearn demo`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class DemoJob:
+    """Settings of `hf-unlearn demo`.
+
+    Args:
+        output_dir (`str`, defaults to `"demo"`): folder for the three models; new or empty.
+        forgotten (`int`, defaults to 3): the digit to forget, 0 to 9.
+        seed (`int`, defaults to 0): of all three trainings.
+
+    Raises:
+        ValueError: no such digit.
+    """
+
+    output_dir: str = "demo"
+    forgotten: int = 3
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.forgotten not in range(10):
+            raise ValueError(f"forgotten: {self.forgotten} is no digit; choose one of 0 to 9")

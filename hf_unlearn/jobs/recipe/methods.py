@@ -1,0 +1,180 @@
+"""The verbs and their methods: where the keys of each are declared, and what runs it. Nothing is imported before it is needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple, get_type_hints
+
+import hf_unlearn
+
+from ...training.checks import shown
+from .declared import UNKNOWN, Key, docstring_of, helps_of, keys_of
+from .reading import UsageError, load_recipe, nearest, of_command_line, of_recipe, one
+
+
+class Method(NamedTuple):
+    """One way to do what a verb says.
+
+    Attributes:
+        job (`str`): module and class below `hf_unlearn.jobs.recipe`: the keys that are not of a config.
+        run (`str`): module and function below `hf_unlearn.jobs`.
+        config, trainer (`str`, *optional*): names at the package's root: the class with the other keys, and what trains.
+    """
+
+    job: str
+    run: str
+    config: str | None = None
+    trainer: str | None = None
+
+    @property
+    def classes(self) -> list[tuple[str, str]]:
+        """Module and name of the classes that declare keys."""
+        module, _, name = self.job.rpartition(".")
+        job = (f"{__package__}.{module}", name)
+        return [job] if self.config is None else [job, _exported(self.config)]
+
+    @property
+    def keys(self) -> dict[str, Key]:
+        """All keys of its recipes."""
+        return {name: key for kind in self.classes for name, key in _keys(*kind).items()}
+
+    @property
+    def about(self) -> str:
+        """What its trainer says of itself."""
+        text = docstring_of(*_exported(self.trainer)) if self.trainer else ""
+        first = " ".join(text.strip().partition("\n\n")[0].split())
+        return re.sub(r"\[`~?(?:\w+\.)*(\w+)`\]", r"\1", first)
+
+    def job_of(self, given: Mapping[str, Any]) -> Any:
+        """The job's own keys, checked; those of its config too, as far as that takes no import.
+
+        Raises:
+            UsageError: naming the key and the fix.
+        """
+        (module, name), *config = self.classes
+        kind = getattr(import_module(module), name)
+        own = {key: value for key, value in given.items() if key in {field.name for field in fields(kind)}}
+        try:
+            job = kind(**own)
+            if config:
+                job.check_config({key: value for key, value in given.items() if key in _keys(*config[0])})
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return job
+
+    def runner(self, job: Any, given: Mapping[str, Any]) -> Any:
+        """What runs a job, as a function of no arguments. From here on, the libraries are imported.
+
+        Raises:
+            UsageError: the config refuses a value.
+        """
+        module, _, name = self.run.rpartition(".")
+        run = getattr(import_module(f"hf_unlearn.jobs.{module}"), name)
+        if self.config is None:
+            return partial(run, job)
+        config = getattr(hf_unlearn, self.config)
+        own = {key: value for key, value in given.items() if key in _keys(*_exported(self.config))}
+        try:
+            settings = (config.paper if getattr(job, "preset", None) else config)(
+                **(getattr(job, "defaults", dict)() | own)
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return partial(run, job, settings, getattr(hf_unlearn, self.trainer))
+
+
+UNLEARN = {
+    "pbu": Method("unlearn.UnlearnJob", "unlearn.run_unlearn", "PBUConfig", "PBUTrainer"),
+    "unlearn": Method("unlearn.UnlearnJob", "unlearn.run_unlearn", "UnlearnConfig", "UnlearnTrainer"),
+    "sft": Method("unlearn.UnlearnJob", "unlearn.run_unlearn", "UnlearnSFTConfig", "UnlearnSFTTrainer"),
+    "vdu": Method("vdu.VDUJob", "vdu.run_vdu", "VDUConfig", "VDUTrainer"),
+    "adapt_then_unlearn": Method(
+        "adapt_then_unlearn.GANJob",
+        "adapt_then_unlearn.run_adapt_then_unlearn",
+        "AdaptThenUnlearnConfig",
+        "AdaptThenUnlearnTrainer",
+    ),
+}
+INFLUENCE = {
+    "classifier": Method("influence.InfluenceJob", "influence.run_influence", "InfluenceConfig", "InfluenceTrainer"),
+    "sft": Method("influence.InfluenceJob", "influence.run_influence", "FINEConfig", "FINETrainer"),
+}
+FILTER = {
+    "fit": Method("filter.FilterFitJob", "filter.fit.run_fit"),
+    "run": Method("filter.FilterRunJob", "filter.run.run_filtered"),
+    "evaluate": Method("filter.FilterEvaluateJob", "filter.evaluate.run_evaluate"),
+}
+DEMO = Method("demo.DemoJob", "demo.run_demo")
+
+
+def _exported(name: str) -> tuple[str, str]:
+    return f"hf_unlearn.{hf_unlearn._EXPORTS[name]}", name
+
+
+def _keys(module: str, name: str) -> Mapping[str, Key]:
+    try:
+        return keys_of(module, name)
+    except LookupError:  # a library that declares its classes in another way than those we know
+        return imported_keys(module, name)
+
+
+def imported_keys(module: str, name: str) -> dict[str, Key]:
+    """As [`keys_of`], from the class itself; an enumeration takes any word, which the class checks."""
+    kind = getattr(import_module(module), name)
+    hints = get_type_hints(kind)
+    helps = {key: text for above in reversed(kind.__mro__) for key, text in helps_of(above.__doc__ or "").items()}
+    return {
+        field.name: Key(
+            field.name,
+            hints[field.name],
+            UNKNOWN if field.default is MISSING else getattr(field.default, "value", field.default),
+            helps.get(field.name, field.metadata.get("help", "")),
+            kind.__module__,
+        )
+        for field in fields(kind)
+        if field.init
+    }
+
+
+def read(
+    method: Method, given: Mapping[str, Sequence[str]], others: Sequence[Method] = (), *, help: str
+) -> dict[str, Any]:
+    """The values that recipe and command line give; the command line wins.
+
+    Args:
+        given: what [`options`][hf_unlearn.jobs.recipe.reading.options] found.
+        others: whose keys a recipe may have besides, which are left alone.
+        help (`str`): what lists the keys, for an error.
+
+    Raises:
+        UsageError: naming the recipe, the key and the fix.
+    """
+    keys, otherwise = method.keys, f"{help} lists the keys"
+    path, given = one(given, "config"), {name: words for name, words in given.items() if name != "config"}
+    values = of_command_line(given, keys, otherwise)
+    foreign = [name for other in others for name in other.keys]
+    return values if path is None else of_recipe(path, keys, foreign, otherwise) | values
+
+
+def chosen(given: Mapping[str, Sequence[str]], methods: Mapping[str, Method]) -> str:
+    """The key `method`, which decides what other keys there are.
+
+    Raises:
+        UsageError: missing, or none of them.
+    """
+    name, path = one(given, "method"), one(given, "config")
+    if name is None and path is not None:
+        name = load_recipe(path)[0].get("method")
+    known = ", ".join(methods)
+    if name is None:
+        recipe = "" if path else "; or give a recipe, as in --config recipe.yaml"
+        raise UsageError(f"method: missing; set it to one of {known}{recipe}")
+    if not isinstance(name, str) or name not in methods:
+        raise UsageError(
+            f"method: {shown(name)} is not one of {known}; {nearest(str(name), methods, 'choose one of them')}"
+        )
+    return name
