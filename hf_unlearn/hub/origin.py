@@ -47,9 +47,8 @@ def hub_id(name: str | Path | None) -> str | None:
     if name is None:
         return None
     if not isinstance(name, HubId):
-        for path in (str(name), str(Path(name).resolve())):
-            if found := _CACHED.search(Path(path).as_posix()):
-                return _as_id(found[1].replace("--", "/"))
+        if found := _cached(name):
+            return _as_id(found[1].replace("--", "/"))
         if Path(name).exists():
             return _cloned_from(Path(name))
     return _as_id(str(name))
@@ -57,7 +56,7 @@ def hub_id(name: str | Path | None) -> str | None:
 
 def revision_of(name: str | Path | None) -> str | None:
     """The commit that a folder of the Hub's cache holds; None for others."""
-    found = _CACHED.search(Path(name).resolve().as_posix()) if name and not isinstance(name, HubId) else None
+    found = None if name is None or isinstance(name, HubId) else _cached(name)
     return found[2] if found else None
 
 
@@ -164,6 +163,11 @@ def _as_id(name: str) -> str | None:
     except HFValidationError:
         return None
     return text
+
+
+def _cached(name: str | Path) -> re.Match[str] | None:
+    path = Path(name)  # which may be a link to there
+    return _CACHED.search((path.resolve() if path.exists() else path).as_posix())
 
 
 def _cloned_from(folder: Path) -> str | None:
