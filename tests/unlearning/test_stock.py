@@ -272,6 +272,7 @@ def test_a_smaller_batch_begins_again_from_the_original(tiny_vit, tmp_path):
         ends.append(trainer)
     assert [look.step for look in ends[0].guard.looks] == [look.step for look in ends[1].guard.looks]
     assert ends[0].guard.looks[0] == ends[1].guard.looks[0]
+    assert {int(state["step"]) for state in ends[0].optimizer.optimizer.state.values()} == {4}
     way = distance(weights(tiny_vit), weights(ends[1].model))
     assert distance(weights(ends[0].model), weights(ends[1].model)) < 0.5 * way  # other batches, the same beginning
 
@@ -279,7 +280,7 @@ def test_a_smaller_batch_begins_again_from_the_original(tiny_vit, tmp_path):
 def test_the_best_checkpoint_without_a_guard(tiny_vit, tmp_path):
     args = arguments(
         tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        metric_for_best_model="eval_loss", greater_is_better=True, learning_rate=0.05,
+        metric_for_best_model="eval_loss", greater_is_better=False, learning_rate=0.05,
     )  # fmt: skip
     seen = {}
 
@@ -291,6 +292,7 @@ def test_the_best_checkpoint_without_a_guard(tiny_vit, tmp_path):
     trainer = Watched(tiny_vit, args, forget_dataset=images(8, [3]), eval_dataset=images(8, [3]))
     trainer.train()
     best = trainer.state.best_global_step
+    assert best == 1  # what is being forgotten gets worse
     assert same(weights(trainer.model), seen[best])
     assert trainer.provenance().steps == best
 
