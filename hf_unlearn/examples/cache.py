@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from ..files import complete_or_not_there
+from .datasets import images_of
 
 
 RECIPE = "recipe.json"
@@ -25,7 +29,7 @@ def cached(name: str, recipe: Any, make: Callable[[Path], Any]) -> Path:
     Args:
         name (`str`): of the folder in [`cache_dir`].
         recipe (dataclass): what the model depends on; a folder of another recipe is made anew.
-        make (callable): writes the model into a folder, with [`RECIPE`] by [`write_recipe`].
+        make (callable): writes the model into a folder, by [`saved`].
     """
     folder = cache_dir() / name
     made = folder / RECIPE
@@ -33,6 +37,29 @@ def cached(name: str, recipe: Any, make: Callable[[Path], Any]) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         make(folder)
     return folder
+
+
+def cached_generator(kind: str, recipe: Any, train: Callable[..., Path], without: int | None, progress: bool) -> Path:
+    """Folder of the small generator that a recipe makes from the training images of its dataset.
+
+    Args:
+        kind (`str`): `"ddpm"` or `"gan"`.
+        recipe (dataclass): with `dataset`, `size` and `seed`.
+        train (callable): of recipe, images and folder.
+        without (`int`, *optional*): leave this class out.
+    """
+    name = f"{recipe.dataset.replace('_', '-')}-{kind}-{recipe.seed}" + (
+        "" if without is None else f"-without-{without}"
+    )
+    return cached(name, recipe, lambda folder: train(recipe, images_of(recipe, without), folder, progress=progress))
+
+
+@contextmanager
+def saved(recipe: Any, folder: str | Path) -> Iterator[Path]:
+    """A folder to write what a recipe makes into; in its place with [`RECIPE`] at the end of a `with` block, or not there."""
+    with complete_or_not_there(folder) as scratch:
+        yield scratch
+        write_recipe(recipe, scratch)
 
 
 def write_recipe(recipe: Any, folder: Path) -> None:

@@ -11,11 +11,8 @@ from diffusers.training_utils import EMAModel
 from rich.progress import track
 from torch import Tensor
 
-from ..files import complete_or_not_there
 from ..unlearning.diffusion.noise import NoiseSchedule
 from . import cache
-from .cache import write_recipe
-from .datasets import images_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, recipe.steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(recipe.seed)
     kept = {round(recipe.steps * (1 + (i + 1) / recipe.checkpoints) / 2) for i in range(recipe.checkpoints)}
-    with complete_or_not_there(folder) as scratch:
+    with cache.saved(recipe, folder) as scratch:
         for step in track(range(1, recipe.steps + 1), f"training {folder.name}", disable=not progress, transient=True):
             clean = images[torch.randint(len(images), (64,), generator=generator)]
             timesteps = torch.randint(len(schedule), (64,), generator=generator)
@@ -98,7 +95,6 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
                 unet.save_pretrained(Path(scratch, f"checkpoint-{step}", "unet"))
         average.copy_to(unet.parameters())
         pipeline.save_pretrained(scratch)
-        write_recipe(recipe, scratch)
     return folder
 
 
@@ -108,9 +104,4 @@ def cached(recipe: Recipe, *, without: int | None = None, progress: bool = True)
     Args:
         without (`int`, *optional*): leave this class out of the training data: what unlearning should come to.
     """
-    name = f"{recipe.dataset.replace('_', '-')}-ddpm-{recipe.seed}" + (
-        "" if without is None else f"-without-{without}"
-    )
-    return cache.cached(
-        name, recipe, lambda folder: train(recipe, images_of(recipe, without), folder, progress=progress)
-    )
+    return cache.cached_generator("ddpm", recipe, train, without, progress)
