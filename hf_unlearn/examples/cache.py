@@ -7,10 +7,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from ..files import complete_or_not_there
+from .datasets import images_of
 
 
 RECIPE = "recipe.json"
@@ -28,7 +32,7 @@ def cached(name: str, recipe: Any, make: Callable[[Path], Any], *, progress: boo
     Args:
         name (`str`): of the folder in [`cache_dir`].
         recipe (dataclass): what the model depends on; a folder of another recipe is made anew.
-        make (callable): writes the model into a folder, with [`RECIPE`] by [`write_recipe`].
+        make (callable): writes the model into a folder, with [`RECIPE`] by [`saved`] or [`write_recipe`].
         progress (`bool`, defaults to `True`): say on the error stream that it is made now.
     """
 
@@ -78,6 +82,34 @@ def _runs(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def cached_generator(kind: str, recipe: Any, train: Callable[..., Path], without: int | None, progress: bool) -> Path:
+    """Folder of the small generator that a recipe makes from the training images of its dataset.
+
+    Args:
+        kind (`str`): `"ddpm"` or `"gan"`.
+        recipe (dataclass): with `dataset`, `size` and `seed`.
+        train (callable): of recipe, images and folder.
+        without (`int`, *optional*): leave this class out.
+    """
+    name = f"{recipe.dataset.replace('_', '-')}-{kind}-{recipe.seed}" + (
+        "" if without is None else f"-without-{without}"
+    )
+    return cached(
+        name,
+        recipe,
+        lambda folder: train(recipe, images_of(recipe, without), folder, progress=progress),
+        progress=progress,
+    )
+
+
+@contextmanager
+def saved(recipe: Any, folder: str | Path) -> Iterator[Path]:
+    """A folder to write what a recipe makes into; in its place with [`RECIPE`] at the end of a `with` block, or not there."""
+    with complete_or_not_there(folder) as scratch:
+        yield scratch
+        write_recipe(recipe, scratch)
 
 
 def write_recipe(recipe: Any, folder: Path) -> None:

@@ -10,11 +10,8 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ..files import complete_or_not_there
 from ..unlearning.diffusion.noise import NoiseSchedule
 from . import cache
-from .cache import write_recipe
-from .datasets import images_of
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, recipe.steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(recipe.seed)
     kept = {round(recipe.steps * (1 + (i + 1) / recipe.checkpoints) / 2) for i in range(recipe.checkpoints)}
-    with complete_or_not_there(folder) as scratch:
+    with cache.saved(recipe, folder) as scratch:
         told = cache.Progress(folder.name, recipe.steps, quiet=not progress)
         for step in range(1, recipe.steps + 1):
             clean = images[torch.randint(len(images), (64,), generator=generator)]
@@ -99,7 +96,6 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
                 unet.save_pretrained(Path(scratch, f"checkpoint-{step}", "unet"))
         average.copy_to(unet.parameters())
         pipeline.save_pretrained(scratch)
-        write_recipe(recipe, scratch)
     return folder
 
 
@@ -109,12 +105,4 @@ def cached(recipe: Recipe, *, without: int | None = None, progress: bool = True)
     Args:
         without (`int`, *optional*): leave this class out of the training data: what unlearning should come to.
     """
-    name = f"{recipe.dataset.replace('_', '-')}-ddpm-{recipe.seed}" + (
-        "" if without is None else f"-without-{without}"
-    )
-    return cache.cached(
-        name,
-        recipe,
-        lambda folder: train(recipe, images_of(recipe, without), folder, progress=progress),
-        progress=progress,
-    )
+    return cache.cached_generator("ddpm", recipe, train, without, progress)

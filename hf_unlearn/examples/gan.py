@@ -11,14 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import complete_or_not_there
 from ..gan.config import GANConfig
 from ..gan.dcgan import DCGANDiscriminator, DCGANGenerator
 from ..gan.pipeline import GANPipeline
 from ..gan.trainer import GANTrainer
 from . import cache
 from .classifier import Told
-from .datasets import images_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
         folder: gets the pipeline; complete or not there.
         progress (`bool`): say how long it takes.
     """
-    with complete_or_not_there(folder) as scratch, tempfile.TemporaryDirectory() as run:
+    with cache.saved(recipe, folder) as scratch, tempfile.TemporaryDirectory() as run:
         args = GANConfig(
             run,
             max_steps=recipe.steps,
@@ -82,7 +80,6 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
         random.setstate(states[0])
         np.random.set_state(states[1])
         trainer.pipeline.to("cpu").save_pretrained(scratch)
-        cache.write_recipe(recipe, scratch)
     return Path(folder)
 
 
@@ -92,10 +89,4 @@ def cached(recipe: Recipe, *, without: int | None = None, progress: bool = True)
     Args:
         without (`int`, *optional*): leave this class out of the training data: what unlearning should come to.
     """
-    name = f"{recipe.dataset.replace('_', '-')}-gan-{recipe.seed}" + ("" if without is None else f"-without-{without}")
-    return cache.cached(
-        name,
-        recipe,
-        lambda folder: train(recipe, images_of(recipe, without), folder, progress=progress),
-        progress=progress,
-    )
+    return cache.cached_generator("gan", recipe, train, without, progress)
