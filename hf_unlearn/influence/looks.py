@@ -141,7 +141,7 @@ class LookingMixin:
         low = low or any(parameter.dtype.itemsize < 4 for parameter in self._parameters.values())
         # A converged batch's gradient is rounding; the fp16 scaler's first factors may overflow, and it then skips the step.
         self._largest_gradient = max(self._largest_gradient, whole if np.isfinite(whole) else 0.0)
-        bound = (0.1 if low else 0.01) * max(whole, 1e-3 * self._largest_gradient)
+        bound = (0.05 if low else 0.01) * max(whole, 1e-3 * self._largest_gradient)
         if np.isfinite([whole, rest]).all() and rest > bound:
             raise ValueError(
                 f"compute_loss: at step {self.state.global_step + 1} it is not the mean of the examples' own losses: of its gradient "
