@@ -24,7 +24,6 @@ from filter_data import (
 from fresh import run_python
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPImageProcessor
 
 from hf_unlearn import FASTConfig, FASTFitter, FASTSafetyChecker, FilterEncoder, FilterOutput
 from hf_unlearn.filtering.integrity import fingerprint_of_scores
@@ -138,6 +137,23 @@ class TestJudging:
         checker.encoder = own_encoder()
         with pytest.raises(ValueError, match=r"^inputs: give embeddings of 64 numbers, the filter was fitted on 16$"):
             checker.judge(bright_images(2))
+
+    def test_images_in_another_range(self):
+        """In [0, 1] a dark image would be bright to a filter, or the other way round: refused, or scaled if it is said."""
+        checker = fitted_filter()
+        images = torch.cat([bright_images(2, 3), dark_images(2, 3)])
+        halved = (images + 1) / 2
+        for judge in (checker.judge, checker):
+            with pytest.raises(
+                ValueError, match=r"^images: has no pixel below 0, so it is in \[0, 1\][^\n]* value_range="
+            ):
+                judge(halved)
+        expected = checker.judge(images)
+        assert expected.flags.tolist() == [True, True, False, False]
+        assert_near(checker.judge(halved, value_range=(0, 1)).scores, expected.scores)
+        assert checker.judge(bright_images(2, 3).abs(), value_range=(-1, 1)).flags.all()
+        as_bytes = (halved * 255).round().byte()
+        assert checker.judge(as_bytes).flags.tolist() == expected.flags.tolist()
 
     def test_in_half_precision_scores_stay(self):
         """In 16 bits they would be off by 4e-3 of their terms."""
@@ -528,8 +544,7 @@ def slot(pipeline, checker):
     """The pipeline with the checker where the stock one would be."""
     from diffusers import StableDiffusionPipeline
 
-    processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    parts = pipeline.components | {"safety_checker": checker, "feature_extractor": processor}
+    parts = pipeline.components | {"safety_checker": checker, "feature_extractor": checker.feature_extractor}
     filled = StableDiffusionPipeline(**parts, requires_safety_checker=True)
     filled.set_progress_bar_config(disable=True)
     return filled

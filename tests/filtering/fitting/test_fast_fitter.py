@@ -408,6 +408,21 @@ class TestEncoders:
         assert fitted["undesired"].threshold.value == pytest.approx(expected.threshold.value, rel=1e-4)
         assert fitted.encoder is encoder
 
+    def test_images_in_another_range(self):
+        """As `output_type="pt"` gives them: refused, whichever of the three it is, and in parts too; or scaled if it is said."""
+        encoder = FilterEncoder.own(Flatten(64), name="flat")
+        given = {"undesired": bright_images(300), "clean": dark_images(12), "unmarked": dark_images(12)}
+        for name, images in given.items():
+            halved = images / 2 + 0.5
+            for odd in (halved, Dataset.from_dict({"images": halved.numpy()})):
+                with pytest.raises(ValueError, match=rf"^{name}: has no pixel below 0[^\n]* value_range="):
+                    FASTFitter(encoder).update(**given | {name: odd})
+        halved = {name: images / 2 + 0.5 for name, images in given.items()}
+        scaled, own = FASTFitter(encoder, score="lda"), FASTFitter(encoder, score="lda")
+        scaled.update(**halved, value_range=(0, 1))
+        own.update(**given)
+        np.testing.assert_allclose(*(np.concatenate(one._undesired["undesired"]) for one in (scaled, own)), atol=1e-6)
+
     @pytest.mark.parametrize("column", ["pixel_values", "image", "images"])
     def test_datasets_of_images(self, column):
         encoder = tiny_encoder(num_channels=1)
