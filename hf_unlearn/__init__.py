@@ -32,7 +32,7 @@ _EXPORTS = {
     "UnlearnConfig": "unlearning.config",
     "UnlearnMixin": "unlearning.trainer",
     "UnlearnSFTConfig": "unlearning.config",
-    "UnlearnSFTTrainer": "unlearning.trainer",
+    "UnlearnSFTTrainer": "unlearning.language.trainer",
     "UnlearnTrainer": "unlearning.trainer",
     "VDUConfig": "unlearning.diffusion.vdu",
     "VDUTrainer": "unlearning.diffusion.vdu",

@@ -36,3 +36,25 @@ def forget_retain_accuracy(
     parts = (predictions[part] == labels[part] for part in (inside, ~inside))
     forget, retain = (float(part.mean()) if part.size else float("nan") for part in parts)
     return forget, retain
+
+
+class Accuracy:
+    """Share of right labels, of a whole evaluation or (`batch_eval_metrics`) summed over its batches."""
+
+    def __init__(self):
+        self.right = self.all = 0
+
+    def __call__(self, evaluation, compute_result: bool = True) -> dict[str, float]:
+        pairs = [(evaluation.predictions, evaluation.label_ids)]
+        if isinstance(evaluation.label_ids, list):  # eval_do_concat_batches=False
+            pairs = zip(*pairs[0], strict=True)
+        for predictions, labels in pairs:
+            logits = predictions[0] if isinstance(predictions, tuple) else predictions
+            right = np.argmax(np.asarray(logits.cpu() if hasattr(logits, "cpu") else logits), -1)
+            labels = np.asarray(labels.cpu() if hasattr(labels, "cpu") else labels)
+            self.right, self.all = self.right + int((right == labels).sum()), self.all + labels.size
+        if not compute_result:
+            return {}
+        share = self.right / max(self.all, 1)
+        self.right = self.all = 0
+        return {"accuracy": share}

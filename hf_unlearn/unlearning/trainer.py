@@ -1,12 +1,10 @@
-"""`UnlearnTrainer` for `Trainer`, `UnlearnSFTTrainer` for `SFTTrainer`: the loop that every unlearning method shares."""
+"""`UnlearnTrainer` for `Trainer`, and the loop that every unlearning method shares."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import reduce
 from datasets import Dataset
@@ -14,9 +12,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, set_seed
-from trl import SFTTrainer
 
 from ..data import LABEL_COLUMNS
+from ..metrics.classification import Accuracy
 from ..modes import seeded_generator
 from ..parameters.anchors import Anchor
 from ..parameters.reference import ReferencePoint, trainable_parameters
@@ -26,9 +24,9 @@ from ..training.models import LoadsByName, is_causal_lm, load_model, router_loss
 from ..training.outcome import tell_outcome
 from ..training.runs import RunMixin
 from .checks import check_arguments, check_labels, check_stock_arguments, check_trainable, first_rows
-from .config import UnlearnConfig, UnlearnSFTConfig
+from .config import UnlearnConfig
 from .guard import LOOKING, Guard, GuardState, UtilityMixin
-from .language.rows import as_prompt_completion, check_tokenized, count_tokens, fit_length
+from .language.rows import check_tokenized
 from .objective import Batch, ObjectiveMixin
 from .outcome import OutcomeMixin
 from .saving import SavingMixin
@@ -405,81 +403,3 @@ class UnlearnTrainer(UnlearnMixin, Trainer):
         if dataset is not None and self._reads_ids:
             check_tokenized(dataset, f"{name}_dataset")
         return dataset
-
-
-class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
-    """[`~trl.SFTTrainer`] that makes a language model forget instructions: `forget_dataset=` instead of `train_dataset=`.
-
-    Takes the formats that `SFTTrainer` takes (text, prompt and completion, messages), with its completion masks and chat
-    templates; columns such as `question` and `answer` are taken for prompt and completion. The same arguments as
-    [`UnlearnTrainer`] besides. Packing is refused: it takes away the boundaries between the examples to forget. Forget texts
-    longer than `max_length` are split, so that all of them is forgotten.
-    """
-
-    _config_class = UnlearnSFTConfig
-
-    def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
-        if forget_dataset is None:
-            raise ValueError("forget_dataset: missing; pass the examples to forget, or eval_dataset= to evaluate only")
-        if {"image", "images"} & set(getattr(forget_dataset, "column_names", None) or ()):
-            raise ValueError(
-                "forget_dataset: holds images; UnlearnSFTTrainer is for text, UnlearnTrainer for classifiers"
-            )
-        return {"model": model, "data_collator": data_collator, "peft_config": peft_config}
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if "forget" in inputs:  # what the stock trainer counts and logs
-            masks = [part.get("attention_mask", torch.ones_like(part["input_ids"])) for part in inputs.values()]
-            self._total_train_tokens += self.accelerator.gather(sum(mask.sum() for mask in masks)).sum().item()
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _readable(self, forget_dataset, args, kwargs):
-        if kwargs.get("formatting_func") is not None:
-            return forget_dataset
-        return as_prompt_completion(forget_dataset, args.dataset_text_field, "forget_dataset")
-
-    def _prepared(self, dataset, name: str):
-        if dataset is None or self._skip_prepare_dataset:
-            return dataset
-        return self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)
-
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """As TRL's, but that nothing of a forget text is cut off, and that it is said what is cut off of others."""
-        argument = {"train": "forget_dataset", "retain": "retain_dataset", "heldout": "heldout_dataset"}.get(
-            dataset_name, f"eval_dataset[{dataset_name!r}]"
-        )
-        if formatting_func is None:
-            dataset = as_prompt_completion(dataset, args.dataset_text_field, argument)
-        uncut = copy.copy(args)
-        uncut.max_length = None
-        dataset = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
-        if not isinstance(dataset, Dataset):
-            return dataset
-        whole = dataset_name == "train"
-        return fit_length(dataset, args.max_length, args.truncation_mode, argument, whole=whole)
-
-    def _forgotten(self) -> str:
-        return f"{super()._forgotten()} ({count_tokens(self.forget_dataset):,} tokens)"
-
-
-class Accuracy:
-    """Share of right labels, of a whole evaluation or (`batch_eval_metrics`) summed over its batches."""
-
-    def __init__(self):
-        self.right = self.all = 0
-
-    def __call__(self, evaluation, compute_result: bool = True) -> dict[str, float]:
-        pairs = [(evaluation.predictions, evaluation.label_ids)]
-        if isinstance(evaluation.label_ids, list):  # eval_do_concat_batches=False
-            pairs = zip(*pairs[0], strict=True)
-        for predictions, labels in pairs:
-            logits = predictions[0] if isinstance(predictions, tuple) else predictions
-            right = np.argmax(np.asarray(logits.cpu() if isinstance(logits, Tensor) else logits), -1)
-            labels = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-            self.right, self.all = self.right + int((right == labels).sum()), self.all + labels.size
-        if not compute_result:
-            return {}
-        share = self.right / max(self.all, 1)
-        self.right = self.all = 0
-        return {"accuracy": share}

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, MixtralConfi
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_unlearn import UnlearnSFTConfig, UnlearnSFTTrainer, UnlearnTrainer
-from hf_unlearn.unlearning.trainer import Accuracy
+from hf_unlearn.metrics.classification import Accuracy
 
 
 def as_text(texts):

@@ -1,0 +1,70 @@
+"""`UnlearnSFTTrainer` for `SFTTrainer`: language models that forget texts and instructions."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import SFTTrainer
+
+from ..config import UnlearnSFTConfig
+from ..trainer import UnlearnMixin
+from .rows import as_prompt_completion, count_tokens, fit_length
+
+
+class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
+    """[`~trl.SFTTrainer`] that makes a language model forget instructions: `forget_dataset=` instead of `train_dataset=`.
+
+    Takes the formats that `SFTTrainer` takes (text, prompt and completion, messages), with its completion masks and chat
+    templates; columns such as `question` and `answer` are taken for prompt and completion. The same arguments as
+    [`UnlearnTrainer`] besides. Packing is refused: it takes away the boundaries between the examples to forget. Forget texts
+    longer than `max_length` are split, so that all of them is forgotten.
+    """
+
+    _config_class = UnlearnSFTConfig
+
+    def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
+        if forget_dataset is None:
+            raise ValueError("forget_dataset: missing; pass the examples to forget, or eval_dataset= to evaluate only")
+        if {"image", "images"} & set(getattr(forget_dataset, "column_names", None) or ()):
+            raise ValueError(
+                "forget_dataset: holds images; UnlearnSFTTrainer is for text, UnlearnTrainer for classifiers"
+            )
+        return {"model": model, "data_collator": data_collator, "peft_config": peft_config}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "forget" in inputs:  # what the stock trainer counts and logs
+            masks = [part.get("attention_mask", torch.ones_like(part["input_ids"])) for part in inputs.values()]
+            self._total_train_tokens += self.accelerator.gather(sum(mask.sum() for mask in masks)).sum().item()
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _readable(self, forget_dataset, args, kwargs):
+        if kwargs.get("formatting_func") is not None:
+            return forget_dataset
+        return as_prompt_completion(forget_dataset, args.dataset_text_field, "forget_dataset")
+
+    def _prepared(self, dataset, name: str):
+        if dataset is None or self._skip_prepare_dataset:
+            return dataset
+        return self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """As TRL's, but that nothing of a forget text is cut off, and that it is said what is cut off of others."""
+        argument = {"train": "forget_dataset", "retain": "retain_dataset", "heldout": "heldout_dataset"}.get(
+            dataset_name, f"eval_dataset[{dataset_name!r}]"
+        )
+        if formatting_func is None:
+            dataset = as_prompt_completion(dataset, args.dataset_text_field, argument)
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
+        if not isinstance(dataset, Dataset):
+            return dataset
+        whole = dataset_name == "train"
+        return fit_length(dataset, args.max_length, args.truncation_mode, argument, whole=whole)
+
+    def _forgotten(self) -> str:
+        return f"{super()._forgotten()} ({count_tokens(self.forget_dataset):,} tokens)"
