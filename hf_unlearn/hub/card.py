@@ -169,6 +169,7 @@ def unlearning_card(
         method=_line(provenance.method),
         method_title=_line(provenance.method_title),
         paper=provenance.paper,
+        stands_on=provenance.stands_on,
         forgotten=_line(provenance.forgotten),
         forget_examples=provenance.forget_examples,
         forget_fingerprint=provenance.forget_fingerprint,

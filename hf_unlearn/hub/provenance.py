@@ -40,6 +40,7 @@ class Provenance:
         seed (`int`): of the training.
         steps (`int`): optimiser steps taken, ≥ 0.
         paper (`str`, *optional*): arXiv id, as in `"2403.16246"`.
+        stands_on (`dict[str, str]`, defaults to `{}`): names of other work that it is made of, and their arXiv ids.
         base_model (`str`, *optional*): id on the Hub, or a path, of the model before unlearning; a
             [`~hf_unlearn.hub.origin.HubId`] where it is known to be an id.
         base_revision (`str`, *optional*): commit of `base_model`.
@@ -59,6 +60,7 @@ class Provenance:
     seed: int
     steps: int
     paper: str | None = None
+    stands_on: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
     base_revision: str | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)

@@ -203,6 +203,11 @@ class PublishingMixin(PushingMixin):
         return fingerprint(rows.with_format(None) if isinstance(rows, Dataset) else rows, file.read_bytes())
 
     @property
+    def _stands_on(self) -> dict[str, str]:
+        """Other work that the method is made of, besides its own paper, and the arXiv ids."""
+        return {}
+
+    @property
     def _steps_taken(self) -> int:
         return self.state.global_step
 
@@ -264,6 +269,7 @@ class PublishingMixin(PushingMixin):
             method=self._method,
             method_title=self._title,
             paper=self._paper,
+            stands_on=self._stands_on,
             base_model=self.base_model,
             base_revision=self._base_revision,
             hyperparameters={name: value for name, value in sorted(chosen.items()) if value is not None},

@@ -9,6 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+# Whose losses these are, for the cards.
+CREDIT = {
+    "redirect": {"DELETE's loss": "2503.23751"},
+    "npo": {"NPO's loss": "2404.05868"},
+}
+
+
 def ascent(loss: Tensor) -> Tensor:
     """−ℓ: gradient ascent. It has no lower bound, so something else must stop it."""
     return -loss

@@ -16,6 +16,7 @@ from ..hub.origin import hub_id
 from ..hub.publish import save_settings
 from ..training.publishing import PublishingMixin
 from .config import UnlearnArguments
+from .losses import CREDIT
 
 
 RUN_SETTINGS = (
@@ -80,6 +81,10 @@ class SavingMixin(PublishingMixin):
     @property
     def _base_revision(self) -> str | None:
         return getattr(self.model.config, "_commit_hash", None) or super()._base_revision
+
+    @property
+    def _stands_on(self) -> dict[str, str]:
+        return CREDIT.get(self.forget_loss_name, {})
 
     @property
     def _allow_adapter(self) -> bool:

@@ -34,6 +34,7 @@ PROVENANCE = Provenance(
     forget_examples=108,
     seed=7,
     steps=90,
+    stands_on={"another's loss": "2403.00002"},
     paper="2403.00001",
     base_model="me/digits",
     base_revision="abc123",
@@ -104,6 +105,7 @@ class TestUnlearningCard:
         rows = text[text.index("## How it was made") :].split("\n\n")[1].splitlines()
         assert rows[2:] == [
             "| method | A method (PBU), [arXiv:2403.00001](https://arxiv.org/abs/2403.00001) |",
+            "| stands on | another's loss, [arXiv:2403.00002](https://arxiv.org/abs/2403.00002) |",
             "| base model | [me/digits](https://huggingface.co/me/digits), revision `abc123` |",
             "| optimiser steps | 90 |",
             "| seed | 7 |",

@@ -127,6 +127,7 @@ def test_the_card_parses_and_says_how_it_was_made(saved, digits_folder):
     assert tags["pipeline_tag"] == "image-classification"
     assert yaml.safe_load(card.content.split("---")[1]) is not None
     assert "2403.16246" in card.text
+    assert "| stands on | DELETE's loss, [arXiv:2503.23751]" in card.text  # `redirect`
     assert "class 3" in card.text
     for local in (digits_folder, folder.parent):  # a folder on this machine tells nobody anything
         assert str(local) not in card.content

@@ -195,6 +195,13 @@ class VDUTrainer(DiffusionUnlearnTrainer):
 
     # `redirect`: what the original would answer had it never seen the forgotten kind
 
+    @property
+    def _stands_on(self) -> dict[str, str]:
+        if self.forget_loss_name != "redirect" or not is_prompted(self.pipeline):
+            return {}
+        kin = {"concept ablation": "2303.13516"}
+        return kin | {"ESD's negative guidance": "2303.07345"} if self.args.negative_guidance else kin
+
     @torch.no_grad()
     def answer_without(self, batch: Batch) -> Tensor:
         """What the original would answer had it never seen the forgotten kind: by Bayes' rule over two banks of images
