@@ -72,7 +72,7 @@ MUTANTS = [
     bug("unlearning/losses.py", "beta * (reference_nll - nll)", "beta * (nll - reference_nll)", "test_losses.py"),
     bug("unlearning/losses.py", "return (loss.mean() - target).abs()", "return (loss - target).abs().mean()", "test_losses.py"),
     bug("unlearning/trainer.py", "scaler.get_scale() if scaled else 1.0", "1.0", "test_trainer.py", "test_peft.py"),
-    bug("unlearning/trainer.py", "self.heldout_loss = self._resumed[\"heldout_loss\"]", "pass", "test_resume.py"),
+    bug("unlearning/trainer.py", "self.heldout_loss = self._resumed[\"heldout_loss\"]", "pass", "test_kill.py"),
     bug("unlearning/trainer.py", "with torch.random.fork_rng(self._random_devices):\n            return super().evaluate", "if True:\n            return super().evaluate", "test_trainer.py", "test_peft.py"),
     bug("unlearning/guard.py", "baseline - now if self.utility_kind == \"accuracy\" else now - baseline", "now - baseline", "test_guard.py"),
     bug("unlearning/saving.py", "Path(output_dir, \"training_args.bin\").unlink(missing_ok=True)", "pass", "test_saving.py"),
@@ -95,7 +95,7 @@ MUTANTS = [
     # GANs
     bug("gan/losses.py", "return 0.5 * slope.square()", "return slope.square()", "test_gan_losses.py"),
     bug("gan/collapse.py", "look.coverage < trainer.args.collapse_tolerance * best", "look.coverage < 0", "test_gan_collapse.py"),
-    bug("gan/saving.py", "| {\"path_mean\": self.path_mean}", "", "test_resume.py", "test_gan_resume.py"),
+    bug("gan/saving.py", "| {\"path_mean\": self.path_mean}", "", "test_kill.py", "test_gan_resume.py"),
     bug("unlearning/gan/feedback.py", "scores >= high, scores < low", "scores >= low, scores < low", "test_marks.py"),
     bug("unlearning/gan/saving.py", "self.pipeline.register_modules(discriminator=None)", "pass", "test_adapt_then_unlearn.py"),
     # influence

@@ -30,6 +30,7 @@ from trl import SFTConfig
 
 from hf_unlearn import DCGANDiscriminator, DCGANGenerator, GANPipeline
 from hf_unlearn.influence.checks import check_model
+from hf_unlearn.jobs import demo
 from hf_unlearn.training.collators import ROW
 from hf_unlearn.unlearning.checks import check_arguments
 
@@ -716,6 +717,13 @@ def test_a_folder_that_holds_the_original(form, tmp_path):
             with pytest.raises(ValueError, match="^output_dir: .* holds the original model; choose another folder$"):
                 build(name, tmp_path / folder, **given_of(tmp_path / "original"))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_demo_in_a_folder_that_is_used(tmp_path):
+    (tmp_path / "mine").touch()
+    with pytest.raises(ValueError, match="^output_dir: .* is not empty; empty it, or choose another folder$"):
+        demo.run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 # Asked too early
