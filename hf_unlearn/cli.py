@@ -115,8 +115,9 @@ def _run(method: Method, given: Mapping[str, Sequence[str]], help: str, others: 
     run = method.runner(method.job_of(values), values)
     from .jobs.alone import leaving_together
 
+    words = [word for key, values in given.items() for word in (f"--{key}", *values)]
     with leaving_together():
-        run()
+        run(words) if method.goes_on else run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -80,6 +80,7 @@ def keys_of(module: str, name: str) -> Mapping[str, Key]:
     helps, found = {}, {}
     for kind in reversed(stub.__mro__[:-1]):
         helps |= helps_of(kind.__doc__ or "")
+        found = {key: declared for key, declared in found.items() if key not in kind.gone}  # a class variable now
         for key, declared in kind.declared.items():
             before = found.get(key, (None, kind.__module__))
             if declared[0] is str and any(get_origin(choice) is Literal for choice in alternatives(before[0])):
@@ -155,7 +156,8 @@ def _stub(module: str, name: str) -> type:
         for line in node.body
         if isinstance(line, ast.AnnAssign) and not ast.unparse(line.annotation).startswith("ClassVar")
     }
-    members = {"__doc__": _docstring(node), "__module__": module, "declared": declared}
+    gone = {ast.unparse(line.target) for line in node.body if isinstance(line, ast.AnnAssign)} - declared.keys()
+    members = {"__doc__": _docstring(node), "__module__": module, "declared": declared, "gone": gone}
     return type(name, tuple(_stub(module, base.id) for base in node.bases), members)
 
 

@@ -23,12 +23,14 @@ class Method(NamedTuple):
         job (`str`): module and class below `hf_unlearn.jobs.recipe`: the keys that are not of a config.
         run (`str`): module and function below `hf_unlearn.jobs`.
         config, trainer (`str`, *optional*): names at the package's root: the class with the other keys, and what trains.
+        goes_on (`bool`, defaults to `False`): its function is given the words of the command too, to say how to go on.
     """
 
     job: str
     run: str
     config: str | None = None
     trainer: str | None = None
+    goes_on: bool = False
 
     @property
     def classes(self) -> list[tuple[str, str]]:
@@ -104,7 +106,7 @@ INFLUENCE = {
     "sft": Method("influence.InfluenceJob", "influence.run_influence", "FINEConfig", "FINETrainer"),
 }
 FILTER = {
-    "fit": Method("filter.FilterFitJob", "filter.fit.run_fit"),
+    "fit": Method("filter.FilterFitJob", "filter.fit.run_fit", goes_on=True),
     "run": Method("filter.FilterRunJob", "filter.run.run_filtered"),
     "evaluate": Method("filter.FilterEvaluateJob", "filter.evaluate.run_evaluate"),
 }
