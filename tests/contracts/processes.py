@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -24,7 +25,6 @@ from hf_unlearn.unlearning.trainer import UnlearnMixin
 
 
 LOUD = {"logging_strategy": "steps", "logging_steps": 1, "guard": False, "max_steps": 3}
-DETERMINISTIC = {"bn": "frozen"}  # else statistics are of a process's own batches
 BATCH = 4  # of all processes together
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 OWN = {"max_steps": 2, "max_grad_norm": 0.0, "average_tokens_across_devices": False}
@@ -40,7 +40,7 @@ class Pairs:
     retained = ()
 
     def retain_loss(self, model, batch):
-        self.retained = [*self.retained, *batch["pixel_values"][:, 0, 0, 0].tolist()]
+        self.retained = [*self.retained, *batch["pixel_values"][:, 0, -1, -1].tolist()]
         return super().retain_loss(model, batch)
 
 
@@ -67,7 +67,9 @@ def runs(processes):
     each = {"per_device_train_batch_size": BATCH // processes}
     halved = {"per_device_train_batch_size": BATCH // 2 // processes, "gradient_accumulation_steps": 2}
     for name, job in JOBS.items():
-        alike = LOUD | DETERMINISTIC | each
+        alike = LOUD | each
+        if "bn" in {field.name for field in fields(job.config)}:
+            alike["bn"] = "frozen"  # else statistics are of a process's own batches
         if name in GANS:
             alike |= {"path_length_weight": 0.0, "per_device_train_batch_size": 2 * BATCH // processes}
         if name == "gan":  # whose batch norm is of a process's own batches

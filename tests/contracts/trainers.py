@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -230,7 +230,8 @@ def arguments(name: str, dropout: float = 0.0) -> dict[str, Any]:
 def build(name: str, folder, *, mixin: type | None = None, dropout: float = 0.0, **changes: Any):
     """The trainer of a job that writes into `folder`; `changes` are settings or arguments of the constructor."""
     job = JOBS[name]
-    settings = {key: changes.pop(key) for key in list(changes) if key in job.config.__dataclass_fields__}
+    known = {field.name for field in fields(job.config)}
+    settings = {key: changes.pop(key) for key in list(changes) if key in known}
     given = arguments(name, dropout) | changes
     given.setdefault("args", None)
     if given["args"] is None:

@@ -540,7 +540,7 @@ class TestRunning:
 
 def normalised(card: str) -> str:
     """Without what differs between machines and days: figures, digests, dates, versions; and without the epochs."""
-    card = re.sub(r"(?m)^    - type: accuracy\n      value: .*$", "    - type: accuracy\n      value: #", card)
-    card = re.sub(r"\d+\.\d+ %", "# %", card)
+    card = re.sub(r"(?m)^(    - type: \w+)\n      value: .*$", r"\1\n      value: #", card)
+    card = re.sub(r"\d+\.\d+ (%|nats)", r"# \1", card)
     card = re.sub(r"`[0-9a-f]{64}`", "`#`", card)
     return re.sub(r"(?m)^\| (made on|versions|optimiser steps|`num_train_epochs`) \| .*$", r"| \1 | # |", card)
