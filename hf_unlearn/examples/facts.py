@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 PERTURBED = 5  # wrong answers to a question, as in TOFU
+VOCABULARY = 1024  # tokens: few, so that a name is several of them
 TRAINING = {
     "num_train_epochs": 16,
     "learning_rate": 2e-3,
@@ -195,7 +196,7 @@ class FactsRecipe:
 
 
 def facts_llama(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama of 5.6 million parameters (with 2,048 tokens), untrained, in float32; the embeddings are tied."""
+    """A Llama of 5.3 million parameters (with 1,024 tokens), untrained, in float32; the embeddings are tied."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -226,7 +227,7 @@ def facts_model(recipe: FactsRecipe | None = None, *, progress: bool = True) -> 
     recipe = recipe or FactsRecipe()
     twin = "-retrained" if recipe.without_forget else ""
     name = f"facts-{recipe.people}-{recipe.share:g}-{recipe.data_seed}{twin}-{recipe.seed}"
-    return cached(name, recipe, lambda folder: _train(recipe, folder, progress))
+    return cached(name, recipe, lambda folder: _train(recipe, folder, progress), progress=progress)
 
 
 def _train(recipe: FactsRecipe, folder: Path, progress: bool) -> None:
@@ -234,7 +235,9 @@ def _train(recipe: FactsRecipe, folder: Path, progress: bool) -> None:
 
     data = recipe.data()
     rows = data["train"]
-    tokenizer = train_tokenizer([row[part][0]["content"] for row in rows for part in ("prompt", "completion")])
+    tokenizer = train_tokenizer(
+        [row[part][0]["content"] for row in rows for part in ("prompt", "completion")], VOCABULARY
+    )
     if recipe.without_forget:
         gone = set(data["forget"]["id"])
         rows = rows.filter(lambda row: row["id"] not in gone)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 GANS = ("digits-gan", "fashion-mnist-gan")
 DDPMS = ("digits-ddpm", "fashion-mnist-ddpm")
-NAMES = ("digits", *GANS, *DDPMS)
+NAMES = ("digits", "facts", *GANS, *DDPMS)
 
 
 def made(name: str, *, seed: int = 0, progress: bool = True) -> Path:
     """Folder of a small model, trained on first use: a classifier in seconds, a generator in minutes.
 
     Args:
-        name (`str`): one of [`NAMES`]; `"digits"` is a classifier.
+        name (`str`): one of [`NAMES`]; `"digits"` is a classifier, `"facts"` a language model.
         seed (`int`, defaults to 0): of weights, order and noise.
         progress (`bool`, defaults to `True`): say on the error stream that it is trained, and how long that takes.
 
@@ -28,6 +28,10 @@ def made(name: str, *, seed: int = 0, progress: bool = True) -> Path:
         from .classifier import cached_digits_classifier
 
         return cached_digits_classifier(seed, progress=progress)
+    if name == "facts":
+        from .facts import FactsRecipe, facts_model
+
+        return facts_model(FactsRecipe(seed=seed), progress=progress)
     if name in GANS:
         from . import gan as module
     else:

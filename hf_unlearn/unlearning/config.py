@@ -37,8 +37,9 @@ class UnlearnArguments(GuardArguments):
         forget (`"class"` | `"examples"`, defaults to `"class"`): delete every trace of the labels in the forget set, or
             only of these examples. The right answers differ: a model that never saw an example may still classify it.
         forget_loss (`str`, defaults to `"bounded"`): `"ascent"`, `"npo"`, `"redirect"`, `"uniform"`, `"match"`, or
-            `"bounded"`, which chooses: `"match"` where the loss of held-out data is known, else `"redirect"` to forget a
-            class from a classifier and `"npo"` for language models.
+            for texts `"simnpo"`, `"undial"`, `"wga"`, `"satimp"` or `"ceu"` with their papers' settings, or `"bounded"`, which
+            chooses: `"match"` where the loss of held-out data is known, else `"redirect"` to forget a class from a
+            classifier and `"npo"` for language models.
         forget_weight (`float`, defaults to 1.0): weight of the forget loss, > 0.
         npo_beta (`float`, defaults to 0.1): inverse temperature β of NPO.
         loss_reduction (`"mean"` | `"sum"`, defaults to `"mean"`): of the forget loss of a text: per token, on the scale of
@@ -87,7 +88,9 @@ class UnlearnArguments(GuardArguments):
     anchors_on_parameters: ClassVar[tuple[str, ...]] = ("fisher_weight",)  # single ones, which a LoRA does not have
 
     forget: Literal["class", "examples"] = "class"
-    forget_loss: Literal["bounded", "ascent", "npo", "redirect", "uniform", "match"] = "bounded"
+    forget_loss: Literal[
+        "bounded", "ascent", "npo", "redirect", "uniform", "match", "simnpo", "undial", "wga", "satimp", "ceu"
+    ] = "bounded"
     forget_weight: float = 1.0
     npo_beta: float = 0.1
     loss_reduction: Literal["mean", "sum"] = "mean"

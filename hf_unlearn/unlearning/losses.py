@@ -13,6 +13,11 @@ from torch import Tensor
 CREDIT = {
     "redirect": {"DELETE's loss": "2503.23751"},
     "npo": {"NPO's loss": "2404.05868"},
+    "simnpo": {"SimNPO's loss": "2410.07163"},
+    "undial": {"UNDIAL's loss": "2402.10052"},
+    "wga": {"WGA's loss": "2502.19301"},
+    "satimp": {"SatImp's loss": "2505.11953"},
+    "ceu": {"CE-U's loss": "2503.01224"},
 }
 
 

@@ -18,7 +18,7 @@ from ..training.losses import IGNORED, cross_entropy, mean_over_predictions
 from . import losses
 from .classifiers.objective import ClassifierObjective
 from .classifiers.replay import perturb_images
-from .language.objective import LanguageObjective
+from .language.objective import TOKEN_LOSSES, LanguageObjective, token_loss
 from .language.replay import ordinary_tokens, perturb_tokens
 
 
@@ -53,9 +53,14 @@ class ObjectiveMixin:
         name = bounded if self.args.forget_loss == "bounded" else self.args.forget_loss
         if name == "match" and not has_target:
             raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
+        self._check_is_for(name)
         if name == "match" and self.args.loss_reduction == "sum":
             raise ValueError("loss_reduction='sum': forget_loss='match' compares means; leave it out")
         return name
+
+    def _check_is_for(self, name: str) -> None:
+        if name in TOKEN_LOSSES and not self.is_causal_lm:
+            raise ValueError(f"forget_loss={name!r}: is for language models; use 'redirect', or leave it out")
 
     # The losses
 
@@ -108,6 +113,10 @@ class ObjectiveMixin:
         logits, targets = self.predictions(model, batch)
         if self.forget_loss_name == "uniform":
             return mean_over_predictions(losses.uniform(logits), targets)
+        if self.forget_loss_name in TOKEN_LOSSES:
+            return token_loss(
+                self.forget_loss_name, logits, targets, lambda: self.predictions(self.reference_forward, batch)[0]
+            )
         reference_logits, _ = self.predictions(self.reference_forward, batch)
         if self.forget_loss_name == "npo":
             count = (targets != IGNORED).reshape(len(targets), -1).sum(1).clamp(min=1)

@@ -158,6 +158,7 @@ LABELS = [
     ("forget_dataset: label [0, 1]", "one integer", {"forget_dataset": labelled([[0, 1]] * 4)}),
     ("heldout_dataset: missing", "heldout_loss=", {"forget": "examples"}),
     ("forget_loss='match' needs a target", "heldout_dataset=", {"forget_loss": "match"}),
+    ("forget_loss='simnpo': is for language models", "redirect", {"forget_loss": "simnpo"}),
     ("processing_class: the dataset holds raw images", "image processor",
      {"forget_dataset": pictures(Image.new("L", (8, 8))).add_column("label", [3]), "retain_dataset": None}),
 ]  # fmt: skip
@@ -505,7 +506,7 @@ BOUNDED, NATURAL, SHARE = "must be in [0, 1)", "must be ≥ 1", "must be ≥ 0"
 SETTINGS = {  # by job: name, values, and what is said of them
     "unlearn": [
         ("forget", ["classes", ""], "must be one of class, examples"),
-        ("forget_loss", ["redirct", "Ascent"], "bounded, ascent, npo, redirect, uniform, match"),
+        ("forget_loss", ["redirct", "Ascent"], "bounded, ascent, npo, redirect, uniform, match, simnpo, undial, wga, satimp, ceu"),
         ("fisher", ["diagonal"], "must be one of exact, monte_carlo"),
         ("bn", ["eval"], "must be one of frozen, train"),
         ("forget_weight", [0.0, -1.0, NAN], "> 0"),

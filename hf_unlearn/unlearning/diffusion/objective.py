@@ -59,6 +59,7 @@ class DenoisingMixin:
             raise ValueError(
                 "loss_reduction='sum': is for texts, a denoiser's losses are means over pixels; leave it out"
             )
+        self._check_is_for(name)
         return name
 
     @property

@@ -1,8 +1,7 @@
-r"""The field's forget losses for language models. Pure functions, in the order in which they were published.
+r"""The field's forget losses for language models, beside those of [`hf_unlearn.unlearning.losses`]. Pure functions, with the papers' settings.
 
-`nll` is −log π of a token, `[rows, tokens]`, or of a whole answer, `[rows]`. Losses of tokens give one value a token; which tokens count and
-how they are averaged is the trainer's business. All are equal to open-unlearning's (arXiv 2506.12618) where nothing is padded: its UNDIAL
-averages over padding too, its PDU takes the logits after a token instead of before it.
+`nll` is −log π of a token, `[rows, tokens]`, or the mean over an answer, `[rows]`. Losses of tokens give one value a token; which tokens count and
+how they are averaged is the trainer's business. All are equal to open-unlearning's (arXiv 2506.12618) where nothing is padded.
 """
 
 from __future__ import annotations
@@ -10,24 +9,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def dpo(
-    nll: Tensor, reference_nll: Tensor, other_nll: Tensor, other_reference_nll: Tensor, beta: float = 0.1
-) -> Tensor:
-    r"""Preference of another answer y' over the one to forget (arXiv 2305.18290): $-\frac2\beta \log\sigma\big(\beta\,(\log\frac{\pi(y')}{\pi_{ref}(y')} -
-    \log\frac{\pi(y)}{\pi_{ref}(y)})\big)$. With a refusal as y' it is TOFU's IdkDPO (arXiv 2401.06121), with a plausible answer that the original
-    wrote AltPO (arXiv 2409.13474); without y' it is NPO.
-
-    Args:
-        nll, reference_nll (`Tensor`): of the answers to forget, sums over their tokens, `[rows]`.
-        other_nll, other_reference_nll (`Tensor`): of the other answers, `[rows]`.
-        beta (`float`): inverse temperature > 0.
-
-    Returns:
-        `Tensor`: `[rows]`.
-    """
-    return 2 / beta * F.softplus(beta * ((reference_nll - nll) - (other_reference_nll - other_nll)))
 
 
 def undial(logits: Tensor, reference_logits: Tensor, targets: Tensor, beta: float = 10.0) -> Tensor:
@@ -45,19 +26,6 @@ def undial(logits: Tensor, reference_logits: Tensor, targets: Tensor, beta: floa
     own = F.one_hot(targets.clamp(min=0), logits.shape[-1]) * (targets >= 0).unsqueeze(-1)
     target = (reference_logits.float() - beta * own).softmax(-1)
     return -(target * logits.float().log_softmax(-1)).sum(-1)
-
-
-def rmu(hidden: Tensor, wanted: Tensor) -> Tensor:
-    """Squared distance of hidden states from where they are wanted, a mean over features (RMU, arXiv 2403.03218): of forget rows a fixed random
-    direction times a length, of retain rows what the original has there.
-
-    Args:
-        hidden, wanted (`Tensor`): `[rows, tokens, features]`, or what broadcasts to it.
-
-    Returns:
-        `Tensor`: `[rows, tokens]`.
-    """
-    return (hidden - wanted).square().mean(-1)
 
 
 def simnpo(nll: Tensor, beta: float = 4.5, delta: float = 0.0) -> Tensor:
@@ -98,14 +66,3 @@ def ceu(logits: Tensor, targets: Tensor) -> Tensor:
     own = F.one_hot(targets.clamp(min=0), logits.shape[-1]).bool() & (targets >= 0).unsqueeze(-1)
     target = logits.detach().float().masked_fill(own, -torch.inf).softmax(-1)
     return -(target * logits.float().log_softmax(-1)).sum(-1)
-
-
-def pdu(logits: Tensor) -> Tensor:
-    """How far the largest logit is above the mean, squared (PDU, arXiv 2506.05314): 0 where the model says nothing; `[…, vocabulary] -> […]`."""
-    logits = logits.float()
-    return (logits.amax(-1) - logits.mean(-1)).square()
-
-
-def dual_weight(weight: float, retain_loss: float, bound: float, step_size: float) -> float:
-    """PDU's weight of the retain loss after a step: it grows while the loss is above its bound, and is never below 0."""
-    return max(0.0, weight + step_size * (retain_loss - bound))

@@ -5,10 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ...training.losses import IGNORED, mean_over_predictions, next_tokens
+from ...training.losses import IGNORED, cross_entropy, mean_over_predictions, next_tokens
 from ..losses import divergence
+from . import losses
+
+
+TOKEN_LOSSES = ("simnpo", "undial", "wga", "satimp", "ceu")
+
+
+def token_loss(name: str, logits: Tensor, targets: Tensor, reference_logits: Callable[[], Tensor]) -> Tensor:
+    """One of [`TOKEN_LOSSES`], a mean over the tokens of each text that count, `[batch]`.
+
+    Args:
+        logits (`Tensor`): `[batch, tokens, vocabulary]`.
+        targets (`Tensor`): `[batch, tokens]`, −100 where none.
+        reference_logits (callable): the original's; only `undial` asks for them.
+    """
+    if name == "simnpo":
+        return losses.simnpo(cross_entropy(logits, targets))
+    if name in ("undial", "ceu"):
+        other = (reference_logits(),) if name == "undial" else ()
+        return mean_over_predictions(getattr(losses, name)(logits, *other, targets), targets)
+    nll = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
+    return mean_over_predictions(getattr(losses, name)(nll), targets)
 
 
 class LanguageObjective:

@@ -20,7 +20,8 @@ from hf_unlearn import UnlearnTrainer
 from hf_unlearn.unlearning.losses import divergence
 
 
-RATES = {"npo": 0.05, "ascent": 0.05, "uniform": 0.05, "redirect": 3.0, "match": 0.05}  # of steps that are felt
+RATES = {"npo": 0.05, "ascent": 0.05, "uniform": 0.05, "redirect": 3.0, "match": 0.05,
+         "simnpo": 0.05, "undial": 3.0, "wga": 3.0, "satimp": 3.0, "ceu": 3.0}  # of steps that are felt  # fmt: skip
 BETA, HELDOUT = 0.3, 3.0
 
 
@@ -68,6 +69,21 @@ def plain_forget(name, model, original, rows, summed=False):
             q = log_q.exp()
             q[here, tokens] = 0
             values.append(-(q / q.sum(-1, keepdim=True) * log_p).sum() / len(places))
+        elif name == "simnpo":
+            values.append(-2 / 4.5 * torch.log(torch.sigmoid(-4.5 * log_pi / len(places))))
+        elif name == "undial":
+            lowered = log_q.clone()
+            lowered[here, tokens] -= 10
+            values.append(-(lowered.softmax(-1) * log_p).sum() / len(places))
+        elif name == "wga":
+            values.append((log_p[here, tokens].exp().detach() * log_p[here, tokens]).sum() / len(places))
+        elif name == "satimp":
+            p = log_p[here, tokens].exp().detach()
+            values.append((p**5 * (1 - p) * log_p[here, tokens]).sum() / len(places))
+        elif name == "ceu":
+            p = log_p.exp().detach().clone()
+            p[here, tokens] = 0
+            values.append(-(p / p.sum(-1, keepdim=True) * log_p).sum() / len(places))
         if summed:
             values[-1] = values[-1] * len(places)
     return (sum(nlls) / len(nlls) - HELDOUT).abs() if name == "match" else sum(values) / len(values)
@@ -116,7 +132,9 @@ class TestAgainstPlainTorch:
     @pytest.mark.parametrize(
         ("name", "reduction", "retained", "model"),
         [("npo", "mean", False, "llama"), ("npo", "sum", True, "gpt2"), ("ascent", "sum", True, "llama"),
-         ("uniform", "mean", False, "gpt2"), ("redirect", "mean", False, "tied"), ("match", "mean", True, "tied")],
+         ("uniform", "mean", False, "gpt2"), ("redirect", "mean", False, "tied"), ("match", "mean", True, "tied"),
+         ("simnpo", "mean", True, "llama"), ("undial", "mean", False, "llama"), ("wga", "sum", True, "tied"),
+         ("satimp", "mean", True, "gpt2"), ("ceu", "mean", True, "llama")],
         indirect=["model"],
     )  # fmt: skip
     def test_two_steps(self, name, reduction, retained, model, tokenizer, tmp_path):
