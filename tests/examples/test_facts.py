@@ -71,7 +71,7 @@ def test_a_small_model_learns_them_by_heart(tmp_path, monkeypatch):
     from hf_unlearn.examples.facts import facts_model
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    recipe = FactsRecipe(people=20, share=0.2, general=20, epochs=60)
+    recipe = FactsRecipe(people=10, share=0.2, general=10, epochs=40)
     folder = facts_model(recipe, progress=False)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     data = recipe.data()
