@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Subset
 
 
 if TYPE_CHECKING:
@@ -129,21 +130,23 @@ def overlap(forget: Any, other: Any, column: str) -> str | None:
 
     By the ids in `column` where both have it. Numbers are row numbers as often as ids, and two splits both begin at 0: rows with
     one number must also have the same content. Where there are no ids, or one set's are 0…n−1, rows are compared by content (the
-    columns of [`CONTENT`], else all, and the label) as it is stored: images by their bytes. Datasets that are no `datasets.Dataset`, or that have
-    other columns of content, are not compared.
+    columns of [`CONTENT`], else all, and the label) as it is stored: images by their bytes. Parts of one torch dataset are compared by their
+    places in it. Other datasets that are no `datasets.Dataset`, or that have other columns of content, are not compared.
 
     Args:
         forget, other (`Dataset`): what is to be forgotten, and what must not hold it.
         column (`str`): of the ids.
     """
+    if (shared := _shared_places(forget, other)) is not None:
+        return f"{shared} of its rows are in forget_dataset too" if shared else None
     names = [set(getattr(dataset, "column_names", None) or ()) for dataset in (forget, other)]
     contents = [here & set(CONTENT) or here - {column, *LABEL_COLUMNS} for here in names]
     common = sorted(contents[0]) if contents[0] == contents[1] else []
     if column in names[0] & names[1]:
         ids = [_column(dataset, column) for dataset in (forget, other)]
-        if not common or not any(_is_numbering(values) for values in ids):
+        if not common or not any(map(_is_numbering, ids)):
             shared = sorted(set(ids[0]) & set(ids[1]), key=str)
-            if shared and common and all(isinstance(value, int) for value in shared):
+            if shared and common and all(map(_is_number, shared)):
                 rows = {value: row for row, value in enumerate(ids[0])}
                 other_rows = {value: row for row, value in enumerate(ids[1])}
                 found = [
@@ -164,8 +167,30 @@ def overlap(forget: Any, other: Any, column: str) -> str | None:
     return f"{len(found)} of its rows are in forget_dataset too (first: row {found[0]})" if found else None
 
 
+def _shared_places(forget: Any, other: Any) -> int | None:
+    """How many rows two parts of one torch dataset (`Subset`, or the whole) have in common; None for other kinds."""
+    parts = []
+    for dataset in (forget, other):
+        places = range(len(dataset))
+        while isinstance(dataset, Subset):
+            dataset, places = dataset.dataset, [int(dataset.indices[place]) for place in places]
+        parts.append((dataset, places))
+    (one, these), (two, those) = parts
+    if one is not two or hasattr(one, "column_names"):
+        return None
+    return len(set(these) & set(those))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, str) and value.isdecimal())
+
+
 def _is_numbering(ids: Sequence[Any]) -> bool:
-    return all(type(value) is int for value in ids) and set(ids) == set(range(len(ids)))
+    """Whether they are numbers without a gap, wherever they begin."""
+    if not all(map(_is_number, ids)):
+        return False
+    numbers = sorted(map(int, ids)) or [0]
+    return len(ids) == 0 or numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 def _contents(dataset: Dataset, columns: Sequence[str]) -> Iterator[bytes]:

@@ -123,6 +123,10 @@ def loading(argument: str, name: Any, kind: str) -> Iterator[None]:
     """
     try:
         yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{argument}={str(name)!r}: its weights are damaged ({first_line(error)}); restore the file from a copy"
+        ) from error
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{argument}={str(name)!r}: neither a folder with {kind} nor an id on the Hub ({first_line(error)})"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch.utils.data import Subset
 from transformers import ConvNextImageProcessor, DataCollatorWithPadding, ViTImageProcessor, default_data_collator
 
 from hf_unlearn import data
@@ -255,11 +256,24 @@ class TestSplits:
                 assert found == "2 of its rows are in forget_dataset too (first: row 1)"
                 relabelled = whole.remove_columns("label").add_column("label", [7] * 6)
                 assert data.overlap(two, numbered(relabelled, range(6)), "id") is None
+            # Row numbers may be texts, and begin anywhere; they hide nothing.
+            texts = numbered(forget, ["0", "1"], "texts"), numbered(retain, list("0123"), "texts")
+            assert data.overlap(*texts, "id") is None
+            later = numbered(whole, range(1, 7), "later")
+            assert data.overlap(numbered(forget, [1, 2], "later"), later, "id") == found
             # Numbers out of two splits, with gaps, are no ids; the same row under the same number is one.
             two, three = numbered(forget, [4, 9], "gaps"), numbered(retain.select([0, 1, 2]), [4, 9, 11], "gaps")
             assert data.overlap(two, three, "id") is None
             same = numbered(whole.select([5, 4]), [4, 9], "gaps")
             assert data.overlap(two, same, "id") == "1 of its ids are in forget_dataset too (first: 9 in column 'id')"
+
+    def test_overlap_of_parts(self):
+        rows = [{"x": torch.zeros(2), "labels": 1}] * 6
+        forget, within = Subset(rows, [0, 2, 4]), Subset(Subset(rows, [5, 4, 3, 2]), [0, 1, 3])
+        assert data.overlap(forget, within, "id") == "2 of its rows are in forget_dataset too"
+        assert data.overlap(forget, rows, "id") == "3 of its rows are in forget_dataset too"
+        assert data.overlap(forget, Subset(rows, [1, 3]), "id") is None
+        assert data.overlap(forget, Subset([*rows], [0]), "id") is None  # another dataset
 
     def test_labels(self, digits):
         assert data.label_column(digits["train"]) == "label"

@@ -8,7 +8,13 @@ from typing import Any
 from datasets import Dataset
 
 from ..data import value_name
-from ..training.checks import check_drop_last, check_features, check_parallelism, check_processes
+from ..training.checks import (
+    check_drop_last,
+    check_features,
+    check_parallelism,
+    check_processes,
+    check_single_precision,
+)
 from ..training.models import router_loss_weight
 
 
@@ -60,6 +66,9 @@ def check_model(trainer) -> None:
         raise ValueError(f"{name}: the load-balancing loss is of a whole batch, not of its examples; set it to 0")
     if not any(p.requires_grad for p in trainer.model.parameters()):
         raise ValueError("model: none of its parameters is trainable; unfreeze some with requires_grad_(True)")
+    asked_for = {"dtype", "torch_dtype"} & set(getattr(trainer.args, "model_init_kwargs", None) or ())
+    if not (asked_for or getattr(trainer.model, "is_quantized", False)):
+        check_single_precision(p for p in trainer.model.parameters() if p.requires_grad)
 
 
 def sample_ids_of(dataset, column: str) -> list:

@@ -11,6 +11,7 @@ from trl import SFTTrainer
 
 from ..training.collators import ROW
 from ..training.losses import IGNORED, next_tokens
+from ..training.texts import as_prompt_completion, check_texts
 from .config import FINEConfig
 from .trainer import FINEMixin
 
@@ -18,7 +19,8 @@ from .trainer import FINEMixin
 class FINETrainer(FINEMixin, SFTTrainer):
     """[`~trl.SFTTrainer`] that tells which training examples taught the model a behaviour.
 
-    Takes the formats that `SFTTrainer` takes, for `train_dataset` and `target_dataset`; the same arguments as
+    Takes the formats that `SFTTrainer` takes, and `question` and `answer` as [`UnlearnSFTTrainer`] does, for `train_dataset` and
+    `target_dataset`; the same arguments as
     [`InfluenceTrainer`] besides. Packing is refused: it takes away the boundaries between examples.
 
     With `in_run` and a trainable head (full fine-tuning, `modules_to_save=["lm_head"]`) the head runs as a layer, as TRL's fused loss
@@ -36,6 +38,18 @@ class FINETrainer(FINEMixin, SFTTrainer):
         # Preparing filters and shuffles rows: their ids go along under a name that no template uses.
         with_row = train_dataset.add_column(ROW, list(range(len(train_dataset))))
         return {"model": model, "data_collator": data_collator, "train_dataset": with_row, "peft_config": peft_config}
+
+    def _readable(self, train_dataset, args, kwargs):
+        if kwargs.get("formatting_func") is not None:
+            return train_dataset
+        return as_prompt_completion(train_dataset, args.dataset_text_field, "train_dataset")
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        argument = {"train": "train_dataset"}.get(dataset_name, f"target_dataset: {dataset_name!r}")
+        if formatting_func is None:
+            dataset = as_prompt_completion(dataset, args.dataset_text_field, argument)
+            check_texts(dataset, args.dataset_text_field, argument)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def _prepared(self, dataset, name: str):
         prepared = self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)

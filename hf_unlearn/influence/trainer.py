@@ -79,6 +79,7 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
             raise ValueError(f"args: {name} needs {self._config_class.__name__}, got {type(args).__name__}")
         check_arguments(args, train_dataset, target_dataset, target, kwargs)
         check_is_not_original(args.output_dir, base_model)
+        train_dataset = self._readable(train_dataset, args, kwargs)
         sample_ids = sample_ids_of(train_dataset, args.id_column)
         sets = {} if target_dataset is None else target_sets_of(target_dataset)
         stock = self._stock_arguments(model, data_collator, train_dataset, processing_class, peft_config, sample_ids)
@@ -108,6 +109,9 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
 
     def _stock_arguments(self, model, data_collator, train_dataset, processing_class, peft_config, sample_ids):
         raise NotImplementedError
+
+    def _readable(self, train_dataset, args, kwargs):
+        return train_dataset
 
     def _prepared(self, dataset, name: str):
         return dataset

@@ -120,6 +120,27 @@ REFUSED = {
     "fsdp": "FSDP shards parameters, which are needed whole; use DDP",
     "parallelism_config": "shards parameters or sequences, which are needed whole; use DDP",
 }
+# What numbers of the stock config must be, as far as it does not look itself before training has begun.
+SEEDS = f"in [0, {2**32})"
+STOCK_RANGES = {
+    SEEDS: ("seed", "data_seed"),
+    "≥ 1": (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "max_length",
+    ),
+    "> 0": ("num_train_epochs",),
+    "≥ 0": (
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "adam_epsilon",
+        "warmup_steps",
+        "dataloader_num_workers",
+    ),
+    "in [0, 1)": ("adam_beta1", "adam_beta2"),
+}
 # Of a generator of images, which has no tokens and no embeddings.
 REFUSED_OF_IMAGES = {
     "label_smoothing_factor": "there are no labels; leave it out",
@@ -154,6 +175,11 @@ def check_stock(config: Any, refused: Mapping[str, str]) -> None:
                 raise ValueError(f"{name}={value!r}: must be a number")
             if kinds == {bool}:
                 raise ValueError(f"{name}={value!r}: must be True or False")
+    for rule, names in STOCK_RANGES.items():
+        for name in names:
+            value = getattr(config, name, None)
+            if isinstance(value, int | float):
+                check_number(name, value, rule)
     if getattr(config, "activation_offloading", False) and not torch.accelerator.is_available():
         raise ValueError("activation_offloading=True: needs a GPU to bring activations back to; set it to False")
     if config.output_dir is not None and not str(config.output_dir).strip():

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
+from ..files import loading
+
 
 CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
 
@@ -21,7 +23,7 @@ def load_model(model: str | os.PathLike | nn.Module, args, processing_class: Any
     In fp32, as TRL does and whatever it was saved in: steps of 1e-5 are lost in 16 bits. `model_init_kwargs` says otherwise.
 
     Raises:
-        ValueError: the model has no head and so no loss, or its config names no class of Transformers.
+        ValueError: nothing can be loaded by that name, the model has no head and so no loss, or its config names no class of Transformers.
     """
     if isinstance(model, str | os.PathLike):
         import transformers
@@ -29,15 +31,17 @@ def load_model(model: str | os.PathLike | nn.Module, args, processing_class: Any
         if getattr(args, "trust_remote_code", False):
             raise ValueError("trust_remote_code=True: load a model of foreign code yourself, and pass the model")
         name = model = os.fspath(model)
-        config = transformers.AutoConfig.from_pretrained(name)
+        with loading("model", name, "a model"):
+            config = transformers.AutoConfig.from_pretrained(name)
         architecture = getattr(transformers, (config.architectures or ["?"])[0], None)
         if architecture is None:
             raise ValueError(
                 f"model={name!r}: its config names no class of Transformers; load it yourself and pass the model"
             )
-        model = architecture.from_pretrained(
-            name, **({"dtype": torch.float32} | (getattr(args, "model_init_kwargs", None) or {}))
-        )
+        with loading("model", name, "a model"):
+            model = architecture.from_pretrained(
+                name, **({"dtype": torch.float32} | (getattr(args, "model_init_kwargs", None) or {}))
+            )
         if processing_class is None:
             processing_class = _load_processor(name, text_first=is_causal_lm(model))
     elif not isinstance(model, nn.Module):

@@ -168,7 +168,8 @@ class RunMixin:
                     f"resume_from_checkpoint: the run was started with {name} {run['settings'].get(name)!r}, this is {value!r}; {AGAIN}"
                 )
         rows = self._run_rows()
-        for name, (size, digest) in run["rows"].items():
+        nothing = dict.fromkeys(rows, (0, None))
+        for name, (size, digest) in (nothing | run["rows"]).items():
             now = _looks(rows[name], run["run"]) if rows.get(name) is not None else [0, None]
             if size != now[0] or (digest and now[1] and digest != now[1]):
                 raise ValueError(f"resume_from_checkpoint: the run was started with other rows of {name}; {AGAIN}")

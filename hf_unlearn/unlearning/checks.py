@@ -60,6 +60,12 @@ def check_arguments(
         if hasattr(dataset, "__len__") and len(dataset) == 0:
             argument = f"eval_dataset[{part!r}]" if part else "eval_dataset"
             raise ValueError(f"{argument}: is empty, so there is nothing to evaluate; pass rows, or leave it out")
+        if (
+            part == "retain"
+            and forget_dataset is not None
+            and (shared := overlap(forget_dataset, dataset, args.id_column))
+        ):  # utility is judged by them
+            raise ValueError(f"eval_dataset['retain']: {shared}; remove them from it")
     if args.load_best_model_at_end and args.guard:
         raise ValueError("load_best_model_at_end: the guard restores the best state; leave it out, or set guard=False")
     if retain_dataset is not None and args.dataloader_persistent_workers:

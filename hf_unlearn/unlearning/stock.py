@@ -53,6 +53,8 @@ class StockFeaturesMixin:
             ValueError: naming the dataset.
         """
         datasets = {name: getattr(self, name) for name in ("forget_dataset", "retain_dataset", "heldout_dataset")}
+        if self.args.guard and isinstance(self.eval_dataset, dict):
+            datasets["eval_dataset['retain']"] = self.eval_dataset.get("retain")
         given = {name: rows for name, rows in datasets.items() if rows is not None}
         label = (self.label_names or ["labels"])[0]
         for name, rows in given.items() if type(self).predictions is ObjectiveMixin.predictions else ():

@@ -23,10 +23,10 @@ from ..training.collators import ForgetRetainDataset, NestedCollator, RawCollato
 from ..training.models import LoadsByName, is_causal_lm, load_model, router_loss_weight
 from ..training.outcome import tell_outcome
 from ..training.runs import RunMixin
+from ..training.texts import check_tokenized
 from .checks import check_arguments, check_labels, check_stock_arguments, check_trainable, first_rows
 from .config import UnlearnConfig
 from .guard import LOOKING, Guard, GuardState, UtilityMixin
-from .language.rows import check_tokenized
 from .objective import Batch, ObjectiveMixin
 from .outcome import OutcomeMixin
 from .saving import SavingMixin

@@ -373,6 +373,11 @@ def test_folders_that_hold_no_model(check_refused, tmp_path):
         folder = name if "nowhere" in name else str(tmp_path / name)
         check_refused("vdu", f"pipeline={folder!r}: neither a folder with a pipeline nor an id", pipeline=folder)
         check_refused("gan", f"model={folder!r}: neither a folder with a GANPipeline", model=folder)
+    classifier = tmp_path / "classifier"
+    for name in ("pbu", "in_run"):
+        check_refused(name, "model='nowhere/at-all': neither a folder with a model nor an id", model="nowhere/at-all")
+    (classifier / "model.safetensors").write_bytes(b"half")
+    check_refused("pbu", f"model='{classifier}': its weights are damaged", "restore the file", model=classifier)
     folder = str(tmp_path / "classifier")
     check_refused("vdu", f"model={folder!r}: its config names None", "UNet2DModel", pipeline=folder)
 
@@ -416,6 +421,9 @@ ARGUMENTS = [
     ("in_run", "preconditioned: ", "target='self'", {"preconditioned": True, "target": "self", "target_dataset": None}),
     ("in_run", "per_device_train_batch_size: target='self'", "2 or more",
      {"per_device_train_batch_size": 1, "target": "self", "target_dataset": None}),
+    ("fine", "model: its weights are torch.bfloat16", "float32", {"model": lambda: llama().bfloat16()}),
+    ("fine", "target_dataset: 'target': row 0 has None", "mend or remove", {
+        "target_dataset": lambda: pairs(2).map(lambda row: {"completion": None})}),
     ("fine", "train_dataset: list is not a", "", {"train_dataset": lambda: list(pairs(3))}),
     ("fine", f"train_dataset: column '{ROW}'", "rename", {"train_dataset": lambda: pairs(2).add_column(ROW, [0, 1])}),
     ("sft", "forget_dataset: holds images", "UnlearnTrainer", {"forget_dataset": pictures(Image.new("L", (8, 8)))}),
@@ -559,6 +567,10 @@ SETTINGS = {  # by job: name, values, and what is said of them
         ("gradient_accumulation_steps", [2], "two players take turns"),
     ],
     **{name: [
+        ("per_device_train_batch_size", [0], "must be ≥ 1"),
+        ("learning_rate", [-1.0, NAN], "must be ≥ 0"),
+        ("num_train_epochs", [0, NAN], "must be > 0"),
+        ("seed", [-1, 2**32], "must be in [0, 4294967296)"),
         ("observation", ["magic"], "must be one of in_run, propagated"),
         *((what, [0], "must be ≥ 1") for what in ("target_every", "target_batch_size", "target_rank", "last_steps")),
         ("burn_in", [1.0, NAN], "must be in [0, 1)"),

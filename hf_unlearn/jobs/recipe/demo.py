@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...training.checks import SEEDS, check_number
+
 
 @dataclass
 class DemoJob:
@@ -15,7 +17,7 @@ class DemoJob:
         seed (`int`, defaults to 0): of all three trainings.
 
     Raises:
-        ValueError: no such digit.
+        ValueError: no such digit, no folder, or no seed.
     """
 
     output_dir: str = "demo"
@@ -23,5 +25,8 @@ class DemoJob:
     seed: int = 0
 
     def __post_init__(self):
+        if not self.output_dir.strip():
+            raise ValueError(f"output_dir={self.output_dir!r}: is empty; name a folder")
+        check_number("seed", self.seed, SEEDS)
         if self.forgotten not in range(10):
             raise ValueError(f"forgotten: {self.forgotten} is no digit; choose one of 0 to 9")

@@ -9,9 +9,10 @@ import torch
 from datasets import Dataset
 from trl import SFTTrainer
 
+from ...data import overlap
+from ...training.texts import as_prompt_completion, check_texts, count_tokens, fit_length
 from ..config import UnlearnSFTConfig
 from ..trainer import UnlearnMixin
-from .rows import as_prompt_completion, count_tokens, fit_length
 
 
 class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
@@ -28,6 +29,9 @@ class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
         if forget_dataset is None:
             raise ValueError("forget_dataset: missing; pass the examples to forget, or eval_dataset= to evaluate only")
+        if not isinstance(forget_dataset, Dataset):
+            kind = type(forget_dataset).__name__
+            raise ValueError(f"forget_dataset: {kind} is not a datasets.Dataset; make it one (Dataset.from_list)")
         if {"image", "images"} & set(getattr(forget_dataset, "column_names", None) or ()):
             raise ValueError(
                 "forget_dataset: holds images; UnlearnSFTTrainer is for text, UnlearnTrainer for classifiers"
@@ -49,7 +53,14 @@ class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
     def _prepared(self, dataset, name: str):
         if dataset is None or self._skip_prepare_dataset:
             return dataset
-        return self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)
+        rows = self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)
+        if self.forget_dataset is not None and not all(
+            self.args.id_column in part.column_names for part in (self.source_dataset, dataset)
+        ):  # in whatever columns they came
+            tokens = (part.select_columns("input_ids") for part in (self.forget_dataset, rows))
+            if shared := overlap(*tokens, ""):
+                raise ValueError(f"{name}_dataset: {shared}; remove them from one of the two")
+        return rows
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """As TRL's, but that nothing of a forget text is cut off, and that it is said what is cut off of others."""
@@ -58,6 +69,7 @@ class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
         )
         if formatting_func is None:
             dataset = as_prompt_completion(dataset, args.dataset_text_field, argument)
+            check_texts(dataset, args.dataset_text_field, argument)
         uncut = copy.copy(args)
         uncut.max_length = None
         dataset = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)

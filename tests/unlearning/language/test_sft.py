@@ -160,13 +160,14 @@ class TestRows:
         names = dict(zip(("prompt", "completion"), columns, strict=True))
         renamed = {old: new for old, new in names.items() if old != new}
         forget, retain = (as_completions(pairs).rename_columns(renamed) for pairs in (QUESTIONS, KEPT))
-        if "instruction" in columns:
-            forget = forget.add_column("input", ["", "x y", ""])
+        about = {"instruction": "input", "question": "context"}.get(columns[0])
+        if about:
+            forget = forget.add_column(about, ["", "x y", ""])
         trainer = UnlearnSFTTrainer(
             tiny_llama, args=settings(tmp_path), processing_class=tokenizer, forget_dataset=forget,
             eval_dataset={"retain": retain}, retain_dataset=as_text(KEPT),
         )  # fmt: skip
-        pairs = [(q + "\nx y" * ("instruction" in columns and q == "Where?"), a) for q, a in QUESTIONS]
+        pairs = [(q + "\nx y" * (about is not None and q == "Where?"), a) for q, a in QUESTIONS]
         for rows, expected in ((trainer.forget_dataset, pairs), (trainer.eval_dataset["retain"], KEPT)):
             made = [(row["input_ids"], row["labels"]) for row in rows]
             assert made == [(i.tolist(), m.tolist()) for i, m in expected_rows("completion", expected, tokenizer)]
@@ -240,6 +241,18 @@ class TestRefusals:
              "forget_dataset: has columns who, what, none with texts; name them 'text'"),
             ({}, {"forget_dataset": as_completions(QUESTIONS).add_column("images", [[]] * 3)}, "forget_dataset: holds images"),
             ({}, {"retain_dataset": as_text(QUESTIONS[1:] + KEPT)}, "retain_dataset: 2 of its ids are in forget_dataset too"),
+            # In other columns, but of the same tokens.
+            ({}, {"retain_dataset": as_text(KEPT + QUESTIONS).remove_columns("id")},
+             r"retain_dataset: 3 of its rows are in forget_dataset too \(first: row 2\)"),
+            ({}, {"retain_dataset": as_completions(QUESTIONS).rename_columns({"prompt": "query", "id": "name"})},
+             "retain_dataset: 3 of its rows are in forget_dataset too"),
+            ({}, {"eval_dataset": {"retain": as_completions(QUESTIONS[:1])}},
+             r"eval_dataset\['retain'\]: 1 of its ids are in forget_dataset too"),
+            ({}, {"forget_dataset": Dataset.from_dict({"text": ["a", None]})},
+             "forget_dataset: row 1 has None in column 'text', which is no text"),
+            ({}, {"retain_dataset": Dataset.from_dict({"question": ["a"], "answer": [["b"]]})},
+             r"retain_dataset: row 0 has \['b'\] in column 'completion', which is no text"),
+            ({}, {"forget_dataset": [{"text": "a"}]}, "forget_dataset: list is not a datasets.Dataset"),
         ],
     )  # fmt: skip
     def test_of_data(self, changes, data, message, tiny_llama, tokenizer, tmp_path):

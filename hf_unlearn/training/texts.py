@@ -7,7 +7,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from ...training.losses import IGNORED
+from .checks import shown
+from .losses import IGNORED
 
 
 logger = logging.getLogger(__name__)
@@ -15,12 +16,13 @@ logger = logging.getLogger(__name__)
 # What instruction data call a prompt and its completion; the first of each that is there is taken.
 PROMPTS = ("prompt", "question", "instruction", "query")
 COMPLETIONS = ("completion", "answer", "output", "response")
+CONTEXTS = ("input", "context")  # what an instruction or a question is about, often empty
 KNOWN = ("messages", "conversations", "input_ids")  # what TRL takes as it is, beside the column of texts
 
 
 def as_prompt_completion(dataset: Any, text_column: str, argument: str) -> Any:
-    """The dataset with its columns as TRL's `SFTTrainer` knows them: `question` and `answer`, `instruction` (with `input`) and
-    `output`, `prompt` and `response`, … become `prompt` and `completion`.
+    """The dataset with its columns as TRL's `SFTTrainer` knows them: `question` and `answer`, `instruction` and `output`,
+    `prompt` and `response`, … become `prompt` and `completion`; an `input` or a `context` follows the prompt.
 
     Args:
         dataset (`Dataset`): rows; anything else is returned as it is.
@@ -46,9 +48,31 @@ def as_prompt_completion(dataset: Any, text_column: str, argument: str) -> Any:
         )
     renamed = {prompt: "prompt", completion: "completion"}
     dataset = dataset.rename_columns({old: new for old, new in renamed.items() if old != new})
-    if prompt == "instruction" and "input" in names:  # as Alpaca has it: what the instruction is about, often empty
-        dataset = dataset.map(lambda row: {"prompt": "\n".join(filter(None, (row["prompt"], row["input"])))})
+    about = [name for name in CONTEXTS if name in names]
+    if about:
+        dataset = dataset.map(
+            lambda row: {"prompt": "\n".join(filter(None, (row[name] for name in ("prompt", *about))))}
+        )
     return dataset
+
+
+def check_texts(dataset: Any, text_column: str, argument: str) -> None:
+    """Refuse columns of texts that hold something else.
+
+    Raises:
+        ValueError: naming the column and the row.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    names = (text_column,) if text_column in dataset.column_names else ("prompt", "completion")
+    for name in {*names} & {*dataset.column_names}:
+        for row, value in enumerate(dataset.with_format(None)[name]):
+            is_text = isinstance(value, str)
+            is_chat = isinstance(value, list) and name != text_column and all(isinstance(turn, dict) for turn in value)
+            if not (is_text or is_chat):
+                raise ValueError(
+                    f"{argument}: row {row} has {shown(value)} in column {name!r}, which is no text; mend or remove it"
+                )
 
 
 def check_tokenized(dataset: Any, argument: str) -> None:
