@@ -8,7 +8,13 @@ from typing import Any
 from datasets import Dataset
 
 from ..data import value_name
-from ..training.checks import check_drop_last, check_features, check_parallelism, check_processes
+from ..training.checks import (
+    check_drop_last,
+    check_features,
+    check_model_precision,
+    check_parallelism,
+    check_processes,
+)
 from ..training.models import router_loss_weight
 
 
@@ -54,6 +60,7 @@ def check_arguments(args, train_dataset, target_dataset, target, kwargs) -> None
 def check_model(trainer) -> None:
     check_parallelism(trainer, "no process would see whole parameters")
     check_features(trainer)
+    check_model_precision(trainer.model, trainer.args)
     check_drop_last(trainer)
     if router_loss_weight(trainer):
         name = "router_aux_loss_coef" if hasattr(trainer.args, "router_aux_loss_coef") else "output_router_logits"
