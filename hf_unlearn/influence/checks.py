@@ -11,9 +11,9 @@ from ..data import value_name
 from ..training.checks import (
     check_drop_last,
     check_features,
+    check_model_precision,
     check_parallelism,
     check_processes,
-    check_single_precision,
 )
 from ..training.models import router_loss_weight
 
@@ -60,15 +60,13 @@ def check_arguments(args, train_dataset, target_dataset, target, kwargs) -> None
 def check_model(trainer) -> None:
     check_parallelism(trainer, "no process would see whole parameters")
     check_features(trainer)
+    check_model_precision(trainer.model, trainer.args)
     check_drop_last(trainer)
     if router_loss_weight(trainer):
         name = "router_aux_loss_coef" if hasattr(trainer.args, "router_aux_loss_coef") else "output_router_logits"
         raise ValueError(f"{name}: the load-balancing loss is of a whole batch, not of its examples; set it to 0")
     if not any(p.requires_grad for p in trainer.model.parameters()):
         raise ValueError("model: none of its parameters is trainable; unfreeze some with requires_grad_(True)")
-    asked_for = {"dtype", "torch_dtype"} & set(getattr(trainer.args, "model_init_kwargs", None) or ())
-    if not (asked_for or getattr(trainer.model, "is_quantized", False)):
-        check_single_precision(p for p in trainer.model.parameters() if p.requires_grad)
 
 
 def sample_ids_of(dataset, column: str) -> list:

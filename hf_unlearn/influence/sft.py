@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..training.collators import ROW
@@ -14,6 +15,9 @@ from ..training.losses import IGNORED, next_tokens
 from ..training.texts import as_prompt_completion, check_texts
 from .config import FINEConfig
 from .trainer import FINEMixin
+
+
+logger = logging.get_logger(__name__)
 
 
 class FINETrainer(FINEMixin, SFTTrainer):
@@ -55,6 +59,20 @@ class FINETrainer(FINEMixin, SFTTrainer):
         prepared = self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)
         if len(prepared) == 0:
             raise ValueError(f"max_length={self.args.max_length}: leaves no example of target {name!r}; raise it")
+        return prepared
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if args.max_length is not None and isinstance(prepared, Dataset) and "input_ids" in prepared.column_names:
+            lengths = [
+                len(ids) for batch in prepared.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]
+            ]
+            full, lost = sum(length >= args.max_length for length in lengths), len(dataset) - len(prepared)
+            if full or lost:
+                logger.warning(
+                    "%s: %d of %d texts fill max_length=%d, what they have beyond it is cut off, and %d have nothing left that counts; "
+                    "raise it to see them whole", dataset_name, full, len(dataset), args.max_length, lost,
+                )  # fmt: skip
         return prepared
 
     def _prepared_ids(self, sample_ids: list) -> list:

@@ -285,6 +285,20 @@ def check_single_precision(parameters: Iterable[Tensor], what: str = "model: its
         )
 
 
+def check_model_precision(model, args) -> None:
+    """[`check_single_precision`] of what is to be trained of a model of Transformers or PEFT, unless `model_init_kwargs` asks for a
+    dtype.
+
+    Raises:
+        ValueError: trainable weights in 16 bits.
+    """
+    asked_for = {"dtype", "torch_dtype"} & set(getattr(args, "model_init_kwargs", None) or ())
+    if asked_for or getattr(model, "is_quantized", False):  # the adapter of a quantized model is bf16 in TRL 1.16
+        return
+    way_out = "" if hasattr(model, "peft_config") else ", or train a LoRA (peft_config=)"
+    check_single_precision([p for p in model.parameters() if p.requires_grad], other=way_out)
+
+
 def check_hub_strategy(args) -> None:
     """Refuse pushes before the end of a run.
 

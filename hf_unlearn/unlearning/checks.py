@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import LABEL_COLUMNS, label_column, labels_of, overlap
 from ..hub.adapters import check_mergeable
-from ..training.checks import check_processes, check_single_precision
+from ..training.checks import check_model_precision, check_processes
 
 
 def check_arguments(
@@ -120,12 +120,7 @@ def check_trainable(model: nn.Module, args) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         fix = "load the adapter with is_trainable=True" if has_adapter else "unfreeze some with requires_grad_(True)"
         raise ValueError(f"model: none of its parameters is trainable; {fix}")
-    asked_for = {"dtype", "torch_dtype"} & set(getattr(args, "model_init_kwargs", None) or ())
-    if not (
-        asked_for or getattr(model, "is_quantized", False)
-    ):  # the adapter of a quantized model is bf16 in TRL 1.16
-        way_out = "" if has_adapter else ", or train a LoRA (peft_config=)"
-        check_single_precision([p for p in model.parameters() if p.requires_grad], other=way_out)
+    check_model_precision(model, args)
     if has_adapter and args.bn == "train" and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ValueError("bn='train': an adapter's checkpoints hold no BatchNorm statistics; set bn='frozen'")
     if has_adapter and args.merge_adapter and hasattr(model, "get_base_model"):  # diffusers' own fuse themselves

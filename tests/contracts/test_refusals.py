@@ -293,9 +293,11 @@ MODELS = [
     ("vdu", "model: its num_class_embeds=10 needs more than an image and a prompt", "",
      {"model": lambda: of_unet(num_class_embeds=10)} | SCHEDULER),
     ("vdu", "model: it sees 1 channels and answers 3", "", {"model": lambda: of_unet(out_channels=3)} | SCHEDULER),
+    ("vdu", "pipeline: its unet answers with a variance too", "learned_range", {"model": lambda: of_unet(out_channels=2)} | SCHEDULER),
     ("vdu", "model: its weights are torch.bfloat16", "float32", {"pipeline": lambda: ddpm().to(torch.bfloat16)}),
     *((name, f"model: its weights are {dtype}", "peft_config=", {"model": lambda dtype=dtype, make=make: make().to(dtype)})
-      for name, make, dtype in (("unlearn", vit, torch.bfloat16), ("pbu", resnet, torch.float16), ("sft", llama, torch.bfloat16))),
+      for name, make, dtype in (("unlearn", vit, torch.bfloat16), ("pbu", resnet, torch.float16), ("sft", llama, torch.bfloat16),
+                                ("in_run", resnet, torch.float16), ("fine", llama, torch.bfloat16))),
     ("vdu", "trainable: no parameter's name fits 'attention.*' (one is called 'conv_in.weight')", "",
      {"trainable": ["conv_in.*", "attention.*"]}),
     ("vdu", "trainable: no parameter's name fits 'cross_attention'", "", {"trainable": "cross_attention"}),

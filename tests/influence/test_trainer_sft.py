@@ -186,13 +186,19 @@ class TestSampleIds:
         assert len(by_tokens) == len(rows)
         return [by_tokens[tuple(ids)] for ids in trainer.train_dataset["input_ids"]]
 
-    def test_rows_that_are_dropped_and_shuffled(self, tiny_llama, tokenizer, tmp_path):
-        """TRL drops rows of which truncation leaves nothing that counts."""
+    def test_rows_that_are_dropped_and_shuffled(self, tiny_llama, tokenizer, tmp_path, caplog):
+        """TRL drops rows of which truncation leaves nothing that counts; nothing is cut in silence."""
         rows = [*pairs()]
         rows.insert(4, {"id": "long", "prompt": "Paris is the capital " * 30, "completion": " yes"})
-        trainer = self.make(
-            tiny_llama, tokenizer, tmp_path, Dataset.from_list(rows), max_length=50, shuffle_dataset=True, max_steps=6
-        )
+        target = Dataset.from_list([*pairs(2, seed=1), {"id": "cut", "prompt": "Paris", "completion": " is" * 60}])
+        with caplog.at_level("WARNING", "hf_unlearn"):
+            trainer = self.make(
+                tiny_llama, tokenizer, tmp_path, Dataset.from_list(rows), target=target, max_length=50, shuffle_dataset=True,
+                max_steps=6,
+            )  # fmt: skip
+        fill = "texts fill max_length=50, what they have beyond it is cut off, and"
+        assert f"train: 0 of 11 {fill} 1 have" in caplog.text
+        assert f"target: 1 of 3 {fill} 0 have" in caplog.text
         assert sorted(trainer.sample_ids) == [f"pair {row}" for row in range(10)] != trainer.sample_ids
         assert trainer.sample_ids == self.ids_of(trainer, pairs(), tokenizer)
         trainer.train()

@@ -192,6 +192,7 @@ class GhostRecorder:
 
         Raises:
             ValueError: nothing trainable is left.
+            FloatingPointError: a gradient is not finite, so it does not tell where the examples are.
         """
         self._check_attached("learn_rows")
         chosen = range(batch_size) if examples is None else examples
@@ -228,6 +229,10 @@ class GhostRecorder:
             self._pass = Pass(batch_size, look)
             self._model.zero_grad()
             losses()[look.example].backward()
+            if not all(p.grad.isfinite().all() for p in self.covered.values() if p.grad is not None):
+                raise FloatingPointError(
+                    "train_dataset: a batch has a gradient that is not finite; look at its rows and at the model's weights"
+                )
         self.stop()
         return look
 
@@ -251,7 +256,7 @@ class GhostRecorder:
         return {
             name: "it is used behind its layer's back"
             for name, square in squares.items()
-            if abs(found.get(name, 0.0) - square) > share * square + bound
+            if abs(found.get(name, 0.0) - square) > share * square + bound or (square and name not in self.recorded)
         }
 
     def _give_up(self, refused: Mapping[str, str]) -> None:

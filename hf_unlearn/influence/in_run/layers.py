@@ -341,7 +341,8 @@ def _is_rms_norm(module: nn.Module) -> bool:
 def _scale_of(module: nn.Embedding) -> float | None:
     """c of a lookup that multiplies its rows by c, as Gemma's does, by a trial with a small table; None of anything else."""
     padding = -1 if module.padding_idx is None else module.padding_idx
-    ids = [row for row in range(4) if row != padding][:3]
+    # Not in their order: a table of positions may look at how many there are, and give its first rows.
+    ids = [row for row in (3, 2, 1) if row != padding]
     table = torch.linspace(-1, 2, max(4, padding + 1) * module.embedding_dim, device=module.weight.device)
     table = table.to(module.weight.dtype).view(-1, module.embedding_dim)
     try:

@@ -97,6 +97,12 @@ def as_pipeline(model: Any, pipeline: Any, noise_scheduler: Any) -> tuple[Diffus
         raise ValueError(f"pipeline: {type(given).__name__} is not supported; pass one of {', '.join(PIPELINES)}")
     name = name or given.config.get("_name_or_path") or None
     check_denoiser(given.unet)
+    learned = "learned" in str(given.scheduler.config.get("variance_type"))
+    if given.unet.config.out_channels != given.unet.config.in_channels and not learned and not is_prompted(given):
+        raise ValueError(
+            "pipeline: its unet answers with a variance too, which its scheduler does not use; give it a DDPMScheduler with "
+            "variance_type='learned_range'"
+        )
     if is_prompted(given):
         absent = [part for part in ("vae", "text_encoder", "tokenizer") if getattr(given, part, None) is None]
         if absent:

@@ -52,6 +52,10 @@ MODELS = {
         "d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 8,
         "max_source_positions": 10, "classifier_proj_size": 8, "pad_token_id": 0, "decoder_layers": 1,
     }, (8, 20), {}),
+    "Whisper's decoder": ("WhisperForCausalLM", {
+        "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "vocab_size": 40,
+        "max_target_positions": 10, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }, None, {}),
 }  # fmt: skip
 
 
@@ -125,7 +129,7 @@ class Misleading(nn.Module):
         super().__init__()
         self.table, self.of_table = nn.Embedding(4, 6), nn.Linear(6, 6)
         self.sequence_first, self.interleaved, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-        self.early, self.late = nn.Linear(6, 6), nn.Embedding(4, 6)
+        self.early, self.late, self.faint = nn.Linear(6, 6), nn.Embedding(4, 6), nn.Linear(6, 6, bias=False)
 
     def forward(self, x):
         rows = self.of_table(self.table(torch.arange(4)))
@@ -133,6 +137,7 @@ class Misleading(nn.Module):
         hidden = self.sequence_first(x.transpose(0, 1)).tanh()  # [positions, batch, width]
         hidden = self.interleaved(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]).transpose(0, 1)
         hidden = F.linear(self.early(hidden).tanh() + rows, self.early.weight)
+        hidden = hidden + 1e-4 * F.linear(hidden, self.faint.weight)
         return type("Outputs", (), {"logits": self.head(hidden.mean(1))})
 
 
@@ -144,9 +149,18 @@ def test_sizes_that_fit_by_chance(examples):
     recorder = learned(model, batch)
     assert recorder.uncovered == {
         "table.weight": SHARED, "of_table.weight": SHARED, "of_table.bias": SHARED, "early.weight": BACK,
+        "faint.weight": BACK,
     }  # fmt: skip
     products_agree(recorder, model, batch)
     products_agree(recorder, model, batch[:1])
+
+
+def test_a_gradient_that_is_not_finite():
+    """It reaches every row, and tells nothing of whose they are."""
+    model, batch = Misleading().double(), torch.randn(3, 4, 6, dtype=torch.float64)
+    batch[2, 1, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="^train_dataset: a batch has a gradient that is not finite"):
+        learned(model, batch)
 
 
 class Prompted(nn.Module):
@@ -171,7 +185,7 @@ def test_a_shared_row_that_the_model_repeats():
 def test_layers_that_are_taken_out():
     model = Misleading().double()
     batch = torch.randn(4, 4, 6, dtype=torch.float64)
-    recorder = learned(model, batch, layers=["!*table", "!early"])
+    recorder = learned(model, batch, layers=["!*table", "!early", "!faint"])
     assert set(recorder.uncovered.values()) == {"excluded by layers="}
     assert {name.split(".")[0] for name in recorder.covered} == {"late", "sequence_first", "interleaved", "head"}
     only = learned(model, batch, layers=["*e*", "!*table", "!early", "!late"])
