@@ -11,6 +11,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.nn import Module
+
 from .adapters import UNFUSED
 from .allowed import (
     ADAPTER,
@@ -152,9 +155,14 @@ def forget_local_paths(folder: str | Path) -> None:
 
 
 def save_settings(model: Any, folder: Path) -> None:
-    """All that `save_pretrained` of a model, a processor or a pipeline writes, except the weights: tried before training."""
+    """All that `save_pretrained` of a model, a processor or a pipeline writes, except the weights: tried before training.
+
+    Raises:
+        ValueError: two of the weights are one, and the model does not say so: no file could hold them.
+    """
     from transformers import PreTrainedModel
 
+    _check_not_shared(model)
     if hasattr(model, "components"):
         model.save_config(folder)
         for name, component in model.components.items():
@@ -166,6 +174,18 @@ def save_settings(model: Any, folder: Path) -> None:
         model.save_config(folder)
     elif hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
+
+
+def _check_not_shared(model: Any) -> None:
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # of transformers 5.23
+    names: dict[int, str] = {}
+    for name, value in model.state_dict().items() if isinstance(model, Module) else ():
+        if {"base_layer", "modules_to_save", "original_module"}.intersection(name.split(".")):
+            return  # of an adapter: see check_mergeable
+        if name in tied or not isinstance(value, Tensor) or value.is_meta or not value.numel():
+            continue
+        if (other := names.setdefault(value.data_ptr(), name)) != name:
+            raise ValueError(f"{other} and {name} are one tensor; give each its own, as by clone()")
 
 
 def as_patterns(files: list[str]) -> list[str]:

@@ -77,12 +77,6 @@ class PushingMixin:
             ValueError: naming what cannot be saved.
         """
         output_dir = str(self.args.output_dir)
-        try:
-            output_dir.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"output_dir: {output_dir!r} is no UTF-8, which weights need; choose another name"
-            ) from error
         if not self.args.should_save:
             return
         if self.args.push_to_hub:

@@ -277,7 +277,16 @@ class TestBeforeTheFirstStep:
         assert not [path for path in tmp_path.rglob("_*") if path.name != "_private"]  # of what was tried
 
     def test_a_folder_that_is_no_utf8(self, tiny_vit, tmp_path):
-        assert "is no UTF-8" in self.refused(pushing(tiny_vit, os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")))
+        for name, why in ((b"/caf\xe9", "is no UTF-8"), (b"/a\0b", "has a NUL in it")):
+            with pytest.raises(ValueError, match=f"^output_dir: .* {why}"):
+                pushing(tiny_vit, os.fsdecode(os.fsencode(tmp_path) + name))
+        assert not list(tmp_path.iterdir())
+
+    def test_one_weight_under_two_names(self, tiny_vit, tmp_path):
+        """That the model does not tie itself: no file could hold it, and a tied one passes."""
+        first, second = [module for module in tiny_vit.modules() if isinstance(module, torch.nn.LayerNorm)][:2]
+        second.weight = first.weight
+        assert "are one tensor; give each its own" in self.refused(pushing(tiny_vit, tmp_path))
 
     def test_class_names_that_are_numbers(self, tiny_vit, tmp_path):
         tiny_vit.config.id2label = dict(enumerate(range(10, 20)))
