@@ -299,7 +299,7 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
                 **kwargs,
             )
         except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-            if "unexpected keyword argument" in str(error):
+            if any(first_line(error).endswith(f"unexpected keyword argument {key!r}") for key in kwargs):
                 raise TypeError(f"from_pretrained() {first_line(error).partition(' ')[2]}") from error
             raise ValueError(f"{name}: the filter's files are broken ({first_line(error)}); save it again") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
