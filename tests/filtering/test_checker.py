@@ -604,18 +604,23 @@ class TestIntegrity:
         assert "whose fingerprint leaves out the encoder's weights" in caplog.text
 
     @pytest.mark.parametrize(
-        ("file", "change"),
+        ("file", "change", "message"),
         [
-            ("tokenizer.json", {"normalizer": {"type": "Uppercase"}}),
-            ("tokenizer_config.json", {"model_max_length": 1}),
+            (
+                "tokenizer.json",
+                {"normalizer": {"type": "Lowercase"}},
+                "are not those that its config.json was written for",
+            ),
+            ("tokenizer.json", {"normalizer": {"type": "Nonsense"}}, "cannot be loaded"),
+            ("tokenizer_config.json", {"model_max_length": 1}, "are not those that its config.json was written for"),
         ],
     )
-    def test_how_texts_become_tokens_is_covered_too(self, file, change, request, tmp_path):
+    def test_how_texts_become_tokens_is_covered_too(self, file, change, message, request, tmp_path):
         case("bert", request)[0].save_pretrained(tmp_path)
         FASTSafetyChecker.from_pretrained(tmp_path)
         content = json.loads((tmp_path / file).read_text())
         (tmp_path / file).write_text(json.dumps(content | change))
-        with pytest.raises(ValueError, match="are not those that its config.json was written for"):
+        with pytest.raises(ValueError, match=message):
             FASTSafetyChecker.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize(
