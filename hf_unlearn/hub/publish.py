@@ -8,10 +8,11 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import Future
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, strided
 from torch.nn import Module
 
 from .adapters import UNFUSED
@@ -158,11 +159,11 @@ def save_settings(model: Any, folder: Path) -> None:
     """All that `save_pretrained` of a model, a processor or a pipeline writes, except the weights: tried before training.
 
     Raises:
-        ValueError: two of the weights are one, and the model does not say so: no file could hold them.
+        ValueError: two of the weights share memory, and the model does not say so, or one is no tensor: no file could hold them.
     """
     from transformers import PreTrainedModel
 
-    _check_not_shared(model)
+    _check_weights(model)
     if hasattr(model, "components"):
         model.save_config(folder)
         for name, component in model.components.items():
@@ -176,16 +177,22 @@ def save_settings(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def _check_not_shared(model: Any) -> None:
+def _check_weights(model: Any) -> None:
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # of transformers 5.23
-    names: dict[int, str] = {}
+    spans = []
     for name, value in model.state_dict().items() if isinstance(model, Module) else ():
         if {"base_layer", "modules_to_save", "original_module"}.intersection(name.split(".")):
             return  # of an adapter: see check_mergeable
-        if name in tied or not isinstance(value, Tensor) or value.is_meta or not value.numel():
-            continue
-        if (other := names.setdefault(value.data_ptr(), name)) != name:
-            raise ValueError(f"{other} and {name} are one tensor; give each its own, as by clone()")
+        if not isinstance(value, Tensor) or value.layout != strided:
+            kind = type(value).__name__ if not isinstance(value, Tensor) else "sparse"
+            raise ValueError(f"{name} is {kind}, no tensor that a file of weights could hold")
+        if name not in tied and not value.is_meta and value.numel():
+            last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+            spans.append((value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size(), name))
+    spans.sort()
+    for (_, end, one), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise ValueError(f"{one} and {other} are one tensor, or overlap; give each its own, as by clone()")
 
 
 def as_patterns(files: list[str]) -> list[str]:

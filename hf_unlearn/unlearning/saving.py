@@ -68,7 +68,7 @@ class SavingMixin(PublishingMixin):
             model = model.get_base_model()
         save_settings(model, folder)
         if self.processing_class is not None:
-            save_settings(self.processing_class, folder)
+            self.processing_class.save_pretrained(folder)
 
     # The card
 
