@@ -208,7 +208,7 @@ def _fitting(image: Any, shape: tuple[int, int, int], resize: bool, name: str, a
     channels, height, width = shape
     if not is_pil(image):
         try:
-            tensor = image if isinstance(image, Tensor) else torch.as_tensor(np.asarray(image))
+            tensor = image if isinstance(image, Tensor) else torch.as_tensor(_for_torch(np.asarray(image)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} is a {type(image).__name__} that holds no pixels; remove it") from error
         _check_shape(tensor, shape, argument)
@@ -227,6 +227,11 @@ def _fitting(image: Any, shape: tuple[int, int, int], resize: bool, name: str, a
             f"{argument}: an image is {tensor.shape[2]} × {tensor.shape[1]}, the model draws {width} × {height}; set resize=True"
         )
     return tensor.expand(channels, -1, -1)
+
+
+def _for_torch(array: np.ndarray) -> np.ndarray:
+    """The same numbers as torch takes them: in this machine's byte order, and not turned round."""
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
 
 def _check_shape(image: Tensor, shape: tuple[int, int, int], argument: str) -> None:

@@ -135,6 +135,9 @@ class TestOfPIL:
 
 class TestArrays:
     def test_by_their_type(self):
+        signed_ramp = RAMP.astype(np.float32) / 65535 * 2 - 1
+        for array in (RAMP.astype(">u2"), signed_ramp.astype(">f4"), np.flipud(np.flipud(signed_ramp).copy())):
+            np.testing.assert_allclose(pixels([array[None]], (1, 8, 8), resize=False)[0, 0], signed_ramp, atol=1e-6)
         for dtype, white in ((torch.bool, 1), (torch.uint8, 255), (torch.uint16, 65535)):
             values = torch.tensor([0, white]).to(dtype).view(1, 1, 2)
             for given in (values, values.numpy(), values.tolist() if dtype is torch.bool else values):

@@ -271,9 +271,10 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
         wanted = [kwargs.pop(key, None) for key in ("torch_dtype", "dtype")]
         subfolder = kwargs.pop("subfolder", None) or ""
         info_wanted = kwargs.pop("output_loading_info", False)
-        for key in ("ignore_mismatched_sizes", "use_safetensors", "state_dict", "config"):
-            if kwargs.pop(key, None) not in (None, False, True):
-                raise ValueError(f"{key}: a filter is loaded as it was saved")
+        as_saved = {"ignore_mismatched_sizes": False, "use_safetensors": True, "state_dict": None, "config": None}
+        for key in (*as_saved, *FASTConfig.__annotations__):
+            if key in kwargs and kwargs.pop(key) not in (None, as_saved.get(key)):
+                raise ValueError(f"{key}: a filter is loaded as it was saved; leave it out")
         folder = Path(name)
         if not folder.is_dir():
             patterns = [f"{subfolder}/*.{suffix}" if subfolder else f"*.{suffix}" for suffix in SUFFIXES]
@@ -287,8 +288,7 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
         if not (folder / "config.json").is_file():
             raise OSError(f"{name}: has no config.json of a filter{f' in {subfolder}' if subfolder else ''}")
         try:
-            with torch.device("meta"):
-                check_size(cls(FASTConfig.from_pretrained(folder)), folder, name)
+            check_size(lambda: cls(FASTConfig.from_pretrained(folder)), folder, name)
             checker, info = super().from_pretrained(
                 folder,
                 *model_args,
@@ -299,6 +299,8 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
                 **kwargs,
             )
         except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+            if any(first_line(error).endswith(f"unexpected keyword argument {key!r}") for key in kwargs):
+                raise TypeError(f"from_pretrained() {first_line(error).partition(' ')[2]}") from error
             raise ValueError(f"{name}: the filter's files are broken ({first_line(error)}); save it again") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if found := sorted(str(key) for key in info[kind]):

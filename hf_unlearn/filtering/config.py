@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
-
-if TYPE_CHECKING:
-    pass
+from ..hub.allowed import TOKENIZER
 
 
 # What a download takes besides a name, and which files of a filter, an encoder or a pipeline it may bring.
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
-SUFFIXES = ("json", "safetensors", "txt", "model", "jinja")
+SUFFIXES = tuple(sorted({"safetensors", *(name.rpartition(".")[2] for name in TOKENIZER)}))
 SCHEMA_VERSION = 1
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .config import FASTConfig
 from .encoding.encoders import FilterEncoder
@@ -17,16 +21,24 @@ from .scores import ScoreBank
 
 
 def fingerprint(config: FASTConfig, bank: ScoreBank, encoder: FilterEncoder | None) -> str:
-    """SHA-256 of everything that decides: [`fingerprint_of_scores`], the action, and the weights and the vocabulary of an encoder
-    that is stored, whatever precision it is in.
+    """SHA-256 of everything that decides: [`fingerprint_of_scores`], the action, and of an encoder that is stored the weights,
+    whatever precision they are in, and the tokenizer.
     """
     digest = hashlib.sha256(fingerprint_of_scores(config, bank).encode())
     digest.update(f"action {config.action}\n".encode())
     if encoder is not None and encoder.stored:
         _update(digest, encoder.model.state_dict())
         if encoder.tokenizer is not None:
-            digest.update(json.dumps(sorted(encoder.tokenizer.get_vocab().items())).encode())
+            digest.update(json.dumps(_of_tokenizer(encoder.tokenizer), sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _of_tokenizer(tokenizer: Any) -> list[Any]:
+    """How texts become tokens, without what a call sets anew."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    steps = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
+    return [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id, steps]
 
 
 def fingerprint_of_scores(config: FASTConfig, bank: ScoreBank) -> str:
@@ -43,11 +55,11 @@ def _update(digest: Any, state: dict[str, Tensor]) -> None:
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
 
 
-def check_size(model: nn.Module, folder: Path, name: str) -> None:
+def check_size(make: Callable[[], nn.Module], folder: Path, name: str) -> None:
     """Refuse a config that asks for much more than the files beside it hold, before anything is made of it.
 
     Args:
-        model (`nn.Module`): what it asks for, on the meta device.
+        make: makes what it asks for; here on the meta device, and no further than it takes to see that it is too much.
 
     Raises:
         ValueError: twice as many weights, or more.
@@ -56,8 +68,21 @@ def check_size(model: nn.Module, folder: Path, name: str) -> None:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             held += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-    asked = sum(parameter.numel() for parameter in model.parameters())
-    if asked > 2 * held + 1000:
-        raise ValueError(
-            f"{name}: config.json asks for {asked:,} weights, the files hold {held:,}; save the filter again"
-        )
+    asked, here = 0, get_ident()
+
+    def count(module: nn.Module, parameter_name: str, parameter: Tensor | None) -> None:
+        nonlocal asked
+        if get_ident() != here:  # the hook is everybody's
+            return
+        asked += 0 if parameter is None else parameter.numel()
+        if asked > 2 * held + 1000:
+            raise ValueError(
+                f"{name}: config.json asks for {asked:,} weights or more, the files hold {held:,}; save the filter again"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            make()
+    finally:
+        hook.remove()

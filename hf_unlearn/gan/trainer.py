@@ -12,6 +12,7 @@ from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from ..hub.origin import keep_origins
 from ..images import IMAGE_COLUMNS, image_column, look, pixels
 from ..metrics.features import Features, features_of
 from ..metrics.generation import density_coverage, frechet_distance
@@ -77,6 +78,7 @@ class GANTrainer(GANSavingMixin, Trainer):
         if not isinstance(args, self._config_class):
             raise ValueError(f"args: {name} needs {self._config_class.__name__}, got {type(args).__name__}")
         self.pipeline, self.base_model = as_pipeline(model)
+        keep_origins(self.pipeline)
         check_is_not_original(args.output_dir, self.base_model)
         if train_dataset is None or len(train_dataset) == 0:
             raise ValueError("train_dataset: missing or empty; pass images to learn from")

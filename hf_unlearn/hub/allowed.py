@@ -38,18 +38,15 @@ FILTERED, INNER = "FilteredPipeline", "pipeline"  # the class whose component of
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 _CHAT_TEMPLATE = ("chat_template.jinja", "chat_template.json")
+TEMPLATES = "additional_chat_templates"  # folder beside a tokenizer or a processor that has several
+# All that tokenizers of transformers 5.23 call their files.
 TOKENIZER = (
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    *_CHAT_TEMPLATE,
-)
+    "added_tokens.json", "bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "entity_vocab.json", "merges.txt",
+    "normalizer.json", "prophetnet.tokenizer", "sentencepiece.bpe.model", "sentencepiece.model", "source.spm",
+    "special_tokens_map.json", "spiece.model", "spm.model", "spm_char.model", "target.spm", "target_vocab.json", "tekken.json",
+    "tokenizer.json", "tokenizer.model", "vocab-src.json", "vocab-tgt.json", "vocab.json", "vocab.txt",
+    "word_pronunciation.json", "word_shape.json", *_CHAT_TEMPLATE,
+)  # fmt: skip
 _MODEL = {CONFIG: ("generation_config.json",)}  # and weights
 _PROCESSOR = {
     "tokenizer_config.json": TOKENIZER,
@@ -76,7 +73,8 @@ ALLOWED = (
 
 
 def publishable_files(folder: str | Path) -> list[str]:
-    """Files of `folder` that may be published: those at its root that [`ALLOWED`] names, and `pictures/*.png`.
+    """Files of `folder` that may be published: those at its root that [`ALLOWED`] names, the chat templates of a tokenizer that has
+    several, and `pictures/*.png`.
 
     Of a pipeline, where `model_index.json` is there: [`PIPELINE_ROOT`], the pictures, and in the folders of the
     components that `model_index.json` names what belongs to that kind of component: see [`COMPONENT`].
@@ -95,13 +93,13 @@ def publishable_files(folder: str | Path) -> list[str]:
     """
     folder = _folder(folder)
     components = components_of(folder)
-    passed = _passed(folder, ALLOWED if components is None else PIPELINE_ROOT)
+    passed = _with_templates(folder, ALLOWED if components is None else PIPELINE_ROOT)
     folders = [folder / name for name in ("pictures", *(components or ()))]
     for inside in (path for path in folders if not path.is_symlink()):
         if components is not None and inside.name == INNER and is_filtered(folder):
             own = inner_files(inside)
         else:
-            own = _passed(inside, ["*.png"] if inside.name == "pictures" else _component_names(inside))
+            own = _with_templates(inside, ["*.png"] if inside.name == "pictures" else _component_names(inside))
         passed += [f"{inside.name}/{name}" for name in own]
     return sorted(passed)
 
@@ -182,6 +180,12 @@ def _component_names(folder: Path) -> list[str]:
     kinds = _passed(folder, tuple(COMPONENT))
     names = [name for kind in kinds for name in (kind, *COMPONENT[kind])]
     return [*names, *weights_of(folder).names] if CONFIG in kinds else names
+
+
+def _with_templates(folder: Path, allowed: Sequence[str]) -> list[str]:
+    passed, inside = _passed(folder, allowed), folder / TEMPLATES
+    has_some = {"tokenizer_config.json", "processor_config.json"}.intersection(passed) and not inside.is_symlink()
+    return passed + [f"{TEMPLATES}/{name}" for name in (_passed(inside, ["*.jinja"]) if has_some else ())]
 
 
 def _passed(folder: Path, allowed: Sequence[str]) -> list[str]:

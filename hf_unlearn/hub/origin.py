@@ -70,6 +70,23 @@ def origins_of(pipeline: Any) -> list[str]:
     return sorted({str(name) for name in names if name and not _in_filtered(str(name))})
 
 
+def keep_origins(pipeline: Any) -> None:
+    """Write absolute paths where a pipeline of diffusers and its components say by a relative one from which folder they were loaded:
+    what that means changes with the working directory.
+    """
+    for part in (pipeline, *getattr(pipeline, "components", {}).values()):
+        config = getattr(part, "config", None)
+        name = getattr(config, "_name_or_path", None) or getattr(part, "name_or_path", None)
+        if not name or Path(name).is_absolute() or not Path(name).exists():
+            continue
+        if hasattr(part, "register_to_config"):
+            part.register_to_config(_name_or_path=origin(name))
+        elif hasattr(config, "_name_or_path"):
+            config._name_or_path = origin(name)
+        else:
+            part.name_or_path = origin(name)
+
+
 def named_in(folder: Path) -> list[str]:
     """What the card and the adapter in a folder say that the model was made from."""
     from huggingface_hub import metadata_load

@@ -8,8 +8,12 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import Future
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, strided
+from torch.nn import Module
 
 from .adapters import UNFUSED
 from .allowed import (
@@ -152,9 +156,14 @@ def forget_local_paths(folder: str | Path) -> None:
 
 
 def save_settings(model: Any, folder: Path) -> None:
-    """All that `save_pretrained` of a model, a processor or a pipeline writes, except the weights: tried before training."""
+    """All that `save_pretrained` of a model, a processor or a pipeline writes, except the weights: tried before training.
+
+    Raises:
+        ValueError: two of the weights share memory, and the model does not say so, or one is no tensor: no file could hold them.
+    """
     from transformers import PreTrainedModel
 
+    _check_weights(model)
     if hasattr(model, "components"):
         model.save_config(folder)
         for name, component in model.components.items():
@@ -166,6 +175,24 @@ def save_settings(model: Any, folder: Path) -> None:
         model.save_config(folder)
     elif hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
+
+
+def _check_weights(model: Any) -> None:
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # of transformers 5.23
+    spans = []
+    for name, value in model.state_dict().items() if isinstance(model, Module) else ():
+        if {"base_layer", "modules_to_save", "original_module"}.intersection(name.split(".")):
+            return  # of an adapter: see check_mergeable
+        if not isinstance(value, Tensor) or value.layout != strided:
+            kind = type(value).__name__ if not isinstance(value, Tensor) else "sparse"
+            raise ValueError(f"{name} is {kind}, no tensor that a file of weights could hold")
+        if name not in tied and not value.is_meta and value.numel():
+            last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+            spans.append((value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size(), name))
+    spans.sort()
+    for (_, end, one), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise ValueError(f"{one} and {other} are one tensor, or overlap; give each its own, as by clone()")
 
 
 def as_patterns(files: list[str]) -> list[str]:

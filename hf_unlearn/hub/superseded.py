@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-from .allowed import ADAPTER_CONFIG, CONFIG, PIPELINE, TOKENIZER
+from .allowed import ADAPTER_CONFIG, CONFIG, PIPELINE, TEMPLATES, TOKENIZER
 
 
 # Whatever its name: load_lora_weights takes any .safetensors or .bin that it finds, from_single_file any checkpoint.
@@ -42,8 +42,15 @@ def superseded(present: Iterable[str], pushed: Iterable[str]) -> list[str]:
     present = set(present)
     loaded = {name for name in present if _is_loaded(PurePosixPath(name).name)}
     folders = {PurePosixPath(name).parent for name in loaded} | {PurePosixPath(".")}
-    beside = {name for name in present if PurePosixPath(name).name in BESIDE and PurePosixPath(name).parent in folders}
+    beside = {name for name in present if _beside(PurePosixPath(name)) in folders}
     return sorted((loaded | beside).difference(pushed))
+
+
+def _beside(path: PurePosixPath) -> PurePosixPath | None:
+    """The folder of a model or a processor that it would be read with."""
+    if path.suffix == ".jinja" and path.parent.name == TEMPLATES:
+        return path.parent.parent
+    return path.parent if path.name in BESIDE else None
 
 
 def _is_loaded(name: str) -> bool:

@@ -184,6 +184,14 @@ def check_stock(config: Any, refused: Mapping[str, str]) -> None:
         raise ValueError("activation_offloading=True: needs a GPU to bring activations back to; set it to False")
     if config.output_dir is not None and not str(config.output_dir).strip():
         raise ValueError(f"output_dir={config.output_dir!r}: is empty; name a folder")
+    try:
+        os.fspath(config.output_dir or "").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"output_dir: {str(config.output_dir)!r} is no UTF-8, which weights need; choose another name"
+        ) from error
+    if "\0" in str(config.output_dir):
+        raise ValueError(f"output_dir: {str(config.output_dir)!r} has a NUL in it; choose another name")
 
 
 def check_features(trainer) -> None:

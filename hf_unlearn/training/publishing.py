@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+from yaml import YAMLError
 
 from ..data import fingerprint
 from ..files import first_line, kept_private
+from ..hub.allowed import ADAPTER, ADAPTER_CONFIG, CONFIG, DIFFUSERS, TRANSFORMERS
 from ..hub.card import Figure, unlearning_card
 from ..hub.origin import check_is_not_original_repository, inherited, origin, origins_of, revision_of, said_of
 from ..hub.provenance import Provenance, library_versions
@@ -77,12 +79,6 @@ class PushingMixin:
             ValueError: naming what cannot be saved.
         """
         output_dir = str(self.args.output_dir)
-        try:
-            output_dir.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"output_dir: {output_dir!r} is no UTF-8, which weights need; choose another name"
-            ) from error
         if not self.args.should_save:
             return
         if self.args.push_to_hub:
@@ -92,15 +88,21 @@ class PushingMixin:
             with tempfile.TemporaryDirectory(dir=output_dir, prefix="_") as scratch:
                 self._save_settings(Path(scratch))
                 self.model_card(self.hub_model_id or output_dir).save(Path(scratch, "README.md"))
+                taken = _taken(Path(scratch), Path(output_dir))
                 free = shutil.disk_usage(scratch).free
         except OSError as error:
             raise ValueError(
                 f"output_dir: cannot write to {output_dir!r} ({error.strerror or first_line(error)}); choose another folder"
             ) from error
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, YAMLError) as error:
             raise ValueError(
                 f"model: could not be saved once it is trained ({' '.join(str(error).split()).rstrip('.')}); mend that before training"
             ) from error
+        if taken is not None:
+            kind, other = ("folder", "file") if taken.is_dir() else ("file", "folder")
+            raise ValueError(
+                f"output_dir: {str(taken)!r} is a {kind}, where a {other} of the model must be; move it, or choose another folder"
+            )
         needed = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         if free < needed:
             raise ValueError(
@@ -179,6 +181,17 @@ class PushingMixin:
             base, said = self.base_model, said_of(self.base_model, self._base_revision, self.args.hub_token)
             self._said_of = base, said
         return inherited(said, given)
+
+
+def _taken(tried: Path, folder: Path) -> Path | None:
+    """What lies in `folder` where one of the files and folders that were `tried`, or of the weights beside them, must be."""
+    for path in sorted(tried.rglob("*")):
+        weights = (TRANSFORMERS.single, DIFFUSERS.single, ADAPTER) if path.name in (CONFIG, ADAPTER_CONFIG) else ()
+        for name in (path.name, *weights):
+            there = folder / path.relative_to(tried).with_name(name)
+            if there.exists() and there.is_dir() != path.is_dir():
+                return there
+    return None
 
 
 class PublishingMixin(PushingMixin):

@@ -216,9 +216,18 @@ class RunMixin:
 
 
 def locked(folder: Path) -> IO | None:
-    """An open file whose lock nobody else holds, or None. The lock goes with its process: none is ever left behind."""
-    with kept_private(folder / LOCK) as path:
-        file = open(path, "a")  # noqa: SIM115 (whoever asks closes it)
+    """An open file whose lock nobody else holds, or None. The lock goes with its process: none is ever left behind.
+
+    Raises:
+        ValueError: no file can be made in the folder.
+    """
+    try:
+        with kept_private(folder / LOCK) as path:
+            file = open(path, "a")  # noqa: SIM115 (whoever asks closes it)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: cannot write to {str(folder)!r} ({error.strerror}); choose another folder"
+        ) from error
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -53,7 +53,7 @@ class SavingMixin(PublishingMixin):
                 not half_trained and self.args.should_save and adapter.is_file()
             ):  # PEFT writes the path of a local base
                 config = json.loads(adapter.read_text())
-                config["base_model_name_or_path"] = hub_id(config.get("base_model_name_or_path"))
+                config["base_model_name_or_path"] = hub_id(self.base_model or config.get("base_model_name_or_path"))
                 adapter.write_text(json.dumps(config, indent=2, sort_keys=True))
         if not half_trained and self.args.should_save:
             self.model_card(self.hub_model_id or output_dir).save(Path(output_dir, "README.md"))
@@ -68,7 +68,7 @@ class SavingMixin(PublishingMixin):
             model = model.get_base_model()
         save_settings(model, folder)
         if self.processing_class is not None:
-            save_settings(self.processing_class, folder)
+            self.processing_class.save_pretrained(folder)
 
     # The card
 

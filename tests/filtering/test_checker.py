@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 
 import numpy as np
@@ -602,6 +603,41 @@ class TestIntegrity:
         FASTSafetyChecker.from_pretrained(tmp_path)  # of an earlier version
         assert "whose fingerprint leaves out the encoder's weights" in caplog.text
 
+    @pytest.mark.parametrize(
+        ("file", "change", "message"),
+        [
+            (
+                "tokenizer.json",
+                {"normalizer": {"type": "Lowercase"}},
+                "are not those that its config.json was written for",
+            ),
+            ("tokenizer.json", {"normalizer": {"type": "Nonsense"}}, "cannot be loaded"),
+            ("tokenizer_config.json", {"model_max_length": 1}, "are not those that its config.json was written for"),
+        ],
+    )
+    def test_how_texts_become_tokens_is_covered_too(self, file, change, message, request, tmp_path):
+        case("bert", request)[0].save_pretrained(tmp_path)
+        FASTSafetyChecker.from_pretrained(tmp_path)
+        content = json.loads((tmp_path / file).read_text())
+        (tmp_path / file).write_text(json.dumps(content | change))
+        with pytest.raises(ValueError, match=message):
+            FASTSafetyChecker.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"action": "flag"}, "action: a filter is loaded as it was saved"),
+            ({"use_safetensors": False}, "use_safetensors: a filter is loaded as it was saved"),
+            ({"ignore_mismatched_sizes": True}, "ignore_mismatched_sizes: a filter is loaded as it was saved"),
+            ({"nonsense": 1}, "from_pretrained() got an unexpected keyword argument 'nonsense'"),
+        ],
+    )
+    def test_what_is_asked_for_besides_is_not_swallowed(self, given, message, tmp_path):
+        fitter_of_latents().fit().checker().save_pretrained(tmp_path)
+        FASTSafetyChecker.from_pretrained(tmp_path, use_safetensors=True, ignore_mismatched_sizes=False)
+        with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+            FASTSafetyChecker.from_pretrained(tmp_path, **given)
+
     def test_a_config_that_asks_for_too_much_is_refused_before_anything_is_made(self, tmp_path):
         of_brightness(tiny_encoder("vit"), 3).save_pretrained(tmp_path)
         config = tmp_path / "config.json"
@@ -615,6 +651,7 @@ class TestIntegrity:
                 {"encoder_spec": spec | {"config": spec["config"] | {"intermediate_size": 10**9}}},
                 "config.json asks for",
             ),
+            ({"encoder_spec": spec | {"config": spec["config"] | {"num_hidden_layers": 10**9}}}, "weights or more"),
         ):
             config.write_text(json.dumps(settings | change))
             with pytest.raises(ValueError, match=message):

@@ -49,6 +49,22 @@ def test_a_clone_and_a_folder(tmp_path, monkeypatch):
     assert origin("me/base") == str(tmp_path / "me/base")
 
 
+def test_a_pipeline_of_a_relative_path_stays_of_that_folder(tiny_ddpm, tmp_path, monkeypatch):
+    """Not of the stranger who has that name on the Hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    tiny_ddpm.save_pretrained(tmp_path / "clients/acme")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    pipe = FilteredPipeline(DDPMPipeline.from_pretrained("clients/acme"), fitted_filter(channels=1))
+    pipe.register_modules(scheduler=DDPMScheduler(num_train_timesteps=7))  # reaches the pipeline inside
+    assert pipe.pipeline.scheduler.config.num_train_timesteps == 7
+    assert set(pipe.components) == {"pipeline", "safety_checker"}
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "acme" not in pipe._card("me/filtered")
+    pipe.save_pretrained("saved")
+    assert not [file for file in (tmp_path / "elsewhere").rglob("*.json") if "acme" in file.read_text()]
+
+
 def test_refuses_by_any_name():
     for original in (name for name, meant in NAMES.items() if meant == "me/a-b"):
         for target in ("me/a-b", "ME/A-b", "https://huggingface.co/me/a-b", "me/a-b/"):

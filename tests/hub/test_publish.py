@@ -55,6 +55,14 @@ class TestPublishableFiles:
         passed = filter_repo_objects(everything, allow_patterns=as_patterns(publishable_files(tmp_path)))
         assert set(passed) == GOOD | odd
 
+    def test_all_templates_of_a_chat(self, tmp_path):
+        """Beside a tokenizer, which would lack them; a folder of that name alone, or a link, is anybody's."""
+        template = "additional_chat_templates/tools.jinja"
+        write(tmp_path, ["config.json", template])
+        assert publishable_files(tmp_path) == ["config.json"]
+        write(tmp_path, ["tokenizer_config.json", "additional_chat_templates/secret.txt"])
+        assert publishable_files(tmp_path) == [template, "config.json", "tokenizer_config.json"]
+
     def test_links_are_left_behind(self, tmp_path):
         write(tmp_path, ["config.json", "_private/reference.safetensors", "elsewhere/x.png", "pictures/a.png"])
         (tmp_path / "model.safetensors").symlink_to(tmp_path / "_private/reference.safetensors")

@@ -229,10 +229,10 @@ def test_names():
         "a.gguf", "consolidated.00.pth", "deep/er/x.safetensors", "deep/er/config.json", "model.fp16.safetensors.index.json",
         "model.safetensors.index.fp16.json", "openvino/openvino_model.bin", "pytorch_model-00001-of-00002.bin",
         "tf_model.h5.index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json",
-        "config.json", "chat_template.jinja", "training_args.bin", "image_processor/preprocessor_config.json",
+        "config.json", "chat_template.jinja", "additional_chat_templates/tools.jinja", "source.spm", "training_args.bin", "image_processor/preprocessor_config.json",
     }  # fmt: skip
     stay = {
         "results/config.json", "data/vocab.json", "notes.json", "index.json", ".eval_results/a.yaml", "a.safetensors.txt",
-        "configs/train.yaml", "README.md", "handler.py", "requirements.txt", "pictures/before.png",
+        "configs/train.yaml", "pages/additional_chat_templates/a.jinja", "templates/a.jinja", "README.md", "handler.py", "requirements.txt", "pictures/before.png",
     }  # fmt: skip
     assert superseded(gone | stay, {"config.json"}) == sorted(gone - {"config.json"})

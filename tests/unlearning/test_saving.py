@@ -277,7 +277,38 @@ class TestBeforeTheFirstStep:
         assert not [path for path in tmp_path.rglob("_*") if path.name != "_private"]  # of what was tried
 
     def test_a_folder_that_is_no_utf8(self, tiny_vit, tmp_path):
-        assert "is no UTF-8" in self.refused(pushing(tiny_vit, os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")))
+        for name, why in ((b"/caf\xe9", "is no UTF-8"), (b"/a\0b", "has a NUL in it")):
+            with pytest.raises(ValueError, match=f"^output_dir: .* {why}"):
+                pushing(tiny_vit, os.fsdecode(os.fsencode(tmp_path) + name))
+        assert not list(tmp_path.iterdir())
+
+    def test_weights_that_no_file_could_hold(self, tiny_vit, tmp_path):
+        """One that the model does not tie itself under two names, a part of another one, and what is no tensor."""
+        first, second = [module for module in tiny_vit.modules() if isinstance(module, torch.nn.LayerNorm)][:2]
+        second.weight = first.weight
+        assert "are one tensor, or overlap; give each its own" in self.refused(pushing(tiny_vit, tmp_path))
+        both = torch.ones(2 * len(first.weight) - 1)
+        first.weight, second.weight = (
+            torch.nn.Parameter(part) for part in (both[: len(first.bias)], both[-len(first.bias) :])
+        )
+        assert "are one tensor, or overlap; give each its own" in self.refused(pushing(tiny_vit, tmp_path))
+        second.weight = torch.nn.Parameter(torch.ones_like(first.bias))
+        tiny_vit.register_buffer("mine", torch.eye(2).to_sparse())
+        assert "mine is sparse, no tensor that a file" in self.refused(pushing(tiny_vit, tmp_path))
+
+    def test_what_lies_in_the_way(self, tiny_vit, tmp_path):
+        for name in ("README.md", "config.json", "model.safetensors", "preprocessor_config.json"):
+            (tmp_path / name / name).mkdir(parents=True)
+            assert "is a folder, where a file of the model must be" in self.refused(pushing(tiny_vit, tmp_path / name))
+        (tmp_path / "_private").touch()
+        assert "cannot write to" in self.refused(pushing(tiny_vit, tmp_path))
+
+    def test_a_card_or_a_processor_that_cannot_be_written(self, tiny_vit, tmp_path):
+        trainer = pushing(tiny_vit, tmp_path)
+        trainer.card_values = {"license": object()}
+        assert "could not be saved" in self.refused(trainer)
+        trainer.card_values, trainer.processing_class = {}, dict
+        assert "has no attribute 'save_pretrained'" in self.refused(trainer)
 
     def test_class_names_that_are_numbers(self, tiny_vit, tmp_path):
         tiny_vit.config.id2label = dict(enumerate(range(10, 20)))

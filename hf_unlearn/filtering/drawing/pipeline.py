@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...files import first_line
 from ...hub.adapters import check_no_adapter
-from ...hub.origin import hub_id, origin, origins_of
+from ...hub.origin import hub_id, keep_origins, origin, origins_of
 from ...hub.publish import forget_local_paths
 from ...hub.superseded import superseded
 from ..card import encoder_id, filter_card
@@ -94,6 +94,7 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
     ):
         super().__init__()
         self.pipeline = pipeline
+        keep_origins(pipeline)
         self._wrapped = [origin(name) for name in origins_of(pipeline)]  # what these names mean now
         self.safety_checker = safety_checker
         self.action = action
@@ -296,7 +297,7 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
                 checker = FASTSafetyChecker.from_pretrained(filter, encoder=filter_encoder, **source)
             inner = saved.load_plain(name, index, **kwargs)
         pipe = cls(inner, checker, **settings)
-        pipe.register_to_config(_name_or_path=str(name))
+        pipe.register_to_config(_name_or_path=origin(name))
         return pipe
 
     @classmethod

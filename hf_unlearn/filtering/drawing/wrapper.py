@@ -63,6 +63,13 @@ class PipelineWrapper(DiffusionPipeline):
     def _execution_device(self) -> torch.device:
         return self.pipeline._execution_device
 
+    def register_modules(self, **modules: Any) -> None:
+        """Of the pipeline inside, but for its own."""
+        own = {name: value for name, value in modules.items() if name in self._own}
+        for name, value in own.items():
+            setattr(self, name, value)
+        self.pipeline.register_modules(**{name: value for name, value in modules.items() if name not in own})
+
     def __getattr__(self, name: str) -> Any:
         inner = self.__dict__.get("pipeline")
         # Of private ones only values that were set on it: `_interrupt` for instance, and none of its methods.

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ...files import first_line
@@ -158,6 +157,6 @@ def in_one_line(load: Callable[..., Any], name: str, *arguments: Any, **options:
     """What transformers loads, or its error without the advice that does not apply."""
     try:
         return load(name, *arguments, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+    except Exception as error:  # tokenizers 0.23 raises it bare for a broken file
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"name_or_path: {name!r} cannot be loaded ({first_line(error)})") from error

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import Trainer, set_seed
 
+from ...hub.origin import keep_origins
 from ...parameters.reference import ReferencePoint
 from ...training.checks import check_is_not_original
 from ...training.pictures import SampleGrids
@@ -96,6 +97,7 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
             os.fspath(given) if isinstance(given, os.PathLike) else given for given in (model, pipeline)
         )
         self.pipeline, self.name = as_pipeline(model, pipeline, noise_scheduler)
+        keep_origins(self.pipeline)
         check_is_not_original(args.output_dir, self.name)
         self.schedule = NoiseSchedule.of(self.pipeline.scheduler).to(args.device)
         self.marker = marker
