@@ -769,6 +769,8 @@ class TestAttributes:
             setattr(pipe, name, value)
             assert getattr(inner, name) is getattr(pipe, name) is value
             assert name not in vars(pipe)
+            delattr(pipe, name)
+            assert name not in vars(inner)
         assert not hasattr(pipe, "_encode_prompt")  # a method, which is no value that somebody set
         assert pipe.components == {"pipeline": inner, "safety_checker": pipe.safety_checker}
         assert pipe.config["pipeline"] == ("diffusers", "StableDiffusionPipeline")
