@@ -690,6 +690,7 @@ class TestRefused:
             "DiffusionGemmaPipeline": "a DiffusionGemmaPipelineOutput without", "LTX2Pipeline": "audio too",
             "MarigoldDepthPipeline": "a MarigoldDepthOutput without", "StableDiffusionLDM3DPipeline": "a LDM3D",
             "KandinskyPriorPipeline": "a KandinskyPriorPipelineOutput without", "FluxPriorReduxPipeline": "a FluxPriorRedux",
+            "RFD4ProteinaPipeline": "a RFD4ProteinaPipelineOutput without",
         }.items():  # fmt: skip
             assert refused.pop(name).startswith(f"pipeline: {name} gives {why}")
         assert len(refused) < 30
