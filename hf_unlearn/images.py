@@ -136,7 +136,7 @@ def signed(
     low, high = known.aminmax()
     least, most = value_range or (-1, 1)
     if low < least - ROUNDING or high > most + ROUNDING:
-        furthest = max(-low, high)
+        furthest = max(-low, high) if least or low >= -ROUNDING else low
         bounds = "[−1, 1]" if least else "[0, 1]"
         raise ValueError(f"{argument}: pixel values reach {furthest:.3g}, the model's are in {bounds}; rescale them")
     if value_range is None and whole:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from scipy.special import ndtr
 
 from .files import kept_private
@@ -274,6 +275,11 @@ def _running_median(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _write(figure: Figure, path: str | Path) -> Path:
+    powers = {
+        text for axes in figure.axes if axes.get_xscale() == "log" for text in axes.get_xticklabels(which="both")
+    }
+    for text in set(figure.findobj(Text)) - powers:
+        text.set_parse_math(False)  # names are anybody's, and may hold a $
     with kept_private(path) as path:
         figure.savefig(path, dpi=140)
     return path

@@ -52,6 +52,15 @@ def test_bars_of_every_model_and_the_forgotten_class_shaded(tmp_path):
     assert count(pixels(per_class_bars(more, ["a", "b"], [], tmp_path / "bars.png")), SHADE).sum() == 0
 
 
+def test_names_are_no_mathematics(tmp_path):
+    """They are anybody's: a $ is drawn as one, and what would be broken mathematics too."""
+    name = "$5 and \\frac{$"
+    per_class_bars({name: [0.5]}, [name], [0], tmp_path / "bars.png")
+    tradeoff_curve({name: ([0, 1], [1, 0])}, tmp_path / "curve.png")
+    curves({name: ([1, 100], [1, 0])}, tmp_path / "log.png", x_label=name, y_label=name, log_x=True)
+    group_bars([name], np.array([1.0]), np.array([0.5]), np.array([1.5]), tmp_path / "groups.png", label=name)
+
+
 def test_taller_bars_for_higher_accuracy(tmp_path):
     heights = [
         count(pixels(per_class_bars({"original": [value]}, ["a"], [], tmp_path / "a.png")), COLOURS["original"]).max()

@@ -67,7 +67,7 @@ def filter_card(
             dataset_type="generated",
             dataset_name="the generator's samples",
             metric_type=metric,
-            metric_name=f"{_line(concept['name'])}: {title}",
+            metric_name=f"{' '.join(concept['name'].split())}: {title}",
             metric_value=float(value),
         )
         for concept in concepts

@@ -12,7 +12,7 @@ from .allowed import ADAPTER_CONFIG, CONFIG, PIPELINE, TEMPLATES, TOKENIZER
 
 # Whatever its name: load_lora_weights takes any .safetensors or .bin that it finds, from_single_file any checkpoint.
 WEIGHTS = (
-    ".bin", ".ckpt", ".flashpack", ".gguf", ".h5", ".keras", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pb", ".pt",
+    ".bin", ".ckpt", ".dduf", ".flashpack", ".gguf", ".h5", ".keras", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pb", ".pt",
     ".pt2", ".pth", ".safetensors", ".tflite",
 )  # fmt: skip
 # model.safetensors.index.json, and of a variant model.safetensors.index.fp16.json or model.fp16.safetensors.index.json

@@ -48,6 +48,12 @@ def card():
 
 
 class TestWhatItSays:
+    def test_a_name_with_a_bar(self, card):
+        """Escaped in a table, and nowhere else."""
+        found = card(of_latents({"a|b": ""}), "me/x")
+        assert "| a\\|b | – |" in found.text
+        assert all(result.metric_name.startswith("a|b: ") for result in found.data.eval_results)
+
     def test_concepts_with_their_figures(self, card):
         checker = of_latents({"sevens": "the digit 7,\nslanted | or not", "nines": ""})
         text = card(checker, "me/no-sevens").text

@@ -226,7 +226,7 @@ def test_a_pull_request_deletes_too_and_leaves_the_branch(hub, folders):
 def test_names():
     """What stays, of what looks like a model's."""
     gone = {
-        "a.gguf", "consolidated.00.pth", "deep/er/x.safetensors", "deep/er/config.json", "model.fp16.safetensors.index.json",
+        "a.gguf", "a.dduf", "consolidated.00.pth", "deep/er/x.safetensors", "deep/er/config.json", "model.fp16.safetensors.index.json",
         "model.safetensors.index.fp16.json", "openvino/openvino_model.bin", "pytorch_model-00001-of-00002.bin",
         "tf_model.h5.index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json",
         "config.json", "chat_template.jinja", "additional_chat_templates/tools.jinja", "source.spm", "training_args.bin", "image_processor/preprocessor_config.json",

@@ -43,17 +43,24 @@ def content_of(pipeline: DiffusionPipeline) -> str | None:
     call = inspect.unwrap(kind.__call__)
     arguments = inspect.signature(kind.__call__).parameters
     try:
-        names = set(re.findall(r"\breturn (\w+)\(", inspect.getsource(call)))
+        source = inspect.getsource(call)
     except (OSError, TypeError):
-        names = set()
-    found = [call.__globals__.get(name) for name in sorted(names)]
-    outputs = [output for output in found if isinstance(output, type) and issubclass(output, BaseOutput)]
+        source = ""
+    outputs = _outputs(call, r"\breturn (\w+)\(", source)
+    if not outputs:  # it returns a variable: what it says, or makes, of which there may be those of its models too
+        said = _outputs(call, r"\b([A-Z]\w+)", source)
+        outputs = [output for output in said if any(item.name in CONTENT for item in fields(output))] or said
     for output in outputs:
         check_fields(f"{kind.__name__}", output.__name__, [item.name for item in fields(output)])
     if not {"output_type", "return_dict"} <= set(arguments):
         raise ValueError(f"pipeline: {kind.__name__} draws no images that can be filtered")
     own = {item.name for output in outputs for item in fields(output)}
     return next((name for name in CONTENT if name in own), None)
+
+
+def _outputs(call: Any, pattern: str, source: str) -> list[type]:
+    found = [call.__globals__.get(name) for name in sorted(set(re.findall(pattern, source)))]
+    return [output for output in found if isinstance(output, type) and issubclass(output, BaseOutput)]
 
 
 def check_fields(pipeline: str, output: str, names: Sequence[str]) -> str:

@@ -73,19 +73,26 @@ class PipelineWrapper(DiffusionPipeline):
     def __getattr__(self, name: str) -> Any:
         inner = self.__dict__.get("pipeline")
         # Of private ones only values that were set on it: `_interrupt` for instance, and none of its methods.
-        own = name.startswith("__") or name.removeprefix("_") in self._own
-        if inner is None or own or (name.startswith("_") and name not in vars(inner)):
+        if inner is None or self._is_own(name) or (name.startswith("_") and name not in vars(inner)):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name in _DRAWING and hasattr(inner, name):
             raise AttributeError(f"{name}: draws past the filter; call the pipeline, or ask .pipeline for it")
         return getattr(inner, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        inner = self.__dict__.get("pipeline")
-        if inner is None or name.startswith("__") or name.removeprefix("_") in self._own:
+        if self._is_own(name):
             super().__setattr__(name, value)
         else:
-            setattr(inner, name, value)
+            setattr(self.pipeline, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.pipeline, name)
+
+    def _is_own(self, name: str) -> bool:
+        return "pipeline" not in self.__dict__ or name.startswith("__") or name.removeprefix("_") in self._own
 
 
 def _passed_on(name: str):

@@ -690,6 +690,7 @@ class TestRefused:
             "DiffusionGemmaPipeline": "a DiffusionGemmaPipelineOutput without", "LTX2Pipeline": "audio too",
             "MarigoldDepthPipeline": "a MarigoldDepthOutput without", "StableDiffusionLDM3DPipeline": "a LDM3D",
             "KandinskyPriorPipeline": "a KandinskyPriorPipelineOutput without", "FluxPriorReduxPipeline": "a FluxPriorRedux",
+            "RFD4ProteinaPipeline": "a RFD4ProteinaPipelineOutput without",
         }.items():  # fmt: skip
             assert refused.pop(name).startswith(f"pipeline: {name} gives {why}")
         assert len(refused) < 30
@@ -769,6 +770,8 @@ class TestAttributes:
             setattr(pipe, name, value)
             assert getattr(inner, name) is getattr(pipe, name) is value
             assert name not in vars(pipe)
+            delattr(pipe, name)
+            assert name not in vars(inner)
         assert not hasattr(pipe, "_encode_prompt")  # a method, which is no value that somebody set
         assert pipe.components == {"pipeline": inner, "safety_checker": pipe.safety_checker}
         assert pipe.config["pipeline"] == ("diffusers", "StableDiffusionPipeline")
