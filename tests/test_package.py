@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from transformers import Trainer
 
 import hf_unlearn
 from hf_unlearn.cli import VERBS
@@ -143,6 +145,27 @@ class TestDocuments:
                 if not path.is_file() or (name and not re.search(rf"(def|class) {name}\b", path.read_text())):
                     wrong.append(f"{page.name}: {file} {name}")
         assert wrong == []
+
+    @pytest.mark.parametrize("name", sorted(set(hf_unlearn.__all__) - {"__version__"}))
+    def test_public_names_say_what_they_take(self, name):
+        public = getattr(hf_unlearn, name)
+        assert vars(public).get("__doc__"), name
+        for member, found in vars(public).items():
+            function = getattr(found, "__func__", getattr(found, "fget", found))
+            inherited = hasattr(Trainer, member) or any(member in vars(base) for base in public.__mro__[1:])
+            if member.startswith("_") or not inspect.isfunction(function) or inherited:
+                continue
+            given = set(inspect.signature(function).parameters) - {
+                "self",
+                "cls",
+                "args",
+                "kwargs",
+                "output_dir",
+                "overrides",
+            }
+            missing = {argument for argument in given if not re.search(rf"\b{argument}\b", function.__doc__ or "")}
+            assert function.__doc__, f"{name}.{member}"
+            assert missing == set(), f"{name}.{member}"
 
     def test_every_paper_is_named_in_the_index(self):
         index = (ROOT / "docs" / "papers.md").read_text()

@@ -90,7 +90,16 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
 
     @classmethod
     def around(cls, config: FASTConfig, bank: ScoreBank, encoder: FilterEncoder | None) -> FASTSafetyChecker:
-        """A model of parts that are there already: none of them is made anew."""
+        """A model of parts that are there already: none of them is made anew.
+
+        Args:
+            config (`FASTConfig`): concepts, action, and what the bank holds.
+            bank (`ScoreBank`): scores and thresholds.
+            encoder (`FilterEncoder`, *optional*): None for scores of latents.
+
+        Raises:
+            ValueError: the encoder is not the one that the config names.
+        """
         with torch.device("meta"):
             checker = cls(config)
         checker.bank, checker.encoder = bank, encoder
@@ -111,6 +120,10 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
 
     def set_threshold(self, concept: str, value: float) -> None:
         """Draw the line elsewhere: what was promised, and measured, of the old one no longer holds and is deleted.
+
+        Args:
+            concept (`str`): one of `concepts`.
+            value (`float`): scores above it are blocked.
 
         Raises:
             ValueError: an unknown concept, or a threshold that is not finite.

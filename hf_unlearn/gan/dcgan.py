@@ -121,11 +121,20 @@ class DCGANGenerator(ModelMixin, ConfigMixin):
         return (self.config.latent_dim,)
 
     def map_latents(self, latents: Tensor, truncation: float = 1.0) -> Tensor:
-        """z to w. There is no mapping network here: w is z, drawn toward its mean, 0, by `truncation` < 1."""
+        """z to w. There is no mapping network here: w is z, drawn toward its mean, 0, by `truncation` < 1.
+
+        Args:
+            latents (`Tensor`): z, `[n, latent_dim]`.
+            truncation (`float`, defaults to 1.0): how far w is drawn to its mean, 1 not at all.
+        """
         return latents if truncation == 1.0 else latents * truncation
 
     def synthesize(self, styles: Tensor) -> Tensor:
-        """w to images, `[n, channels, size, size]`."""
+        """w to images, `[n, channels, size, size]` in [−1, 1].
+
+        Args:
+            styles (`Tensor`): w, `[n, latent_dim]`.
+        """
         x = self.project(styles).unflatten(1, (-1, self.sizes[0], self.sizes[0]))
         x = F.leaky_relu(self.first_norm(x), 0.2)
         for size, (convolution, norm) in zip(self.sizes[1:], self.blocks, strict=True):

@@ -200,7 +200,7 @@ class GANTrainer(GANSavingMixin, Trainer):
         model.zero_grad()
 
     def false_images(self, count: int, step: int) -> Tensor | None:
-        """Images that take the place of some of the `count` drawn ones in the discriminator's turn; None for none."""
+        """Images that take the place of some of the `count` drawn ones in the discriminator's turn at `step`; None for none."""
         return None
 
     def _generator_turn(self, model: nn.Module, count: int) -> Tensor:

@@ -155,6 +155,7 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
 
     @property
     def records_dir(self) -> Path:
+        """Where the observations of the run lie; private, since they tell of the training data."""
         return self.private_dir / "influence"
 
     def _train(self, checkpoint: str | None, **kwargs):

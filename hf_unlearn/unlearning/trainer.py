@@ -163,6 +163,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         return self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset
 
     def get_train_dataloader(self) -> DataLoader:
+        """Batches `{"forget": …, "retain": …}`, the second only with a `retain_dataset`."""
         retain = None if self.retain_dataset is None else self._pruned(self.retain_dataset)
         return self._get_dataloader(
             dataset=ForgetRetainDataset(self._pruned(self.forget_dataset), retain, seed=self.args.seed),
@@ -191,6 +192,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
     # The step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The sum of forget, retain and replay loss, each by its weight; on a plain batch the task's own."""
         if "forget" not in inputs:  # evaluation: a plain batch, the task's own loss
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
         if self.args.bn == "frozen":
@@ -219,6 +221,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """As Trainer's, and after the last backward pass of a step the anchor's gradient."""
         if self.args.guard and self.args.bn == "train" and self._micro_step == 0:
             self._statistics = [buffer.clone() for module in self._batchnorms for buffer in module.buffers()]
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -266,6 +269,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with the terms of the loss beside it."""
         if "loss" in logs and self._terms_count:
             terms = {name: value / self._terms_count for name, value in self._terms.items()}
             if self.anchor is not None:

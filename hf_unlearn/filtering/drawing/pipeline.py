@@ -370,6 +370,7 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
 
     @property
     def action(self) -> Action:
+        """What is done with what is flagged: see the class."""
         return self._action
 
     @action.setter
@@ -380,6 +381,7 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
 
     @property
     def max_tries(self) -> int:
+        """How often `"regenerate"` draws again, ≥ 1."""
         return self._max_tries
 
     @max_tries.setter

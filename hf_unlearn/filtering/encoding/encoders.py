@@ -182,10 +182,12 @@ class FilterEncoder(LoadsEncoders, nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Of its weights; the CPU where it has none."""
         return next((tensor.device for tensor in self._tensors()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of its weights; fp32 where it has none."""
         return next((tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()), torch.float32)
 
     def fingerprint(self) -> str:

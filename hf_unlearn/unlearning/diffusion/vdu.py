@@ -126,7 +126,7 @@ class VDUConfig(DiffusionUnlearnConfig):
             )
 
     def redirected(self, prompts: Iterable[str]) -> list[str]:
-        """The neutral prompt of each prompt.
+        """The neutral prompt of each of `prompts`.
 
         Raises:
             ValueError: there is none for it.
