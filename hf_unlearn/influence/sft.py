@@ -48,13 +48,6 @@ class FINETrainer(FINEMixin, SFTTrainer):
             return train_dataset
         return as_prompt_completion(train_dataset, args.dataset_text_field, "train_dataset")
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        argument = {"train": "train_dataset"}.get(dataset_name, f"target_dataset: {dataset_name!r}")
-        if formatting_func is None:
-            dataset = as_prompt_completion(dataset, args.dataset_text_field, argument)
-            check_texts(dataset, args.dataset_text_field, argument)
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-
     def _prepared(self, dataset, name: str):
         prepared = self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)
         if len(prepared) == 0:
@@ -62,6 +55,10 @@ class FINETrainer(FINEMixin, SFTTrainer):
         return prepared
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        argument = {"train": "train_dataset"}.get(dataset_name, f"target_dataset: {dataset_name!r}")
+        if formatting_func is None:
+            dataset = as_prompt_completion(dataset, args.dataset_text_field, argument)
+            check_texts(dataset, args.dataset_text_field, argument)
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if args.max_length is not None and isinstance(prepared, Dataset) and "input_ids" in prepared.column_names:
             lengths = [
@@ -71,7 +68,7 @@ class FINETrainer(FINEMixin, SFTTrainer):
             if full or lost:
                 logger.warning(
                     "%s: %d of %d texts fill max_length=%d, what they have beyond it is cut off, and %d have nothing left that counts; "
-                    "raise it to see them whole", dataset_name, full, len(dataset), args.max_length, lost,
+                    "raise it to see them whole", argument, full, len(dataset), args.max_length, lost,
                 )  # fmt: skip
         return prepared
 
