@@ -347,7 +347,7 @@ PROMPTED = [  # by the pipeline what is passed
     ("trainable=['lora', 'all']: 'lora' stands alone", "", lambda pipe: {"pipeline": pipe, "trainable": ["lora", "all"]}),
     ("stability_weight: an anchor on LoRA factors means nothing", "isotropic_weight",
      lambda pipe: {"pipeline": pipe, "stability_weight": 1.0, "checkpoints": ["a"]} | LORA),
-    ("trainable: the model has an adapter already", "fuse it", lambda pipe: {"pipeline": with_adapter(pipe)} | LORA),
+    ("pipeline: unet holds an adapter", "fuse it", lambda pipe: {"pipeline": with_adapter(pipe)} | LORA),
 ]  # fmt: skip
 
 
