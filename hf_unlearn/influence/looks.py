@@ -43,11 +43,12 @@ class LookingMixin:
                 self.compute_loss = own
 
     def _is_looked_at(self, step: int) -> bool:
-        """Whether the loss is looked at in this step: in those of a run that are powers of two from where it began, and every 64th. A
-        term that starts at nothing, or late, is met that way; a look costs two forward and backward passes.
+        """Whether the loss is looked at in this step: in those of a run that are powers of two from where it began, every 64th, and the
+        last. A term that starts at nothing, or late, is met that way; a look costs two forward and backward passes.
         """
         since = step - self._first_step
-        return self._normalised_by is None or since & (since - 1) == 0 or since % LOOK_EVERY == 0
+        is_last = step == self.state.max_steps - 1
+        return self._normalised_by is None or since & (since - 1) == 0 or since % LOOK_EVERY == 0 or is_last
 
     @contextmanager
     def _unnoticed(self) -> Iterator[None]:

@@ -40,6 +40,7 @@ from .step import RecordingMixin
 logger = logging.get_logger(__name__)
 
 MAX_GIGABYTES = 8  # of memory in a sweep
+ONLY_IN_RUN = ("preconditioned", "layers", "target_rank")
 
 
 class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
@@ -124,6 +125,11 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
         if chosen is None:
             many = self.args.world_size > 1 or self.target == "self" or self.is_causal_lm
             chosen = "in_run" if many else "propagated"
+        other, unused = {"in_run": ("propagated", ("last_steps",)), "propagated": ("in_run", ONLY_IN_RUN)}[chosen]
+        if given := [name for name in unused if getattr(self.args, name)]:
+            raise ValueError(
+                f"{given[0]}: observation={chosen!r} does not use it; leave it out, or set observation={other!r}"
+            )
         if chosen == "propagated" and self.args.world_size > 1:
             raise ValueError("observation='propagated': runs in one process only; use 'in_run' with several")
         if chosen == "propagated" and self.args.fp16:

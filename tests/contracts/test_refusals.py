@@ -348,7 +348,7 @@ PROMPTED = [  # by the pipeline what is passed
     ("trainable=['lora', 'all']: 'lora' stands alone", "", lambda pipe: {"pipeline": pipe, "trainable": ["lora", "all"]}),
     ("stability_weight: an anchor on LoRA factors means nothing", "isotropic_weight",
      lambda pipe: {"pipeline": pipe, "stability_weight": 1.0, "checkpoints": ["a"]} | LORA),
-    ("trainable: the model has an adapter already", "fuse it", lambda pipe: {"pipeline": with_adapter(pipe)} | LORA),
+    ("pipeline: unet holds an adapter", "fuse it", lambda pipe: {"pipeline": with_adapter(pipe)} | LORA),
 ]  # fmt: skip
 
 
@@ -418,6 +418,8 @@ ARGUMENTS = [
       for name, why in (("fine", "mixes documents"), ("sft", "takes away the boundaries"))
       for what in ("packing", "padding_free")),
     ("in_run", "n_calibration_runs: needs model_init=", "", {"n_calibration_runs": 2}),
+    ("in_run", "last_steps: observation='in_run' does not use it", "observation='propagated'", {"last_steps": 2}),
+    ("propagated", "layers: observation='propagated' does not use it", "observation='in_run'", {"layers": ["*"]}),
     ("in_run", "n_calibration_runs: ", "target='self'", {"n_calibration_runs": 2, "target": "self", "target_dataset": None}),
     ("fine", "n_calibration_runs: SFTTrainer", "set it to 0", {"n_calibration_runs": 2}),
     ("in_run", "preconditioned: ", "target='self'", {"preconditioned": True, "target": "self", "target_dataset": None}),

@@ -47,6 +47,10 @@ def late(self, model, inputs, **kwargs):
     return self.stock(model, inputs, **kwargs) * (2.0 if self.state.global_step >= 3 else 1.0)
 
 
+def in_the_last_step(self, model, inputs, **kwargs):
+    return self.stock(model, inputs, **kwargs) * (2.0 if self.state.global_step == 5 else 1.0)
+
+
 def class_weights(self, model, inputs, **kwargs):
     """Without calling the trainer's own; a fresh head has the same loss in all classes."""
     logits = model(inputs["x"])["logits"]
@@ -64,8 +68,8 @@ def plain(self, model, inputs, return_outputs=False, num_items_in_batch=None):
 @pytest.mark.parametrize(
     ("loss", "step", "observation"),
     [
-        (penalty, 2, "propagated"), (from_the_start, 2, "in_run"), (late, 5, "in_run"), (class_weights, 1, "in_run"),
-        (class_weights, 1, "propagated"), (smoothed, 1, "in_run"),
+        (penalty, 2, "propagated"), (from_the_start, 2, "in_run"), (late, 5, "in_run"), (in_the_last_step, 6, "in_run"),
+        (class_weights, 1, "in_run"), (class_weights, 1, "propagated"), (smoothed, 1, "in_run"),
     ],
 )  # fmt: skip
 def test_a_loss_that_is_no_mean_over_examples(loss, step, observation, tmp_path):

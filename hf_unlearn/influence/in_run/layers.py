@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 CHUNK_ELEMENTS = 2**26  # the largest intermediate, unless one example alone needs more: 256 MiB in fp32
 CACHED_ELEMENTS = 2**20  # the same for gradients that a CPU forms: what stays in its caches is twice as fast
 FORMING_POSITIONS = 40  # to write a gradient down takes as long as the products of about so many positions
+CONTAINERS = (nn.ParameterDict, nn.ParameterList)  # as adapters have their parameters in
 OVERSAMPLING = 8  # of the randomised singular value decomposition
 
 Factors = tuple[Tensor, Tensor]  # U [C, rows, r], V [C, columns, r]: G_c = U_c V_cᵀ
@@ -309,8 +310,18 @@ def rule_for(module: nn.Module) -> Rule | None | str:
     if isinstance(module, nn.Embedding) and (scale := _scale_of(module)) is not None:
         return partial(embedding, scale=scale)
     has_forward = type(module).forward is not nn.Module.forward
-    alone = all(child is module or not list(child.parameters(recurse=False)) for child in module.modules())
-    return None if has_forward and alone and not isinstance(module, _BatchNorm) else f"unsupported layer type '{kind}'"
+    own = {id(parameter) for parameter in _own_parameters(module)}
+    alone = all(id(parameter) in own for parameter in module.parameters() if parameter.requires_grad)
+    again = alone and not any(isinstance(child, _BatchNorm) for child in module.modules())
+    return None if has_forward and again else f"unsupported layer type '{kind}'"
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of no part of it that is a layer itself."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if isinstance(child, CONTAINERS):
+            yield from _own_parameters(child)
 
 
 def mixes_examples(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Gradients of single examples of a layer that has no rule: it runs again on the rows of one example at a time.
 
 Costs about another forward and backward pass of the layer, and holds one example's gradient of one parameter. So fused experts of a
-mixture are seen, one-dimensional convolutions, routers, bilinear layers and layers of one's own.
+mixture are seen, one-dimensional convolutions, routers, bilinear layers, adapters like IA³ or LoHa, and layers of one's own.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def recomputed(
             outputs = call.outputs(module, example, batch)
             pairs = [(one, y) for one, y in zip(outputs, ys, strict=True) if y is not None and one.requires_grad]
             cotangents = [y.unflatten(0, (batch, -1))[example].view_as(one) for one, y in pairs]
-            parameter = getattr(module, name)
+            parameter = module.get_parameter(name)
             (found,) = torch.autograd.grad([one for one, _ in pairs], [parameter], cotangents, materialize_grads=True)
         return found
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from .layers import Rule, channels_first_norm, channels_last_norm, convolution, rule_for
+from .layers import CONTAINERS, Rule, channels_first_norm, channels_last_norm, convolution, rule_for
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,11 @@ def survey(
     owners: dict[int, list[tuple[str, str]]] = {}
     for module_name, module in modules.items():
         for local, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((module_name, local))
+            owner = module_name
+            while owner and isinstance(modules[owner], CONTAINERS):  # the layer that it belongs to uses what it holds
+                owner, _, part = owner.rpartition(".")
+                local = f"{part}.{local}"
+            owners.setdefault(id(parameter), []).append((owner, local))
 
     covered, uncovered, tied = {}, {}, {}
     seen: dict[str, dict[str, str]] = {}

@@ -24,6 +24,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Fu
 from torch import nn
 
 from ...files import loading
+from ...hub.adapters import check_no_adapter
 from ...training.checks import check_single_precision
 from .noise import NoiseSchedule
 
@@ -97,6 +98,11 @@ def as_pipeline(model: Any, pipeline: Any, noise_scheduler: Any) -> tuple[Diffus
         raise ValueError(f"pipeline: {type(given).__name__} is not supported; pass one of {', '.join(PIPELINES)}")
     name = name or given.config.get("_name_or_path") or None
     check_denoiser(given.unet)
+    check_no_adapter(given)
+    if any(getattr(block, "b1", None) is not None for block in given.unet.up_blocks):
+        raise ValueError(
+            "pipeline: FreeU is on, which changes what its unet answers and is not saved with it; call disable_freeu()"
+        )
     learned = "learned" in str(given.scheduler.config.get("variance_type"))
     if given.unet.config.out_channels != given.unet.config.in_channels and not learned and not is_prompted(given):
         raise ValueError(
@@ -152,7 +158,10 @@ def _around(unet: nn.Module, noise_scheduler: Any) -> DiffusionPipeline:
         # `from_config`, which takes DDIM's own defaults for all that was left at the other's (diffusers 0.42).
         logger.info("noise_scheduler: drawing with DDIM on the schedule of %s", type(noise_scheduler).__name__)
         config = noise_scheduler.config
-        noise_scheduler = DDIMScheduler(**{key: config[key] for key in SCHEDULE if key in config})
+        schedule = {key: config[key] for key in SCHEDULE if key in config}
+        if config.get("beta_schedule") not in ("linear", "scaled_linear", "squaredcos_cap_v2"):  # which DDIM knows
+            schedule["trained_betas"] = noise_scheduler.betas.tolist()
+        noise_scheduler = DDIMScheduler(**schedule)
     return DDIMPipeline(unet=unet, scheduler=noise_scheduler)
 
 
@@ -168,8 +177,6 @@ def choose_trainable(unet: nn.Module, trainable: Sequence[str], peft_config: Any
     Raises:
         ValueError: nothing has such a name, or the model takes no LoRA.
     """
-    if getattr(unet, "peft_config", None):
-        raise ValueError("trainable: the model has an adapter already; fuse it and unload it first")
     if peft_config is not None or "lora" in trainable:
         if peft_config is None and len(trainable) > 1:
             raise ValueError(f"trainable={list(trainable)}: 'lora' stands alone")

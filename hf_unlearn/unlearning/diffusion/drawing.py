@@ -1,4 +1,4 @@
-"""Diffusion pipelines as an unlearning run needs them: images and prompts in, what the denoiser sees; seeded samples out."""
+"""Seeded samples of a diffusion pipeline."""
 
 from __future__ import annotations
 
@@ -17,12 +17,6 @@ from .denoiser import is_prompted
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-
-# Images and prompts in
-
-
-# Samples out
 
 
 @contextmanager

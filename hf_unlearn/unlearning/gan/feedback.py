@@ -55,11 +55,14 @@ def samples_of(given: Any, pipeline: GANPipeline, *, resize: bool, argument: str
         argument (`str`): what to call it in an error.
 
     Raises:
-        ValueError: nothing there, no image in it, or an image of another shape than the generator's.
+        ValueError: nothing there, no image in it, an image of another shape than the generator's, or numbers that are not finite.
     """
     if given is None or len(given) == 0:
         raise ValueError(f"{argument}: missing or empty; give at least one sample, or let marker= mark them")
     if isinstance(given, Tensor) and given.shape[1:] == pipeline.generator.latent_shape:
+        if not given.isfinite().all():
+            row = (~given.flatten(1).isfinite().all(1)).nonzero()[0].item()
+            raise ValueError(f"{argument}: latent {row} holds NaN or infinite numbers; remove it")
         return pipeline.draw(given)
     images = given if isinstance(given, Tensor) else [given[row] for row in range(len(given))]
     if isinstance(images[0], dict):

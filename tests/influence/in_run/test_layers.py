@@ -303,7 +303,7 @@ class TestUnsupported:
             (nn.Embedding(3, 2, max_norm=1.0), "Embedding' with max_norm or scale_grad_by_freq"),
             (nn.Embedding(3, 2, scale_grad_by_freq=True), "Embedding' with max_norm or scale_grad_by_freq"),
             (nn.SyncBatchNorm(2, affine=True), "SyncBatchNorm'"),
-            (nn.ParameterList([torch.zeros(2)]), "ParameterList'"),
+            (nn.ParameterList([torch.zeros(2)]), "Sequential'"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )

@@ -182,6 +182,30 @@ def test_a_shared_row_that_the_model_repeats():
     products_agree(recorder, model, batch)
 
 
+QV = {"target_modules": ["q_proj", "v_proj"]}
+ADAPTERS = {
+    "IA3": QV | {"feedforward_modules": []}, "Vera": QV | {"r": 4}, "AdaLora": QV | {"total_step": 10}, "LoHa": QV, "LoKr": QV,
+    "Lora": {"target_modules": ["embed_tokens", "q_proj"]}, "TrainableTokens": {"token_indices": [3, 4]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_that_hold_their_parameters_in_containers(kind):
+    import peft
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", **ADAPTERS[kind])
+        model = peft.get_peft_model(hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)), config).double().eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    recorder = learned(model, batch_of(None, 4))
+    assert not recorder.uncovered
+    assert set(recorder.covered) == {name for name, p in model.named_parameters() if p.requires_grad}
+    products_agree(recorder, model, batch_of(None, 3))
+
+
 def test_layers_that_are_taken_out():
     model = Misleading().double()
     batch = torch.randn(4, 4, 6, dtype=torch.float64)

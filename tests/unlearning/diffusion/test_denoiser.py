@@ -165,6 +165,12 @@ SCHEDULERS = [
 
 
 class TestBareDenoisers:
+    def test_schedules_that_ddim_does_not_know(self, tiny_ddpm):
+        for name, schedule in (("DDPMParallel", "sigmoid"), ("HeunDiscrete", "exp")):
+            scheduler = getattr(diffusers, f"{name}Scheduler")(num_train_timesteps=20, beta_schedule=schedule)
+            pipeline, _ = as_pipeline(tiny_ddpm.unet, None, scheduler)
+            torch.testing.assert_close(pipeline.scheduler.alphas_cumprod, scheduler.alphas_cumprod)
+
     @pytest.mark.parametrize("name", SCHEDULERS)
     def test_any_schedule_is_drawn_from(self, name, tiny_ddpm):
         """With DDIM, and the noise of training is the scheduler's own."""
@@ -227,16 +233,25 @@ class TestFusedProjections:
         torch.testing.assert_close(weights(unet), plain, rtol=0, atol=0)
 
 
-def test_an_adapter_is_not_trained_beside_the_rest(tiny_stable_diffusion, tmp_path):
+@pytest.mark.parametrize(("part", "layer"), [("unet", "to_q"), ("text_encoder", "q_proj")])
+def test_an_adapter_is_not_trained_beside_the_rest(part, layer, tiny_stable_diffusion, tmp_path):
+    """Nor saved apart: stock diffusers would not load the pipeline."""
     from peft import LoraConfig
 
     pipeline = copy.deepcopy(tiny_stable_diffusion)
-    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    getattr(pipeline, part).add_adapter(LoraConfig(r=2, target_modules=[layer]))
     args = prompted_arguments(tmp_path, trainable=["cross_attention"])
     refused(
-        "^trainable: the model has an adapter already; fuse it and unload it",
+        f"^pipeline: {part} holds an adapter, which can be taken off; fuse it",
         VDUTrainer,
         pipeline=pipeline,
         args=args,
         forget_dataset=prompted_images(),
     )
+
+
+def test_what_changes_the_answers_and_is_not_saved(tiny_stable_diffusion):
+    tiny_stable_diffusion.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    refused(r"^pipeline: FreeU is on, .*; call disable_freeu\(\)$", as_pipeline, None, tiny_stable_diffusion, None)
+    tiny_stable_diffusion.disable_freeu()
+    as_pipeline(None, tiny_stable_diffusion, None)

@@ -79,6 +79,12 @@ class TestSamplesOf:
         assert images.shape == (6, *pipeline.image_shape)
         assert all(module.training for module in pipeline.generator.modules())
 
+    def test_latents_that_are_not_finite(self, pipeline):
+        latents = drawn(pipeline)[0]
+        latents[4, 1] = torch.nan
+        with pytest.raises(ValueError, match="^undesired: latent 4 holds NaN or infinite numbers; remove it$"):
+            taken(latents, pipeline)
+
     def test_tensors_and_arrays_are_taken_as_they_are(self, pipeline):
         images = drawn(pipeline)[1]
         for dtype in (torch.float64, torch.bfloat16):
