@@ -397,6 +397,7 @@ ARGUMENTS = [
       for name, why in (("unlearn", "the guard"), ("propagated", "the sweep"))),
     ("unlearn", "model_init: given beside model", "keep one", {"model_init": lambda: vit(), "model": lambda: vit()}),
     ("sft", "model_init: SFTTrainer takes none", "new trainer", {"model_init": lambda: llama(), "model": None}),
+    ("fine", "model_init: SFTTrainer takes none", "pass a model", {"model_init": lambda: llama(), "model": None}),
     ("vdu", "model_init: a pipeline is changed in place", "new trainer", {"model_init": lambda: ddpm()}),
     ("unlearn", "model: dict is no model", "path or an id", {"model": lambda: {}}),
     ("unlearn", "data_collator: Dataset makes no batches", "forget_dataset=", {"data_collator": FORGET}),
@@ -577,6 +578,7 @@ SETTINGS = {  # by job: name, values, and what is said of them
         ("trajectory_gigabytes", [0], "must be > 0"),
         ("n_calibration_runs", [1], "have no spread"),
         ("n_calibration_runs", [-1], "must be ≥ 0"),
+        ("train_sampling_strategy", ["other"], "must be one of random, sequential"),
     ] for name in ("in_run", "fine")},
 }  # fmt: skip
 
