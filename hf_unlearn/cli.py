@@ -65,7 +65,7 @@ def filter(arguments: Sequence[str]) -> None:
         return
     if verb not in FILTER:
         raise UsageError(
-            f"unknown verb {f'filter {verb}'!r}; {nearest(verb, FILTER, 'hf-unlearn filter --help lists them')}"
+            f"unknown verb {f'filter {verb[:50]}'!r}; {nearest(verb, FILTER, 'hf-unlearn filter --help lists them')}"
         )
     # One recipe serves all three verbs: each leaves the keys of the others alone.
     _plain(f"filter {verb}", rest, FILTER[verb], FILTER_VERBS[verb], [*FILTER.values()])

@@ -34,6 +34,8 @@ def check_arguments(args, train_dataset, target_dataset, target, kwargs) -> None
         raise ValueError("target_dataset: pass it, or target='self', and not both")
     if kwargs.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func: not supported; the loss must be the mean of the examples' own")
+    if kwargs.get("model_init") is not None and hasattr(args, "packing"):
+        raise ValueError("model_init: SFTTrainer takes none; pass a model")
     if getattr(args, "packing", False) or getattr(args, "padding_free", False):
         name = "packing" if args.packing else "padding_free"
         raise ValueError(

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..data import LABEL_COLUMNS, looks_of
+from ..hub.origin import origin
 from ..parameters.reference import trainable_parameters
 from ..training.checks import check_is_not_original
 from ..training.collators import RawCollator, raw_collator
@@ -80,6 +81,7 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
             raise ValueError(f"args: {name} needs {self._config_class.__name__}, got {type(args).__name__}")
         check_arguments(args, train_dataset, target_dataset, target, kwargs)
         check_is_not_original(args.output_dir, base_model)
+        self._originals = [origin(base_model)]
         train_dataset = self._readable(train_dataset, args, kwargs)
         sample_ids = sample_ids_of(train_dataset, args.id_column)
         sets = {} if target_dataset is None else target_sets_of(target_dataset)

@@ -170,6 +170,9 @@ def check_stock(config: Any, refused: Mapping[str, str]) -> None:
             shown = f"={value!r}" if isinstance(value, str | int | float) else ""
             raise ValueError(f"{name}{shown}: {refused[name]}")
         if isinstance(value, str):
+            words = field.metadata.get("choices")
+            if words and value not in words:
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(words)}")
             kinds = _kinds(hints[name])
             if kinds and kinds <= {int, float}:
                 raise ValueError(f"{name}={value!r}: must be a number")

@@ -6,6 +6,7 @@ that is written last. A run that starts claims its folder: from then on the chec
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,10 +23,11 @@ from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from ..data import looks_of
 from ..files import kept_private, read_json, write_json
+from .checks import check_is_not_original
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 try:
     import fcntl
@@ -48,6 +50,7 @@ class RunMixin:
 
     _method: str
     private_dir: Path
+    _originals: Sequence[str | Path | None] = ()  # names of what the model was loaded from
     _resumed: dict[str, Any]  # what `_checkpoint_state` gave
     _run: dict[str, Any]
 
@@ -93,6 +96,18 @@ class RunMixin:
     def _is_over(self) -> bool:
         return self.state.global_step >= self.state.max_steps
 
+    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`], but not over the original.
+
+        Raises:
+            ValueError: `output_dir` holds the original model.
+        """
+        if output_dir is not None:
+            for name in self._originals:
+                check_is_not_original(output_dir, name)
+            output_dir = str(output_dir)
+        super().save_model(output_dir, _internal_call)
+
     # The folder
 
     @contextmanager
@@ -115,7 +130,8 @@ class RunMixin:
         run = uuid.uuid4().hex
         rows = {name: _looks(rows, run) for name, rows in self._run_rows().items() if rows is not None}
         self._run = {"format": FORMAT, "run": run, "method": self._method}
-        write_json(self._run | {"settings": self._run_settings(), "rows": rows}, self.private_dir / MARKER)
+        about = {"settings": self._run_settings(), "model": _shapes(self.model), "rows": rows}
+        write_json(self._run | about, self.private_dir / MARKER)
 
     def _whole_checkpoint(self, given: str | bool) -> str:
         """The checkpoint to go on from, after a look at all of its files."""
@@ -167,6 +183,10 @@ class RunMixin:
                 raise ValueError(
                     f"resume_from_checkpoint: the run was started with {name} {run['settings'].get(name)!r}, this is {value!r}; {AGAIN}"
                 )
+        if run.get("model", now := _shapes(self.model)) != now:
+            raise ValueError(
+                f"resume_from_checkpoint: the run was started with a model (or adapter) of other parameters; {AGAIN}"
+            )
         rows = self._run_rows()
         nothing = dict.fromkeys(rows, (0, None))
         for name, (size, digest) in (nothing | run["rows"]).items():
@@ -262,6 +282,12 @@ def check_files(checkpoint: Path, files: dict[str, list[int]]) -> None:
                 f"resume_from_checkpoint: {file} {wrong}; restore it, or delete {checkpoint.name} to resume from the "
                 "checkpoint before it"
             )
+
+
+def _shapes(model: Any) -> str:
+    """What parameters a model has, and which of them are trained; not their values."""
+    parts = sorted((name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters())
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _run_of(checkpoint: Path) -> str | None:

@@ -400,6 +400,7 @@ ARGUMENTS = [
       for name, why in (("unlearn", "the guard"), ("propagated", "the sweep"))),
     ("unlearn", "model_init: given beside model", "keep one", {"model_init": lambda: vit(), "model": lambda: vit()}),
     ("sft", "model_init: SFTTrainer takes none", "new trainer", {"model_init": lambda: llama(), "model": None}),
+    ("fine", "model_init: SFTTrainer takes none", "pass a model", {"model_init": lambda: llama(), "model": None}),
     ("vdu", "model_init: a pipeline is changed in place", "new trainer", {"model_init": lambda: ddpm()}),
     ("unlearn", "model: dict is no model", "path or an id", {"model": lambda: {}}),
     ("unlearn", "data_collator: Dataset makes no batches", "forget_dataset=", {"data_collator": FORGET}),
@@ -582,6 +583,7 @@ SETTINGS = {  # by job: name, values, and what is said of them
         ("trajectory_gigabytes", [0], "must be > 0"),
         ("n_calibration_runs", [1], "have no spread"),
         ("n_calibration_runs", [-1], "must be ≥ 0"),
+        ("train_sampling_strategy", ["other"], "must be one of random, sequential"),
     ] for name in ("in_run", "fine")},
 }  # fmt: skip
 
@@ -717,8 +719,8 @@ ORIGINALS = {  # jobs, what is saved, and what they are given of its folder
         {"model": diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet"), "pipeline": None} | SCHEDULER
     )),
     "denoiser's folder": (("vdu",), ddpm, lambda folder: {"model": str(folder / "unet"), "pipeline": None} | SCHEDULER),
-    "GAN's name": (GANS, gan, lambda folder: {"model": str(folder)}),
-    "GAN": (GANS, gan, lambda folder: {"model": GANPipeline.from_pretrained(folder)}),
+    "GAN's name": (GANS, gan, lambda folder: {"model": str(folder), "path_length_weight": 0.0}),
+    "GAN": (GANS, gan, lambda folder: {"model": GANPipeline.from_pretrained(folder), "path_length_weight": 0.0}),
 }  # fmt: skip
 
 
@@ -733,6 +735,9 @@ def test_a_folder_that_holds_the_original(form, tmp_path):
         for folder in ("link", "original/below"):
             with pytest.raises(ValueError, match="^output_dir: .* holds the original model; choose another folder$"):
                 build(name, tmp_path / folder, **given_of(tmp_path / "original"))
+        trainer = build(name, tmp_path / "new", **given_of(tmp_path / "original"))
+        with pytest.raises(ValueError, match="^output_dir: .* holds the original model; choose another folder$"):
+            trainer.save_model(tmp_path / "link")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

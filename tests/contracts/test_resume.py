@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from trainers import (
     INFLUENCES,
     JOBS,
@@ -18,6 +19,7 @@ from trainers import (
     outcome,
     own_images,
     pairs,
+    resnet,
     spoilt,
     weights,
 )
@@ -131,8 +133,10 @@ REFUSED = {  # job, what is done to its folder, what is other in the new run, wh
             ("adapt", "_private/adapted-0.safetensors"),
         )
     },
-    "other players": ("gan", None, {"model": lambda: gan(latent_dim=5)}, "holds the state of other models"),
-    "other norms": ("gan", None, {"model": lambda: gan("pixel")}, "holds the state of other models"),
+    "other players": ("gan", None, {"model": lambda: gan(latent_dim=5)}, "a model (or adapter) of other parameters"),
+    "another architecture": ("unlearn", None, {"model": resnet}, "a model (or adapter) of other parameters"),
+    "an adapter": ("sft", None, {"peft_config": lambda: LoraConfig(target_modules=["q_proj"])}, "a model (or adapter) of other"),
+    "other norms": ("gan", None, {"model": lambda: gan("pixel")}, "a model (or adapter) of other parameters"),
     **{
         f"{name}, other {argument}": (name, None, {argument: rows}, f"was started with other rows of {argument}")
         for name, argument, rows in (

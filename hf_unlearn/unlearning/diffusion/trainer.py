@@ -197,6 +197,11 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
             guidance_scale=args.guidance_scale,
         )
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is not None and not isinstance(eval_dataset, str):  # images, of `evaluate`
+            eval_dataset = self._encoded("eval_dataset", eval_dataset, self.args)
+        return super().get_eval_dataloader(eval_dataset)
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["latents", "latents_std", "conditioning", "neutral", "forget", "retain"]
 

@@ -33,7 +33,9 @@ def test_checkpointing_is_that_of_diffusers_and_changes_nothing(name, tiny_ddpm,
 
 def test_evaluates_without_anything_to_forget(tiny_ddpm, tmp_path):
     trainer = VDUTrainer(tiny_ddpm, arguments(tmp_path), eval_dataset={"test": images()})
-    assert trainer.evaluate()["eval_test_loss"] > 0
+    loss = trainer.evaluate()["eval_test_loss"]
+    assert loss > 0
+    assert trainer.evaluate(images())["eval_loss"] == trainer.evaluate({"a": images()})["eval_a_loss"] == loss
     with pytest.raises(ValueError, match="^forget_dataset: missing"):
         trainer.train()
     assert not list(tmp_path.iterdir())
