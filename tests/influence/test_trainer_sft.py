@@ -197,8 +197,8 @@ class TestSampleIds:
                 max_steps=6,
             )  # fmt: skip
         fill = "texts fill max_length=50, what they have beyond it is cut off, and"
-        assert f"train: 0 of 11 {fill} 1 have" in caplog.text
-        assert f"target: 1 of 3 {fill} 0 have" in caplog.text
+        assert f"train_dataset: 0 of 11 {fill} 1 have" in caplog.text
+        assert f"target_dataset: 'target': 1 of 3 {fill} 0 have" in caplog.text
         assert sorted(trainer.sample_ids) == [f"pair {row}" for row in range(10)] != trainer.sample_ids
         assert trainer.sample_ids == self.ids_of(trainer, pairs(), tokenizer)
         trainer.train()
