@@ -82,12 +82,8 @@ class InfluenceReport(Shown):
     ) -> InfluenceReport:
         """The report of a run, see the class.
 
-        Args:
-            observations (`Observations`): of the run.
-            manifest (`dict`): what the run said of itself.
-            burn_in (`int`, defaults to 0): first steps that are not counted.
-            scale (`float`, defaults to 1.0): of σ, as calibration runs found it.
-            confidence (`float`, defaults to 0.95): of the intervals, in (0, 1).
+        `observations` of a run and the `manifest` it wrote; the first `burn_in` steps are not counted, σ is multiplied by `scale`, and
+        intervals hold with `confidence`, in (0, 1).
 
         Raises:
             ValueError: no step is left after `burn_in`, or an argument outside its range.
@@ -403,10 +399,7 @@ class InfluenceReport(Shown):
 
     @classmethod
     def load_from_disk(cls, folder: str | Path) -> InfluenceReport:
-        """What [`~InfluenceReport.save_to_disk`] wrote; needs neither the model nor the trainer.
-
-        Args:
-            folder (`str` or `Path`): that it was written to.
+        """What [`~InfluenceReport.save_to_disk`] wrote into `folder`; needs neither the model nor the trainer.
 
         Raises:
             ValueError: there is no report, or one of another version of this file.
