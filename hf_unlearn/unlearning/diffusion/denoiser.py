@@ -99,7 +99,7 @@ def as_pipeline(model: Any, pipeline: Any, noise_scheduler: Any) -> tuple[Diffus
     name = name or given.config.get("_name_or_path") or None
     check_denoiser(given.unet)
     check_no_adapter(given)
-    if any(getattr(block, "b1", None) is not None for block in given.unet.up_blocks):
+    if any(getattr(block, "b1", None) is not None for block in getattr(given.unet, "up_blocks", ())):
         raise ValueError(
             "pipeline: FreeU is on, which changes what its unet answers and is not saved with it; call disable_freeu()"
         )
