@@ -155,6 +155,7 @@ class TestArrays:
         assert pixels([values[0] - 0.1, *values[1:]], GREY, resize=False)[1:].equal(values[1:])
         for given, value_range in (
             (values - 1, (0, 1)),
+            (values * 4 - 1, None),
             (values * 255, None),
             (values * 255, (0, 1)),
             (values, (0, 255)),
