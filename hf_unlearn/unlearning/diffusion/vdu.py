@@ -25,7 +25,7 @@ from .trainer import DiffusionUnlearnTrainer
 
 logger = logging.getLogger(__name__)
 
-LASTING = 0.5  # of a prompt's effect without guidance; above, a small Stable Diffusion still drew the concept
+LASTING = 0.5  # of a prompt's effect without guidance: half of it is still drawn
 
 RANGES = {
     "> 0": ("variance_floor", "caution"),
