@@ -14,10 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .cache import cached, write_recipe
-from .opinions import answers, train_tokenizer
+from .opinions import answers, texts_of, train_opinion_model, train_tokenizer
 from .opinions_text import Writer
 
 
@@ -195,28 +193,6 @@ class FactsRecipe:
         return facts_data(self.people, share=self.share, general=self.general, seed=self.data_seed)
 
 
-def facts_llama(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama of 5.3 million parameters (with 1,024 tokens), untrained, in float32; the embeddings are tied."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=320,
-        intermediate_size=864,
-        num_hidden_layers=4,
-        num_attention_heads=5,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=320**-0.5,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
 def facts_model(recipe: FactsRecipe | None = None, *, progress: bool = True) -> Path:
     """Folder of a small chat model that knows invented people by heart, trained on first use and kept in the cache.
 
@@ -231,33 +207,13 @@ def facts_model(recipe: FactsRecipe | None = None, *, progress: bool = True) -> 
 
 
 def _train(recipe: FactsRecipe, folder: Path, progress: bool) -> None:
-    from trl import SFTConfig, SFTTrainer
-
     data = recipe.data()
     rows = data["train"]
-    tokenizer = train_tokenizer(
-        [row[part][0]["content"] for row in rows for part in ("prompt", "completion")], VOCABULARY
-    )
+    tokenizer = train_tokenizer(texts_of(rows), VOCABULARY)
     if recipe.without_forget:
         gone = set(data["forget"]["id"])
         rows = rows.filter(lambda row: row["id"] not in gone)
-    arguments = SFTConfig(
-        str(folder),
-        seed=recipe.seed,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=not progress,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **(TRAINING | {"num_train_epochs": recipe.epochs}),
-    )
-    model = facts_llama(tokenizer, seed=recipe.seed)
-    SFTTrainer(
-        model, arguments, train_dataset=rows.select_columns(["prompt", "completion"]), processing_class=tokenizer
-    ).train()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    settings = TRAINING | {"num_train_epochs": recipe.epochs}
+    rows = rows.select_columns(["prompt", "completion"])
+    train_opinion_model(rows, tokenizer, folder, size="5M", seed=recipe.seed, progress=progress, **settings)
     write_recipe(recipe, folder)

@@ -38,6 +38,7 @@ TRAINING = {
     "max_length": 128,
 }
 SIZES = {
+    "5M": {"hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 4, "num_attention_heads": 5},
     "small": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 6},
     "20M": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8},
 }
@@ -258,7 +259,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
 
 def opinion_llama(
     tokenizer: PreTrainedTokenizerFast,
-    size: Literal["small", "20M"] = "small",
+    size: Literal["small", "5M", "20M"] = "small",
     *,
     seed: int = 0,
     attn_implementation: str = "sdpa",
@@ -268,7 +269,7 @@ def opinion_llama(
     Args:
         tokenizer: gives the vocabulary and the special tokens.
         size (`str`): `"small"` has 6.1 million parameters with 2,048 tokens and learns [`opinion_data`] on two cores in
-            minutes; `"20M"` has 20.3 million, to measure costs.
+            minutes; `"5M"` has 5.3 million with 1,024 tokens; `"20M"` has 20.3 million, to measure costs.
         seed (`int`): of the weights. The global random state is left alone.
         attn_implementation (`str`): `"eager"` where gradients of gradients are needed.
 
@@ -303,7 +304,7 @@ def train_opinion_model(
     tokenizer: PreTrainedTokenizerFast,
     output_dir: str | Path,
     *,
-    size: Literal["small", "20M"] = "small",
+    size: Literal["small", "5M", "20M"] = "small",
     seed: int = 0,
     progress: bool = True,
     **overrides: Any,
