@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..losses import redirect
+
 
 def undial(logits: Tensor, reference_logits: Tensor, targets: Tensor, beta: float = 10.0) -> Tensor:
     r"""Cross-entropy to the original with the answer's own logit lowered (UNDIAL, arXiv 2402.10052): $-\sum_c q_c \log p_c$, $q =
@@ -23,8 +25,8 @@ def undial(logits: Tensor, reference_logits: Tensor, targets: Tensor, beta: floa
     Returns:
         `Tensor`: `[rows, tokens]`.
     """
-    own = F.one_hot(targets.clamp(min=0), logits.shape[-1]) * (targets >= 0).unsqueeze(-1)
-    target = (reference_logits.float() - beta * own).softmax(-1)
+    lowering = torch.where(targets >= 0, -beta, 0.0).unsqueeze(-1)
+    target = reference_logits.float().scatter_add(-1, targets.clamp(min=0).unsqueeze(-1), lowering).softmax(-1)
     return -(target * logits.float().log_softmax(-1)).sum(-1)
 
 
@@ -54,7 +56,7 @@ def satimp(nll: Tensor, beta1: float = 5.0, beta2: float = 1.0) -> Tensor:
 
 
 def ceu(logits: Tensor, targets: Tensor) -> Tensor:
-    r"""Cross-entropy to the student's own distribution without the answer's token (CE-U, arXiv 2503.01224), which takes no gradient.
+    r"""[`redirect`] to the student's own distribution in the original's place, which takes no gradient (CE-U, arXiv 2503.01224).
 
     Args:
         logits (`Tensor`): `[rows, tokens, vocabulary]`.
@@ -63,6 +65,6 @@ def ceu(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         `Tensor`: `[rows, tokens]`.
     """
-    own = F.one_hot(targets.clamp(min=0), logits.shape[-1]).bool() & (targets >= 0).unsqueeze(-1)
-    target = logits.detach().float().masked_fill(own, -torch.inf).softmax(-1)
-    return -(target * logits.float().log_softmax(-1)).sum(-1)
+    own = torch.zeros_like(logits, dtype=torch.bool)
+    own.scatter_(-1, targets.clamp(min=0).unsqueeze(-1), (targets >= 0).unsqueeze(-1))
+    return redirect(logits, logits.detach(), own)
