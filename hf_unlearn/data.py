@@ -20,20 +20,9 @@ LABEL_COLUMNS = ("labels", "label", "label_ids")
 LOOKED_AT = 64  # rows of a dataset, to recognise it
 # Columns that say what an example is; others may tell its number or where it comes from.
 CONTENT = (
-    *(
-        "image",
-        "images",
-        "img",
-        "pixel_values",
-        "latents",
-        "text",
-        "input_ids",
-        "inputs_embeds",
-        "messages",
-        "conversations",
-    ),
-    *("prompt", "completion", "question", "answer", "instruction", "input", "output", "query", "response"),
-)
+    "image", "images", "img", "pixel_values", "latents", "text", "input_ids", "inputs_embeds", "messages", "conversations",
+    "prompt", "completion", "question", "answer", "instruction", "input", "output", "query", "response",
+)  # fmt: skip
 
 
 # Splitting
@@ -121,7 +110,12 @@ def class_names(dataset: TorchDataset | Dataset, limit: int = 10) -> str | None:
         labels = [named(label) if isinstance(label, int) else label for label in labels]
     if not labels or len(labels) > limit or not all(isinstance(label, int | str) for label in labels):
         return None
-    return ("class " if len(labels) == 1 else "classes ") + ", ".join(map(str, labels))
+    return in_words(labels)
+
+
+def in_words(classes: Sequence[Any]) -> str:
+    """As in `"class 3"` or `"classes cat, dog"`."""
+    return ("class " if len(classes) == 1 else "classes ") + ", ".join(map(str, classes))
 
 
 def overlap(forget: Any, other: Any, column: str) -> str | None:

@@ -157,11 +157,6 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
     # Training and resuming
 
     @property
-    def private_dir(self) -> Path:
-        """Records and trajectory. They tell of the training data, and are never pushed."""
-        return Path(self.args.output_dir, "_private")
-
-    @property
     def records_dir(self) -> Path:
         """Where the observations of the run lie; private, since they tell of the training data."""
         return self.private_dir / "influence"

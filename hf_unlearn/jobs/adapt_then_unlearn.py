@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import data
 from ..examples.named import GANS
+from ..files import PRIVATE
 from ..gan.players import as_pipeline
 from ..metrics.features import ClassifierFeatures
 from ..modes import seeded_generator
@@ -76,7 +78,7 @@ def run_adapt_then_unlearn(
         samples = _draw(pipeline, config, job.looked_at)
         if job.undesired is None:
             if config.should_save:
-                _write_sheet(samples, Path(config.output_dir, "_private"))
+                _write_sheet(samples, Path(config.output_dir, PRIVATE))
             return
         shows = torch.zeros(len(samples), dtype=torch.bool).index_fill(0, torch.tensor(job.undesired), True)
         marked = {"undesired": samples[shows], "clean": samples[~shows]}
@@ -84,8 +86,7 @@ def run_adapt_then_unlearn(
     trainer = trainer_class(pipeline, config, **marked)
     trainer.card_values = card_of_dataset(job.dataset)
     if marker is not None:
-        names = [str(marker.model.config.id2label[label]) for label in to_mark]
-        kind = ("class " if len(names) == 1 else "classes ") + ", ".join(names)
+        kind = data.in_words([marker.model.config.id2label[label] for label in to_mark])
         trainer.card_values |= {"forgotten": f"{kind}: {trainer._forgotten()}"}
     if trainer.is_world_process_zero():
         counts = (len(trainer.feedback.undesired), len(trainer.feedback.clean))

@@ -35,12 +35,11 @@ def run_training(trainer: Any) -> None:
     try:
         trainer.train(resume_from_checkpoint=resume_argument(trainer.args))
     except KeyboardInterrupt:
-        steps = [path.name.rpartition("-")[2] for path in Path(trainer.args.output_dir).glob("checkpoint-*")]
-        newest = max((int(step) for step in steps if step.isdecimal()), default=None)
+        kept = trainer.own_checkpoints()
         how = (
             "no checkpoint was saved, so the same command begins anew; save_strategy and save_steps save some"
-            if newest is None
-            else f"go on from step {newest} with the same command and --resume_from_checkpoint true"
+            if not kept
+            else f"go on from step {kept[-1].name.partition('-')[2]} with the same command and --resume_from_checkpoint true"
         )
         raise Stopped(f"stopped at step {trainer.state.global_step}; {how}") from None
 

@@ -38,7 +38,7 @@ class Parts:
     Attributes:
         evaluation (`dict[str, Dataset]`): to measure `"forget"` and `"retain"` on.
         splits (`dict[str, str]`): that those are of.
-        hub_id (`str`, *optional*): of the dataset, where it is not a folder.
+        dataset (`str`, *optional*): its folder, or its id on the Hub.
     """
 
     forget: Dataset | None = None
@@ -46,12 +46,12 @@ class Parts:
     heldout: Dataset | None = None
     evaluation: dict[str, Dataset] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
-    hub_id: str | None = None
+    dataset: str | None = None
 
     @property
     def card_values(self) -> dict[str, Any]:
         """What a card says of them."""
-        return card_of_dataset(self.hub_id)
+        return card_of_dataset(self.dataset)
 
 
 def select(job: Selection, id_column: str) -> Parts:
@@ -80,7 +80,7 @@ def select(job: Selection, id_column: str) -> Parts:
         heldout=one_split(splits, "heldout_split", job.heldout_split) if job.heldout_split else None,
         evaluation={name: rows for name, rows in evaluation.items() if rows is not None and len(rows)},
         splits={"forget": job.eval_split if job.forget_column else job.split, "retain": job.eval_split},
-        hub_id=job.dataset if job.dataset and not Path(job.dataset).exists() else None,
+        dataset=job.dataset,
     )
 
 

@@ -167,17 +167,17 @@ def check_stock(config: Any, refused: Mapping[str, str]) -> None:
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
         if name in refused and value and value != field.default:
-            shown = f"={value!r}" if isinstance(value, str | int | float) else ""
-            raise ValueError(f"{name}{shown}: {refused[name]}")
+            given = f"={shown(value)}" if isinstance(value, str | int | float) else ""
+            raise ValueError(f"{name}{given}: {refused[name]}")
         if isinstance(value, str):
             words = field.metadata.get("choices")
             if words and value not in words:
-                raise ValueError(f"{name}={value!r}: must be one of {', '.join(words)}")
+                raise ValueError(f"{name}={shown(value)}: must be one of {', '.join(words)}")
             kinds = _kinds(hints[name])
             if kinds and kinds <= {int, float}:
-                raise ValueError(f"{name}={value!r}: must be a number")
+                raise ValueError(f"{name}={shown(value)}: must be a number")
             if kinds == {bool}:
-                raise ValueError(f"{name}={value!r}: must be True or False")
+                raise ValueError(f"{name}={shown(value)}: must be True or False")
     for rule, names in STOCK_RANGES.items():
         for name in names:
             value = getattr(config, name, None)

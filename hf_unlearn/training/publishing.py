@@ -52,13 +52,6 @@ class PushingMixin:
     def _originals(self) -> list[str | None]:
         return [self.base_model, *origins_of(getattr(self, "pipeline", None))]
 
-    @property
-    def private_dir(self) -> Path:
-        """Reference, Fisher, guard states, keys: everything that could undo the unlearning or tell what was forgotten. Never
-        published.
-        """
-        return Path(self.args.output_dir, "_private")
-
     def create_model_card(self, model_name: str | None = None, **card: Any) -> None:
         """Write `README.md`. Called by Trainer and TRL too.
 

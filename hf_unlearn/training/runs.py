@@ -22,7 +22,7 @@ from accelerate.utils import broadcast
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from ..data import looks_of
-from ..files import kept_private, read_json, write_json
+from ..files import PRIVATE, kept_private, read_json, write_json
 from .checks import check_is_not_original
 
 
@@ -44,15 +44,21 @@ AGAIN = "resume it as it was, or start a new one"
 class RunMixin:
     """Gives a Trainer runs that can be resumed: `train` is here, and a trainer says by `_train` what it does itself.
 
-    A trainer has a `private_dir`; it overrides `_checkpoint_state` for what it needs to go on, `_run_settings` and `_run_rows` for what a
+    A trainer overrides `_checkpoint_state` for what it needs to go on, `_run_settings` and `_run_rows` for what a
     resumed run must have in common with the first one, and `_is_over` where it may end before its last step.
     """
 
     _method: str
-    private_dir: Path
     _originals: Sequence[str | Path | None] = ()  # names of what the model was loaded from
     _resumed: dict[str, Any]  # what `_checkpoint_state` gave
     _run: dict[str, Any]
+
+    @property
+    def private_dir(self) -> Path:
+        """Reference, Fisher, guard states, records, keys: everything that could undo the unlearning or tell what was trained on. Never
+        published.
+        """
+        return Path(self.args.output_dir, PRIVATE)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` takes the newest complete checkpoint of the run that
@@ -133,6 +139,12 @@ class RunMixin:
         about = {"settings": self._run_settings(), "model": _shapes(self.model), "rows": rows}
         write_json(self._run | about, self.private_dir / MARKER)
 
+    def own_checkpoints(self) -> list[Path]:
+        """The complete checkpoints of the run that `output_dir` is of, the newest last."""
+        file = self.private_dir / MARKER
+        run = read_json(file).get("run") if file.is_file() else None
+        return [path for path, written_by in _whole(self.args.output_dir).items() if written_by == run]
+
     def _whole_checkpoint(self, given: str | bool) -> str:
         """The checkpoint to go on from, after a look at all of its files."""
         file = self.private_dir / MARKER
@@ -140,11 +152,9 @@ class RunMixin:
         if run:
             self._check_kind(run, self.args.output_dir)
         if given is True:
-            found = [Path(path) for path in sort_checkpoints(self.args.output_dir)]
-            whole = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and _run_of(path)]
-            own = [path for path in whole if run and _run_of(path) == run["run"]]
+            own = self.own_checkpoints()
             if not own:
-                others = "; those that are there are of an earlier run" if whole else ""
+                others = "; those that are there are of an earlier run" if _whole(self.args.output_dir) else ""
                 raise ValueError(
                     f"resume_from_checkpoint: no complete checkpoint in {str(self.args.output_dir)!r}{others}; start without it"
                 )
@@ -294,6 +304,12 @@ def _run_of(checkpoint: Path) -> str | None:
     """The run that wrote a checkpoint; None where it is not whole, or not of this package."""
     marker = checkpoint / MARKER
     return read_json(marker).get("run") if marker.is_file() else None
+
+
+def _whole(folder: str) -> dict[Path, str]:
+    """Complete checkpoints in a folder, the newest last, and the run that wrote each."""
+    found = [Path(path) for path in sort_checkpoints(folder)]
+    return {path: run for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and (run := _run_of(path))}
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..data import in_words
 from ..hub.adapters import check_mergeable, save_merged
 from ..hub.loading import loading_code
 from ..hub.origin import hub_id
@@ -93,8 +94,7 @@ class SavingMixin(PublishingMixin):
     def _forgotten(self) -> str:
         if self.args.forget == "class":
             names = getattr(self.model.config, "id2label", {})
-            labels = [str(names.get(c, c)) for c in self.forgotten_classes]
-            return ("class " if len(labels) == 1 else "classes ") + ", ".join(labels)
+            return in_words([names.get(c, c) for c in self.forgotten_classes])
         return f"{len(self.source_dataset):,} examples"
 
     def _chosen(self) -> dict[str, Any]:

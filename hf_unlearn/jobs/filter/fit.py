@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...examples.named import made
-from ...files import first_line
+from ...files import PRIVATE, first_line
 from ...filtering.card import filter_card
 from ...filtering.drawing.actions import ACTIONS
 from ...filtering.drawing.pipeline import FilteredPipeline
@@ -174,7 +174,7 @@ def _check_enough(job: FilterFitJob, undesired: int, clean: int) -> None:
 
 def _write_sheet(job: FilterFitJob, source: Source, arguments: Sequence[str]) -> None:
     samples = [as_bytes(batch.images) for batch in source.batches(SHEET_SAMPLES, job.looked_at, "drawing samples")]
-    pages = write_sheet(torch.cat(samples), job.folder / "_private")
+    pages = write_sheet(torch.cat(samples), job.folder / PRIVATE)
     console().print(
         f"{where_the_sheet_is(pages, job.looked_at)}: look at them, and go on with the numbers of those that show what is "
         "undesired, as in\n",

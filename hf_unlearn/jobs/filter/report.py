@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from ...files import PRIVATE
 from ...plots import image_grid
 from ..keys import console, show_code
 from .source import UNMARKED, Batch, Source
@@ -64,7 +65,7 @@ def keep(kept: list[Tensor], batch: Batch, encoder: FilterEncoder | None) -> Non
 
 def pictures_of(job: Fit, checker: FASTSafetyChecker, source: Source, kept: list[Tensor]) -> list[str]:
     """Unmarked samples on either side of the line, and some that are blocked. Private, since they show what is undesired."""
-    folder = job.folder / "_private"
+    folder = job.folder / PRIVATE
     files = {name: folder / f"{name}.png" for name in ("border", "blocked")}
     for file in files.values():
         file.unlink(missing_ok=True)

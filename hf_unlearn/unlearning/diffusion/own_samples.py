@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from ...files import save_tensors
+from ...files import PRIVATE, save_tensors
 from ...images import decode
 from ...parameters.reference import ReferencePoint
 from .denoiser import is_prompted
@@ -135,7 +135,7 @@ class OwnSamplesMixin:
             "model": _fingerprint(self.pipeline.unet),
         }
         key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-        file = Path(args.output_dir, "_private", f"{name}.safetensors")
+        file = Path(args.output_dir, PRIVATE, f"{name}.safetensors")
         with args.main_process_first(desc=f"drawing {name} samples"):
             latents = _read(file, key)
             if latents is None:
