@@ -202,7 +202,7 @@ class GhostRecorder:
         except RuntimeError:
             if not self._expands:
                 raise
-            # What a shared row goes into may repeat it for every example itself, as prompt tuning does: it is then not expanded here.
+            # What a shared row goes into may repeat it for every example itself: it is then not expanded here, and not seen.
             self._expands = False
             look = self._looked(losses, batch_size, chosen)
         self.learned = max(self.learned, batch_size)
