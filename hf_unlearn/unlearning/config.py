@@ -42,13 +42,17 @@ class UnlearnArguments(GuardArguments):
             classifier and `"npo"` for language models.
         forget_weight (`float`, defaults to 1.0): weight of the forget loss, > 0.
         npo_beta (`float`, defaults to 0.1): inverse temperature β of NPO.
-        loss_reduction (`"mean"` | `"sum"`, defaults to `"mean"`): of the forget loss of a text: per token, on the scale of
-            the retain and replay terms, or summed over its tokens as in NPO's paper, which takes more of what is to be kept.
+        loss_reduction (`"example"` | `"token"` | `"sum"`, defaults to `"example"`): of texts: a mean over the tokens of each that
+            count and then over texts; or over all tokens of a batch, in the forget and the retain loss, as open-unlearning
+            does (of each micro-batch of each process); or the forget loss summed over the tokens of a text, as in NPO's
+            paper, which takes more of what is to be kept.
         heldout_loss (`float`, *optional*): mean loss, in nats, of data the model has never seen: the target of
             `forget="examples"`. Computed from `heldout_dataset=` when that is given.
 
     > What to keep
-        retain_weight (`float`, defaults to 1.0): weight of the task loss on `retain_dataset=`, if there is one.
+        retain_weight (`float`, defaults to 1.0): weight of the loss on `retain_dataset=`, if there is one.
+        retain_loss (`"nll"` | `"kl"`, defaults to `"nll"`): that loss: the task's own, or the divergence KL(original ‖ student) of
+            the answers, which takes another forward pass.
         replay_weight (`float`, *optional*): weight of the data-free replay. Default: 5 (`npo`: 1, `match`: 0.1), or 0 with a
             `retain_dataset=`.
         isotropic_weight (`float`, defaults to 0.1): γ of the anchor γ‖θ−θ*‖², a sum over parameters; under LoRA, over
@@ -93,9 +97,10 @@ class UnlearnArguments(GuardArguments):
     ] = "bounded"
     forget_weight: float = 1.0
     npo_beta: float = 0.1
-    loss_reduction: Literal["mean", "sum"] = "mean"
+    loss_reduction: Literal["example", "token", "sum"] = "example"
     heldout_loss: float | None = None
     retain_weight: float = 1.0
+    retain_loss: Literal["nll", "kl"] = "nll"
     replay_weight: float | None = None
     isotropic_weight: float = 0.1
     fisher_weight: float = 0.0

@@ -54,8 +54,10 @@ class ObjectiveMixin:
         if name == "match" and not has_target:
             raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
         self._check_is_for(name)
-        if name == "match" and self.args.loss_reduction == "sum":
-            raise ValueError("loss_reduction='sum': forget_loss='match' compares means; leave it out")
+        if name == "match" and self.args.loss_reduction != "example":
+            raise ValueError(
+                f"loss_reduction={self.args.loss_reduction!r}: forget_loss='match' compares means of examples; leave it out"
+            )
         return name
 
     def _check_is_for(self, name: str) -> None:
@@ -94,16 +96,24 @@ class ObjectiveMixin:
     def forget_loss(self, model: Callable, batch: Batch) -> Tensor:
         """What is minimised on the forget examples; a scalar or one value per example.
 
-        Every term is a mean over the predictions of an example, the tokens of a text, and then over examples: so weights
+        By default every term is a mean over the predictions of an example, the tokens of a text, and then over examples: so weights
         compare tokens with tokens. NPO's log π is of the whole text, ℓT with ℓ the mean over its T tokens, as in the paper;
         there its gradient is −W·T·∇ℓ with W = 2π^β/(π^β + π*^β), T times as strong as a retain term's ∇ℓ: what is to be kept
         goes first. Divided by T it is −W·∇ℓ, at the original (W = 1) as strong as the retain term, and W still tends to 0 as
         the text as a whole is forgotten. `loss_reduction="sum"` is the paper's.
         """
         values = self._forget_means(model, batch)
-        if self.args.loss_reduction == "sum":
-            values = values * self.family.counts(self._labels(batch), batch.get("attention_mask"))
-        return values
+        return values * self._counts(batch) if self.args.loss_reduction == "sum" else self._by_token(values, batch)
+
+    def _counts(self, batch: Batch) -> Tensor:
+        return self.family.counts(self._labels(batch), batch.get("attention_mask"))
+
+    def _by_token(self, values: Tensor, batch: Batch) -> Tensor:
+        """With `loss_reduction="token"` means of examples, weighted so that their mean is that over all tokens of the batch."""
+        if self.args.loss_reduction != "token":
+            return values
+        counts = self._counts(batch)
+        return values * counts * len(counts) / counts.sum().clamp(min=1)
 
     def _forget_means(self, model: Callable, batch: Batch) -> Tensor:
         if self.forget_loss_name == "ascent":
@@ -126,8 +136,12 @@ class ObjectiveMixin:
         return mean_over_predictions(values, targets)
 
     def retain_loss(self, model: Callable, batch: Batch) -> Tensor:
-        """What is minimised on the retain examples: the task's own loss, if there are any."""
-        return self.task_loss(model, batch)
+        """What is minimised on the retain examples: the task's own loss, or the divergence from the original's answers, `[batch]`."""
+        if self.args.retain_loss == "nll":
+            return self._by_token(self.task_loss(model, batch), batch)
+        logits, targets = self.predictions(model, batch)
+        reference_logits, _ = self.predictions(self.reference_forward, batch)
+        return self._by_token(mean_over_predictions(losses.divergence(logits, reference_logits), targets), batch)
 
     def replay_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Inputs related to the forget examples on which the original says what is to be kept; see [`hf_unlearn.unlearning.classifiers.replay`]."""

@@ -520,6 +520,8 @@ SETTINGS = {  # by job: name, values, and what is said of them
     "unlearn": [
         ("forget", ["classes", ""], "must be one of class, examples"),
         ("forget_loss", ["redirct", "Ascent"], "bounded, ascent, npo, redirect, uniform, match, simnpo, undial, wga, satimp, ceu"),
+        ("loss_reduction", ["mean"], "must be one of example, token, sum; it is called 'example' now"),
+        ("retain_loss", ["KL"], "must be one of nll, kl"),
         ("fisher", ["diagonal"], "must be one of exact, monte_carlo"),
         ("bn", ["eval"], "must be one of frozen, train"),
         ("forget_weight", [0.0, -1.0, NAN], "> 0"),

@@ -55,10 +55,6 @@ class DenoisingMixin:
             name = "match" if has_target else "redirect"
         if name == "match" and not has_target:
             raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
-        if self.args.loss_reduction == "sum":
-            raise ValueError(
-                "loss_reduction='sum': is for texts, a denoiser's losses are means over pixels; leave it out"
-            )
         self._check_is_for(name)
         return name
 

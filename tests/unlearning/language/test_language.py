@@ -21,7 +21,7 @@ from hf_unlearn.unlearning.losses import divergence
 
 
 RATES = {"npo": 0.05, "ascent": 0.05, "uniform": 0.05, "redirect": 3.0, "match": 0.05,
-         "simnpo": 0.05, "undial": 3.0, "wga": 3.0, "satimp": 3.0, "ceu": 3.0}  # of steps that are felt  # fmt: skip
+         "simnpo": 3.0, "undial": 3.0, "wga": 3.0, "satimp": 3.0, "ceu": 3.0}  # of steps that are felt  # fmt: skip
 BETA, HELDOUT = 0.3, 3.0
 
 
@@ -47,7 +47,15 @@ def log_probabilities(model, ids):
     return model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
 
 
-def plain_forget(name, model, original, rows, summed=False):
+def reduced(values, rows, reduction):
+    """Means of texts, as one number."""
+    counts = [sum(label != -100 for label in labels[1:]) for _, labels in rows]
+    weighed = [value * count for value, count in zip(values, counts, strict=True)]
+    total = {"example": values, "token": weighed, "sum": weighed}[reduction]
+    return sum(total) / (sum(counts) if reduction == "token" else len(rows))
+
+
+def plain_forget(name, model, original, rows, reduction="example"):
     values, nlls = [], []
     for ids, labels in rows:
         places = [place for place in range(len(ids) - 1) if labels[place + 1] != -100]
@@ -84,22 +92,37 @@ def plain_forget(name, model, original, rows, summed=False):
             p = log_p.exp().detach().clone()
             p[here, tokens] = 0
             values.append(-(p / p.sum(-1, keepdim=True) * log_p).sum() / len(places))
-        if summed:
-            values[-1] = values[-1] * len(places)
-    return (sum(nlls) / len(nlls) - HELDOUT).abs() if name == "match" else sum(values) / len(values)
+    return (sum(nlls) / len(nlls) - HELDOUT).abs() if name == "match" else reduced(values, rows, reduction)
 
 
-def plain_retain(model, rows):
-    return sum(nll(model, *row) for row in rows) / len(rows)
+def plain_retain(kind, model, original, rows, reduction="example"):
+    if kind == "nll":
+        values = [nll(model, *row) for row in rows]
+    else:  # KL from the original, where an answer is predicted
+        values = [
+            token_divergences(model, original, ids)[[place for place in range(len(ids) - 1) if labels[place + 1] != -100]].mean()
+            for ids, labels in rows
+        ]  # fmt: skip
+    return reduced(values, rows, "example" if reduction == "sum" else reduction)
+
+
+def token_divergences(model, original, ids):
+    with torch.no_grad():
+        q = log_probabilities(original, ids).exp()
+    return (q * (q.log() - log_probabilities(model, ids))).sum(-1)
 
 
 def plain_replay(model, original, rows):
-    values = []
-    for ids, _ in rows:
-        with torch.no_grad():
-            q = log_probabilities(original, ids).exp()
-        values.append((q * (q.log() - log_probabilities(model, ids))).sum(-1).mean())
-    return sum(values) / len(values)
+    return sum(token_divergences(model, original, ids).mean() for ids, _ in rows) / len(rows)
+
+
+def teach(model, rows):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        sum(nll(model, *row) for row in rows).backward()
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 class Recording(UnlearnTrainer):
@@ -131,16 +154,18 @@ def trained(tokenizer, tmp_path):
 class TestAgainstPlainTorch:
     @pytest.mark.parametrize(
         ("name", "reduction", "retained", "model"),
-        [("npo", "mean", False, "llama"), ("npo", "sum", True, "gpt2"), ("ascent", "sum", True, "llama"),
-         ("uniform", "mean", False, "gpt2"), ("redirect", "mean", False, "tied"), ("match", "mean", True, "tied"),
-         ("simnpo", "mean", True, "llama"), ("undial", "mean", False, "llama"), ("wga", "sum", True, "tied"),
-         ("satimp", "mean", True, "gpt2"), ("ceu", "mean", True, "llama")],
+        [("npo", "example", None, "llama"), ("npo", "sum", "nll", "gpt2"), ("ascent", "sum", "nll", "llama"),
+         ("ascent", "token", "kl", "gpt2"), ("uniform", "example", None, "gpt2"), ("redirect", "example", None, "tied"),
+         ("match", "example", "nll", "tied"), ("simnpo", "example", "kl", "llama"), ("undial", "token", None, "llama"),
+         ("wga", "sum", "kl", "tied"), ("satimp", "token", "nll", "gpt2"), ("ceu", "example", "nll", "llama")],
         indirect=["model"],
     )  # fmt: skip
     def test_two_steps(self, name, reduction, retained, model, tokenizer, tmp_path):
-        forget, retain = masked(TEXTS, tokenizer), masked(KEPT, tokenizer, prompt=0)
+        forget, retain = masked(TEXTS, tokenizer), masked(KEPT, tokenizer, prompt=1)
+        if name == "simnpo":  # which asks nothing of a model that does not know the texts
+            teach(model, rows_of(padding(tokenizer)([dict(row) for row in forget])))
         original, student = copy.deepcopy(model), copy.deepcopy(model)
-        others = {"retain_weight": 0.6} if retained else {"replay_weight": 3.0}
+        others = {"retain_weight": 0.6, "retain_loss": retained} if retained else {"replay_weight": 3.0}
         args = settings(
             tmp_path, npo_beta=BETA, forget_loss=name, heldout_loss=HELDOUT if name == "match" else None,
             forget_weight=0.7, learning_rate=RATES[name], loss_reduction=reduction, **others,
@@ -156,12 +181,13 @@ class TestAgainstPlainTorch:
         forget, retain = (rows_of(collate([dict(r) for r in rows])) for rows in (forget, retain))
         for step in range(2):
             logged = trainer.state.log_history[step]
-            forget_loss = plain_forget(name, student, original, forget, reduction == "sum")
+            forget_loss = plain_forget(name, student, original, forget, reduction)
             loss = 0.7 * forget_loss
             if retained:
-                retain_loss = plain_retain(student, retain)
+                retain_loss = plain_retain(retained, student, original, retain, reduction)
                 loss = loss + 0.6 * retain_loss
-                assert logged["retain_loss"] == pytest.approx(retain_loss.item(), rel=1e-4)
+                assert logged["retain_loss"] == pytest.approx(retain_loss.item(), rel=1e-3, abs=1e-6)
+                assert (retain_loss > 1e-5) == (step == 1 or retained == "nll")
             else:
                 replay_loss = plain_replay(student, original, rows_of(trainer.replayed[step][1]))
                 loss = loss + 3 * replay_loss

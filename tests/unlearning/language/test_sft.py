@@ -375,9 +375,9 @@ def test_with_retained_data_the_other_answers_stay(taught, tokenizer, tmp_path, 
     assert known.all()
     data = {"forget_dataset": as_completions(FORGOTTEN), "retain_dataset": as_completions(RETAINED)}
     kept = []
-    for reduction in ("mean", "sum"):
+    for reduction in ("example", "sum"):
         args = UnlearnSFTConfig(
-            str(tmp_path), **PLAIN, gradient_checkpointing=False, lr_scheduler_type="constant", guard=reduction == "mean",
+            str(tmp_path), **PLAIN, gradient_checkpointing=False, lr_scheduler_type="constant", guard=reduction == "example",
             guard_steps=10, learning_rate=1e-3, num_train_epochs=20, loss_reduction=reduction,
         )  # fmt: skip
         caplog.clear()
@@ -389,7 +389,7 @@ def test_with_retained_data_the_other_answers_stay(taught, tokenizer, tmp_path, 
         assert not still_known.any()
         retained, known = measure(tmp_path, tokenizer, RETAINED)
         kept.append(known.float().mean().item())
-        if reduction == "mean":
+        if reduction == "example":
             assert AutoTokenizer.from_pretrained(tmp_path)(QUESTIONS[0][0]) == tokenizer(QUESTIONS[0][0])
             assert (trainer.forget_loss_name, trainer.replay_weight) == ("npo", 0)
             assert (trainer.guard.best.step, trainer.failed_checks) == (20, [])
