@@ -33,6 +33,7 @@ RENAMED = {
     "negatives": "undesired_folder",
     "positives": "clean_folder",
     "fisher_weight": "stability_weight",  # of vdu, with stability: fisher
+    "npo_beta": "preference_beta",
     "mean": "example",  # of loss_reduction
 }
 _SHORT = reprlib.Repr()

@@ -11,6 +11,9 @@ from torch.utils.data import Dataset as TorchDataset
 from ..data import LABEL_COLUMNS
 
 
+ALTERNATE = "alternate"  # of a forget row: the answer that is wanted instead, as a row of its own
+
+
 class ForgetRetainDataset(TorchDataset):
     """Forget examples, each beside a retain example that changes from epoch to epoch: `{"forget": row, "retain": row}`.
 
@@ -41,7 +44,9 @@ class ForgetRetainDataset(TorchDataset):
 
 
 class NestedCollator:
-    """Collates `{"forget": row, "retain": row}` part by part with the collator it wraps; flat rows pass straight through."""
+    """Collates `{"forget": row, "retain": row}` part by part with the collator it wraps, and what stands under `alternate` in forget
+    rows as a part of theirs; flat rows pass straight through, without it.
+    """
 
     def __init__(self, collator: Callable[[list[Any]], Any]):
         self.collator = collator
@@ -52,9 +57,19 @@ class NestedCollator:
         return getattr(self.collator, name)
 
     def __call__(self, rows: list[Any]) -> Any:
-        if isinstance(rows[0], dict) and "forget" in rows[0]:
-            return {part: self.collator([row[part] for row in rows]) for part in rows[0]}
-        return self.collator(rows)
+        if not (isinstance(rows[0], dict) and "forget" in rows[0]):
+            return self.collator(_without_alternates(rows))
+        batch = {part: self.collator(_without_alternates([row[part] for row in rows])) for part in rows[0]}
+        forget = [row["forget"] for row in rows]
+        if isinstance(forget[0], dict) and isinstance(forget[0].get(ALTERNATE), dict):
+            batch["forget"][ALTERNATE] = self.collator([row[ALTERNATE] for row in forget])
+        return batch
+
+
+def _without_alternates(rows: list[Any]) -> list[Any]:
+    if not (isinstance(rows[0], dict) and ALTERNATE in rows[0]):
+        return rows
+    return [{name: value for name, value in row.items() if name != ALTERNATE} for row in rows]
 
 
 class RawCollator:

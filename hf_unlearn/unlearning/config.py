@@ -13,7 +13,7 @@ from ..training.config import GUARD_RANGES, GuardArguments
 
 
 RANGES = {
-    "> 0": ("forget_weight", "npo_beta"),
+    "> 0": ("forget_weight", "preference_beta"),
     "≥ 0": (
         "retain_weight",
         "replay_weight",
@@ -37,11 +37,12 @@ class UnlearnArguments(GuardArguments):
         forget (`"class"` | `"examples"`, defaults to `"class"`): delete every trace of the labels in the forget set, or
             only of these examples. The right answers differ: a model that never saw an example may still classify it.
         forget_loss (`str`, defaults to `"bounded"`): `"ascent"`, `"npo"`, `"redirect"`, `"uniform"`, `"match"`, or
-            for texts `"simnpo"`, `"undial"`, `"wga"`, `"satimp"` or `"ceu"` with their papers' settings, or `"bounded"`, which
-            chooses: `"match"` where the loss of held-out data is known, else `"redirect"` to forget a class from a
+            for texts `"simnpo"`, `"undial"`, `"wga"`, `"satimp"` or `"ceu"` with their papers' settings; `"dpo"`, which prefers what a
+            column `alternate` of the forget rows answers instead; `"idkdpo"`, to which "I don't know" will do where there is
+            no such column; or `"bounded"`, which chooses: `"match"` where the loss of held-out data is known, else `"redirect"` to forget a class from a
             classifier and `"npo"` for language models.
         forget_weight (`float`, defaults to 1.0): weight of the forget loss, > 0.
-        npo_beta (`float`, defaults to 0.1): inverse temperature β of NPO.
+        preference_beta (`float`, defaults to 0.1): inverse temperature β of `npo`, `dpo` and `idkdpo`.
         loss_reduction (`"example"` | `"token"` | `"sum"`, defaults to `"example"`): of texts: a mean over the tokens of each that
             count and then over texts; or over all tokens of a batch, in the forget and the retain loss, as open-unlearning
             does (of each micro-batch of each process); or the forget loss summed over the tokens of a text, as in NPO's
@@ -93,10 +94,10 @@ class UnlearnArguments(GuardArguments):
 
     forget: Literal["class", "examples"] = "class"
     forget_loss: Literal[
-        "bounded", "ascent", "npo", "redirect", "uniform", "match", "simnpo", "undial", "wga", "satimp", "ceu"
-    ] = "bounded"
+        "bounded", "ascent", "npo", "redirect", "uniform", "match", "simnpo", "undial", "wga", "satimp", "ceu", "dpo", "idkdpo"
+    ] = "bounded"  # fmt: skip
     forget_weight: float = 1.0
-    npo_beta: float = 0.1
+    preference_beta: float = 0.1
     loss_reduction: Literal["example", "token", "sum"] = "example"
     heldout_loss: float | None = None
     retain_weight: float = 1.0

@@ -13,6 +13,8 @@ from torch import Tensor
 CREDIT = {
     "redirect": {"DELETE's loss": "2503.23751"},
     "npo": {"NPO's loss": "2404.05868"},
+    "dpo": {"DPO's loss": "2305.18290"},
+    "idkdpo": {"DPO's loss": "2305.18290", "TOFU's preference for not knowing": "2401.06121"},
     "simnpo": {"SimNPO's loss": "2410.07163"},
     "undial": {"UNDIAL's loss": "2402.10052"},
     "wga": {"WGA's loss": "2502.19301"},

@@ -14,17 +14,19 @@ from ..parameters.anchors import Anchor, QuadraticAnchor, SumOfAnchors
 from ..parameters.fisher import diagonal_fisher
 from ..parameters.lora import LoRAProductAnchor, lora_layers
 from ..parameters.reference import ReferencePoint
+from ..training.collators import ALTERNATE
 from ..training.losses import IGNORED, cross_entropy, mean_over_predictions
 from . import losses
 from .classifiers.objective import ClassifierObjective
 from .classifiers.replay import perturb_images
-from .language.objective import TOKEN_LOSSES, LanguageObjective, token_loss
+from .language.losses import dpo
+from .language.objective import PAIRED_LOSSES, TOKEN_LOSSES, LanguageObjective, token_loss
 from .language.replay import ordinary_tokens, perturb_tokens
 
 
 Batch = Mapping[str, Tensor]
-# `match` and `npo` change what the model says of single examples, which inputs made from them pull against.
-DEFAULT_REPLAY_WEIGHT = {"match": 0.1, "npo": 1.0}
+# These change what the model says of single examples, which inputs made from them pull against.
+DEFAULT_REPLAY_WEIGHT = {"match": 0.1, "npo": 1.0} | dict.fromkeys(PAIRED_LOSSES, 1.0)
 
 
 class ObjectiveMixin:
@@ -61,8 +63,13 @@ class ObjectiveMixin:
         return name
 
     def _check_is_for(self, name: str) -> None:
-        if name in TOKEN_LOSSES and not self.is_causal_lm:
+        if name in (*TOKEN_LOSSES, *PAIRED_LOSSES) and not self.is_causal_lm:
             raise ValueError(f"forget_loss={name!r}: is for language models; use 'redirect', or leave it out")
+        if name in PAIRED_LOSSES and ALTERNATE not in self.forget_dataset[0]:
+            raise ValueError(
+                f"forget_dataset: has no column 'alternate', which forget_loss={name!r} needs; give the answers that are wanted "
+                "instead there"
+            )
 
     # The losses
 
@@ -70,7 +77,8 @@ class ObjectiveMixin:
         """Logits `[batch, …, classes]` and the targets `[batch, …]` they answer, −100 where none."""
         self._set_signature_columns_if_needed()
         labels = self._labels(batch)
-        inputs = {k: v for k, v in batch.items() if k not in self.label_names and k in self._signature_columns}
+        others = (*self.label_names, ALTERNATE)
+        inputs = {k: v for k, v in batch.items() if k not in others and k in self._signature_columns}
         if self.is_causal_lm:  # SFTTrainer's signature leaves it out
             inputs.setdefault("attention_mask", batch.get("attention_mask"))
         return self.family.answers(forward, inputs, labels)
@@ -120,6 +128,12 @@ class ObjectiveMixin:
             return losses.ascent(self.task_loss(model, batch))
         if self.forget_loss_name == "match":
             return losses.match(self.task_loss(model, batch), self.heldout_loss)
+        if self.forget_loss_name in ("npo", *PAIRED_LOSSES):
+            *nlls, count = self._of_whole_texts(model, batch)
+            if self.forget_loss_name == "npo":
+                return losses.npo(*nlls, self.args.preference_beta) / count
+            *alternate_nlls, _ = self._of_whole_texts(model, batch[ALTERNATE])
+            return dpo(*nlls, *alternate_nlls, self.args.preference_beta) / count
         logits, targets = self.predictions(model, batch)
         if self.forget_loss_name == "uniform":
             return mean_over_predictions(losses.uniform(logits), targets)
@@ -128,12 +142,15 @@ class ObjectiveMixin:
                 self.forget_loss_name, logits, targets, lambda: self.predictions(self.reference_forward, batch)[0]
             )
         reference_logits, _ = self.predictions(self.reference_forward, batch)
-        if self.forget_loss_name == "npo":
-            count = (targets != IGNORED).reshape(len(targets), -1).sum(1).clamp(min=1)
-            nll, reference_nll = (cross_entropy(z, targets) * count for z in (logits, reference_logits))
-            return losses.npo(nll, reference_nll, self.args.npo_beta) / count
         values = losses.redirect(logits, reference_logits, self.family.excluded(logits, targets))
         return mean_over_predictions(values, targets)
+
+    def _of_whole_texts(self, model: Callable, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """−log π and −log π* of all predictions of an example together, and how many count, `[batch]` each."""
+        logits, targets = self.predictions(model, batch)
+        reference_logits, _ = self.predictions(self.reference_forward, batch)
+        count = (targets != IGNORED).reshape(len(targets), -1).sum(1).clamp(min=1)
+        return cross_entropy(logits, targets) * count, cross_entropy(reference_logits, targets) * count, count
 
     def retain_loss(self, model: Callable, batch: Batch) -> Tensor:
         """What is minimised on the retain examples: the task's own loss, or the divergence from the original's answers, `[batch]`."""

@@ -28,6 +28,9 @@ RUN_SETTINGS = (
     "gradient_accumulation_steps",
 )
 
+# Settings that only some forget losses have.
+OF_LOSSES = {"preference_beta": ("npo", "dpo", "idkdpo")}
+
 PIPELINE_TAGS = {
     "ForImageClassification": "image-classification",
     "ForSequenceClassification": "text-classification",
@@ -104,7 +107,8 @@ class SavingMixin(PublishingMixin):
             chosen[name] = getattr(self, name)
         chosen["forget_loss"] = self.forget_loss_name
         of_texts = () if self.is_causal_lm else ("loss_reduction",)
-        for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter", *of_texts):
+        of_others = (name for name, losses in OF_LOSSES.items() if self.forget_loss_name not in losses)
+        for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter", *of_texts, *of_others):
             chosen.pop(name)
         return chosen | {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
 

@@ -19,7 +19,7 @@ from ..modes import seeded_generator
 from ..parameters.anchors import Anchor
 from ..parameters.reference import ReferencePoint, trainable_parameters
 from ..training.checks import check_drop_last, check_features, check_is_not_original, check_parallelism
-from ..training.collators import ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
+from ..training.collators import ALTERNATE, ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
 from ..training.models import LoadsByName, is_causal_lm, load_model, router_loss_weight
 from ..training.outcome import tell_outcome
 from ..training.runs import RunMixin
@@ -27,6 +27,7 @@ from ..training.texts import check_tokenized
 from .checks import check_arguments, check_labels, check_stock_arguments, check_trainable, first_rows
 from .config import UnlearnConfig
 from .guard import LOOKING, Guard, GuardState, UtilityMixin
+from .language.objective import PAIRED_LOSSES
 from .objective import Batch, ObjectiveMixin
 from .outcome import OutcomeMixin
 from .saving import SavingMixin
@@ -157,7 +158,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
             super()._set_signature_columns_if_needed()
             collator = getattr(self.data_collator, "collator", self.data_collator)
             raw = [collator.column, *LABEL_COLUMNS] if isinstance(collator, RawCollator) else []
-            self._signature_columns = [*self._signature_columns, "forget", "retain", *raw]
+            paired = [ALTERNATE] if self.args.forget_loss in PAIRED_LOSSES else []
+            self._signature_columns = [*self._signature_columns, "forget", "retain", *paired, *raw]
 
     def _pruned(self, dataset):
         return self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset

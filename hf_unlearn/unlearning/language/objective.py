@@ -14,6 +14,7 @@ from . import losses
 
 
 TOKEN_LOSSES = ("simnpo", "undial", "wga", "satimp", "ceu")
+PAIRED_LOSSES = ("dpo", "idkdpo")  # of an answer and the one that is wanted instead
 
 
 def token_loss(name: str, logits: Tensor, targets: Tensor, reference_logits: Callable[[], Tensor]) -> Tensor:

@@ -6,7 +6,17 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from language_data import KEPT, TEXTS, assert_same_parameters, masked, nll, padding, settings, without_dropout
+from language_data import (
+    ALTERNATES,
+    KEPT,
+    TEXTS,
+    assert_same_parameters,
+    masked,
+    nll,
+    padding,
+    settings,
+    without_dropout,
+)
 from transformers import (
     AutoModelForCausalLM,
     BertForMaskedLM,
@@ -21,7 +31,7 @@ from hf_unlearn.unlearning.losses import divergence
 
 
 RATES = {"npo": 0.05, "ascent": 0.05, "uniform": 0.05, "redirect": 3.0, "match": 0.05,
-         "simnpo": 3.0, "undial": 3.0, "wga": 3.0, "satimp": 3.0, "ceu": 3.0}  # of steps that are felt  # fmt: skip
+         "simnpo": 3.0, "undial": 3.0, "wga": 3.0, "satimp": 3.0, "ceu": 3.0, "dpo": 0.05}  # of steps that are felt  # fmt: skip
 BETA, HELDOUT = 0.3, 3.0
 
 
@@ -55,7 +65,7 @@ def reduced(values, rows, reduction):
     return sum(total) / (sum(counts) if reduction == "token" else len(rows))
 
 
-def plain_forget(name, model, original, rows, reduction="example"):
+def plain_forget(name, model, original, rows, reduction="example", alternates=None):
     values, nlls = [], []
     for ids, labels in rows:
         places = [place for place in range(len(ids) - 1) if labels[place + 1] != -100]
@@ -68,6 +78,12 @@ def plain_forget(name, model, original, rows, reduction="example"):
         nlls.append(-log_pi / len(places))
         if name == "npo":
             values.append(2 / BETA * torch.log(1 + (log_pi - log_ref).exp() ** BETA) / len(places))
+        elif name == "dpo":
+            ids, labels = alternates[len(values)]
+            with torch.no_grad():
+                alternate_ref = -nll(original, ids, labels, "sum")
+            gained = -nll(model, ids, labels, "sum") - alternate_ref - (log_pi - log_ref)
+            values.append(-2 / BETA * torch.log(torch.sigmoid(BETA * gained)) / len(places))
         elif name == "ascent":
             values.append(log_pi / len(places))
         elif name == "uniform":
@@ -141,7 +157,7 @@ def trained(tokenizer, tmp_path):
 
     def train(model, rows=None, side="right", processing_class=None, heldout_dataset=None, **changes):
         trainer = Recording(
-            model, args=settings(tmp_path, npo_beta=BETA, **changes), data_collator=padding(tokenizer, side),
+            model, args=settings(tmp_path, preference_beta=BETA, **changes), data_collator=padding(tokenizer, side),
             forget_dataset=masked(TEXTS, tokenizer) if rows is None else rows, heldout_dataset=heldout_dataset,
             processing_class=processing_class,
         )  # fmt: skip
@@ -157,17 +173,21 @@ class TestAgainstPlainTorch:
         [("npo", "example", None, "llama"), ("npo", "sum", "nll", "gpt2"), ("ascent", "sum", "nll", "llama"),
          ("ascent", "token", "kl", "gpt2"), ("uniform", "example", None, "gpt2"), ("redirect", "example", None, "tied"),
          ("match", "example", "nll", "tied"), ("simnpo", "example", "kl", "llama"), ("undial", "token", None, "llama"),
-         ("wga", "sum", "kl", "tied"), ("satimp", "token", "nll", "gpt2"), ("ceu", "example", "nll", "llama")],
+         ("wga", "sum", "kl", "tied"), ("satimp", "token", "nll", "gpt2"), ("ceu", "example", "nll", "llama"),
+         ("dpo", "example", None, "gpt2"), ("dpo", "sum", "kl", "llama")],
         indirect=["model"],
     )  # fmt: skip
     def test_two_steps(self, name, reduction, retained, model, tokenizer, tmp_path):
         forget, retain = masked(TEXTS, tokenizer), masked(KEPT, tokenizer, prompt=1)
+        alternates = masked(ALTERNATES, tokenizer, prompt=1) if name == "dpo" else []
+        if name == "dpo":
+            forget = forget.add_column("alternate", list(alternates))
         if name == "simnpo":  # which asks nothing of a model that does not know the texts
             teach(model, rows_of(padding(tokenizer)([dict(row) for row in forget])))
         original, student = copy.deepcopy(model), copy.deepcopy(model)
         others = {"retain_weight": 0.6, "retain_loss": retained} if retained else {"replay_weight": 3.0}
         args = settings(
-            tmp_path, npo_beta=BETA, forget_loss=name, heldout_loss=HELDOUT if name == "match" else None,
+            tmp_path, preference_beta=BETA, forget_loss=name, heldout_loss=HELDOUT if name == "match" else None,
             forget_weight=0.7, learning_rate=RATES[name], loss_reduction=reduction, **others,
         )  # fmt: skip
         trainer = Recording(
@@ -178,10 +198,13 @@ class TestAgainstPlainTorch:
 
         optimizer = torch.optim.SGD(student.parameters(), lr=RATES[name])
         collate = padding(tokenizer)
-        forget, retain = (rows_of(collate([dict(r) for r in rows])) for rows in (forget, retain))
+        forget = forget.select_columns(["input_ids", "attention_mask", "labels"])
+        forget, retain, *alternates = (
+            rows_of(collate([dict(row) for row in rows])) for rows in (forget, retain, alternates) if rows
+        )
         for step in range(2):
             logged = trainer.state.log_history[step]
-            forget_loss = plain_forget(name, student, original, forget, reduction)
+            forget_loss = plain_forget(name, student, original, forget, reduction, *alternates)
             loss = 0.7 * forget_loss
             if retained:
                 retain_loss = plain_retain(retained, student, original, retain, reduction)
@@ -207,7 +230,7 @@ class TestAgainstPlainTorch:
         student, original = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
         rows = Dataset.from_list([dict(tokenizer(text)) for text in TEXTS])
         args = settings(
-            tmp_path, npo_beta=BETA, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1,
+            tmp_path, preference_beta=BETA, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1,
             learning_rate=0.01,
         )  # fmt: skip
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
