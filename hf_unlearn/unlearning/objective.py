@@ -19,9 +19,10 @@ from ..training.losses import IGNORED, cross_entropy, mean_over_predictions
 from . import losses
 from .classifiers.objective import ClassifierObjective
 from .classifiers.replay import perturb_images
-from .language.losses import dpo
-from .language.objective import PAIRED_LOSSES, TOKEN_LOSSES, LanguageObjective, token_loss
+from .language.losses import dpo, rmu
+from .language.objective import ONLY_TEXTS, PAIRED_LOSSES, TOKEN_LOSSES, LanguageObjective, token_loss
 from .language.replay import ordinary_tokens, perturb_tokens
+from .language.rmu import direction, hidden_states, layer_of, layers_of, train_below
 
 
 Batch = Mapping[str, Tensor]
@@ -56,32 +57,33 @@ class ObjectiveMixin:
         if name == "match" and not has_target:
             raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
         self._check_is_for(name)
-        if name == "match" and self.args.loss_reduction != "example":
-            raise ValueError(
-                f"loss_reduction={self.args.loss_reduction!r}: forget_loss='match' compares means of examples; leave it out"
-            )
+        if self.is_causal_lm:
+            self.family.check(name, self.forget_dataset, self.retain_dataset)
+        if name == "rmu":
+            train_below(self.model, layer_of(self.model, self.args.rmu_layer))
         return name
 
     def _check_is_for(self, name: str) -> None:
-        if name in (*TOKEN_LOSSES, *PAIRED_LOSSES) and not self.is_causal_lm:
+        if name in ONLY_TEXTS and not self.is_causal_lm:
             raise ValueError(f"forget_loss={name!r}: is for language models; use 'redirect', or leave it out")
-        if name in PAIRED_LOSSES and ALTERNATE not in self.forget_dataset[0]:
-            raise ValueError(
-                f"forget_dataset: has no column 'alternate', which forget_loss={name!r} needs; give the answers that are wanted "
-                "instead there"
-            )
+
+    @property
+    def rmu_layer(self) -> int | None:
+        return layer_of(self.model, self.args.rmu_layer) if self.forget_loss_name == "rmu" else None
 
     # The losses
 
     def predictions(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits `[batch, …, classes]` and the targets `[batch, …]` they answer, −100 where none."""
+        return self.family.answers(forward, self._inputs(batch), self._labels(batch))
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         self._set_signature_columns_if_needed()
-        labels = self._labels(batch)
         others = (*self.label_names, ALTERNATE)
         inputs = {k: v for k, v in batch.items() if k not in others and k in self._signature_columns}
         if self.is_causal_lm:  # SFTTrainer's signature leaves it out
             inputs.setdefault("attention_mask", batch.get("attention_mask"))
-        return self.family.answers(forward, inputs, labels)
+        return inputs
 
     def _labels(self, batch: Batch) -> Tensor:
         label = self.label_names[0] if self.label_names else "labels"
@@ -128,6 +130,10 @@ class ObjectiveMixin:
             return losses.ascent(self.task_loss(model, batch))
         if self.forget_loss_name == "match":
             return losses.match(self.task_loss(model, batch), self.heldout_loss)
+        if self.forget_loss_name == "rmu":
+            hidden = self._hidden(model, batch)
+            noise = self.args.rmu_coefficient * direction(hidden.shape[-1], self.args.seed).to(hidden.device)
+            return mean_over_predictions(rmu(hidden, noise), self._labels(batch))
         if self.forget_loss_name in ("npo", *PAIRED_LOSSES):
             *nlls, count = self._of_whole_texts(model, batch)
             if self.forget_loss_name == "npo":
@@ -145,6 +151,10 @@ class ObjectiveMixin:
         values = losses.redirect(logits, reference_logits, self.family.excluded(logits, targets))
         return mean_over_predictions(values, targets)
 
+    def _hidden(self, forward: Callable, batch: Batch) -> Tensor:
+        hidden = hidden_states(forward, self._inputs(batch), layers_of(self.model)[self.rmu_layer])
+        return hidden[:, -self._labels(batch).shape[1] :]  # behind the virtual tokens of prompt tuning
+
     def _of_whole_texts(self, model: Callable, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """−log π and −log π* of all predictions of an example together, and how many count, `[batch]` each."""
         logits, targets = self.predictions(model, batch)
@@ -153,7 +163,12 @@ class ObjectiveMixin:
         return cross_entropy(logits, targets) * count, cross_entropy(reference_logits, targets) * count, count
 
     def retain_loss(self, model: Callable, batch: Batch) -> Tensor:
-        """What is minimised on the retain examples: the task's own loss, or the divergence from the original's answers, `[batch]`."""
+        """What is minimised on the retain examples: the task's own loss, or the divergence from the original's answers; of RMU the
+        distance from its hidden states; `[batch]`.
+        """
+        if self.forget_loss_name == "rmu":
+            hidden, kept = (self._hidden(forward, batch) for forward in (model, self.reference_forward))
+            return mean_over_predictions(rmu(hidden, kept), self._labels(batch))
         if self.args.retain_loss == "nll":
             return self._by_token(self.task_loss(model, batch), batch)
         logits, targets = self.predictions(model, batch)

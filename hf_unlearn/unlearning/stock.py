@@ -88,12 +88,13 @@ class StockFeaturesMixin:
         if self.args.auto_find_batch_size:
             if self._begun is None:
                 point = ReferencePoint.capture(self.model) if kwargs.get("resume_from_checkpoint") else self.reference
-                self._begun = point, copy.deepcopy(self.guard.state) if self.guard else None
+                self._begun = point, copy.deepcopy((self.guard.state if self.guard else None, self.dual))
             else:
                 self._begun[0].restore(self.model)
                 self.model.zero_grad()
+                guard_state, self.dual = copy.deepcopy(self._begun[1])
                 if self.guard:
-                    self.guard.state = copy.deepcopy(self._begun[1])
+                    self.guard.state = guard_state
                 if self.optimizer is not None:
                     getattr(self.optimizer, "optimizer", self.optimizer).state.clear()
         return super()._inner_training_loop(batch_size, **kwargs)

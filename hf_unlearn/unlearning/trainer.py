@@ -28,6 +28,7 @@ from .checks import check_arguments, check_labels, check_stock_arguments, check_
 from .config import UnlearnConfig
 from .guard import LOOKING, Guard, GuardState, UtilityMixin
 from .language.objective import PAIRED_LOSSES
+from .language.pdu import Dual
 from .objective import Batch, ObjectiveMixin
 from .outcome import OutcomeMixin
 from .saving import SavingMixin
@@ -55,6 +56,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
     _paper: str | None = None
     _tag_names = ["hf_unlearn", "machine-unlearning"]
     _config_class: type = UnlearnConfig
+    dual: Dual | None = None
     loss_is_scaled_for_ga = False  # our loss is a mean over the batch: Trainer divides it by the accumulation steps
 
     def __init__(
@@ -129,7 +131,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         self._terms: dict[str, Tensor] = {}
         self._terms_count = 0
         self._micro_step = 0
-        self._begun: tuple[ReferencePoint, GuardState | None] | None = None
+        self._begun: tuple[ReferencePoint, tuple[GuardState | None, Dual | None]] | None = None
         if self.compute_metrics is None and self.is_classifier:
             self.compute_metrics = Accuracy()
         self.guard = Guard(self) if args.guard else None
@@ -205,9 +207,12 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         generator = self._generator(self.state.global_step, self._micro_step)
         forget = self.prepared(inputs["forget"], generator)
         terms = {"forget": (self.args.forget_weight, self.forget_loss(model, forget).mean())}
-        if "retain" in inputs and self.args.retain_weight:
+        if "retain" in inputs and (self.dual or self.args.retain_weight):
             retain = self.prepared(inputs["retain"], generator)
-            terms["retain"] = (self.args.retain_weight, self.retain_loss(model, retain).mean())
+            kept = self.retain_loss(model, retain).mean()
+            terms["retain"] = (self.dual.weight if self.dual else self.args.retain_weight, kept)
+            if self.dual:
+                self.dual.saw(kept)
         if self.replay_weight:
             replayed = self.replay_inputs(forget, generator)
             terms["replay"] = (self.replay_weight, self.replay_loss(model, replayed).mean())
@@ -240,6 +245,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
                 self.anchor.add_grad_(trainable_parameters(self.model), scaler.get_scale() if scaled else 1.0)
             if self.args.guard:
                 self._refuse_non_finite(loss, check_gradients=not scaled)
+            if self.dual:
+                self.dual.step(lambda value: self.accelerator.reduce(value, "mean"))
         return loss
 
     def _refuse_non_finite(self, loss: Tensor, check_gradients: bool) -> None:
@@ -277,6 +284,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
             if self.anchor is not None:
                 for name, value in self.anchor.value(trainable_parameters(self.model)).items():
                     terms[f"anchor_{name}"] = value
+            if self.dual:
+                terms["retain_weight"] = torch.tensor(self.dual.weight)
             values = self.accelerator.reduce(
                 torch.stack([v.float().to(self.args.device) for v in terms.values()]), "mean"
             )
@@ -326,6 +335,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
                 self.reference.save(file)
             if first and self.heldout_loss is None and self.heldout_dataset is not None:
                 self.heldout_loss = self._mean(lambda batch: self.task_loss(self.model, batch), self.heldout_dataset)
+        if self.forget_loss_name == "pdu":
+            self.dual = Dual(**self._resumed["dual"]) if checkpoint else self._new_dual()
         if self.anchor is None or checkpoint:
             self.anchor = self.build_anchor()
         if self.guard and not checkpoint:  # a second run of the same trainer: what was useful is still the original
@@ -337,9 +348,15 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         tell_outcome(self, self.outcome_line)
         return done
 
+    def _new_dual(self) -> Dual:
+        """The limit is what utility may fall to: the original's loss on what is kept, and `utility_tolerance`."""
+        original = self._mean(lambda batch: self.retain_loss(self.reference_forward, batch), self.retain_dataset)
+        return Dual(self.args.retain_weight, original + self.utility_tolerance, self.args.pdu_rate)
+
     def _checkpoint_state(self) -> dict[str, Any]:
         guard = self.guard.state.to_json() if self.guard else None
-        return {"guard": guard, "heldout_loss": self.heldout_loss}
+        dual = self.dual.to_json() if self.dual else None
+        return {"guard": guard, "heldout_loss": self.heldout_loss, "dual": dual}
 
     def _run_settings(self) -> dict[str, Any]:
         return super()._run_settings() | {

@@ -18,7 +18,10 @@ from .declared import Key
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # Keys that recipes of generators had before, and that mean nothing there.
-OF_LABELS = {"forget", "forget_accuracy", "bn", "fisher", "fisher_samples", "loss_reduction", "retain_loss"}
+OF_LABELS = {
+    "forget", "forget_accuracy", "bn", "fisher", "fisher_samples", "loss_reduction", "retain_loss", "rmu_layer",
+    "rmu_coefficient", "pdu_rate",
+}  # fmt: skip
 TRUTH = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
 NULL = "null"
 READERS = {

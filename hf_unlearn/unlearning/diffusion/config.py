@@ -27,7 +27,7 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     original's own denoising error, `replay_weight` 1 for `redirect` and 10 for other losses. `heldout_loss` is a denoising error.
 
     What labels or texts need is no setting here: `forget`, `forget_accuracy`, `bn`, `fisher`, `fisher_samples`, `loss_reduction`,
-    `retain_loss`.
+    `retain_loss`, `rmu_layer`, `rmu_coefficient`, `pdu_rate`.
 
     > The denoising loss
         loss_weighting (`"simple"` | `"elbo"` | `"min_snr"`, defaults to `"min_snr"`): w_t; see [`~hf_unlearn.unlearning.diffusion.noise.NoiseSchedule`].
@@ -78,6 +78,9 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     fisher_samples: ClassVar[int] = 1
     loss_reduction: ClassVar[str] = "example"
     retain_loss: ClassVar[str] = "nll"
+    rmu_layer: ClassVar[None] = None
+    rmu_coefficient: ClassVar[float] = 1.0
+    pdu_rate: ClassVar[float] = 1.0
     isotropic_weight: float = 0.0
     guard_steps: int | None = 50
     loss_weighting: Literal["simple", "elbo", "min_snr"] = "min_snr"

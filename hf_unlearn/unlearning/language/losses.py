@@ -72,6 +72,19 @@ def satimp(nll: Tensor, beta1: float = 5.0, beta2: float = 1.0) -> Tensor:
     return -p.pow(beta1) * (1 - p).pow(beta2) * nll
 
 
+def rmu(hidden: Tensor, target: Tensor) -> Tensor:
+    r"""Distance of hidden states from where they are to be (RMU, arXiv 2403.03218): $\frac1d\lVert h - t \rVert^2$, with $t = c\,u$ for what is to be
+    forgotten, and the original's own for what is to be kept; `[rows, tokens, size]` and one that broadcasts to it -> `[rows, tokens]`.
+    """
+    return (hidden.float() - target.float()).square().mean(-1)
+
+
+def pdu(logits: Tensor) -> Tensor:
+    r"""How far the logits are from flat (PDU, arXiv 2506.05314): $(\max_c z_c - \bar z)^2$; `[rows, tokens, vocabulary] -> [rows, tokens]`."""
+    logits = logits.float()
+    return (logits.amax(-1) - logits.mean(-1)).square()
+
+
 def ceu(logits: Tensor, targets: Tensor) -> Tensor:
     r"""[`redirect`] to the student's own distribution in the original's place, which takes no gradient (CE-U, arXiv 2503.01224).
 

@@ -326,6 +326,13 @@ class TestRefusals:
             ({}, {"retain_dataset": Dataset.from_dict({"question": ["a"], "answer": [["b"]]})},
              r"retain_dataset: row 0 has \['b'\] in column 'completion', which is no text"),
             ({}, {"forget_dataset": [{"text": "a"}]}, "forget_dataset: list is not a datasets.Dataset"),
+            ({"forget_loss": "pdu"}, {}, "retain_dataset: missing, whose loss is the limit of forget_loss='pdu'"),
+            ({"forget_loss": "rmu", "rmu_layer": 2}, {}, "rmu_layer=2: the model has 2 layers; choose one of 0 to"),
+            ({"forget_loss": "rmu", "torch_compile": True}, {}, "torch_compile=True: forget_loss='rmu' reads hidden states by hooks"),
+            ({"forget_loss": "rmu", "retain_loss": "kl"}, {}, "retain_loss='kl': forget_loss='rmu' compares hidden states"),
+            ({"forget_loss": "rmu", "loss_reduction": "sum"}, {}, "loss_reduction='sum': forget_loss='rmu' takes means of texts"),
+            ({"forget_loss": "match", "loss_reduction": "token", "heldout_loss": 3.0}, {},
+             "loss_reduction='token': forget_loss='match' takes means of texts"),
             ({"forget_loss": "dpo"}, {}, "forget_dataset: has no column 'alternate', which forget_loss='dpo' needs"),
             ({"forget_loss": "idkdpo"}, {"forget_dataset": as_text(QUESTIONS)},
              "forget_dataset: forget_loss='idkdpo' needs 'prompt' and 'completion', which id, text are not"),
@@ -344,20 +351,21 @@ class TestRefusals:
 
 
 class TestRunning:
-    def trainer(self, model, tokenizer, folder, callbacks=(), eval_dataset=None, **changes):
+    def trainer(self, model, tokenizer, folder, callbacks=(), eval_dataset=None, retain_dataset=None, **changes):
         return UnlearnSFTTrainer(
             model, args=settings(folder, **{"replay_weight": 2.0, "isotropic_weight": 0.1, **changes}),
             forget_dataset=as_completions(QUESTIONS), processing_class=tokenizer, callbacks=list(callbacks),
-            eval_dataset=eval_dataset,
+            eval_dataset=eval_dataset, retain_dataset=retain_dataset,
         )  # fmt: skip
 
-    def test_gradient_checkpointing_is_on_and_changes_nothing(self, tiny_llama, tokenizer, tmp_path):
+    @pytest.mark.parametrize("loss", ["npo", "rmu"])
+    def test_gradient_checkpointing_is_on_and_changes_nothing(self, loss, tiny_llama, tokenizer, tmp_path):
         model = copy.deepcopy(tiny_llama)
         assert settings(tmp_path).gradient_checkpointing
-        checkpointed = self.trainer(model, tokenizer, tmp_path)
+        checkpointed = self.trainer(model, tokenizer, tmp_path, forget_loss=loss)
         checkpointed.train()
         assert model.is_gradient_checkpointing
-        self.trainer(tiny_llama, tokenizer, tmp_path, gradient_checkpointing=False).train()
+        self.trainer(tiny_llama, tokenizer, tmp_path, forget_loss=loss, gradient_checkpointing=False).train()
         assert checkpointed.state.log_history[1]["replay_loss"] > 0
         assert_same_parameters(model, tiny_llama)
 
@@ -400,19 +408,22 @@ class TestRunning:
         assert files >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "_private"}
         assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
 
-    @pytest.mark.parametrize("loss", ["npo", "idkdpo"])
+    @pytest.mark.parametrize("loss", ["npo", "idkdpo", "rmu", "pdu"])
     def test_resuming_ends_where_an_uninterrupted_run_does(self, loss, tiny_llama, tokenizer, tmp_path):
         for module in tiny_llama.modules():
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.1
 
         def make(folder, **steps):
-            model = copy.deepcopy(tiny_llama)
             return self.trainer(
-                model, tokenizer, folder, per_device_train_batch_size=1, guard=True, forget_loss=loss, **steps
-            )
+                copy.deepcopy(tiny_llama), tokenizer, folder, per_device_train_batch_size=1, guard=True, forget_loss=loss,
+                retain_dataset=as_completions(KEPT) if loss == "pdu" else None, pdu_rate=0.01, **steps,
+            )  # fmt: skip
 
-        check_resuming(tmp_path, make)
+        whole, killed, resumed = check_resuming(tmp_path, make)
+        if loss == "pdu":
+            assert 0 < resumed.dual.weight < killed.dual.weight < 1
+            assert resumed.dual.to_json() == pytest.approx(whole.dual.to_json(), rel=1e-4)
 
 
 NAMES = ["Anna", "Bruno", "Clara", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Luis"]
