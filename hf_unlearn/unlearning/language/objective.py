@@ -59,7 +59,7 @@ class LanguageObjective:
             raise ValueError(
                 "forget='class' needs a classifier; a language model forgets examples: use forget='examples'"
             )
-        return "match" if has_target else "npo"
+        return "redirect"
 
     def check(self, name: str, forget_rows: Any, retain_rows: Any) -> None:
         """Refuse what does not go with a forget loss.
