@@ -27,6 +27,8 @@ _EXPORTS = {
     "InfluenceConfig": "influence.config",
     "InfluenceReport": "influence.report.report",
     "InfluenceTrainer": "influence.trainer",
+    "LanguageEvaluation": "training.evaluation",
+    "LanguageScores": "training.evaluation",
     "PBUConfig": "unlearning.classifiers.pbu",
     "PBUTrainer": "unlearning.classifiers.pbu",
     "UnlearnConfig": "unlearning.config",
