@@ -17,6 +17,7 @@ _EXPORTS = {
     "FINEConfig": "influence.config",
     "FINEMixin": "influence.trainer",
     "FINETrainer": "influence.sft",
+    "ForgettingCallback": "training.watching",
     "FilterEncoder": "filtering.encoding.encoders",
     "FilterOutput": "filtering.checker",
     "FilteredImageError": "filtering.drawing.actions",

@@ -56,7 +56,7 @@ def read_answer(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_
         ids, start, prompt = tokenizer(_ended(row["text"], tokenizer))["input_ids"], 0, []
         labels = ids
     else:
-        prompt, ids = _prompt_and_whole(row, tokenizer)
+        prompt, ids = _prompt_and_whole(as_pair(row), tokenizer)
         differ = (place for place, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other)
         start = next(differ, min(len(prompt), len(ids)))
         labels = [IGNORED] * start + ids[start:]
@@ -69,15 +69,22 @@ def read_answer(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_
     return answer
 
 
-def _prompt_and_whole(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def as_pair(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with `prompt` and `completion` where it has `messages`, of which the last is the answer.
+
+    Raises:
+        ValueError: that is not what the assistant says.
+    """
     row = maybe_convert_to_chatml(dict(row))
-    if "messages" in row:
-        *prompt, last = row["messages"]
-        if last["role"] != "assistant":
-            raise ValueError(
-                f"ends with a message of role {last['role']!r}; only what the assistant says is an answer"
-            )
-        row = row | {"prompt": prompt, "completion": [last]}
+    if "messages" not in row:
+        return row
+    *prompt, last = row.pop("messages")
+    if last["role"] != "assistant":
+        raise ValueError(f"ends with a message of role {last['role']!r}; only what the assistant says is an answer")
+    return row | {"prompt": prompt, "completion": [last]}
+
+
+def _prompt_and_whole(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str):
         whole = prompt + _ended(completion, tokenizer)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..metrics import language
 from ..modes import looking
-from .answers import Answer, greedy_answers, longest_first, padded, read_answer
+from .answers import Answer, as_pair, greedy_answers, longest_first, padded, read_answer
 from .checks import shown
 from .losses import IGNORED
 from .texts import as_prompt_completion, check_texts
@@ -131,25 +131,25 @@ class LanguageEvaluation:
         self._false: list[list[Answer]] = []
         false = next((name for name in FALSE if name in rows.column_names), None)
         for number, row in enumerate(rows):
-            if paraphrased:
-                row = _asked(row, _text(row, ASKED_AGAIN, number))
-            self._answers.append(self._read(row, number))
-            if TRUE in row:
-                self._true.append(self._read(_answered(row, _text(row, TRUE, number)), number))
-            if false:
-                texts = row[false] if isinstance(row[false], list) else [_text(row, false, number)]
-                self._false.append([self._read(_answered(row, text), number) for text in texts])
+            try:
+                row = as_pair(row)
+                row = row | _asked(row, _text(row, ASKED_AGAIN)) if paraphrased else row
+                self._answers.append(self._read(row))
+                if TRUE in row:
+                    self._true.append(self._read(row | _answered(row, _text(row, TRUE))))
+                if false:
+                    texts = row[false] if isinstance(row[false], list) else [_text(row, false)]
+                    self._false.append([self._read(row | _answered(row, text)) for text in texts])
+            except ValueError as error:
+                raise ValueError(f"rows: row {number} {error}") from error
         if false and len({len(answers) for answers in self._false}) > 1:
             raise ValueError(f"rows: column {false!r} has more answers in one row than in another; give all as many")
         self.references = [tokenizer.decode(answer.counted, skip_special_tokens=True) for answer in self._answers]
         longest = max(len(answer.counted) for answer in self._answers)
         self.max_new_tokens = 2 * longest if max_new_tokens is None else max_new_tokens
 
-    def _read(self, row: dict[str, Any], number: int) -> Answer:
-        try:
-            return read_answer(row, self.tokenizer, self._max_length)
-        except ValueError as error:
-            raise ValueError(f"rows: row {number} {error}") from error
+    def _read(self, row: dict[str, Any]) -> Answer:
+        return read_answer(row, self.tokenizer, self._max_length)
 
     def __call__(self, model: nn.Module | Callable) -> LanguageScores:
         """What `model` knows of the rows.
@@ -251,29 +251,23 @@ def _useful(scores: LanguageScores) -> list[float]:
 # Rows in other words
 
 
-def _text(row: dict[str, Any], column: str, number: int) -> str:
+def _text(row: dict[str, Any], column: str) -> str:
     if not isinstance(row[column], str):
-        raise ValueError(
-            f"rows: row {number} has {shown(row[column])} in column {column!r}, which is no text; fill it in"
-        )
+        raise ValueError(f"has {shown(row[column])} in column {column!r}, which is no text; fill it in")
     return row[column]
 
 
 def _answered(row: dict[str, Any], text: str) -> dict[str, Any]:
-    """The row with another answer, in the form of its own."""
-    if "messages" in row:
-        return row | {"messages": _said(row["messages"], text)}
+    """Another answer, in the form of the row's own: a message, or a text that begins with the same space."""
     own = row["completion"]
     if isinstance(own, list):
-        return row | {"completion": _said(own, text)}
-    return row | {"completion": own[: len(own) - len(own.lstrip())] + text.lstrip()}
+        return {"completion": _said(own, text)}
+    return {"completion": own[: len(own) - len(own.lstrip())] + text.lstrip()}
 
 
 def _asked(row: dict[str, Any], text: str) -> dict[str, Any]:
-    """The row with another question, in the form of its own."""
-    if "messages" in row:
-        return row | {"messages": _said(row["messages"][:-1], text) + row["messages"][-1:]}
-    return row | {"prompt": text if isinstance(row["prompt"], str) else _said(row["prompt"], text)}
+    """Another question, in the form of the row's own."""
+    return {"prompt": text if isinstance(row["prompt"], str) else _said(row["prompt"], text)}
 
 
 def _said(messages: list[dict[str, str]], text: str) -> list[dict[str, str]]:
