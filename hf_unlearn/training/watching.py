@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl
 
 from .evaluation import LanguageEvaluation, compare
 
@@ -53,21 +53,26 @@ class ForgettingCallback(TrainerCallback):
                 raise ValueError(str(error).replace("rows", name, 1)) from error
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._look()
+        self._look(control)
 
     def on_step_end(self, args, state, control, **kwargs):
         due = float(state.epoch).is_integer() if self.every == "epoch" else state.global_step % self.every == 0
         if due and state.global_step < state.max_steps:
-            self._look()
+            self._look(control)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._look()  # here and not at the last step: a guard, or load_best_model_at_end, may have gone back to another
+        self._look(
+            control
+        )  # here and not at the last step: a guard, or load_best_model_at_end, may have gone back to another
 
-    def _look(self) -> None:
+    def _look(self, control: TrainerControl) -> None:
         scores = {name: evaluation(self.trainer.model) for name, evaluation in self.evaluations.items()}
         figures = {f"{name}_{key}": value for name, of in scores.items() for key, value in of.summary().items()}
         if "forget" in scores:
             kept = [scores[name] for name in ("retain",) if name in scores]
             figures |= compare(scores["forget"], heldout=scores.get("heldout"), kept=kept)
-        # Not the trainer's own `log`: SFTTrainer's would hand out, and forget, what it has gathered since the last one.
+        # Not the trainer's own `log`: SFTTrainer's would hand out, and forget, what it has gathered since the last one. And the
+        # trainer is to log its losses when it would have.
+        due = control.should_log
         Trainer.log(self.trainer, {f"eval_{name}": value for name, value in figures.items()})
+        control.should_log = due
