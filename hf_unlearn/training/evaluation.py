@@ -18,7 +18,7 @@ from ..modes import looking
 from .answers import Answer, as_pair, greedy_answers, longest_first, padded, read_answer
 from .checks import shown
 from .losses import IGNORED
-from .texts import as_prompt_completion, check_texts
+from .texts import as_prompt_completion, check_template, check_texts
 
 
 TRUE, FALSE = "paraphrased_answer", ("perturbed_answers", "perturbed_answer")
@@ -124,6 +124,7 @@ class LanguageEvaluation:
             raise ValueError(f"paraphrased=True: rows have no column {ASKED_AGAIN!r} ({', '.join(rows.column_names)})")
         rows = as_prompt_completion(rows, "text", "rows").with_format(None)
         check_texts(rows, "text", "rows")
+        check_template(rows, tokenizer, "rows")
         self.tokenizer, self.batch_size, self.k = tokenizer, batch_size, k
         self._max_length = max_length
         self._answers: list[Answer] = []

@@ -109,6 +109,22 @@ def check_texts(dataset: Any, text_column: str, argument: str) -> None:
                 )
 
 
+def check_template(dataset: Any, tokenizer: Any, argument: str) -> None:
+    """Refuse conversations that `tokenizer` has no template for.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    is_raw = isinstance(dataset, Dataset) and len(dataset) and "input_ids" not in dataset.column_names
+    row = dataset[0] if is_raw else {}
+    column = next((name for name in (*KNOWN[:2], "prompt", "completion") if isinstance(row.get(name), list)), None)
+    if column and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{argument}: column {column!r} holds conversations, and the tokenizer has no chat template; take a chat model's tokenizer, "
+            "set its chat_template, or give texts"
+        )
+
+
 def check_tokenized(dataset: Any, argument: str) -> None:
     """Refuse texts where token ids are needed.
 
