@@ -155,14 +155,18 @@ class UnlearnSFTConfig(UnlearnArguments, SFTConfig):
         own_samples (`int`, defaults to 4000): texts that the original writes, once, before the first step, where `redirect` has no
             `retain_dataset=`: what is to be kept.
         learning_rate (`float`, *optional*): default: by the model's width, see [`~hf_unlearn.unlearning.language.trainer.default_rate`].
+        num_train_epochs (`float`, *optional*): default: 3, and with `redirect` as many as make 400 steps.
+        per_device_train_batch_size (`int`, defaults to 16): forget rows; with `retain_per_forget` rows to keep beside each of them.
+        guard_steps (`int`, *optional*): default: once per epoch, and with `redirect` a tenth of the run.
     """
 
     hub_strategy: str = "end"
     forget: Literal["class", "examples"] = "examples"
     own_samples: int = 4000
     learning_rate: float | None = None
-    retain_weight: float = 3.0
-    retain_per_forget: int = 3
+    num_train_epochs: float | None = None
+    per_device_train_batch_size: int = 16
+    retain_per_forget: int = 2
     isotropic_weight: float = 0.0
 
     def _check_unlearn_arguments(self) -> None:

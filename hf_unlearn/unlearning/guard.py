@@ -81,6 +81,7 @@ class Watched(Protocol):
     model: nn.Module
     private_dir: Path
     utility_tolerance: float
+    guard_steps: int | None
 
     def remembered(self) -> float: ...
     def utility(self) -> float: ...
@@ -133,7 +134,8 @@ class Guard(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         # Also at the end of an epoch here and not in on_epoch_end, which comes after a checkpoint of the same step: a run
         # that goes on from that checkpoint would miss the look.
-        if state.global_step % args.guard_steps == 0 if args.guard_steps else float(state.epoch).is_integer():
+        every = self.trainer.guard_steps
+        if state.global_step % every == 0 if every else float(state.epoch).is_integer():
             self._look(state.global_step)
             control.should_training_stop |= self.exhausted
 
@@ -244,6 +246,11 @@ class UtilityMixin:
         if self.heldout_loss is None:
             return math.inf
         return 0.95 * self.heldout_loss - loss  # the two are means of finite samples: they need not agree to the digit
+
+    @property
+    def guard_steps(self) -> int | None:
+        """Steps between two looks; None for an epoch."""
+        return self.args.guard_steps
 
     @property
     def utility_kind(self) -> str:

@@ -39,9 +39,11 @@ from .written import written
 
 logger = logging.getLogger(__name__)
 
-FURTHER = 4  # further questions for each forget text
+FURTHER = 2  # further questions for each forget text
 TRIES = 9  # strangers for each subject, of whom one is taken
 TOLERANCE = 0.02  # of probability and of the share that is known, above which the model still remembers
+STEPS, EPOCHS = 400, 3  # at least, where num_train_epochs is not given
+LOOKS = 10  # of the guard, where guard_steps is not given
 LONGEST = 256  # tokens at most of what is written
 
 
@@ -152,7 +154,7 @@ def further_questions(
         rows (`Dataset`): `input_ids` and `labels`.
         subjects ([`Subjects`]): of these rows.
         model, tokenizer: the original.
-        each (`int`, defaults to 4): questions for each row.
+        each (`int`, defaults to 2): questions for each row.
         max_new_tokens (`int`, defaults to 256): of an answer.
         seed (`int`, defaults to 0): of questions and answers.
     """
@@ -236,6 +238,7 @@ class RedirectMixin:
     asked: Asked | None = None
     kept: Asked | None = None
     subjects: Subjects | None = None
+    _chooses_epochs = False  # where none are given
 
     @property
     def redirects(self) -> bool:
@@ -252,7 +255,16 @@ class RedirectMixin:
                 if not file.is_file():
                     raise ValueError(f"resume_from_checkpoint: {file} is missing; start again")
                 setattr(self, name, Asked.load(file))
+        if self.redirects and self._chooses_epochs:
+            self.args.num_train_epochs = self._epochs
         return super()._train(checkpoint, **kwargs)
+
+    @property
+    def _epochs(self) -> int:
+        """As many as make enough steps."""
+        args = self.args
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return max(EPOCHS, math.ceil(STEPS * rows / len(self.asked.rows)))
 
     def _made(self) -> dict[str, Asked]:
         """What is asked of the model, and what it is to keep; by the original, before the first step."""
@@ -296,6 +308,10 @@ class RedirectMixin:
         return any(isinstance(row.get(name), list) for name in ("prompt", "messages", "conversations"))
 
     # What the guard watches, and what is said in the end
+
+    @property
+    def guard_steps(self) -> int | None:
+        return self.args.guard_steps or (max(1, self.state.max_steps // LOOKS) if self.redirects else None)
 
     def forget_figures(self, model) -> dict[str, float]:
         figures = super().forget_figures(model)

@@ -17,7 +17,7 @@ from ..stock import parts_of
 from ..trainer import UnlearnMixin
 from .alternates import wanted_instead
 from .objective import PAIRED_LOSSES
-from .redirect import RedirectMixin
+from .redirect import EPOCHS, RedirectMixin
 
 
 def default_rate(model: Any, adapter: bool) -> float:
@@ -48,6 +48,9 @@ class UnlearnSFTTrainer(RedirectMixin, UnlearnMixin, SFTTrainer):
         model, processing_class, name = super()._load(model, args, processing_class)
         if args.learning_rate is None:
             args.learning_rate = default_rate(model, self._peft_config is not None)
+        if args.num_train_epochs is None:
+            self._chooses_epochs = True
+            args.num_train_epochs = EPOCHS
         return model, processing_class, name
 
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
