@@ -237,8 +237,9 @@ class TestAlternates:
         student, original = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
         name = "idkdpo" if "refusals" in form else "dpo"
         rows = Dataset.from_dict(rows)
+        alike = {"retain_weight": 1.0, "retain_per_forget": 1, "guard": True, "utility_tolerance": 9.0}
         trainer = UnlearnSFTTrainer(
-            tiny_llama, args=settings(tmp_path, forget_loss=name, guard=True, utility_tolerance=9.0), processing_class=tokenizer,
+            tiny_llama, args=settings(tmp_path, forget_loss=name, **alike), processing_class=tokenizer,
             forget_dataset=rows, retain_dataset=as_completions(KEPT).add_column("alternate", ["", "of no use"]),
             eval_dataset={"forget": rows},
         )  # fmt: skip
@@ -417,7 +418,8 @@ class TestRunning:
         def make(folder, **steps):
             return self.trainer(
                 copy.deepcopy(tiny_llama), tokenizer, folder, per_device_train_batch_size=1, guard=True, forget_loss=loss,
-                retain_dataset=as_completions(KEPT) if loss == "pdu" else None, pdu_rate=0.01, **steps,
+                retain_dataset=as_completions(KEPT) if loss == "pdu" else None, retain_weight=1.0, pdu_rate=0.01,
+                **steps,
             )  # fmt: skip
 
         whole, killed, resumed = check_resuming(tmp_path, make)
