@@ -11,7 +11,7 @@ from trl import SFTTrainer
 
 from ...data import overlap
 from ...training.collators import ALTERNATE
-from ...training.texts import as_prompt_completion, check_texts, count_tokens, fit_length
+from ...training.texts import as_prompt_completion, check_template, check_texts, count_tokens, fit_length
 from ..config import UnlearnSFTConfig
 from ..stock import parts_of
 from ..trainer import UnlearnMixin
@@ -95,6 +95,7 @@ class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
         if formatting_func is None:
             dataset = as_prompt_completion(dataset, args.dataset_text_field, argument)
             check_texts(dataset, args.dataset_text_field, argument)
+            check_template(dataset, processing_class, argument)
         whole, alternates = dataset_name == "train", None
         if whole and args.forget_loss in PAIRED_LOSSES and "input_ids" not in dataset.column_names:
             alternates = wanted_instead(dataset, args.forget_loss, args.seed)
