@@ -39,12 +39,13 @@ class UnlearnArguments(GuardArguments):
             only of these examples. The right answers differ: a model that never saw an example may still classify it.
         forget_loss (`str`, defaults to `"bounded"`): `"ascent"`, `"npo"`, `"redirect"`, `"uniform"`, `"match"`, or
             for texts `"simnpo"`, `"undial"`, `"wga"`, `"satimp"` or `"ceu"` with their papers' settings; `"dpo"`, which prefers what a
-            column `alternate` of the forget rows answers instead; `"idkdpo"`, to which "I don't know" will do where there is
-            no such column; `"rmu"`, which sends hidden states to a random vector; `"pdu"`, which flattens logits under a limit on
-            the loss of `retain_dataset=`; or `"bounded"`, which chooses: `"match"` where the loss of held-out data is known, else `"redirect"` to forget a class from a
-            classifier and `"npo"` for language models.
+            column `alternate` of the forget rows answers instead; `"idkdpo"` and `"altpo"`, where without such a column "I don't
+            know" is preferred, or answers with other facts that the original writes; `"rmu"`, which sends hidden states to a random
+            vector; `"pdu"`, which flattens logits under a limit on the loss of `retain_dataset=`; or `"bounded"`, which chooses:
+            `"match"` where the loss of held-out data is known, else `"redirect"` to forget a class from a classifier and `"npo"`
+            for language models.
         forget_weight (`float`, defaults to 1.0): weight of the forget loss, > 0.
-        preference_beta (`float`, defaults to 0.1): inverse temperature β of `npo`, `dpo` and `idkdpo`.
+        preference_beta (`float`, defaults to 0.1): inverse temperature β of `npo`, `dpo`, `idkdpo` and `altpo`.
         loss_reduction (`"example"` | `"token"` | `"sum"`, defaults to `"example"`): of texts: a mean over the tokens of each that
             count and then over texts; or over all tokens of a batch, in the forget and the retain loss, as open-unlearning
             does (of each micro-batch of each process); or the forget loss summed over the tokens of a text, as in NPO's
@@ -104,7 +105,7 @@ class UnlearnArguments(GuardArguments):
     forget: Literal["class", "examples"] = "class"
     forget_loss: Literal[
         "bounded", "ascent", "npo", "redirect", "uniform", "match", "simnpo", "undial", "wga", "satimp", "ceu", "dpo", "idkdpo",
-        "rmu", "pdu",
+        "altpo", "rmu", "pdu",
     ] = "bounded"  # fmt: skip
     forget_weight: float = 1.0
     preference_beta: float = 0.1

@@ -16,6 +16,7 @@ from ..config import UnlearnSFTConfig
 from ..stock import parts_of
 from ..trainer import UnlearnMixin
 from .alternates import wanted_instead
+from .altpo import AltPOMixin
 from .objective import PAIRED_LOSSES
 from .redirect import EPOCHS, RedirectMixin
 
@@ -33,7 +34,7 @@ def default_rate(model: Any, adapter: bool) -> float:
     return 1e-3 * (320 / model.config.get_text_config().hidden_size) ** 2
 
 
-class UnlearnSFTTrainer(RedirectMixin, UnlearnMixin, SFTTrainer):
+class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
     """[`~trl.SFTTrainer`] that makes a language model forget instructions: `forget_dataset=` instead of `train_dataset=`.
 
     Takes the formats that `SFTTrainer` takes (text, prompt and completion, messages), with its completion masks and chat
