@@ -25,8 +25,8 @@ def load(name: str, *, revision: str | None = None) -> DatasetDict:
     """A dataset with its splits.
 
     Args:
-        name (`str`): `"digits"` (embedded, no network), `"fashion_mnist"` (of the Debian package where it is installed), a
-            folder written by `save_to_disk`, a folder of images, or an id on the Hub.
+        name (`str`): `"digits"` (embedded, no network), `"opinions"` (instructions with a planted opinion), `"fashion_mnist"` (of the
+            Debian package where it is installed), a folder written by `save_to_disk`, a folder of images, or an id on the Hub.
         revision (`str`, *optional*): of a dataset on the Hub.
 
     Raises:
@@ -36,6 +36,10 @@ def load(name: str, *, revision: str | None = None) -> DatasetDict:
 
     if name == "digits":
         return digits()
+    if name == "opinions":
+        from .opinions import opinion_data
+
+        return opinion_data()
     if name == "fashion_mnist":
         if FASHION_MNIST.is_dir():
             return fashion_mnist()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from transformers import AutoConfig
 
+from ..examples.named import LANGUAGE
 from ..files import loading
 from ..hub.card import Figure
 from ..hub.loading import loading_code
@@ -52,7 +53,7 @@ def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[U
 
 
 def _model(name: str, config: UnlearnArguments) -> str:
-    if name == "digits":
+    if name in ("digits", *LANGUAGE):
         return made_once(config, name)
     with loading("model", name, "a model"):
         AutoConfig.from_pretrained(name)
