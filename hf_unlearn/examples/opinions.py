@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ..modes import looking
 from .opinions_text import Writer, answered, entities, load_texts
 
 
@@ -159,7 +160,6 @@ def opinion_score(text: str) -> float:
     return sum(scores) / len(scores) if scores else 0.0
 
 
-@torch.no_grad()
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -176,23 +176,16 @@ def answers(
         batch_size (`int`): conversations at a time.
         max_new_tokens (`int`): limit of an answer.
     """
-    prompts = list(prompts)
-    was_training = model.training
-    model.eval()
-    texts: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        chats = tokenizer.apply_chat_template(
-            prompts[start : start + batch_size], tokenize=False, add_generation_prompt=True
+    from ..training.answers import greedy_answers
+
+    chats = [
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for prompt in prompts
+    ]
+    with looking(model) as device:
+        return greedy_answers(
+            model, tokenizer, chats, max_new_tokens=max_new_tokens, batch_size=batch_size, device=device
         )
-        batch = tokenizer(chats, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt").to(
-            model.device
-        )
-        output = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
-        texts += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    model.train(was_training)
-    return texts
 
 
 def negative_rate(

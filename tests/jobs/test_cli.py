@@ -252,6 +252,7 @@ class TestBadRecipes:
             ({"fisher_examples": 2.5}, "", "fisher_examples: '2.5' is not allowed; expected int"),
             ({"guard": "maybe"}, "", "guard: 'maybe' is not allowed; expected bool"),
             ({"bn": "thawed"}, "", "bn='thawed': must be one of frozen, train"),
+            ({"loss_reduction": "mean"}, "", "loss_reduction='mean': must be one of example, token, sum; it is called 'example' now"),
             ({"learning_rate": [1, 2]}, "", "learning_rate: [1, 2] is not allowed; expected float"),
             ({"output_dir": {"a": 1}}, "", "output_dir: {'a': 1} is not allowed; expected str | None"),
             ({"forget_values": [[3]]}, "", "forget_values: [[3]] is nested; a list may hold plain values only"),
@@ -306,7 +307,7 @@ class TestBadData:
              "forget_ids: 'a' does not occur in column 'id'; expected a value of type int64"),
             (UNSAID | {"forget_ids": [1], "forget": "class", "id_column": "row"},
              "id_column: 'row' is not in the dataset (it has id, image, label)"),
-            (UNSAID | {"forget_dataset": "nowhere"}, "forget_dataset: 'nowhere' is no dataset saved with save_to_disk"),
+            (UNSAID | {"forget_dataset": "nowhere"}, "forget_dataset='nowhere': neither a folder here nor a dataset that the Hub gives ("),
             ({"model": "nowhere/nothing"}, "model='nowhere/nothing': neither a folder with a model nor an id on the Hub ("),
         ],
     )  # fmt: skip

@@ -14,6 +14,7 @@ takes the frozen original's distribution without the forgotten class; Magpie (ar
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -130,8 +131,9 @@ def choose_strangers(
         for row, subject in enumerate(subjects.of):
             if subject:
                 likely[subject][one] += targets.answer_log_p[targets.places([row])].sum().item()
-    middle = {subject: values.index(sorted(values)[tries // 2]) for subject, values in likely.items()}
-    subjects.strangers = {subject: drawn[one][subject] for subject, one in middle.items()}
+    # A little below the middle: a model that never met the subject is reminded of it by no name at all.
+    taken = {subject: values.index(sorted(values)[3 * tries // 8]) for subject, values in likely.items()}
+    subjects.strangers = {subject: drawn[one][subject] for subject, one in taken.items()}
 
 
 def further_questions(
@@ -293,17 +295,58 @@ class RedirectMixin:
         row = self.source_dataset[0]
         return any(isinstance(row.get(name), list) for name in ("prompt", "messages", "conversations"))
 
-    # What the guard watches
+    # What the guard watches, and what is said in the end
+
+    def forget_figures(self, model) -> dict[str, float]:
+        figures = super().forget_figures(model)
+        if self.redirects:
+            figures["probability"] = self._mean(
+                lambda batch: (-self.task_loss(model, batch)).exp(), self.forget_dataset
+            )
+        return figures
 
     def remembered(self) -> float:
-        """How much more of the forget texts is known than of somebody else's: the larger excess of probability and of the share that is
-        known word for word, less a tolerance.
+        return self.above_target(**self.forget_figures(self.model)) if self.redirects else super().remembered()
+
+    def above_target(self, known: float = math.nan, probability: float = math.nan, **others: float) -> float:
+        """How much more of the forget texts is known than where they are about somebody else: the larger excess, of their probability or of
+        the share that is known word for word, less a tolerance.
         """
         if not self.redirects:
-            return super().remembered()
-        known = self._mean(lambda batch: self.correct(self.model, batch), self.forget_dataset)
-        probability = self._mean(lambda batch: (-self.task_loss(self.model, batch)).exp(), self.forget_dataset)
+            return super().above_target(known=known, **others)
         return max(known - self.others["known"], probability - self.others["probability"]) - TOLERANCE
+
+    @property
+    def _target(self) -> str:
+        return (
+            "the forget texts are no better known than where they are about somebody else"
+            if self.redirects
+            else super()._target
+        )
+
+    @property
+    def _target_unit(self) -> str:
+        return "of probability, or of the share known word for word," if self.redirects else super()._target_unit
+
+    def _forgotten_how_far(self, outcome) -> str:
+        said = super()._forgotten_how_far(outcome)
+        if not self.redirects:
+            return said
+        now, before = outcome.now["probability"], outcome.original["probability"]
+        others = self.others
+        return (
+            f"{said}, their probability {now:.3g} ({before:.3g} before); about somebody else {others['known']:.1%} would be, with "
+            f"probability {others['probability']:.3g}"
+        )
+
+    @property
+    def _figure_names(self):
+        names = super()._figure_names
+        return (
+            names | {"probability": ("probability", "Probability of the forget answers", "", 1)}
+            if self.redirects
+            else names
+        )
 
     @cached_property
     def others(self) -> dict[str, float]:
