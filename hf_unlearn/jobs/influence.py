@@ -37,7 +37,7 @@ def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[
         FloatingPointError: the training or the sweep is not finite.
     """
     check_processes(config)
-    splits = _load(job)
+    splits = load(job.dataset, revision=job.dataset_revision)
     train = one_split(splits, "split", job.split)
     if config.id_column not in train.column_names:
         train = train.add_column(config.id_column, list(range(len(train))))
@@ -65,14 +65,6 @@ def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[
         report = trainer.influence.join(train, config.id_column, sorted(columns))
         report.save_to_disk(trainer.private_dir / "report")  # first: a terminal may have no μ to print
         _tell(job, config, report, check, trainer.private_dir)
-
-
-def _load(job: InfluenceJob) -> DatasetDict:
-    if job.dataset == "opinions":
-        from ..examples.opinions import opinion_data
-
-        return opinion_data()
-    return load(job.dataset, revision=job.dataset_revision)
 
 
 def _model(job: InfluenceJob, config: FINEArguments, train: Dataset) -> tuple[Any, Any]:

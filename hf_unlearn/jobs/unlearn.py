@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from transformers import AutoConfig
 
+from ..examples.named import LANGUAGE
 from ..files import loading
 from ..hub.card import Figure
 from ..hub.loading import loading_code
@@ -77,7 +78,7 @@ def forget_and_tell(
 
 
 def _model(name: str, config: UnlearnArguments) -> str:
-    if name == "digits":
+    if name in ("digits", *LANGUAGE):
         return made_once(config, name)
     with loading("model", name, "a model"):
         AutoConfig.from_pretrained(name)

@@ -391,6 +391,10 @@ class RedirectMixin:
 
     # The loss
 
+    @property
+    def drawn_rows(self):
+        return self.asked.rows if self.redirects else super().drawn_rows
+
     def _training_rows(self):
         if not self.redirects:
             return super()._training_rows()

@@ -163,7 +163,7 @@ def _whole_name(row: Sequence[Word], subject: set[str], names: set[str]) -> tupl
         for place in order:
             before = place - order.step
             beside = row[min(place, before)].end == row[max(place, before)].begin
-            part[place] |= part[before] and beside and row[place].text in names
+            part[place] |= part[before] and beside and row[place].capital and row[place].text in names
     return tuple(dict.fromkeys(word.text for word, is_part in zip(row, part, strict=True) if is_part))
 
 
