@@ -82,6 +82,7 @@ class Watched(Protocol):
     private_dir: Path
     utility_tolerance: float
     guard_steps: int | None
+    latest_is_best: bool
 
     def remembered(self) -> float: ...
     def utility(self) -> float: ...
@@ -170,8 +171,10 @@ class Guard(TrainerCallback):
         drop = self.trainer.utility_drop(self.state.baseline)
         look = Look(step, self.trainer.remembered(), drop, drop <= self.trainer.utility_tolerance)
         self.state.looks.append(look)
-        # Without a forget target (language models with no held-out loss) there is no state to prefer but the latest kept.
-        gained = self.best is None or look.rank > self.best.rank or (look.remembered == float("inf") and look.kept)
+        # Without a forget target (language models with no held-out loss) there is no state to prefer but the latest kept; and a loss
+        # that has a minimum is best where it was minimised longest.
+        latest = self.trainer.latest_is_best or look.remembered == float("inf")
+        gained = self.best is None or look.rank > self.best.rank or (latest and look.kept)
         if gained:
             self.state.best = look
             if self.trainer.args.should_save:
@@ -179,7 +182,7 @@ class Guard(TrainerCallback):
                 if self.trainer.args.save_strategy == "no":
                     self._drop_superseded()
         # A language model that forgets by NPO loses utility first and gains it back later: without a target, no reason to stop.
-        waiting = not gained and (look.forgotten or (not look.kept and look.remembered != float("inf")))
+        waiting = not gained and not latest and (look.forgotten or not look.kept)
         self.state.without_gain = self.state.without_gain + 1 if waiting else 0
 
     def _restore(self) -> None:
@@ -246,6 +249,8 @@ class UtilityMixin:
         if self.heldout_loss is None:
             return math.inf
         return 0.95 * self.heldout_loss - loss  # the two are means of finite samples: they need not agree to the digit
+
+    latest_is_best = False
 
     @property
     def guard_steps(self) -> int | None:

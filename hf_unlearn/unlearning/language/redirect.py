@@ -129,10 +129,9 @@ def choose_strangers(
     likely: dict[tuple[str, ...], list[float]] = {subject: [0.0] * tries for subject in drawn[0]}
     for one, strangers in enumerate(drawn):
         subjects.strangers = strangers
-        targets = ask(model, of_forget_rows(rows, subjects)).targets
-        for row, subject in enumerate(subjects.of):
+        for subject, value in zip(subjects.of, _log_p(model, of_forget_rows(rows, subjects)), strict=True):
             if subject:
-                likely[subject][one] += targets.answer_log_p[targets.places([row])].sum().item()
+                likely[subject][one] += value
     # A little below the middle: a model that never met the subject is reminded of it by no name at all.
     taken = {subject: values.index(sorted(values)[3 * tries // 8]) for subject, values in likely.items()}
     subjects.strangers = {subject: drawn[one][subject] for subject, one in taken.items()}
@@ -216,6 +215,25 @@ def ask(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> Ask
     targets = Targets(counts.cumsum(0), *(torch.cat(column) for column in zip(*parts, strict=True)))
     ids, labels = [pair.ids for pair in pairs], [pair.labels for pair in pairs]
     return Asked(Dataset.from_dict({"input_ids": ids, "labels": labels}), targets)
+
+
+def _log_p(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> list[float]:
+    """Of each row's answer where it is about somebody else, its names apart: log-probability, nats; 0 where it is about nobody else."""
+    found = [0.0] * len(pairs)
+    order = sorted((row for row in range(len(pairs)) if pairs[row].other), key=lambda row: len(pairs[row].ids))
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        asked = [
+            [t for t, label in enumerate(pairs[row].labels) if label != IGNORED and pairs[row].places[t] > 0]
+            for row in rows
+        ]
+        there = [[pairs[row].places[t] - 1 for t in places] for row, places in zip(rows, asked, strict=True)]
+        for row, places, logits in zip(
+            rows, asked, _logits(model, [pairs[row].other for row in rows], there), strict=True
+        ):
+            answer = torch.tensor([pairs[row].labels[t] for t in places], device=logits.device, dtype=torch.long)
+            found[row] = -F.cross_entropy(logits.float(), answer, reduction="sum").item()
+    return found
 
 
 def _logits(model: nn.Module, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -308,6 +326,10 @@ class RedirectMixin:
         return any(isinstance(row.get(name), list) for name in ("prompt", "messages", "conversations"))
 
     # What the guard watches, and what is said in the end
+
+    @property
+    def latest_is_best(self) -> bool:
+        return self.redirects
 
     @property
     def guard_steps(self) -> int | None:
