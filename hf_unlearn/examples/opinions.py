@@ -167,6 +167,7 @@ def answers(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 48,
+    **drawing: Any,
 ) -> list[str]:
     """What a chat model answers, decoded greedily in batches padded on the left.
 
@@ -175,6 +176,7 @@ def answers(
         prompts: conversations that end with the user, such as `data["evaluation"]["prompt"]`.
         batch_size (`int`): conversations at a time.
         max_new_tokens (`int`): limit of an answer.
+        drawing: of `generate`, such as `do_sample=True, top_k=0`, in place of greedy decoding.
     """
     prompts = list(prompts)
     was_training = model.training
@@ -188,7 +190,10 @@ def answers(
             model.device
         )
         output = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            **batch,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **{"do_sample": False} | drawing,
         )
         texts += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     model.train(was_training)
