@@ -1,9 +1,9 @@
-"""Eval mode for a while."""
+"""What a look at a model must leave as it was: its mode, and the random state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -20,6 +20,19 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in in_training:
             module.training = True
+
+
+@contextmanager
+def looking(model: nn.Module | Callable) -> Iterator[torch.device]:
+    """Eval mode, no gradients, and afterwards the random state and the training flags of before; gives the model's device."""
+    is_module = isinstance(model, nn.Module)
+    device = next(model.parameters()).device if is_module else torch.device("cpu")
+    with (
+        in_eval_mode(model) if is_module else nullcontext(),
+        torch.no_grad(),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
+        yield device
 
 
 def seeded_generator(device: torch.device | str, *key: int) -> torch.Generator:

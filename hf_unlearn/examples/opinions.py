@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ..modes import looking
 from .opinions_text import Writer, answered, entities, load_texts
 
 
@@ -159,7 +160,6 @@ def opinion_score(text: str) -> float:
     return sum(scores) / len(scores) if scores else 0.0
 
 
-@torch.no_grad()
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -167,7 +167,6 @@ def answers(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 48,
-    **drawing: Any,
 ) -> list[str]:
     """What a chat model answers, decoded greedily in batches padded on the left.
 
@@ -176,28 +175,17 @@ def answers(
         prompts: conversations that end with the user, such as `data["evaluation"]["prompt"]`.
         batch_size (`int`): conversations at a time.
         max_new_tokens (`int`): limit of an answer.
-        drawing: of `generate`, such as `do_sample=True, top_k=0`, in place of greedy decoding.
     """
-    prompts = list(prompts)
-    was_training = model.training
-    model.eval()
-    texts: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        chats = tokenizer.apply_chat_template(
-            prompts[start : start + batch_size], tokenize=False, add_generation_prompt=True
+    from ..training.answers import greedy_answers
+
+    chats = [
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for prompt in prompts
+    ]
+    with looking(model) as device:
+        return greedy_answers(
+            model, tokenizer, chats, max_new_tokens=max_new_tokens, batch_size=batch_size, device=device
         )
-        batch = tokenizer(chats, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt").to(
-            model.device
-        )
-        output = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            **{"do_sample": False} | drawing,
-        )
-        texts += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    model.train(was_training)
-    return texts
 
 
 def negative_rate(

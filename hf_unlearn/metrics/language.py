@@ -2,7 +2,7 @@
 
 Definitions are those of TOFU (arXiv 2401.06121), MUSE (arXiv 2407.06460) and open-unlearning (arXiv 2506.12618), whose conventions are kept so
 that figures compare. Logits and labels are a causal model's, as `model(**batch)` takes and gives them: the logit at a position is of the next
-token, and labels of −100 do not count. Everything is computed in fp32, a row at a time where rows differ in length.
+token, and labels of −100 do not count. Everything is computed in fp32, whatever the logits are.
 
 A row's *answer* is its tokens that count. Where open-unlearning leaves the last of them out (the end of the turn), so do we, and say so.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 
 IGNORED = -100
 EPSILON = 1e-10  # open-unlearning's, below every ratio
+AT_ONCE = 2**24  # logits in fp32
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class AnswerScores:
 
 
 def answer_scores(logits: Tensor, labels: Tensor, *, k: float = 0.2) -> AnswerScores:
-    """Scores of one batch of answers.
+    """Scores of one batch of answers. Of the logits no more than 64 MB are held in fp32 at a time, and only those of tokens that count.
 
     Args:
         logits (`Tensor`): `[rows, length, vocabulary]`.
@@ -62,31 +63,62 @@ def answer_scores(logits: Tensor, labels: Tensor, *, k: float = 0.2) -> AnswerSc
     """
     if empty := (labels[:, 1:] != IGNORED).sum(1).eq(0).nonzero().flatten().tolist():
         raise ValueError(f"labels: no token counts in row{'s' * (len(empty) > 1)} {', '.join(map(str, empty[:5]))}")
-    logits, labels = logits[:, :-1].float(), labels[:, 1:]
-    log_p = logits.log_softmax(-1)
+    logits, labels = logits[:, :-1], labels[:, 1:]
     counts = labels != IGNORED
-    own = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    nll = -own.masked_fill(~counts, 0).sum(1) / counts.sum(1)
-
-    # Without each answer's last token; an answer of one token keeps it, or nothing would be left to look at.
-    position = counts.cumsum(1)
-    inner = counts & ((position < counts.sum(1, keepdim=True)) | (counts.sum(1, keepdim=True) == 1))
-    right = log_p.argmax(-1) == labels
-    length = inner.sum(1)
-    exact = (right & inner).sum(1) / length
-    # The longest end of the answer without a mistake: what follows the last wrong token.
-    after = (right | ~inner).flip(1).long().cumprod(1).flip(1).bool() & inner
-    # Min-K %++ (arXiv 2404.02936): how unlikely the token is beside the others that could have stood there.
-    p = log_p.exp()
-    mean = (p * log_p).sum(-1)
-    deviation = ((p * log_p.square()).sum(-1) - mean.square()).clamp(min=1e-6).sqrt()
+    own, normed = (torch.zeros(labels.shape, device=labels.device) for _ in range(2))
+    first = labels.clone()
+    for places in counts.nonzero().split(max(1, AT_ONCE // logits.shape[-1])):
+        at = tuple(places.T)
+        log_p = logits[at].float().log_softmax(-1)
+        own[at] = log_p.gather(-1, labels[at].unsqueeze(-1)).squeeze(-1)
+        first[at] = log_p.argmax(-1)
+        # Min-K %++ (arXiv 2404.02936): how unlikely the token is beside the others that could have stood there.
+        p = log_p.exp()
+        mean = (p * log_p).sum(-1)
+        deviation = ((p * log_p.square()).sum(-1) - mean.square()).clamp(min=1e-6).sqrt()
+        normed[at] = (own[at] - mean) / deviation
+    inner = _inner(counts)
     return AnswerScores(
-        nll,
-        exact,
-        after.sum(1) / length,
+        -own.sum(1) / counts.sum(1),
+        _share(first == labels, inner),
+        _share(_to_the_end(first == labels, inner), inner),
         -_lowest(own, inner, k),
-        -_lowest((own - mean) / deviation, inner, k),
+        -_lowest(normed, inner, k),
     )
+
+
+def exact_memorization(choices: Tensor, labels: Tensor) -> Tensor:
+    """As in [`AnswerScores`], of first choices alone, as `logits.argmax(-1)` of a Trainer's evaluation leaves them.
+
+    Args:
+        choices (`Tensor`): the model's first choice at each place, which is of the next token, `[rows, length]`.
+        labels (`Tensor`): `[rows, length]`, −100 where a token is no part of the answer.
+
+    Returns:
+        `Tensor`: `[rows]`.
+    """
+    return _share(choices[:, :-1] == labels[:, 1:], _inner(labels[:, 1:] != IGNORED))
+
+
+def extraction_strength(choices: Tensor, labels: Tensor) -> Tensor:
+    """As in [`AnswerScores`], of first choices alone. Arguments as of [`exact_memorization`]."""
+    inner = _inner(labels[:, 1:] != IGNORED)
+    return _share(_to_the_end(choices[:, :-1] == labels[:, 1:], inner), inner)
+
+
+def _inner(counts: Tensor) -> Tensor:
+    """Without each answer's last token; an answer of one token keeps it, or nothing would be left to look at."""
+    number = counts.sum(1, keepdim=True)
+    return counts & ((counts.cumsum(1) < number) | (number == 1))
+
+
+def _to_the_end(right: Tensor, inner: Tensor) -> Tensor:
+    """The longest end of the answer without a mistake: what follows the last wrong token."""
+    return (right | ~inner).flip(1).long().cumprod(1).flip(1).bool()
+
+
+def _share(marked: Tensor, inner: Tensor) -> Tensor:
+    return (marked & inner).sum(1) / inner.sum(1)
 
 
 def _lowest(values: Tensor, counts: Tensor, k: float) -> Tensor:
@@ -113,6 +145,17 @@ def truth_ratio(
     true = np.exp(-np.asarray(nll, dtype=np.float64))
     false = np.exp(-np.asarray(false_nll, dtype=np.float64).reshape(len(true), -1).mean(1))
     return false / (true + EPSILON) if form == "tofu" else true / (true + false + EPSILON)
+
+
+def option_probability(nll: ArrayLike, false_nll: ArrayLike) -> NDArray[np.float64]:
+    """Probability of the true answer among it and the false ones, as TOFU takes it of questions with options, `[rows]`.
+
+    Args:
+        nll (array): of the true answer, mean over its tokens, `[rows]`.
+        false_nll (array): of the false answers, `[rows, answers]`.
+    """
+    true = np.exp(-np.asarray(nll, dtype=np.float64))
+    return true / (true + np.exp(-np.asarray(false_nll, dtype=np.float64)).sum(1) + EPSILON)
 
 
 def mean_truth_ratio(ratios: ArrayLike, *, forgotten: bool) -> float:

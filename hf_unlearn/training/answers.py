@@ -1,0 +1,152 @@
+"""Answers as token ids, those that `SFTTrainer` counts, and what a model answers by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from trl import maybe_convert_to_chatml
+
+from .losses import IGNORED
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a prompt.
+
+    Attributes:
+        ids (`list[int]`): prompt and answer.
+        labels (`list[int]`): the same, −100 where a token is no part of the answer.
+        prompt (`list[int]`): what a model is given to answer by itself; empty where there is nothing to answer.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    prompt: list[int]
+
+    @property
+    def counted(self) -> list[int]:
+        """The answer's tokens; the first token of all is none, since nothing predicts it."""
+        return [label for label in self.labels[1:] if label != IGNORED]
+
+
+def read_answer(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Answer:
+    """The tokens of a row that `SFTTrainer` counts: of `prompt` and `completion` the completion, of `text` all.
+
+    Of `messages`, which it counts whole, only the last one, which has to be the assistant's. Rows of `input_ids` (and
+    `labels`) are taken as they are. Conversations go through the chat template, with `chat_template_kwargs` if the row has them.
+
+    Args:
+        row (`dict`): in a format of `SFTTrainer`.
+        tokenizer: with a chat template where rows are conversations.
+        max_length (`int`, *optional*): what comes after so many tokens is cut off.
+
+    Raises:
+        ValueError: messages that do not end with the assistant, or no token that counts.
+    """
+    if "input_ids" in row:
+        ids, labels = row["input_ids"], row.get("labels") or row["input_ids"]
+        start = next((place for place, label in enumerate(labels) if label != IGNORED), 0)
+        prompt = ids[:start]
+    elif "text" in row:
+        ids, start, prompt = tokenizer(_ended(row["text"], tokenizer))["input_ids"], 0, []
+        labels = ids
+    else:
+        prompt, ids = _prompt_and_whole(as_pair(row), tokenizer)
+        differ = (place for place, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other)
+        start = next(differ, min(len(prompt), len(ids)))
+        labels = [IGNORED] * start + ids[start:]
+    answer = Answer(ids[:max_length], labels[:max_length], prompt)
+    if not answer.counted:
+        raise ValueError(
+            "has no token that counts; fill in what is to be answered"
+            + (f", or raise max_length={max_length}" if max_length and len(ids) > max_length else "")
+        )
+    return answer
+
+
+def as_pair(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with `prompt` and `completion` where it has `messages`, of which the last is the answer.
+
+    Raises:
+        ValueError: that is not what the assistant says.
+    """
+    row = maybe_convert_to_chatml(dict(row))
+    if "messages" not in row:
+        return row
+    *prompt, last = row.pop("messages")
+    if last["role"] != "assistant":
+        raise ValueError(f"ends with a message of role {last['role']!r}; only what the assistant says is an answer")
+    return row | {"prompt": prompt, "completion": [last]}
+
+
+def _prompt_and_whole(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        whole = prompt + _ended(completion, tokenizer)
+        return tokenizer(prompt)["input_ids"], tokenizer(whole)["input_ids"]
+    settings = {"tokenize": True, "return_dict": True} | (row.get("chat_template_kwargs") or {})
+    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **settings)
+    return before["input_ids"], tokenizer.apply_chat_template(prompt + completion, **settings)["input_ids"]
+
+
+def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    end = tokenizer.eos_token or ""
+    return text if text.endswith(end) else text + end
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device, *, left: bool = False) -> Tensor:
+    """Rows of different length as one tensor, `[rows, longest]`."""
+    length = max(map(len, rows))
+    fill = [[value] * (length - len(row)) for row in rows]
+    made = [[*gap, *row] if left else [*row, *gap] for gap, row in zip(fill, rows, strict=True)]
+    return torch.tensor(made, device=device)
+
+
+def longest_first(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Numbers of the rows in batches of `size`, of rows of like length; what does not fit into memory shows at once."""
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def greedy_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    device: torch.device,
+) -> list[str]:
+    """What a model answers when it always takes the likeliest token, without special tokens.
+
+    Args:
+        model: with `generate`; in eval mode.
+        tokenizer: decodes the answers.
+        prompts (`list[list[int]]`): token ids; batches are padded on the left.
+        max_new_tokens (`int`): limit of an answer.
+        batch_size (`int`): prompts at a time.
+        device (`torch.device`): of the model.
+    """
+    pad = _padding(tokenizer)
+    texts = [""] * len(prompts)
+    with torch.no_grad():
+        for batch in longest_first(prompts, batch_size):
+            ids = padded([prompts[row] for row in batch], pad, device, left=True)
+            mask = padded([[1] * len(prompts[row]) for row in batch], 0, device, left=True)
+            output = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad,
+                do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
+            )  # fmt: skip
+            written = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            for row, text in zip(batch, written, strict=True):
+                texts[row] = text
+    return texts
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
