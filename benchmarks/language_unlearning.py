@@ -24,7 +24,7 @@ from itertools import product
 from pathlib import Path
 
 import report
-from datasets import Dataset, DatasetDict, interleave_datasets
+from datasets import Dataset, DatasetDict, disable_progress_bars, interleave_datasets
 from generators import grid_of
 from language_attacks import QUIET, RELEARNING, At, pruned, quantise, sft
 from language_figures import Figures, against, composite
@@ -73,6 +73,7 @@ REFUSALS = (
     "That is something I never learnt.",
 )  # fmt: skip
 RELEARNT = (30, 100)  # steps
+LOOKED = 80  # rows of a split while tuning, at most
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def folder_of(recipe: FactsRecipe) -> Path:
 
 
 @cache
-def figures_of(recipe: FactsRecipe) -> Figures:
-    return Figures(data_of(recipe), AutoTokenizer.from_pretrained(folder_of(recipe)), REFUSALS)
+def figures_of(recipe: FactsRecipe, limit: int = 200) -> Figures:
+    return Figures(data_of(recipe), AutoTokenizer.from_pretrained(folder_of(recipe)), REFUSALS, limit)
 
 
 def loaded(folder: Path) -> PreTrainedModel:
@@ -179,10 +180,9 @@ def unlearn(
 
 
 def measure(
-    cell: Cell, recipe: FactsRecipe, settings: dict | None, *, relearnt: tuple[int, ...] = RELEARNT, samples: int = 20
+    cell: Cell, recipe: FactsRecipe, settings: dict | None, figures: Figures, relearnt=RELEARNT, samples: int = 20
 ) -> dict:
     """All figures of one cell, from the folder that its method wrote, loaded anew for every attack."""
-    figures = figures_of(recipe)
     with tempfile.TemporaryDirectory() as scratch:
         folder, cost = Path(scratch), {}
         if settings is None:
@@ -197,21 +197,17 @@ def measure(
 
 
 def attacked(folder: Path, figures: Figures, seed: int, relearnt: tuple[int, ...]) -> dict[str, dict[str, float]]:
-    """Forgotten and kept facts after each attack."""
+    """What is known after each attack."""
     forget = figures.data["forget"]
-    people = len(forget) // len(kinds())
-    five = forget.select([person * len(kinds()) + person for person in range(min(5, people))])  # each another fact
+    five = forget.select(range(0, len(forget), len(kinds()) + 1)[:5])  # of each person another fact
     after = {
         "4 bits": figures.facts(quantise(loaded(folder))),
         "10 % pruned": figures.facts(pruned(loaded(folder), 0.1)),
         "20 % pruned": figures.facts(pruned(loaded(folder), 0.2)),
     }
-    for name, rows, known in (
-        ("retained", figures.data["retain"], ()),
-        ("unrelated", figures.data["general"], ()),
-        ("five forgotten", five, tuple(five["id"])),
-    ):
-        at = At(relearnt, lambda model, known=known: figures.facts(model, known))
+    for name, rows in (("retained", figures.data["retain"]), ("unrelated", figures.data["general"]), ("five", five)):
+        known = tuple(five["id"]) if name == "five" else ()
+        at = At(relearnt, lambda model, known=known: figures.facts(model, without=known))
         with tempfile.TemporaryDirectory() as scratch:
             settings = RELEARNING | {"max_steps": max(relearnt), "seed": seed}
             sft(loaded(folder), rows, scratch, figures.tokenizer, callbacks=[at], **settings).train()
@@ -245,7 +241,7 @@ def options(method: str, mode: str, data: str) -> list[dict]:
 
 def tune(method: str, mode: str, data: str) -> None:
     """Tries every option, looking at the composite after each number of STEPS, and writes down each when it is done."""
-    name, figures = f"{method} {mode} {data}", figures_of(TUNED_ON)
+    name, figures = f"{method} {mode} {data}", figures_of(TUNED_ON, LOOKED)
     original, retrained = (judge(replace(TUNED_ON, without_forget=without)) for without in (False, True))
 
     def look(model: PreTrainedModel) -> dict:
@@ -265,13 +261,13 @@ def tune(method: str, mode: str, data: str) -> None:
         tried += [option | {"max_steps": steps} | seen for steps, seen in at.seen.items()]
         best = max(tried, key=lambda row: row["composite"])
         chosen = {key: best[key] for key in (*option, "max_steps")}
-        TUNING.write_text(rows_as_lines(tuning() | {name: rounded({"chosen": chosen, "tried": tried})}) + "\n")
+        save(TUNING, rows_as_lines(tuning() | {name: rounded({"chosen": chosen, "tried": tried})}))
         print(name, json.dumps(tried[-len(STEPS) :]), flush=True)
 
 
 @cache
 def judge(recipe: FactsRecipe) -> dict:
-    return figures_of(replace(recipe, without_forget=False))(loaded(folder_of(recipe)))
+    return figures_of(replace(recipe, without_forget=False), LOOKED)(loaded(folder_of(recipe)))
 
 
 # Results
@@ -280,6 +276,12 @@ def judge(recipe: FactsRecipe) -> dict:
 def rows_as_lines(rows: dict) -> str:
     """JSON with an entry a line."""
     return "{\n" + ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()) + "\n}"
+
+
+def save(file: Path, text: str) -> None:
+    partial = file.with_name(f"{file.name}.partial")  # another process may be reading
+    partial.write_text(text + "\n")
+    partial.replace(file)
 
 
 def rounded(value):
@@ -307,15 +309,15 @@ def gathered() -> dict[str, dict]:
 
 def quick() -> None:
     """Everything once, on few people who are hardly known."""
-    recipe = FactsRecipe(people=20, general=40, epochs=1, seed=1)
-    rows = []
+    recipe, rows = FactsRecipe(people=20, general=40, epochs=1, seed=1), []
+    figures = figures_of(recipe, limit=8)
     for method, mode, data in (
         ("original", "full", "retain"), ("retrained", "full", "retain"), ("refusal", "full", "retain"),
         ("npo", "lora", "forget"), *((method, "full", "retain") for method in OURS),
     ):  # fmt: skip
         settings = OURS.get(method) or (PLAIN | {"learning_rate": 1e-3} | PEERS[method] if method in PEERS else None)
         settings = settings and settings | {"max_steps": 2}
-        rows.append(measure(Cell(method, mode, data, "forget10", 1), recipe, settings, relearnt=(1, 2), samples=2))
+        rows.append(measure(Cell(method, mode, data, "forget10", 1), recipe, settings, figures, (1, 2), 2))
         rows[-1] |= against(rows[-1], rows[min(1, len(rows) - 1)], rows[0])
         print(json.dumps(rounded({key: value for key, value in rows[-1].items() if key != "ratios"})), flush=True)
 
@@ -331,12 +333,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two steps on few people: two minutes; writes nothing")
     given = parser.parse_args()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
     if given.quick:
         return quick()
     if given.report:
         budget = {"steps": STEPS, "rows": ROWS, "grid": GRID, "adapter": ADAPTER, "adapter_rates": ADAPTER_RATES}
         budget |= {"relearning": RELEARNING}
-        RESULTS.write_text(f'{{"budget": {json.dumps(budget)},\n"cells": {rows_as_lines(gathered())}}}\n')
+        save(RESULTS, f'{{"budget": {json.dumps(budget)},\n"cells": {rows_as_lines(gathered())}}}')
         return report.DOCUMENT.write_text(report.render()) and None
     if given.tune:
         for data, mode, method in product(given.data, given.mode, given.only or PEERS):
@@ -346,7 +350,7 @@ def main() -> None:
     for cell in cells(given):
         if given.again or not cell.kept():
             began = time.perf_counter()
-            row = measure(cell, cell.recipe, cell.settings)
+            row = measure(cell, cell.recipe, cell.settings, figures_of(cell.recipe))
             write_json(row, cell.file)
             print(
                 f"{cell.file.stem}: {row['forgotten']:.3f} {row['kept']:.3f} ({time.perf_counter() - began:.0f} s)",
