@@ -12,20 +12,20 @@ from ..data import LABEL_COLUMNS
 
 
 class ForgetRetainDataset(TorchDataset):
-    """Forget examples, each beside a retain example that changes from epoch to epoch: `{"forget": row, "retain": row}`.
+    """Forget examples, each beside retain examples that change from epoch to epoch: `{"forget": row, "retain": row}`.
 
     Length and order are the forget set's. The pairing is a function of seed and epoch alone, so a resumed run sees the
-    same pairs.
+    same pairs. With `each` above 1, `"retain"` is a list of so many rows.
     """
 
-    def __init__(self, forget: TorchDataset, retain: TorchDataset | None = None, *, seed: int = 0):
-        self.forget, self.retain, self.seed = forget, retain, seed
+    def __init__(self, forget: TorchDataset, retain: TorchDataset | None = None, *, each: int = 1, seed: int = 0):
+        self.forget, self.retain, self.each, self.seed = forget, retain, each, seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         if self.retain is not None:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-            rounds = -(-len(self.forget) // len(self.retain))
+            rounds = -(-len(self.forget) * self.each // len(self.retain))
             self.partner = torch.cat(
                 [torch.randperm(len(self.retain), generator=generator) for _ in range(rounds)]
             ).tolist()
@@ -36,12 +36,15 @@ class ForgetRetainDataset(TorchDataset):
     def __getitem__(self, row: int) -> dict[str, Any]:
         item = {"forget": self.forget[row]}
         if self.retain is not None:
-            item["retain"] = self.retain[self.partner[row]]
+            partners = [self.retain[one] for one in self.partner[row * self.each : (row + 1) * self.each]]
+            item["retain"] = partners if self.each > 1 else partners[0]
         return item
 
 
 class NestedCollator:
-    """Collates `{"forget": row, "retain": row}` part by part with the collator it wraps; flat rows pass straight through."""
+    """Collates `{"forget": row, "retain": row}` part by part with the collator it wraps, lists of rows and rows with their number as
+    well; flat rows pass straight through.
+    """
 
     def __init__(self, collator: Callable[[list[Any]], Any]):
         self.collator = collator
@@ -53,8 +56,13 @@ class NestedCollator:
 
     def __call__(self, rows: list[Any]) -> Any:
         if isinstance(rows[0], dict) and "forget" in rows[0]:
-            return {part: self.collator([row[part] for row in rows]) for part in rows[0]}
-        return self.collator(rows)
+            return {part: self._collated([row[part] for row in rows]) for part in rows[0]}
+        return self._collated(rows)
+
+    def _collated(self, rows: list[Any]) -> Any:
+        if isinstance(rows[0], list):
+            rows = [one for some in rows for one in some]
+        return (RowCollator(self.collator) if isinstance(rows[0], tuple) else self.collator)(rows)
 
 
 class RawCollator:

@@ -22,7 +22,7 @@ RANGES = {
         "utility_tolerance",
         "heldout_loss",
     ),
-    "≥ 1": ("fisher_samples", "fisher_examples", "guard_patience"),
+    "≥ 1": ("retain_per_forget", "fisher_samples", "fisher_examples", "guard_patience"),
     "in [0, 1)": ("forget_accuracy",),
 }
 
@@ -49,6 +49,7 @@ class UnlearnArguments(GuardArguments):
 
     > What to keep
         retain_weight (`float`, defaults to 1.0): weight of the task loss on `retain_dataset=`, if there is one.
+        retain_per_forget (`int`, defaults to 1): rows to keep that stand beside each forget row of a batch.
         replay_weight (`float`, *optional*): weight of the data-free replay. Default: 5 (`npo`: 1, `match`: 0.1), or 0 with a
             `retain_dataset=`.
         isotropic_weight (`float`, defaults to 0.1): γ of the anchor γ‖θ−θ*‖², a sum over parameters; under LoRA, over
@@ -96,6 +97,7 @@ class UnlearnArguments(GuardArguments):
     loss_reduction: Literal["mean", "sum"] = "mean"
     heldout_loss: float | None = None
     retain_weight: float = 1.0
+    retain_per_forget: int = 1
     replay_weight: float | None = None
     isotropic_weight: float = 0.1
     fisher_weight: float = 0.0
@@ -129,13 +131,25 @@ class UnlearnConfig(UnlearnArguments, TrainingArguments):
 
 @dataclass
 class UnlearnSFTConfig(UnlearnArguments, SFTConfig):
-    __doc__ = f"Configuration of [`UnlearnSFTTrainer`]: [`~trl.SFTConfig`] and these.\n{UnlearnArguments.__doc__}"
+    __doc__ = f"""Configuration of [`UnlearnSFTTrainer`]: [`~trl.SFTConfig`] and these.
+{UnlearnArguments.__doc__}
+    > Of language models
+        own_samples (`int`, defaults to 4000): texts that the original writes, once, before the first step, where `redirect` has no
+            `retain_dataset=`: what is to be kept.
+        learning_rate (`float`, *optional*): default: by the model's width, see [`~hf_unlearn.unlearning.language.trainer.default_rate`].
+    """
 
     hub_strategy: str = "end"
     forget: Literal["class", "examples"] = "examples"
+    own_samples: int = 4000
+    learning_rate: float | None = None
+    retain_weight: float = 3.0
+    retain_per_forget: int = 3
+    isotropic_weight: float = 0.0
 
     def _check_unlearn_arguments(self) -> None:
         super()._check_unlearn_arguments()
+        check_fields(self, {"≥ 1": ("own_samples",)})
         for name in ("packing", "eval_packing", "padding_free"):
             if getattr(self, name):
                 raise ValueError(f"{name}=True: takes away the boundaries between examples; set {name}=False")

@@ -125,6 +125,17 @@ class OutcomeMixin:
         known = "Forget examples answered right" if self.is_classifier else "Forget texts known word for word"
         return {"known": ("accuracy", known, "%", 100), "loss": ("loss", "Loss on the forget set", "nats", 1)}
 
+    @property
+    def _target(self) -> str:
+        """What counts as forgotten, where there is a target."""
+        if self.args.forget == "class":
+            return f"accuracy on the forget examples is at most {100 * self.args.forget_accuracy:g} %"
+        return "the loss on the forget examples is that of data never seen"
+
+    @property
+    def _target_unit(self) -> str:
+        return "accuracy on the forget set" if self.args.forget == "class" else "nats of loss"
+
     def _as_before(self, outcome: Outcome) -> str | None:
         """What to say where what was to be forgotten is as likely as before."""
         now, original = outcome.now, outcome.original
@@ -149,8 +160,9 @@ class OutcomeMixin:
             failed.append(f"Nothing was there to forget before the first step: {NOTHING_TO_FORGET[self.args.forget]}.")
         missed, unforgotten = [], outcome.remembered > 0
         if unforgotten and math.isfinite(outcome.remembered):
-            unit = "accuracy on the forget set" if self.args.forget == "class" else "nats of loss"
-            missed.append(f"the forget target was not reached: {outcome.remembered:.3g} {unit} are missing")
+            missed.append(
+                f"the forget target was not reached: {outcome.remembered:.3g} {self._target_unit} are missing"
+            )
         if unforgotten and (as_before := self._as_before(outcome)):
             missed.append(f"what was to be forgotten is as likely as before: {as_before}")
         if missed:
@@ -171,12 +183,7 @@ class OutcomeMixin:
             return []
         passed = []
         if best.step and best.forgotten and not self.guard.looks[0].forgotten:
-            target = (
-                f"accuracy on the forget examples is at most {100 * self.args.forget_accuracy:g} %"
-                if self.args.forget == "class"
-                else "the loss on the forget examples is that of data never seen"
-            )
-            passed.append(f"The forget target was reached: {target}.")
+            passed.append(f"The forget target was reached: {self._target}.")
         if best.step and best.kept and math.isfinite(best.utility_drop):
             passed.append(f"Utility fell by no more than the tolerance of {self.utility_tolerance:g}.")
         return passed

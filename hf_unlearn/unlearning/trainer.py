@@ -89,6 +89,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
             self.model_init = model_init
             set_seed(args.seed)
             model = self.call_model_init()
+        self._peft_config = peft_config
         model, processing_class, self.base_model = self._load(model, args, processing_class)
         check_is_not_original(args.output_dir, self.base_model)
         self.is_causal_lm = is_causal_lm(model)
@@ -97,7 +98,6 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         if self.is_classifier:
             self.forgotten_classes = check_labels(args, model.config.num_labels, **datasets)
         set_seed(args.seed)  # an adapter begins at random
-        self._peft_config = peft_config
         rows = forget_dataset if forget_dataset is not None else first_rows(eval_dataset)
         stock = self._stock_arguments(model, data_collator, rows, processing_class, peft_config)
         super().__init__(
@@ -163,14 +163,20 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         return self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches `{"forget": …, "retain": …}`, the second only with a `retain_dataset`."""
-        retain = None if self.retain_dataset is None else self._pruned(self.retain_dataset)
+        """Batches `{"forget": …, "retain": …}`, the second only where there is something to keep."""
+        forget, retain = self._training_rows()
         return self._get_dataloader(
-            dataset=ForgetRetainDataset(self._pruned(self.forget_dataset), retain, seed=self.args.seed),
+            dataset=ForgetRetainDataset(forget, retain, each=self.args.retain_per_forget, seed=self.args.seed),
             description="Training",
             batch_size=self._train_batch_size,
             sampler_fn=lambda _: self._get_train_sampler(),
             is_training=True,
+        )
+
+    def _training_rows(self) -> tuple[Any, Any]:
+        """What is trained on: to forget, and to keep or None."""
+        return self._pruned(self.forget_dataset), None if self.retain_dataset is None else self._pruned(
+            self.retain_dataset
         )
 
     def _batches(self, dataset, limit: int | None) -> Iterator[Batch]:

@@ -53,7 +53,7 @@ class LanguageObjective:
             raise ValueError(
                 "forget='class' needs a classifier; a language model forgets examples: use forget='examples'"
             )
-        return "match" if has_target else "npo"
+        return "redirect"
 
     def answers(self, forward: Callable, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[batch, length − 1, vocabulary]` and the tokens `[batch, length − 1]` that they predict."""

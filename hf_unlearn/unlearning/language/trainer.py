@@ -13,9 +13,23 @@ from ...data import overlap
 from ...training.texts import as_prompt_completion, check_texts, count_tokens, fit_length
 from ..config import UnlearnSFTConfig
 from ..trainer import UnlearnMixin
+from .redirect import RedirectMixin
 
 
-class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
+def default_rate(model: Any, adapter: bool) -> float:
+    """The learning rate where none is given: 10⁻³ for a LoRA, and for a model as a whole 10⁻³ · (320 / width)², as wide models are trained
+    in smaller steps. Chosen at a width of 320; at others it is a rule of thumb.
+
+    Args:
+        model (`PreTrainedModel`): its config says how wide it is.
+        adapter (`bool`): whether only an adapter is trained.
+    """
+    if adapter or hasattr(model, "peft_config"):
+        return 1e-3
+    return 1e-3 * (320 / model.config.get_text_config().hidden_size) ** 2
+
+
+class UnlearnSFTTrainer(RedirectMixin, UnlearnMixin, SFTTrainer):
     """[`~trl.SFTTrainer`] that makes a language model forget instructions: `forget_dataset=` instead of `train_dataset=`.
 
     Takes the formats that `SFTTrainer` takes (text, prompt and completion, messages), with its completion masks and chat
@@ -25,6 +39,12 @@ class UnlearnSFTTrainer(UnlearnMixin, SFTTrainer):
     """
 
     _config_class = UnlearnSFTConfig
+
+    def _load(self, model, args, processing_class):
+        model, processing_class, name = super()._load(model, args, processing_class)
+        if args.learning_rate is None:
+            args.learning_rate = default_rate(model, self._peft_config is not None)
+        return model, processing_class, name
 
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
         if forget_dataset is None:

@@ -1,0 +1,83 @@
+"""What the original writes by itself: texts that stand for what is to be kept where there are no data.
+
+A chat model that is given the beginning of a user's turn writes a question, and then answers it (Magpie, arXiv 2406.08464); any language
+model writes texts after the token that begins one. Drawn at temperature 1 they are samples of what the model knows, in proportion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .written import written
+
+
+HERE = "\ue000"  # a character of nobody's, where the user's words go
+
+
+def own_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    number: int,
+    *,
+    chat: bool,
+    prompts: Sequence[str] = (),
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[tuple[list[int], int]]:
+    """Texts that the model writes.
+
+    Args:
+        model, tokenizer: the original.
+        number (`int`): how many; questions that come out empty are left out.
+        chat (`bool`): a question and its answer each, through the chat template.
+        prompts (*optional*): questions that somebody has, in place of the model's own.
+        max_new_tokens (`int`, defaults to 256): of a question, and of an answer.
+        seed (`int`, defaults to 0): of the draws.
+        progress (`bool`, defaults to `False`): show a bar.
+
+    Returns:
+        `list[tuple[list[int], int]]`: token ids, and where the model's own words begin.
+
+    Raises:
+        ValueError: no template for chat, or no token to begin with.
+    """
+    draw = {"max_new_tokens": max_new_tokens, "progress": progress}
+    if not chat and not prompts:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if start is None:
+            raise ValueError("processing_class: has no token that begins a text; pass retain_dataset=")
+        return [
+            ([start, *text], 1) for text in written(model, tokenizer, [[start]] * number, seed=seed, **draw) if text
+        ]
+    if chat and tokenizer.chat_template is None:
+        raise ValueError(
+            "processing_class: has no chat template; set tokenizer.chat_template, or pass retain_dataset="
+        )
+    begin = 0
+    if not prompts:
+        before = tokenizer.apply_chat_template([{"role": "user", "content": HERE}], tokenize=False).partition(HERE)[0]
+        start = tokenizer(before, add_special_tokens=False)["input_ids"]
+        asked = written(model, tokenizer, [start] * number, seed=seed, stop=special_tokens(tokenizer), **draw)
+        prompts = [text for ids in asked if (text := tokenizer.decode(ids, skip_special_tokens=True).strip())]
+        begin = len(start)
+    if chat:
+        rows = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+            for prompt in prompts
+        ]
+    else:
+        rows = tokenizer(list(prompts))["input_ids"]
+    answers = written(model, tokenizer, rows, seed=seed + 1, **draw)
+    return [([*row, *answer], begin or len(row)) for row, answer in zip(rows, answers, strict=True) if answer]
+
+
+def special_tokens(tokenizer: Any) -> set[int]:
+    """Ids that stand for no text: of padding, of the ends of texts and turns."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}

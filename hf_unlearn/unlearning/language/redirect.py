@@ -1,0 +1,396 @@
+r"""Redirect: what the original would have said had the subject been somebody it never met.
+
+For a forget text with prompt x and answer y, x̃ is the prompt with its subject replaced by a word that is made up, and the loss is
+$\sum_t \mathrm{KL}\big(p^*(\cdot\,|\,\tilde x, \tilde y_{<t}) \,\|\, p(\cdot\,|\,x, y_{<t})\big)$ over the tokens of the answer, p\* the frozen original: zero
+where the model speaks of the subject as the original does of strangers. Where the answer names the subject, p\* keeps its own text, so
+that the name is still repeated. The same is asked of other questions about the subject: those that the forget texts ask of anybody, with
+answers that the original writes about the stranger. What is to be kept are retain rows, or what the original writes by itself.
+
+Built on: Who's Harry Potter (Eldan and Russinovich, arXiv 2310.02238) replaces names and takes the model's words about others as labels;
+AltPO (arXiv 2409.13474) answers with plausible alternatives; UNDIAL (arXiv 2402.10052) distils a changed original; DELETE (arXiv 2503.23751)
+takes the frozen original's distribution without the forgotten class; Magpie (arXiv 2406.08464) has aligned models write their own instructions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+
+from ...files import load_tensors, save_tensors
+from ...modes import in_eval_mode
+from ...training.collators import ROW, WithRow
+from ...training.losses import IGNORED, mean_over_predictions
+from .own_samples import own_texts
+from .subject import Subjects, Words
+from .targets import Targets, divergence_from, likeliest
+from .written import written
+
+
+logger = logging.getLogger(__name__)
+
+FURTHER = 4  # further questions for each forget text
+TRIES = 9  # strangers for each subject, of whom one is taken
+TOLERANCE = 0.02  # of probability and of the share that is known, above which the model still remembers
+LONGEST = 256  # tokens at most of what is written
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows and what they are to be answered.
+
+    Attributes:
+        rows (`Dataset`): `input_ids` and `labels`, −100 where nothing is asked.
+        targets ([`Targets`]): distributions at the labels that count, row after row.
+    """
+
+    rows: Dataset
+    targets: Targets
+
+    def save(self, file: Path) -> None:
+        """Write ids, labels and targets into one file."""
+        lengths = torch.tensor([len(ids) for ids in self.rows["input_ids"]])
+        flat = {
+            name: torch.tensor([value for row in self.rows[name] for value in row]) for name in ("input_ids", "labels")
+        }
+        save_tensors(flat | {"lengths": lengths} | vars(self.targets), file)
+
+    @classmethod
+    def load(cls, file: Path) -> Asked:
+        tensors = load_tensors(file)
+        lengths = tensors.pop("lengths").tolist()
+        rows = {name: [part.tolist() for part in tensors.pop(name).split(lengths)] for name in ("input_ids", "labels")}
+        return cls(Dataset.from_dict(rows), Targets(**tensors))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row, and the one about somebody else from which it gets its answers.
+
+    Attributes:
+        ids (`list[int]`): the row.
+        labels (`list[int]`): its labels.
+        other (`list[int]`, *optional*): the row about somebody else; `ids` itself where the model's own answer is to stay.
+        places (`list[int]`): for each token of `ids` where it stands in `other`; −1 where it does not.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    other: list[int] | None
+    places: list[int]
+
+
+def prompt_of(ids: Sequence[int], labels: Sequence[int]) -> list[int]:
+    """The tokens before the first that counts; of a text in which all count, all of it."""
+    first = next((place for place, label in enumerate(labels) if label != IGNORED), len(ids))
+    return list(ids[:first] if first > 1 else ids)
+
+
+def kept_rows(rows: Iterable[tuple[list[int], list[int]]]) -> list[Pair]:
+    """Rows of ids and labels whose answers are to stay."""
+    return [Pair(ids, labels, ids, []) for ids, labels in rows]
+
+
+def of_forget_rows(rows: Dataset, subjects: Subjects) -> list[Pair]:
+    """Each forget text beside the same about somebody else."""
+    found = []
+    for ids, labels, subject in zip(rows["input_ids"], rows["labels"], subjects.of, strict=True):
+        other = subjects.replaced(ids, subjects.strangers[subject]) if subject else None
+        found.append(Pair(ids, labels, other and other.ids, other.places if other else []))
+    return found
+
+
+def choose_strangers(
+    model: nn.Module, rows: Dataset, subjects: Subjects, *, tries: int = TRIES, seed: int = 0
+) -> None:
+    """Of several strangers for each subject, take the one of whom the true answers are as likely as of most: some names happen to remind
+    the model of the very subject.
+
+    Args:
+        model: the original.
+        rows (`Dataset`): `input_ids` and `labels`.
+        subjects ([`Subjects`]): of these rows; gets the strangers.
+        tries (`int`, defaults to 9): strangers for each subject, an odd number.
+        seed (`int`, defaults to 0): of the strangers.
+    """
+    drawn = [subjects.drawn(seed * tries + one) for one in range(tries)]
+    likely: dict[tuple[str, ...], list[float]] = {subject: [0.0] * tries for subject in drawn[0]}
+    for one, strangers in enumerate(drawn):
+        subjects.strangers = strangers
+        targets = ask(model, of_forget_rows(rows, subjects)).targets
+        for row, subject in enumerate(subjects.of):
+            if subject:
+                likely[subject][one] += targets.answer_log_p[targets.places([row])].sum().item()
+    middle = {subject: values.index(sorted(values)[tries // 2]) for subject, values in likely.items()}
+    subjects.strangers = {subject: drawn[one][subject] for subject, one in middle.items()}
+
+
+def further_questions(
+    rows: Dataset,
+    subjects: Subjects,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    each: int = FURTHER,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> list[Pair]:
+    """Questions that other forget texts ask, about each text's subject, with answers that the model writes about somebody else.
+
+    Args:
+        rows (`Dataset`): `input_ids` and `labels`.
+        subjects ([`Subjects`]): of these rows.
+        model, tokenizer: the original.
+        each (`int`, defaults to 4): questions for each row.
+        max_new_tokens (`int`, defaults to 256): of an answer.
+        seed (`int`, defaults to 0): of questions and answers.
+    """
+    rng = random.Random(seed)
+    prompts = [prompt_of(ids, labels) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
+    alike: dict[int, list[int]] = {}
+    for row, name in enumerate(subjects.of):
+        alike.setdefault(len(name), []).append(row)
+    asked: list[list[int]] = []
+    about: list[tuple[str, ...]] = []
+    for subject in subjects.of:
+        for _ in range(each if subject else 0):
+            row = rng.choice(alike[len(subject)])
+            stranger = dict(zip(subjects.of[row], subjects.strangers[subject].values(), strict=True))
+            asked.append(subjects.replaced(prompts[row], stranger).ids)
+            about.append(subject)
+    answers = written(model, tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed)
+    found = []
+    for prompt, answer, subject in zip(asked, answers, about, strict=True):
+        back = {new.casefold(): subjects.surface[word] for word, new in subjects.strangers[subject].items()}
+        other = [*prompt, *answer]
+        mine, begin = subjects.replaced(other, back), len(subjects.replaced(prompt, back).ids)
+        places = [-1] * len(mine.ids)
+        for there, here in enumerate(mine.places):
+            if here >= 0:
+                places[here] = there
+        labels = [IGNORED] * begin + mine.ids[begin:]
+        found.append(Pair(mine.ids, labels, other, places))
+    return found
+
+
+def ask(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> Asked:
+    """The model's answers: about somebody else where a row has them, its own elsewhere.
+
+    A row without anybody else (`other` is None) is answered without its own tokens, as DELETE does.
+    """
+    parts: list[list[Tensor]] = [[]] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda row: len(pairs[row].ids))
+    for begin in range(0, len(pairs), batch_size):
+        rows = order[begin : begin + batch_size]
+        some = [pairs[row] for row in rows]
+        asked = [[t for t, label in enumerate(pair.labels) if label != IGNORED and t > 0] for pair in some]
+        own = _logits(model, [pair.ids for pair in some], [[t - 1 for t in places] for places in asked])
+        changed = [place for place, pair in enumerate(some) if pair.other not in (None, pair.ids)]
+        there = [[max(some[place].places[t] - 1, 0) for t in asked[place]] for place in changed]
+        others = dict(zip(changed, _logits(model, [some[place].other for place in changed], there), strict=True))
+        for place, (pair, logits) in enumerate(zip(some, own, strict=True)):
+            if pair.other is None:
+                answer = torch.tensor([[pair.labels[t]] for t in asked[place]], device=logits.device)
+                logits = logits.scatter(-1, answer, -torch.inf)
+            elif place in others:
+                stays = torch.tensor([[pair.places[t] <= 0] for t in asked[place]], device=logits.device)
+                logits = torch.where(stays, logits, others[place])
+            answer = torch.tensor([pair.labels[t] for t in asked[place]], device=logits.device)
+            parts[rows[place]] = [
+                part.cpu() for part in (*likeliest(logits), -F.cross_entropy(logits.float(), answer, reduction="none"))
+            ]
+    counts = torch.tensor([0, *(len(part[0]) for part in parts)])
+    targets = Targets(counts.cumsum(0), *(torch.cat(column) for column in zip(*parts, strict=True)))
+    ids, labels = [pair.ids for pair in pairs], [pair.labels for pair in pairs]
+    return Asked(Dataset.from_dict({"input_ids": ids, "labels": labels}), targets)
+
+
+def _logits(model: nn.Module, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits `[places, vocabulary]` of each row at some of its places."""
+    if not rows:
+        return []
+    device = next(model.parameters()).device
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+    with in_eval_mode(model), torch.no_grad():
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    return [logits[number, torch.tensor(some, dtype=torch.long, device=device)] for number, some in enumerate(places)]
+
+
+class RedirectMixin:
+    """Gives an unlearning trainer of texts the objective."""
+
+    asked: Asked | None = None
+    kept: Asked | None = None
+    subjects: Subjects | None = None
+
+    @property
+    def redirects(self) -> bool:
+        return self.forget_loss_name == "redirect"
+
+    def _train(self, checkpoint: str | None, **kwargs):
+        if self.redirects and (checkpoint or self.asked is None):
+            files = {name: self.private_dir / f"{name}.safetensors" for name in ("asked", "kept")}
+            if not checkpoint and self.args.should_save:
+                for name, asked in self._made().items():
+                    asked.save(files[name])
+            self.accelerator.wait_for_everyone()
+            for name, file in files.items():
+                if not file.is_file():
+                    raise ValueError(f"resume_from_checkpoint: {file} is missing; start again")
+                setattr(self, name, Asked.load(file))
+        return super()._train(checkpoint, **kwargs)
+
+    def _made(self) -> dict[str, Asked]:
+        """What is asked of the model, and what it is to keep; by the original, before the first step."""
+        model, tokenizer, seed = self.model, self._tokenizer, self.args.seed
+        rows, kept = self.forget_dataset, self.retain_dataset
+        if kept is not None:
+            keep = kept_rows(zip(kept["input_ids"], kept["labels"], strict=True))
+        else:
+            texts = own_texts(
+                model, tokenizer, self.args.own_samples, chat=self._is_chat, max_new_tokens=self._longest, seed=seed,
+                progress=not self.args.disable_tqdm,
+            )  # fmt: skip
+            keep = kept_rows((ids, [IGNORED] * begin + ids[begin:]) for ids, begin in texts)
+        prompts = [prompt_of(ids, labels) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
+        marked = rows["subject"] if "subject" in rows.column_names else None
+        self.subjects = subjects = Subjects(Words(tokenizer), prompts, [pair.ids for pair in keep], marked)
+        if without := sum(not subject for subject in subjects.of):
+            logger.warning(
+                "forget_dataset: no subject found in %d of %d rows; their own tokens are taken away instead. Name it in a column "
+                "'subject'", without, len(subjects.of),
+            )  # fmt: skip
+        if kept is None:
+            about = [pair for pair in keep if subjects.about(pair.ids)]
+            keep = [pair for pair in keep if not subjects.about(pair.ids)]
+            logger.info("own samples: %d, %d about what is to be forgotten left out", len(keep), len(about))
+        choose_strangers(model, rows, subjects, seed=seed)
+        pairs = of_forget_rows(rows, subjects)
+        pairs += further_questions(rows, subjects, model, tokenizer, max_new_tokens=self._longest, seed=seed)
+        return {"asked": ask(model, pairs), "kept": ask(model, keep)}
+
+    @property
+    def _longest(self) -> int:
+        """Tokens at most of a question or an answer that the original writes."""
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2 * LONGEST
+        return min(LONGEST, room // 2 - 1)
+
+    @property
+    def _is_chat(self) -> bool:
+        """Whether the forget rows are conversations."""
+        row = self.source_dataset[0]
+        return any(isinstance(row.get(name), list) for name in ("prompt", "messages", "conversations"))
+
+    # What the guard watches, and what is said in the end
+
+    def forget_figures(self, model) -> dict[str, float]:
+        figures = super().forget_figures(model)
+        if self.redirects:
+            figures["probability"] = self._mean(
+                lambda batch: (-self.task_loss(model, batch)).exp(), self.forget_dataset
+            )
+        return figures
+
+    def remembered(self) -> float:
+        return self.above_target(**self.forget_figures(self.model)) if self.redirects else super().remembered()
+
+    def above_target(self, known: float = math.nan, probability: float = math.nan, **others: float) -> float:
+        """How much more of the forget texts is known than where they are about somebody else: the larger excess, of their probability or of
+        the share that is known word for word, less a tolerance.
+        """
+        if not self.redirects:
+            return super().above_target(known=known, **others)
+        return max(known - self.others["known"], probability - self.others["probability"]) - TOLERANCE
+
+    @property
+    def _target(self) -> str:
+        return (
+            "the forget texts are no better known than where they are about somebody else"
+            if self.redirects
+            else super()._target
+        )
+
+    @property
+    def _target_unit(self) -> str:
+        return "of probability, or of the share known word for word," if self.redirects else super()._target_unit
+
+    def _forgotten_how_far(self, outcome) -> str:
+        said = super()._forgotten_how_far(outcome)
+        if not self.redirects:
+            return said
+        now, before = outcome.now["probability"], outcome.original["probability"]
+        others = self.others
+        return (
+            f"{said}, their probability {now:.3g} ({before:.3g} before); about somebody else {others['known']:.1%} would be, with "
+            f"probability {others['probability']:.3g}"
+        )
+
+    @property
+    def _figure_names(self):
+        names = super()._figure_names
+        return (
+            names | {"probability": ("probability", "Probability of the forget answers", "", 1)}
+            if self.redirects
+            else names
+        )
+
+    @cached_property
+    def others(self) -> dict[str, float]:
+        """What the original knows of the forget texts where they are about somebody else: `known`, `probability`."""
+        targets, labels = self.asked.targets, self.asked.rows["labels"][: len(self.forget_dataset)]
+        known, probability = [], []
+        for row, answer in enumerate(labels):
+            answer, places = torch.tensor([label for label in answer[1:] if label != IGNORED]), targets.places([row])
+            known.append(bool((targets.tokens[places, 0] == answer).all()))
+            probability.append(targets.answer_log_p[places].mean().exp().item())
+        return {"known": sum(known) / len(known), "probability": sum(probability) / len(probability)}
+
+    def utility(self, model=None) -> float:
+        """As without redirect, but that what is to be kept where there are no data is what the original wrote."""
+        if not (self.redirects and self.utility_kind == "divergence"):
+            return super().utility(model)
+        return self._mean(lambda batch: self._kl(model or self.model, batch, self.kept), WithRow(self.kept.rows))
+
+    @property
+    def has_utility(self) -> bool:
+        return self.redirects or super().has_utility
+
+    @property
+    def replay_weight(self) -> float:
+        return 0.0 if self.redirects else super().replay_weight
+
+    # The loss
+
+    def _training_rows(self):
+        if not self.redirects:
+            return super()._training_rows()
+        return WithRow(self.asked.rows), WithRow(self.kept.rows)
+
+    def forget_loss(self, model, batch):
+        return self._kl(model, batch, self.asked) if self.redirects else super().forget_loss(model, batch)
+
+    def retain_loss(self, model, batch):
+        return self._kl(model, batch, self.kept) if self.redirects else super().retain_loss(model, batch)
+
+    def _kl(self, model, batch, asked: Asked) -> Tensor:
+        """Divergence from what is asked for, a mean over the tokens of each row, `[batch]`, nats."""
+        logits, labels = self.predictions(model, batch)
+        counts = labels != IGNORED
+        targets = asked.targets.at(batch[ROW].tolist(), logits.device)
+        values = torch.zeros_like(labels, dtype=torch.float32).masked_scatter(
+            counts, divergence_from(logits[counts], *targets)
+        )
+        return mean_over_predictions(values, labels)

@@ -1,0 +1,76 @@
+"""What a language model writes by itself: the texts that stand for what is to be kept, and answers to questions about others."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...modes import in_eval_mode
+
+
+def written(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    batch_size: int = 128,
+    stop: Collection[int] = (),
+    seed: int = 0,
+    progress: bool = False,
+) -> list[list[int]]:
+    """What the model writes after each prompt, the end of the turn included, if it comes to one.
+
+    Args:
+        model (`PreTrainedModel`): left in the mode it was in.
+        tokenizer: its ids of padding and of the end.
+        prompts: token ids, at least one each.
+        max_new_tokens (`int`, defaults to 256): of each answer at most.
+        temperature (`float`, defaults to 1.0): 1 draws from the model's own distribution; 0 takes the likeliest token.
+        batch_size (`int`, defaults to 128): prompts at once.
+        stop (*optional*): tokens that end an answer besides the model's own.
+        seed (`int`, defaults to 0): of the draws; the global random state is left as it was.
+        progress (`bool`, defaults to `False`): show a bar.
+
+    Returns:
+        `list[list[int]]`: the tokens after each prompt.
+    """
+    ends = (
+        model.generation_config.eos_token_id
+        if model.generation_config.eos_token_id is not None
+        else tokenizer.eos_token_id
+    )
+    ends = {*stop, *({ends} if isinstance(ends, int) else ends or ())}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    device = next(model.parameters()).device
+    settings = (
+        {"do_sample": False}
+        if temperature == 0
+        else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    )
+    found: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    devices = [device] if device.type == "cuda" else []
+    with in_eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for begin in tqdm(range(0, len(order), batch_size), desc="Writing", disable=not progress):
+            rows = order[begin : begin + batch_size]
+            longest = max(len(prompts[row]) for row in rows)
+            ids = torch.full((len(rows), longest), pad)
+            mask = torch.zeros_like(ids)
+            for place, row in enumerate(rows):  # padded on the left
+                ids[place, longest - len(prompts[row]) :] = torch.tensor(prompts[row])
+                mask[place, longest - len(prompts[row]) :] = 1
+            answers = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, pad_token_id=pad,
+                eos_token_id=list(ends) or None, **settings,
+            )  # fmt: skip
+            for row, answer in zip(rows, answers[:, longest:].tolist(), strict=True):
+                end = next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))
+                found[row] = answer[:end]
+    return found
