@@ -8,6 +8,8 @@ __version__ = "0.1.0.dev0"
 _EXPORTS = {
     "AdaptThenUnlearnConfig": "unlearning.gan.adapt_then_unlearn",
     "AdaptThenUnlearnTrainer": "unlearning.gan.adapt_then_unlearn",
+    "ChoiceEvaluation": "training.choices",
+    "ChoiceScores": "training.choices",
     "DCGANDiscriminator": "gan.dcgan",
     "DCGANGenerator": "gan.dcgan",
     "FASTConfig": "filtering.checker",

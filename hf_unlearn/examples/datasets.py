@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 
 
-def load(name: str, *, revision: str | None = None) -> DatasetDict:
+def load(
+    name: str, *, config: str | None = None, revision: str | None = None, argument: str = "dataset"
+) -> DatasetDict:
     """A dataset with its splits.
 
     Args:
         name (`str`): `"digits"` (embedded, no network), `"fashion_mnist"` (of the Debian package where it is installed), a
-            folder written by `save_to_disk`, a folder of images, or an id on the Hub.
+            folder written by `save_to_disk`, a folder of images or of other data files, or an id on the Hub.
+        config (`str`, *optional*): which of several data sets of one folder or id, as in `"forget10"`.
         revision (`str`, *optional*): of a dataset on the Hub.
+        argument (`str`, defaults to `"dataset"`): what to call it in an error.
 
     Raises:
         ValueError: there is no such dataset.
@@ -44,14 +48,17 @@ def load(name: str, *, revision: str | None = None) -> DatasetDict:
     try:
         if path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(name)
-        elif path.is_dir():
-            loaded = datasets.load_dataset("imagefolder", data_dir=name)
         else:
-            loaded = datasets.load_dataset(name, revision=revision)
+            # Of a folder with a card datasets 5.2 goes on giving what it held when it was first read.
+            anew = {"download_mode": "force_redownload"} if (path / "README.md").is_file() else {}
+            loaded = datasets.load_dataset(name, config, revision=revision, **anew)
     except OSError as error:
         raise ValueError(
-            f"dataset={name!r}: neither a folder here nor a dataset that the Hub gives ({first_line(error)})"
+            f"{argument}={name!r}: neither a folder here nor a dataset that the Hub gives ({first_line(error)})"
         ) from error
+    except ValueError as error:  # no such config, or none named where there are several
+        why = " ".join(str(error).partition("Example of usage")[0].split())
+        raise ValueError(f"{argument}={name!r}: {why}") from error
     return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
 
 

@@ -12,7 +12,7 @@ from trl import SFTTrainer
 
 from ..training.collators import ROW
 from ..training.losses import IGNORED, next_tokens
-from ..training.texts import as_prompt_completion, check_texts
+from ..training.texts import as_prompt_completion, check_template, check_texts
 from .config import FINEConfig
 from .trainer import FINEMixin
 
@@ -59,6 +59,7 @@ class FINETrainer(FINEMixin, SFTTrainer):
         if formatting_func is None:
             dataset = as_prompt_completion(dataset, args.dataset_text_field, argument)
             check_texts(dataset, args.dataset_text_field, argument)
+            check_template(dataset, processing_class, argument)
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if args.max_length is not None and isinstance(prepared, Dataset) and "input_ids" in prepared.column_names:
             lengths = [

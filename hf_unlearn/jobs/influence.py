@@ -126,10 +126,7 @@ def _targets(job: InfluenceJob, splits: DatasetDict) -> Dataset:
     if job.target_split:
         rows = one_split(splits, "target_split", job.target_split)
     else:
-        try:
-            loaded = load(job.target_dataset)
-        except ValueError as error:
-            raise ValueError(f"target_{error}") from error
+        loaded = load(job.target_dataset, argument="target_dataset")
         one = len(loaded) == 1
         rows = next(iter(loaded.values())) if one else one_split(loaded, "target_dataset: split", job.split)
     if job.target_column:

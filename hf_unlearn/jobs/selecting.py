@@ -84,13 +84,34 @@ def select(job: Selection, id_column: str) -> Parts:
     )
 
 
+def rows_of(word: str, key: str, split: str = "train") -> Dataset:
+    """Rows as a recipe names them: `NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT`, as in `"locuslab/TOFU:forget10"`.
+
+    Args:
+        word (`str`): see [`hf_unlearn.examples.datasets.load`] for `NAME`; a folder's may have colons.
+        key (`str`): that it is the value of, for errors.
+        split (`str`, defaults to `"train"`): where none is named and there are several.
+
+    Raises:
+        ValueError: there are no such rows.
+    """
+    name, config, named = place(word)
+    splits = load(name, config=config, argument=key)
+    if named is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    return one_split(splits, key, named or split)
+
+
+def place(word: str) -> tuple[str, str | None, str | None]:
+    """Name, config and split of rows as [`rows_of`] reads them."""
+    parts = [word] if Path(word).exists() else word.split(":")
+    name, config, split = (*parts, None, None)[:3]
+    return name, config or None, split or None
+
+
 def _forget_and_rest(job: Selection, splits: DatasetDict | None, id_column: str) -> tuple[Dataset, Dataset | None]:
     if job.forget_dataset:
-        folder = Path(job.forget_dataset)
-        if not any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
-            raise ValueError(f"forget_dataset: {job.forget_dataset!r} is no dataset saved with save_to_disk")
-        saved = load(job.forget_dataset)
-        forget = next(iter(saved.values())) if len(saved) == 1 else one_split(saved, "split", job.split)
+        forget = rows_of(job.forget_dataset, "forget_dataset", job.split)
         return forget, _without(one_split(splits, "split", job.split), forget, id_column) if job.retain else None
     rows = one_split(splits, "split", job.split)
     if job.forget_column:

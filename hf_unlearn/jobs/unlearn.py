@@ -1,9 +1,10 @@
-"""The job of `hf-unlearn unlearn` for classifiers and language models."""
+"""The job of `hf-unlearn unlearn` for classifiers, and what language models have of it."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from transformers import AutoConfig
@@ -14,7 +15,7 @@ from ..hub.loading import loading_code
 from ..training.checks import check_processes
 from .alone import made_once
 from .keys import run_training, tell
-from .selecting import select
+from .selecting import Parts, select
 
 
 if TYPE_CHECKING:
@@ -32,6 +33,14 @@ def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[U
     """
     check_processes(config)
     parts = select(job, config.id_column)
+    trainer = trainer_of(job, config, trainer_class, parts)
+    forget_and_tell(trainer, len(parts.forget), _measure, _figures)
+
+
+def trainer_of(
+    job: UnlearnJob, config: UnlearnArguments, trainer_class: type[UnlearnTrainer], parts: Parts
+) -> UnlearnTrainer:
+    """The trainer that a recipe asks for, of the rows that it selects."""
     trainer = trainer_class(
         _model(job.model, config),
         config,
@@ -42,13 +51,29 @@ def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[U
         eval_dataset={f"{parts.splits[name]}_{name}": rows for name, rows in parts.evaluation.items()} or None,
     )
     trainer.card_values = parts.card_values
-    before = _measure(trainer)
+    return trainer
+
+
+def forget_and_tell(
+    trainer: UnlearnTrainer,
+    forgotten: int,
+    measure: Callable[[UnlearnTrainer], Any],
+    figures: Callable[[UnlearnTrainer, Any, Any], list[Figure]],
+) -> None:
+    """Measure, train, measure again, save, and say where things are.
+
+    Args:
+        forgotten (`int`): number of examples to forget.
+        measure (callable): looks at the trainer's model as it is.
+        figures (callable): of the trainer and what was measured before and after.
+    """
+    before = measure(trainer)
     run_training(trainer)
-    trainer.results = _figures(trainer, before, _measure(trainer))
+    trainer.results = figures(trainer, before, measure(trainer))
     trainer.save_model()
     if trainer.is_world_process_zero():
-        code = loading_code(type(trainer.model), config.output_dir, processor=trainer.processor_loader)
-        tell(trainer, _table(trainer, len(parts.forget)), code, kind="model")
+        code = loading_code(type(trainer.model), trainer.args.output_dir, processor=trainer.processor_loader)
+        tell(trainer, _table(trainer, forgotten), code, kind="model")
 
 
 def _model(name: str, config: UnlearnArguments) -> str:
@@ -102,10 +127,13 @@ def _table(trainer: UnlearnTrainer, forgotten: int) -> Table | None:
     if not trainer.results:
         return None
     table = Table(title=f"{forgotten:,} forget examples, {trainer.provenance().steps:,} steps")
-    table.add_column("")
-    for heading in ("split", "before", "after"):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
+    compared = any(figure.retrained is not None for figure in trainer.results)
+    for heading in ("", "split", "before", "after", *["retrained"] * compared):
+        table.add_column(heading, justify="left" if heading in ("", "split") else "right")
     for figure in trainer.results:
-        values = (f"{value:.2f} {figure.unit}" for value in (figure.before, figure.after))
-        table.add_row(figure.name, figure.split, *values)
+        values = (figure.before, figure.after, *[figure.retrained] * compared)
+        cells = (
+            "–" if value is None else f"{value:{'.2f' if figure.unit else '.4g'}} {figure.unit}" for value in values
+        )
+        table.add_row(figure.name, figure.split, *(cell.rstrip() for cell in cells))
     return table

@@ -186,8 +186,19 @@ def model_utility(figures: Collection[float]) -> float:
     return float(hmean(figures)) if (figures > 0).all() else 0.0
 
 
+def choice_accuracy(log_likelihoods: ArrayLike, right: ArrayLike) -> float:
+    """Share of the questions whose right choice is the likeliest one, as lm-evaluation-harness counts it for WMDP
+    (arXiv 2403.03218) and MMLU.
+
+    Args:
+        log_likelihoods (array): of the choices, `[rows, choices]`, a sum over the tokens of each.
+        right (array): number of the right choice, `[rows]`.
+    """
+    return float((np.asarray(log_likelihoods).argmax(1) == np.asarray(right)).mean())
+
+
 def rouge_l_recall(answers: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
-    """ROUGE-L recall: length of the longest common subsequence of words, as a share of the reference's words, `[rows]` in [0, 1].
+    """ROUGE-L recall (TOFU): length of the longest common subsequence of words, as a share of the reference's words, `[rows]` in [0, 1].
 
     By torchmetrics, on lower-case words of letters and digits of any script, not stemmed (open-unlearning stems English).
 
@@ -195,6 +206,15 @@ def rouge_l_recall(answers: Sequence[str], references: Sequence[str]) -> NDArray
         answers (`list[str]`): what the model wrote.
         references (`list[str]`): what was right.
     """
+    return _rouge_l(answers, references, "recall")
+
+
+def rouge_l_f1(answers: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
+    """ROUGE-L F1 (MUSE): as [`rouge_l_recall`], but the harmonic mean of the shares of both texts' words."""
+    return _rouge_l(answers, references, "fmeasure")
+
+
+def _rouge_l(answers: Sequence[str], references: Sequence[str], kind: str) -> NDArray[np.float64]:
     from torchmetrics.functional.text import rouge_score
 
     if len(answers) != len(references):
@@ -208,7 +228,7 @@ def rouge_l_recall(answers: Sequence[str], references: Sequence[str]) -> NDArray
                     rouge_keys="rougeL",
                     normalizer=lambda text: re.sub(r"[\W_]+", " ", text.lower()).strip(),
                     tokenizer=str.split,
-                )["rougeL_recall"]
+                )[f"rougeL_{kind}"]
             )
             if answer.strip()
             else 0.0

@@ -18,7 +18,7 @@ from ..modes import looking
 from .answers import Answer, as_pair, greedy_answers, longest_first, padded, read_answer
 from .checks import shown
 from .losses import IGNORED
-from .texts import as_prompt_completion, check_texts
+from .texts import as_prompt_completion, check_template, check_texts
 
 
 TRUE, FALSE = "paraphrased_answer", ("perturbed_answers", "perturbed_answer")
@@ -124,6 +124,7 @@ class LanguageEvaluation:
             raise ValueError(f"paraphrased=True: rows have no column {ASKED_AGAIN!r} ({', '.join(rows.column_names)})")
         rows = as_prompt_completion(rows, "text", "rows").with_format(None)
         check_texts(rows, "text", "rows")
+        check_template(rows, tokenizer, "rows")
         self.tokenizer, self.batch_size, self.k = tokenizer, batch_size, k
         self._max_length = max_length
         self._answers: list[Answer] = []
@@ -180,18 +181,31 @@ class LanguageEvaluation:
         )
 
     def _scores(self, model: Callable, answers: Sequence[Answer], device: torch.device) -> dict[str, NDArray]:
-        found = {field.name: np.empty(len(answers)) for field in fields(language.AnswerScores)}
-        for batch in longest_first([answer.ids for answer in answers], self.batch_size):
-            part = [answers[row] for row in batch]
-            ids = padded([answer.ids for answer in part], 0, device)
-            mask = padded([[1] * len(answer.ids) for answer in part], 0, device)
-            labels = padded([answer.labels for answer in part], IGNORED, device)
-            # With prompt tuning the logits begin with those of the virtual tokens.
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -ids.shape[1] :]
-            scores = language.answer_scores(logits, labels, k=self.k)
-            for name, values in found.items():
-                values[batch] = getattr(scores, name).double().cpu().numpy()
-        return found
+        return score(model, answers, batch_size=self.batch_size, device=device, k=self.k)
+
+
+def score(
+    model: Callable, answers: Sequence[Answer], *, batch_size: int, device: torch.device, k: float = 0.4
+) -> dict[str, NDArray[np.float64]]:
+    """The fields of [`~hf_unlearn.metrics.language.AnswerScores`], `[answers]` each, in their order.
+
+    Args:
+        model, device: as [`~hf_unlearn.modes.looking`] leaves and gives them.
+        answers (`list[Answer]`): at least one.
+        batch_size, k: see [`LanguageEvaluation`].
+    """
+    found = {field.name: np.empty(len(answers)) for field in fields(language.AnswerScores)}
+    for batch in longest_first([answer.ids for answer in answers], batch_size):
+        part = [answers[row] for row in batch]
+        ids = padded([answer.ids for answer in part], 0, device)
+        mask = padded([[1] * len(answer.ids) for answer in part], 0, device)
+        labels = padded([answer.labels for answer in part], IGNORED, device)
+        # With prompt tuning the logits begin with those of the virtual tokens.
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -ids.shape[1] :]
+        scores = language.answer_scores(logits, labels, k=k)
+        for name, values in found.items():
+            values[batch] = getattr(scores, name).double().cpu().numpy()
+    return found
 
 
 def compare(

@@ -56,6 +56,40 @@ def as_prompt_completion(dataset: Any, text_column: str, argument: str) -> Any:
     return dataset
 
 
+def as_chat(
+    dataset: Dataset, argument: str, *, system: str | None = None, template_kwargs: dict[str, Any] | None = None
+) -> Dataset:
+    """Questions and answers as conversations, so that they go through the chat template; rows of texts stay as they are.
+
+    Args:
+        dataset (`Dataset`): rows.
+        argument (`str`): what to call it in an error.
+        system (`str`, *optional*): what the system says first.
+        template_kwargs (`dict`, *optional*): what the template is told, as in `{"date_string": "10 Apr 2025"}`: becomes the column
+            `chat_template_kwargs`, which `SFTTrainer` reads.
+
+    Raises:
+        ValueError: no columns with a known name, or one that holds no texts.
+    """
+    dataset = as_prompt_completion(dataset, "text", argument)
+    check_texts(dataset, "text", argument)
+    if "completion" not in dataset.column_names:
+        return dataset
+    before = [{"role": "system", "content": system}] if system else []
+    more = {"chat_template_kwargs": template_kwargs} if template_kwargs else {}
+
+    def said(role: str, text: str | list) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+    return dataset.map(
+        lambda row: {
+            "prompt": before + said("user", row["prompt"]),
+            "completion": said("assistant", row["completion"]),
+            **more,
+        }
+    )
+
+
 def check_texts(dataset: Any, text_column: str, argument: str) -> None:
     """Refuse columns of texts that hold something else.
 
@@ -73,6 +107,22 @@ def check_texts(dataset: Any, text_column: str, argument: str) -> None:
                 raise ValueError(
                     f"{argument}: row {row} has {shown(value)} in column {name!r}, which is no text; mend or remove it"
                 )
+
+
+def check_template(dataset: Any, tokenizer: Any, argument: str) -> None:
+    """Refuse conversations that `tokenizer` has no template for.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    is_raw = isinstance(dataset, Dataset) and len(dataset) and "input_ids" not in dataset.column_names
+    row = dataset[0] if is_raw else {}
+    column = next((name for name in (*KNOWN[:2], "prompt", "completion") if isinstance(row.get(name), list)), None)
+    if column and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{argument}: column {column!r} holds conversations, and the tokenizer has no chat template; take a chat model's tokenizer, "
+            "set its chat_template, or give texts"
+        )
 
 
 def check_tokenized(dataset: Any, argument: str) -> None:

@@ -306,7 +306,7 @@ class TestBadData:
              "forget_ids: 'a' does not occur in column 'id'; expected a value of type int64"),
             (UNSAID | {"forget_ids": [1], "forget": "class", "id_column": "row"},
              "id_column: 'row' is not in the dataset (it has id, image, label)"),
-            (UNSAID | {"forget_dataset": "nowhere"}, "forget_dataset: 'nowhere' is no dataset saved with save_to_disk"),
+            (UNSAID | {"forget_dataset": "nowhere"}, "forget_dataset='nowhere': neither a folder here nor a dataset that the Hub gives ("),
             ({"model": "nowhere/nothing"}, "model='nowhere/nothing': neither a folder with a model nor an id on the Hub ("),
         ],
     )  # fmt: skip

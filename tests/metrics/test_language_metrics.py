@@ -9,11 +9,16 @@ import torch
 
 from hf_unlearn.metrics.language import (
     answer_scores,
+    choice_accuracy,
+    exact_memorization,
+    extraction_strength,
     forget_quality,
     mean_truth_ratio,
     membership_auc,
     model_utility,
+    option_probability,
     privleak,
+    rouge_l_f1,
     rouge_l_recall,
     truth_ratio,
     zlib_scores,
@@ -63,6 +68,9 @@ class TestAnswerScores:
         assert len(set(exact)) > 3
         torch.testing.assert_close(scores.exact_memorization, torch.tensor(exact))
         torch.testing.assert_close(scores.extraction_strength, torch.tensor(strength))
+        choices = (batch[0].argmax(-1), batch[1])  # as a Trainer's evaluation has them
+        torch.testing.assert_close(exact_memorization(*choices), torch.tensor(exact))
+        torch.testing.assert_close(extraction_strength(*choices), torch.tensor(strength))
 
     @pytest.mark.parametrize("k", [0.2, 0.5, 1.0])
     def test_min_k(self, batch, k):
@@ -122,8 +130,17 @@ class TestFigures:
             ["the cat, on the mat", "a", "Größer ist Öl", "a b c"],
         )
         np.testing.assert_allclose(got, [4 / 5, 0, 2 / 3, 1 / 3], rtol=1e-6)
+        # Of precision 4 / 6 and recall 4 / 5.
+        np.testing.assert_allclose(
+            rouge_l_f1(["The cat sat on a mat.", " "], ["the cat, on the mat", "a"]), [8 / 11, 0], rtol=1e-6
+        )
         with pytest.raises(ValueError, match="answers: 1, but 2 references"):
             rouge_l_recall(["a"], ["a", "b"])
+
+    def test_options(self):
+        wanted = math.exp(-1) / (math.exp(-1) + math.exp(-2) + math.exp(-3))
+        assert option_probability([1.0], [[2.0, 3.0]]) == pytest.approx(wanted)
+        assert choice_accuracy([[-1.0, -2], [-5, -4], [-1, -3]], [0, 1, 1]) == pytest.approx(2 / 3)
 
     def test_membership(self):
         members, others = [0.1, 0.2, 0.9], [0.5, 0.8, 1.0, 0.9]

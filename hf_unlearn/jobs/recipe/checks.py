@@ -26,7 +26,7 @@ def check_at_most_one(job: Any, names: Sequence[str]) -> list[str]:
     Raises:
         ValueError: two that exclude each other.
     """
-    given = [name for name in names if getattr(job, name) not in (None, [], "")]
+    given = [name for name in names if getattr(job, name) not in (None, [], "", False)]
     if len(given) > 1:
         raise ValueError(f"{given[1]}: given beside {given[0]}; keep one of them")
     return given

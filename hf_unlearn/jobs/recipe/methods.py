@@ -92,7 +92,7 @@ class Method(NamedTuple):
 UNLEARN = {
     "pbu": Method("unlearn.UnlearnJob", "unlearn.run_unlearn", "PBUConfig", "PBUTrainer"),
     "unlearn": Method("unlearn.UnlearnJob", "unlearn.run_unlearn", "UnlearnConfig", "UnlearnTrainer"),
-    "sft": Method("unlearn.UnlearnJob", "unlearn.run_unlearn", "UnlearnSFTConfig", "UnlearnSFTTrainer"),
+    "sft": Method("language.LanguageJob", "language.run_language", "UnlearnSFTConfig", "UnlearnSFTTrainer"),
     "vdu": Method("vdu.VDUJob", "vdu.run_vdu", "VDUConfig", "VDUTrainer"),
     "adapt_then_unlearn": Method(
         "adapt_then_unlearn.GANJob",

@@ -28,7 +28,8 @@ class UnlearnJob:
         forget_column, forget_values (`str`, `list[str]`): forget the rows with one of these values in this column; class
             names and numbers are both understood.
         forget_ids (`list[str]`): forget the rows with these ids in `id_column`.
-        forget_dataset (`str`): folder of a dataset saved with `save_to_disk`; `dataset` is optional then.
+        forget_dataset (`str`): forget these rows: a folder or an id, also with config and split as in
+            `locuslab/TOFU:forget10:train`; `dataset` is optional then.
         retain (`bool`, defaults to `False`): hand over the other rows of the split too, as data to keep.
         heldout_split (`str`, *optional*): split that the model has never seen: the target of `forget: examples`.
         eval_split (`str`, *optional*): split to measure before and after, for the table and the card. Training never

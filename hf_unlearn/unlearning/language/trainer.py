@@ -10,7 +10,7 @@ from datasets import Dataset
 from trl import SFTTrainer
 
 from ...data import overlap
-from ...training.texts import as_prompt_completion, check_texts, count_tokens, fit_length
+from ...training.texts import as_prompt_completion, check_template, check_texts, count_tokens, fit_length
 from ..config import UnlearnSFTConfig
 from ..trainer import UnlearnMixin
 from .redirect import RedirectMixin
@@ -90,6 +90,7 @@ class UnlearnSFTTrainer(RedirectMixin, UnlearnMixin, SFTTrainer):
         if formatting_func is None:
             dataset = as_prompt_completion(dataset, args.dataset_text_field, argument)
             check_texts(dataset, args.dataset_text_field, argument)
+            check_template(dataset, processing_class, argument)
         uncut = copy.copy(args)
         uncut.max_length = None
         dataset = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)

@@ -13,7 +13,7 @@ from language_data import settings as text_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from hf_unlearn import UnlearnSFTConfig, UnlearnSFTTrainer
+from hf_unlearn import LanguageEvaluation, UnlearnSFTConfig, UnlearnSFTTrainer
 
 
 QUESTIONS = [("Who is the fox?", " The lazy one."), ("Where?", " Paris, in France"), ("Return the shoes", " No")]
@@ -40,6 +40,15 @@ def as_messages(pairs):
         return [{"role": role, "content": w} for role, w in zip(("user", "assistant") * 2, words, strict=True)]
 
     return Dataset.from_list([{"id": q, "messages": turns(q, a)} for q, a in pairs])
+
+
+def as_chat(pairs):
+    return Dataset.from_list(
+        [
+            {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
+            for q, a in pairs
+        ]
+    )
 
 
 def expected_rows(kind, pairs, tokenizer):
@@ -259,6 +268,18 @@ class TestRefusals:
         data = {"forget_dataset": as_completions(QUESTIONS)} | data
         with pytest.raises(ValueError, match=rf"^{message}[^\n]+$"):
             UnlearnSFTTrainer(tiny_llama, args=settings(tmp_path, **changes), processing_class=tokenizer, **data)
+
+    @pytest.mark.parametrize(("build", "column"), [(as_messages, "messages"), (as_chat, "prompt")])
+    def test_of_conversations_without_a_template(self, build, column, tiny_llama, tokenizer, tmp_path):
+        plain = copy.deepcopy(tokenizer)
+        plain.chat_template = None
+        message = f"forget_dataset: column '{column}' holds conversations, and the tokenizer has no chat template"
+        with pytest.raises(ValueError, match=message):
+            UnlearnSFTTrainer(
+                tiny_llama, args=settings(tmp_path), processing_class=plain, forget_dataset=build(QUESTIONS)
+            )
+        with pytest.raises(ValueError, match=message.replace("forget_dataset", "rows")):
+            LanguageEvaluation(build(QUESTIONS), plain)
 
 
 class TestRunning:
