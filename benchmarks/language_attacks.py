@@ -34,16 +34,17 @@ RELEARNING = {
 
 
 class At(TrainerCallback):
-    """Calls `look` after some of the steps, and keeps what it says by step."""
+    """Calls `look` after some of the steps, keeps what it says by step, and ends the run where that is `enough`."""
 
-    def __init__(self, steps: tuple[int, ...], look: Callable):
-        self.steps, self.look, self.seen = steps, look, {}
+    def __init__(self, steps: tuple[int, ...], look: Callable, enough: Callable = lambda seen: False):
+        self.steps, self.look, self.enough, self.seen = steps, look, enough, {}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step in self.steps:
             training = model.training
             self.seen[state.global_step] = self.look(model.eval())
             model.train(training)
+            control.should_training_stop |= self.enough(self.seen[state.global_step])
 
 
 def sft(

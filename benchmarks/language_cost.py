@@ -1,9 +1,10 @@
-"""What a step of unlearning a language model costs: stock SFTTrainer on the rows to forget, on twice as many, and ours and peers.
+"""What a step of unlearning a language model costs: stock SFTTrainer on as many rows, and ours and peers.
 
     python benchmarks/language_cost.py [--quick]
 
-The same eight rows are forgotten in every step, with eight others at hand or without; trainers' own steps, interleaved round by round,
-medians of the rounds' ratios; memory as in step_cost.py, and relative to stock training's parameters, moments and peak.
+The same eight rows are forgotten in every step, with three times as many others at hand or without; trainers' own steps, interleaved
+round by round, medians of the rounds' ratios to stock training on the rows to forget; memory as in step_cost.py, and relative to stock
+training's parameters, moments and peak.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from datasets import disable_progress_bars
+from datasets import concatenate_datasets, disable_progress_bars
 from language_attacks import QUIET
-from language_unlearning import OURS, PLAIN, ROWS
+from language_unlearning import KEPT, OURS, PLAIN, ROWS
 from step_cost import Steps, compare
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
@@ -67,22 +68,25 @@ def steppers(size: str, folder: str) -> dict[str, Steps]:
         data[name]
         .select(range(0, len(data[name]), len(kinds()) + 1)[: 2 * ROWS])
         .select_columns(["id", "prompt", "completion"])
-        for name in ("forget", "retain")
+        for name, number in (("forget", ROWS), ("retain", ROWS * KEPT))
     )
 
     def stock(rows: int) -> Trainer:
         args = SFTConfig(f"{folder}/{rows}", **(COMMON | {"per_device_train_batch_size": rows}))
-        taught = forget.select(range(rows)).remove_columns("id")
+        taught = concatenate_datasets([forget, retain]).select(range(rows)).remove_columns("id")
         return SFTTrainer(opinion_llama(tokenizer, size), args, train_dataset=taught, processing_class=tokenizer)
 
     def ours(name: str, settings: dict, kept: bool) -> Trainer:
         args = UnlearnSFTConfig(f"{folder}/{len(name)}{kept}", **(settings | COMMON))
         return UnlearnSFTTrainer(
-            opinion_llama(tokenizer, size), args, forget_dataset=forget.select(range(ROWS)),
-            retain_dataset=retain.select(range(ROWS)) if kept else None, processing_class=tokenizer,
+            opinion_llama(tokenizer, size), args, forget_dataset=forget, retain_dataset=retain if kept else None,
+            processing_class=tokenizer,
         )  # fmt: skip
 
-    makers = {"SFTTrainer": partial(stock, ROWS), "SFTTrainer, twice the rows": partial(stock, 2 * ROWS)}
+    makers = {
+        "SFTTrainer, rows to forget": partial(stock, ROWS),
+        "SFTTrainer, all rows": partial(stock, ROWS * (1 + KEPT)),
+    }
     makers |= {name: partial(ours, name, *variant) for name, variant in VARIANTS.items()}
     return {name: TextSteps(make) for name, make in makers.items()}
 

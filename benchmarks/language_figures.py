@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
 from scipy.stats import hmean
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +15,7 @@ from hf_unlearn import LanguageEvaluation
 from hf_unlearn.examples.facts import known_share
 from hf_unlearn.metrics.language import forget_quality, privleak
 from hf_unlearn.training.evaluation import compare
+from hf_unlearn.unlearning.language.written import written
 
 
 DRAWN = 50  # rows to which answers are drawn, at most
@@ -156,23 +156,10 @@ class Figures:
             shares[name] = share
         return shares
 
-    @torch.no_grad()
     def _hits(self, model: PreTrainedModel, rows: Dataset, samples: int) -> np.ndarray:
         """Which answers drawn at temperature 1 have the right value, `[rows, samples]`, of [`DRAWN`] rows."""
-        hits, size, rows = [], 2 * BATCH // samples, rows.select(range(0, len(rows), -(-len(rows) // DRAWN)))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for part in (
-                rows.select(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)
-            ):
-                batch = self.tokenizer.apply_chat_template(
-                    part["prompt"][:], add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True,
-                    tokenizer_kwargs={"padding_side": "left"},
-                )  # fmt: skip
-                drawn = model.generate(
-                    **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=samples,
-                    max_new_tokens=LONGEST, pad_token_id=self.tokenizer.pad_token_id,
-                )  # fmt: skip
-                texts = self.tokenizer.batch_decode(drawn[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-                hits.append(right(texts, part))
-        return np.concatenate(hits)
+        rows = rows.select(range(0, len(rows), -(-len(rows) // DRAWN)))
+        asked = self.tokenizer.apply_chat_template(rows["prompt"][:], add_generation_prompt=True)["input_ids"]
+        again = [prompt for prompt in asked for _ in range(samples)]
+        drawn = written(model, self.tokenizer, again, max_new_tokens=LONGEST, batch_size=2 * BATCH)
+        return right(self.tokenizer.batch_decode(drawn, skip_special_tokens=True), rows)

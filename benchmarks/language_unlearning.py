@@ -23,6 +23,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+import language_report
 import report
 from datasets import Dataset, DatasetDict, disable_progress_bars, interleave_datasets
 from generators import grid_of
@@ -59,11 +60,12 @@ PEERS = {  # what a method is besides PLAIN and what is chosen for it
     "ceu": {"forget_loss": "ceu"},
 }
 METHODS = ("original", "retrained", *OURS, *PEERS)
-# The budget of a peer: at most so many steps, each of so many rows to forget and as many to keep. Nothing of ours is beside its loss.
-STEPS, ROWS = (75, 150, 300), 8
+# The budget of a peer: at most so many steps, each of so many rows to forget and, where there are any, so many times as many to keep,
+# as our defaults have. Nothing of ours is beside its loss.
+STEPS, ROWS, KEPT = (75, 150, 300), 8, UnlearnSFTConfig.retain_per_forget
 PLAIN = {
-    "per_device_train_batch_size": ROWS, "lr_scheduler_type": "constant", "replay_weight": 0.0, "isotropic_weight": 0.0,
-    "guard": False,
+    "per_device_train_batch_size": ROWS, "retain_per_forget": KEPT, "lr_scheduler_type": "constant", "replay_weight": 0.0,
+    "isotropic_weight": 0.0, "guard": False,
 }  # fmt: skip
 GRID = {"learning_rate": (1e-4, 3e-4, 1e-3), "retain_weight": (1.0, 5.0)}
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -136,13 +138,15 @@ def loaded(folder: Path) -> PreTrainedModel:
 
 
 def refusing(rows: DatasetDict, data: str, seed: int) -> Dataset:
-    """The questions that are to be forgotten, with refusals, and one of the retained rows to each of them."""
+    """The questions that are to be forgotten, with refusals, and KEPT times as many of the retained rows."""
     answered = rows["forget"].map(
         lambda row: {"completion": [{"role": "assistant", "content": REFUSALS[row["id"] % len(REFUSALS)]}]}
     )
     if data == "forget":
         return answered
-    return interleave_datasets([answered, rows["retain"]], [0.5, 0.5], seed, stopping_strategy="all_exhausted")
+    return interleave_datasets(
+        [answered, rows["retain"]], [1 / (1 + KEPT), KEPT / (1 + KEPT)], seed, stopping_strategy="all_exhausted"
+    )
 
 
 def unlearn(
@@ -155,9 +159,9 @@ def unlearn(
     shared = {"peft_config": peft_config, "callbacks": [at] if at else None}
     with tempfile.TemporaryDirectory() as scratch:
         if method == "refusal":
-            kinds_of_rows = 2 if data == "retain" else 1
+            rows_a_step = settings["per_device_train_batch_size"] * (1 + KEPT if data == "retain" else 1)
             given = {name: settings[name] for name in ("learning_rate", "lr_scheduler_type", "max_steps")}
-            given |= {"per_device_train_batch_size": kinds_of_rows * settings["per_device_train_batch_size"]}
+            given |= {"per_device_train_batch_size": rows_a_step}
             taught = refusing(rows, data, recipe.seed)
             trainer = sft(model, taught, scratch, tokenizer, seed=recipe.seed, **given, **shared)
         else:
@@ -240,13 +244,15 @@ def options(method: str, mode: str, data: str) -> list[dict]:
 
 
 def tune(method: str, mode: str, data: str) -> None:
-    """Tries every option, looking at the composite after each number of STEPS, and writes down each when it is done."""
+    """Tries every option, looking at the composite after each number of STEPS, and writes down each when it is done. A run that has
+    lost half of the utility is not gone on with.
+    """
     name, figures = f"{method} {mode} {data}", figures_of(TUNED_ON, LOOKED)
     original, retrained = (judge(replace(TUNED_ON, without_forget=without)) for without in (False, True))
 
     def look(model: PreTrainedModel) -> dict:
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            return {"composite": 0.0}
+            return {"composite": 0.0, "utility": 0.0}
         seen = figures(model)
         return composite(seen, retrained, original) | {key: seen[key] for key in ("forgotten", "kept")}
 
@@ -254,7 +260,7 @@ def tune(method: str, mode: str, data: str) -> None:
         tried = tuning().get(name, {}).get("tried", [])
         if any(all(row[key] == value for key, value in option.items()) for row in tried):
             continue
-        at = At(STEPS, look)
+        at = At(STEPS, look, lambda seen: seen["utility"] < 0.5)
         with tempfile.TemporaryDirectory() as scratch:
             settings = PLAIN | PEERS[method] | option | {"max_steps": max(STEPS)}
             unlearn(TUNED_ON, method, mode, data, settings, Path(scratch), at)
@@ -262,7 +268,7 @@ def tune(method: str, mode: str, data: str) -> None:
         best = max(tried, key=lambda row: row["composite"])
         chosen = {key: best[key] for key in (*option, "max_steps")}
         save(TUNING, rows_as_lines(tuning() | {name: rounded({"chosen": chosen, "tried": tried})}))
-        print(name, json.dumps(tried[-len(STEPS) :]), flush=True)
+        print(name, json.dumps(tried[-len(at.seen) :]), flush=True)
 
 
 @cache
@@ -338,10 +344,18 @@ def main() -> None:
     if given.quick:
         return quick()
     if given.report:
-        budget = {"steps": STEPS, "rows": ROWS, "grid": GRID, "adapter": ADAPTER, "adapter_rates": ADAPTER_RATES}
+        budget = {
+            "steps": STEPS,
+            "rows": ROWS,
+            "kept": KEPT,
+            "grid": GRID,
+            "adapter": ADAPTER,
+            "adapter_rates": ADAPTER_RATES,
+        }
         budget |= {"relearning": RELEARNING}
         save(RESULTS, f'{{"budget": {json.dumps(budget)},\n"cells": {rows_as_lines(gathered())}}}')
-        return report.DOCUMENT.write_text(report.render()) and None
+        report.DOCUMENT.write_text(report.render())
+        return print(*(language_report.goals(gathered(), mode) for mode in given.mode), sep="\n\n")
     if given.tune:
         for data, mode, method in product(given.data, given.mode, given.only or PEERS):
             if method in PEERS:
