@@ -22,6 +22,20 @@ if TYPE_CHECKING:
 
 
 SHOWN = 100  # characters of a value in an error
+# Keys that recipes had before, words that settings had, and what they are called now.
+RENAMED = {
+    "replay_samples": "own_samples",
+    "replay_filter": "marker",
+    "guard_samples": "guard_examples",
+    "sample_batch_size": "batch_size",
+    "forget_classes": "classes",
+    "undesired_classes": "classes",
+    "negatives": "undesired_folder",
+    "positives": "clean_folder",
+    "fisher_weight": "stability_weight",  # of vdu, with stability: fisher
+    "npo_beta": "preference_beta",
+    "mean": "example",  # of loss_reduction
+}
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, SHOWN, SHOWN, SHOWN
 
@@ -77,13 +91,24 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     if words:
         if value not in words:
-            raise ValueError(f"{name}={shown(value)}: must be one of {', '.join(words)}")
+            now = now_called(value, words)
+            raise ValueError(f"{name}={shown(value)}: must be one of {', '.join(words)}{now and f'; {now}'}")
         return
     if bool in kinds:
         if not isinstance(value, bool):
             raise ValueError(f"{name}={shown(value)}: must be True or False")
     elif (float in kinds or int in kinds) and (not isinstance(value, int | float) or isinstance(value, bool)):
         raise ValueError(f"{name}={shown(value)}: must be a number")
+
+
+def now_called(word: Any, known: Iterable[str]) -> str:
+    """What to say of a key or a word of a setting that had another name before; nothing of any other.
+
+    Args:
+        known: what may be said now.
+    """
+    now = RENAMED.get(word) if isinstance(word, str) else None
+    return f"it is called {now!r} now" if now in known else ""
 
 
 def check_number(name: str, value: float | None, rule: str) -> None:

@@ -11,6 +11,9 @@ from torch.utils.data import Dataset as TorchDataset
 from ..data import LABEL_COLUMNS
 
 
+ALTERNATE = "alternate"  # of a forget row: the answer that is wanted instead, as a row of its own
+
+
 class ForgetRetainDataset(TorchDataset):
     """Forget examples, each beside retain examples that change from epoch to epoch: `{"forget": row, "retain": row}`.
 
@@ -43,7 +46,7 @@ class ForgetRetainDataset(TorchDataset):
 
 class NestedCollator:
     """Collates `{"forget": row, "retain": row}` part by part with the collator it wraps, lists of rows and rows with their number as
-    well; flat rows pass straight through.
+    well, and what stands under `alternate` in forget rows as a part of theirs; flat rows pass straight through, without it.
     """
 
     def __init__(self, collator: Callable[[list[Any]], Any]):
@@ -55,13 +58,19 @@ class NestedCollator:
         return getattr(self.collator, name)
 
     def __call__(self, rows: list[Any]) -> Any:
-        if isinstance(rows[0], dict) and "forget" in rows[0]:
-            return {part: self._collated([row[part] for row in rows]) for part in rows[0]}
-        return self._collated(rows)
+        if not (isinstance(rows[0], dict) and "forget" in rows[0]):
+            return self._collated(rows)
+        batch = {part: self._collated([row[part] for row in rows]) for part in rows[0]}
+        forget = [row["forget"] for row in rows]
+        if isinstance(forget[0], dict) and isinstance(forget[0].get(ALTERNATE), dict):
+            batch["forget"][ALTERNATE] = self.collator([row[ALTERNATE] for row in forget])
+        return batch
 
     def _collated(self, rows: list[Any]) -> Any:
         if isinstance(rows[0], list):
             rows = [one for some in rows for one in some]
+        if isinstance(rows[0], dict) and ALTERNATE in rows[0]:
+            rows = [{name: value for name, value in row.items() if name != ALTERNATE} for row in rows]
         return (RowCollator(self.collator) if isinstance(rows[0], tuple) else self.collator)(rows)
 
 

@@ -100,13 +100,21 @@ def check_texts(dataset: Any, text_column: str, argument: str) -> None:
         return
     names = (text_column,) if text_column in dataset.column_names else ("prompt", "completion")
     for name in {*names} & {*dataset.column_names}:
-        for row, value in enumerate(dataset.with_format(None)[name]):
-            is_text = isinstance(value, str)
-            is_chat = isinstance(value, list) and name != text_column and all(isinstance(turn, dict) for turn in value)
-            if not (is_text or is_chat):
-                raise ValueError(
-                    f"{argument}: row {row} has {shown(value)} in column {name!r}, which is no text; mend or remove it"
-                )
+        check_text_column(dataset, name, argument, chats=name != text_column)
+
+
+def check_text_column(dataset: Dataset, name: str, argument: str, *, chats: bool = True) -> None:
+    """Refuse a column that holds something else than texts, or than messages where `chats` are allowed.
+
+    Raises:
+        ValueError: naming the column and the row.
+    """
+    for row, value in enumerate(dataset.with_format(None)[name]):
+        is_chat = isinstance(value, list) and chats and all(isinstance(turn, dict) for turn in value)
+        if not (isinstance(value, str) or is_chat):
+            raise ValueError(
+                f"{argument}: row {row} has {shown(value)} in column {name!r}, which is no text; mend or remove it"
+            )
 
 
 def check_template(dataset: Any, tokenizer: Any, argument: str) -> None:

@@ -13,7 +13,7 @@ from ..training.config import GUARD_RANGES, GuardArguments
 
 
 RANGES = {
-    "> 0": ("forget_weight", "npo_beta"),
+    "> 0": ("forget_weight", "preference_beta", "rmu_coefficient", "pdu_rate"),
     "≥ 0": (
         "retain_weight",
         "replay_weight",
@@ -21,6 +21,7 @@ RANGES = {
         "fisher_weight",
         "utility_tolerance",
         "heldout_loss",
+        "rmu_layer",
     ),
     "≥ 1": ("retain_per_forget", "fisher_samples", "fisher_examples", "guard_patience"),
     "in [0, 1)": ("forget_accuracy",),
@@ -37,19 +38,31 @@ class UnlearnArguments(GuardArguments):
         forget (`"class"` | `"examples"`, defaults to `"class"`): delete every trace of the labels in the forget set, or
             only of these examples. The right answers differ: a model that never saw an example may still classify it.
         forget_loss (`str`, defaults to `"bounded"`): `"ascent"`, `"npo"`, `"redirect"`, `"uniform"`, `"match"`, or
-            for texts `"simnpo"`, `"undial"`, `"wga"`, `"satimp"` or `"ceu"` with their papers' settings, or `"bounded"`, which
-            chooses: `"match"` where the loss of held-out data is known, else `"redirect"` to forget a class from a
+            for texts `"simnpo"`, `"undial"`, `"wga"`, `"satimp"` or `"ceu"` with their papers' settings; `"dpo"`, which prefers what a
+            column `alternate` of the forget rows answers instead; `"idkdpo"`, to which "I don't know" will do where there is
+            no such column; `"rmu"`, which sends hidden states to a random vector; `"pdu"`, which flattens logits under a limit on
+            the loss of `retain_dataset=`; or `"bounded"`, which chooses: `"match"` where the loss of held-out data is known, else `"redirect"` to forget a class from a
             classifier and `"npo"` for language models.
         forget_weight (`float`, defaults to 1.0): weight of the forget loss, > 0.
-        npo_beta (`float`, defaults to 0.1): inverse temperature β of NPO.
-        loss_reduction (`"mean"` | `"sum"`, defaults to `"mean"`): of the forget loss of a text: per token, on the scale of
-            the retain and replay terms, or summed over its tokens as in NPO's paper, which takes more of what is to be kept.
+        preference_beta (`float`, defaults to 0.1): inverse temperature β of `npo`, `dpo` and `idkdpo`.
+        loss_reduction (`"example"` | `"token"` | `"sum"`, defaults to `"example"`): of texts: a mean over the tokens of each that
+            count and then over texts; or over all tokens of a batch, in the forget and the retain loss, as open-unlearning
+            does (of each micro-batch of each process); or the forget loss summed over the tokens of a text, as in NPO's
+            paper, which takes more of what is to be kept.
+        rmu_layer (`int`, *optional*): the layer, counted from 0, whose output `rmu` changes, by training it and the two below it. Default:
+            7/32 of the way up, as in the paper.
+        rmu_coefficient (`float`, defaults to 6.5): length c of the vector that `rmu` sends hidden states to, in their unit.
         heldout_loss (`float`, *optional*): mean loss, in nats, of data the model has never seen: the target of
             `forget="examples"`. Computed from `heldout_dataset=` when that is given.
 
     > What to keep
-        retain_weight (`float`, defaults to 1.0): weight of the task loss on `retain_dataset=`, if there is one.
+        retain_weight (`float`, defaults to 1.0): weight of the loss on `retain_dataset=`, if there is one; with `pdu` only where it
+            begins.
+        retain_loss (`"nll"` | `"kl"`, defaults to `"nll"`): that loss: the task's own, or the divergence KL(original ‖ student) of
+            the answers, which takes another forward pass. `rmu` has its own.
         retain_per_forget (`int`, defaults to 1): rows to keep that stand beside each forget row of a batch.
+        pdu_rate (`float`, defaults to 1.0): by how much the weight rises in an optimiser step for each nat that the loss is above its
+            limit, with `pdu`; the limit is the original's loss and `utility_tolerance`.
         replay_weight (`float`, *optional*): weight of the data-free replay. Default: 5 (`npo`: 1, `match`: 0.1), or 0 with a
             `retain_dataset=`.
         isotropic_weight (`float`, defaults to 0.1): γ of the anchor γ‖θ−θ*‖², a sum over parameters; under LoRA, over
@@ -90,14 +103,19 @@ class UnlearnArguments(GuardArguments):
 
     forget: Literal["class", "examples"] = "class"
     forget_loss: Literal[
-        "bounded", "ascent", "npo", "redirect", "uniform", "match", "simnpo", "undial", "wga", "satimp", "ceu"
-    ] = "bounded"
+        "bounded", "ascent", "npo", "redirect", "uniform", "match", "simnpo", "undial", "wga", "satimp", "ceu", "dpo", "idkdpo",
+        "rmu", "pdu",
+    ] = "bounded"  # fmt: skip
     forget_weight: float = 1.0
-    npo_beta: float = 0.1
-    loss_reduction: Literal["mean", "sum"] = "mean"
+    preference_beta: float = 0.1
+    loss_reduction: Literal["example", "token", "sum"] = "example"
+    rmu_layer: int | None = None
+    rmu_coefficient: float = 6.5
     heldout_loss: float | None = None
     retain_weight: float = 1.0
+    retain_loss: Literal["nll", "kl"] = "nll"
     retain_per_forget: int = 1
+    pdu_rate: float = 1.0
     replay_weight: float | None = None
     isotropic_weight: float = 0.1
     fisher_weight: float = 0.0

@@ -13,7 +13,11 @@ from torch import Tensor
 CREDIT = {
     "redirect": {"DELETE's loss": "2503.23751"},
     "npo": {"NPO's loss": "2404.05868"},
+    "dpo": {"DPO's loss": "2305.18290"},
+    "idkdpo": {"DPO's loss": "2305.18290", "TOFU's preference for not knowing": "2401.06121"},
     "simnpo": {"SimNPO's loss": "2410.07163"},
+    "rmu": {"RMU's loss": "2403.03218"},
+    "pdu": {"PDU's loss": "2506.05314"},
     "undial": {"UNDIAL's loss": "2402.10052"},
     "wga": {"WGA's loss": "2502.19301"},
     "satimp": {"SatImp's loss": "2505.11953"},

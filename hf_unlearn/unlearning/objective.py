@@ -14,17 +14,20 @@ from ..parameters.anchors import Anchor, QuadraticAnchor, SumOfAnchors
 from ..parameters.fisher import diagonal_fisher
 from ..parameters.lora import LoRAProductAnchor, lora_layers
 from ..parameters.reference import ReferencePoint
+from ..training.collators import ALTERNATE
 from ..training.losses import IGNORED, cross_entropy, mean_over_predictions
 from . import losses
 from .classifiers.objective import ClassifierObjective
 from .classifiers.replay import perturb_images
-from .language.objective import TOKEN_LOSSES, LanguageObjective, token_loss
+from .language.losses import dpo, rmu
+from .language.objective import ONLY_TEXTS, PAIRED_LOSSES, TOKEN_LOSSES, LanguageObjective, token_loss
 from .language.replay import ordinary_tokens, perturb_tokens
+from .language.rmu import direction, hidden_states, layer_of, layers_of, train_below
 
 
 Batch = Mapping[str, Tensor]
-# `match` and `npo` change what the model says of single examples, which inputs made from them pull against.
-DEFAULT_REPLAY_WEIGHT = {"match": 0.1, "npo": 1.0}
+# These change what the model says of single examples, which inputs made from them pull against.
+DEFAULT_REPLAY_WEIGHT = {"match": 0.1, "npo": 1.0} | dict.fromkeys(PAIRED_LOSSES, 1.0)
 
 
 class ObjectiveMixin:
@@ -54,24 +57,33 @@ class ObjectiveMixin:
         if name == "match" and not has_target:
             raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
         self._check_is_for(name)
-        if name == "match" and self.args.loss_reduction == "sum":
-            raise ValueError("loss_reduction='sum': forget_loss='match' compares means; leave it out")
+        if self.is_causal_lm:
+            self.family.check(name, self.forget_dataset, self.retain_dataset)
+        if name == "rmu":
+            train_below(self.model, layer_of(self.model, self.args.rmu_layer))
         return name
 
     def _check_is_for(self, name: str) -> None:
-        if name in TOKEN_LOSSES and not self.is_causal_lm:
+        if name in ONLY_TEXTS and not self.is_causal_lm:
             raise ValueError(f"forget_loss={name!r}: is for language models; use 'redirect', or leave it out")
+
+    @property
+    def rmu_layer(self) -> int | None:
+        return layer_of(self.model, self.args.rmu_layer) if self.forget_loss_name == "rmu" else None
 
     # The losses
 
     def predictions(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits `[batch, …, classes]` and the targets `[batch, …]` they answer, −100 where none."""
+        return self.family.answers(forward, self._inputs(batch), self._labels(batch))
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         self._set_signature_columns_if_needed()
-        labels = self._labels(batch)
-        inputs = {k: v for k, v in batch.items() if k not in self.label_names and k in self._signature_columns}
+        others = (*self.label_names, ALTERNATE)
+        inputs = {k: v for k, v in batch.items() if k not in others and k in self._signature_columns}
         if self.is_causal_lm:  # SFTTrainer's signature leaves it out
             inputs.setdefault("attention_mask", batch.get("attention_mask"))
-        return self.family.answers(forward, inputs, labels)
+        return inputs
 
     def _labels(self, batch: Batch) -> Tensor:
         label = self.label_names[0] if self.label_names else "labels"
@@ -94,22 +106,40 @@ class ObjectiveMixin:
     def forget_loss(self, model: Callable, batch: Batch) -> Tensor:
         """What is minimised on the forget examples; a scalar or one value per example.
 
-        Every term is a mean over the predictions of an example, the tokens of a text, and then over examples: so weights
+        By default every term is a mean over the predictions of an example, the tokens of a text, and then over examples: so weights
         compare tokens with tokens. NPO's log π is of the whole text, ℓT with ℓ the mean over its T tokens, as in the paper;
         there its gradient is −W·T·∇ℓ with W = 2π^β/(π^β + π*^β), T times as strong as a retain term's ∇ℓ: what is to be kept
         goes first. Divided by T it is −W·∇ℓ, at the original (W = 1) as strong as the retain term, and W still tends to 0 as
         the text as a whole is forgotten. `loss_reduction="sum"` is the paper's.
         """
         values = self._forget_means(model, batch)
-        if self.args.loss_reduction == "sum":
-            values = values * self.family.counts(self._labels(batch), batch.get("attention_mask"))
-        return values
+        return values * self._counts(batch) if self.args.loss_reduction == "sum" else self._by_token(values, batch)
+
+    def _counts(self, batch: Batch) -> Tensor:
+        return self.family.counts(self._labels(batch), batch.get("attention_mask"))
+
+    def _by_token(self, values: Tensor, batch: Batch) -> Tensor:
+        """With `loss_reduction="token"` means of examples, weighted so that their mean is that over all tokens of the batch."""
+        if self.args.loss_reduction != "token":
+            return values
+        counts = self._counts(batch)
+        return values * counts * len(counts) / counts.sum().clamp(min=1)
 
     def _forget_means(self, model: Callable, batch: Batch) -> Tensor:
         if self.forget_loss_name == "ascent":
             return losses.ascent(self.task_loss(model, batch))
         if self.forget_loss_name == "match":
             return losses.match(self.task_loss(model, batch), self.heldout_loss)
+        if self.forget_loss_name == "rmu":
+            hidden = self._hidden(model, batch)
+            noise = self.args.rmu_coefficient * direction(hidden.shape[-1], self.args.seed).to(hidden.device)
+            return mean_over_predictions(rmu(hidden, noise), self._labels(batch))
+        if self.forget_loss_name in ("npo", *PAIRED_LOSSES):
+            *nlls, count = self._of_whole_texts(model, batch)
+            if self.forget_loss_name == "npo":
+                return losses.npo(*nlls, self.args.preference_beta) / count
+            *alternate_nlls, _ = self._of_whole_texts(model, batch[ALTERNATE])
+            return dpo(*nlls, *alternate_nlls, self.args.preference_beta) / count
         logits, targets = self.predictions(model, batch)
         if self.forget_loss_name == "uniform":
             return mean_over_predictions(losses.uniform(logits), targets)
@@ -118,16 +148,32 @@ class ObjectiveMixin:
                 self.forget_loss_name, logits, targets, lambda: self.predictions(self.reference_forward, batch)[0]
             )
         reference_logits, _ = self.predictions(self.reference_forward, batch)
-        if self.forget_loss_name == "npo":
-            count = (targets != IGNORED).reshape(len(targets), -1).sum(1).clamp(min=1)
-            nll, reference_nll = (cross_entropy(z, targets) * count for z in (logits, reference_logits))
-            return losses.npo(nll, reference_nll, self.args.npo_beta) / count
         values = losses.redirect(logits, reference_logits, self.family.excluded(logits, targets))
         return mean_over_predictions(values, targets)
 
+    def _hidden(self, forward: Callable, batch: Batch) -> Tensor:
+        hidden = hidden_states(forward, self._inputs(batch), layers_of(self.model)[self.rmu_layer])
+        return hidden[:, -self._labels(batch).shape[1] :]  # behind the virtual tokens of prompt tuning
+
+    def _of_whole_texts(self, model: Callable, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """−log π and −log π* of all predictions of an example together, and how many count, `[batch]` each."""
+        logits, targets = self.predictions(model, batch)
+        reference_logits, _ = self.predictions(self.reference_forward, batch)
+        count = (targets != IGNORED).reshape(len(targets), -1).sum(1).clamp(min=1)
+        return cross_entropy(logits, targets) * count, cross_entropy(reference_logits, targets) * count, count
+
     def retain_loss(self, model: Callable, batch: Batch) -> Tensor:
-        """What is minimised on the retain examples: the task's own loss, if there are any."""
-        return self.task_loss(model, batch)
+        """What is minimised on the retain examples: the task's own loss, or the divergence from the original's answers; of RMU the
+        distance from its hidden states; `[batch]`.
+        """
+        if self.forget_loss_name == "rmu":
+            hidden, kept = (self._hidden(forward, batch) for forward in (model, self.reference_forward))
+            return mean_over_predictions(rmu(hidden, kept), self._labels(batch))
+        if self.args.retain_loss == "nll":
+            return self._by_token(self.task_loss(model, batch), batch)
+        logits, targets = self.predictions(model, batch)
+        reference_logits, _ = self.predictions(self.reference_forward, batch)
+        return self._by_token(mean_over_predictions(losses.divergence(logits, reference_logits), targets), batch)
 
     def replay_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Inputs related to the forget examples on which the original says what is to be kept; see [`hf_unlearn.unlearning.classifiers.replay`]."""

@@ -28,6 +28,14 @@ RUN_SETTINGS = (
     "gradient_accumulation_steps",
 )
 
+# Settings that only some forget losses have.
+OF_LOSSES = {
+    "preference_beta": ("npo", "dpo", "idkdpo"),
+    "rmu_layer": ("rmu",),
+    "rmu_coefficient": ("rmu",),
+    "pdu_rate": ("pdu",),
+}
+
 PIPELINE_TAGS = {
     "ForImageClassification": "image-classification",
     "ForSequenceClassification": "text-classification",
@@ -100,11 +108,13 @@ class SavingMixin(PublishingMixin):
     def _chosen(self) -> dict[str, Any]:
         """The settings that a card tells."""
         chosen = {f.name: getattr(self.args, f.name) for f in fields(UnlearnArguments)}
-        for name in ("replay_weight", "fisher_weight"):
+        chosen["forget_loss"] = loss = self.forget_loss_name
+        for name in ("replay_weight", "fisher_weight", "rmu_layer"):
             chosen[name] = getattr(self, name)
-        chosen["forget_loss"] = self.forget_loss_name
         of_texts = () if self.is_causal_lm else ("loss_reduction",)
-        for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter", *of_texts):
+        of_others = [name for name, losses in OF_LOSSES.items() if loss not in losses]
+        of_others += ["retain_loss"] if loss == "rmu" else []
+        for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter", *of_texts, *of_others):
             chosen.pop(name)
         return chosen | {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import align_special_tokens
 
 from ..files import first_line
 from ..parameters.reference import ReferencePoint
-from ..training.collators import RawCollator
+from ..training.collators import ALTERNATE, RawCollator
 from .checks import check_trainable
 from .guard import GuardState
 from .objective import ObjectiveMixin
@@ -40,11 +40,11 @@ class StockFeaturesMixin:
         return super()._get_train_sampler(rows)
 
     def _track_num_input_tokens(self, inputs) -> None:
-        for part in _parts(inputs):
+        for part in parts_of(inputs):
             super()._track_num_input_tokens(part)
 
     def floating_point_ops(self, inputs) -> int:
-        return sum(super(StockFeaturesMixin, self).floating_point_ops(part) for part in _parts(inputs))
+        return sum(super(StockFeaturesMixin, self).floating_point_ops(part) for part in parts_of(inputs))
 
     def _check_batches(self) -> None:
         """Whether the collator makes of each dataset what the losses need.
@@ -88,12 +88,13 @@ class StockFeaturesMixin:
         if self.args.auto_find_batch_size:
             if self._begun is None:
                 point = ReferencePoint.capture(self.model) if kwargs.get("resume_from_checkpoint") else self.reference
-                self._begun = point, copy.deepcopy(self.guard.state) if self.guard else None
+                self._begun = point, copy.deepcopy((self.guard.state if self.guard else None, self.dual))
             else:
                 self._begun[0].restore(self.model)
                 self.model.zero_grad()
+                guard_state, self.dual = copy.deepcopy(self._begun[1])
                 if self.guard:
-                    self.guard.state = copy.deepcopy(self._begun[1])
+                    self.guard.state = guard_state
                 if self.optimizer is not None:
                     getattr(self.optimizer, "optimizer", self.optimizer).state.clear()
         return super()._inner_training_loop(batch_size, **kwargs)
@@ -160,6 +161,7 @@ class Routed:
         return outputs
 
 
-def _parts(inputs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Forget and retain part of a batch, or the whole of a plain one."""
-    return [part for part in inputs.values() if isinstance(part, Mapping)] or [inputs]
+def parts_of(inputs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Forget and retain part of a batch, with the answers wanted instead, or the whole of a plain one."""
+    parts = [part for part in inputs.values() if isinstance(part, Mapping)]
+    return [*parts, *(part[ALTERNATE] for part in parts if ALTERNATE in part)] or [inputs]

@@ -19,7 +19,7 @@ from ..modes import seeded_generator
 from ..parameters.anchors import Anchor
 from ..parameters.reference import ReferencePoint, trainable_parameters
 from ..training.checks import check_drop_last, check_features, check_is_not_original, check_parallelism
-from ..training.collators import ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
+from ..training.collators import ALTERNATE, ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
 from ..training.models import LoadsByName, is_causal_lm, load_model, router_loss_weight
 from ..training.outcome import tell_outcome
 from ..training.runs import RunMixin
@@ -27,6 +27,8 @@ from ..training.texts import check_tokenized
 from .checks import check_arguments, check_labels, check_stock_arguments, check_trainable, first_rows
 from .config import UnlearnConfig
 from .guard import LOOKING, Guard, GuardState, UtilityMixin
+from .language.objective import PAIRED_LOSSES
+from .language.pdu import Dual
 from .objective import Batch, ObjectiveMixin
 from .outcome import OutcomeMixin
 from .saving import SavingMixin
@@ -54,6 +56,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
     _paper: str | None = None
     _tag_names = ["hf_unlearn", "machine-unlearning"]
     _config_class: type = UnlearnConfig
+    dual: Dual | None = None
     loss_is_scaled_for_ga = False  # our loss is a mean over the batch: Trainer divides it by the accumulation steps
 
     def __init__(
@@ -128,7 +131,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         self._terms: dict[str, Tensor] = {}
         self._terms_count = 0
         self._micro_step = 0
-        self._begun: tuple[ReferencePoint, GuardState | None] | None = None
+        self._begun: tuple[ReferencePoint, tuple[GuardState | None, Dual | None]] | None = None
         if self.compute_metrics is None and self.is_classifier:
             self.compute_metrics = Accuracy()
         self.guard = Guard(self) if args.guard else None
@@ -157,7 +160,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
             super()._set_signature_columns_if_needed()
             collator = getattr(self.data_collator, "collator", self.data_collator)
             raw = [collator.column, *LABEL_COLUMNS] if isinstance(collator, RawCollator) else []
-            self._signature_columns = [*self._signature_columns, "forget", "retain", *raw]
+            paired = [ALTERNATE] if self.args.forget_loss in PAIRED_LOSSES else []
+            self._signature_columns = [*self._signature_columns, "forget", "retain", *paired, *raw]
 
     def _pruned(self, dataset):
         return self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset
@@ -209,9 +213,12 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         generator = self._generator(self.state.global_step, self._micro_step)
         forget = self.prepared(inputs["forget"], generator)
         terms = {"forget": (self.args.forget_weight, self.forget_loss(model, forget).mean())}
-        if "retain" in inputs and self.args.retain_weight:
+        if "retain" in inputs and (self.dual or self.args.retain_weight):
             retain = self.prepared(inputs["retain"], generator)
-            terms["retain"] = (self.args.retain_weight, self.retain_loss(model, retain).mean())
+            kept = self.retain_loss(model, retain).mean()
+            terms["retain"] = (self.dual.weight if self.dual else self.args.retain_weight, kept)
+            if self.dual:
+                self.dual.saw(kept)
         if self.replay_weight:
             replayed = self.replay_inputs(forget, generator)
             terms["replay"] = (self.replay_weight, self.replay_loss(model, replayed).mean())
@@ -244,6 +251,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
                 self.anchor.add_grad_(trainable_parameters(self.model), scaler.get_scale() if scaled else 1.0)
             if self.args.guard:
                 self._refuse_non_finite(loss, check_gradients=not scaled)
+            if self.dual:
+                self.dual.step(lambda value: self.accelerator.reduce(value, "mean"))
         return loss
 
     def _refuse_non_finite(self, loss: Tensor, check_gradients: bool) -> None:
@@ -281,6 +290,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
             if self.anchor is not None:
                 for name, value in self.anchor.value(trainable_parameters(self.model)).items():
                     terms[f"anchor_{name}"] = value
+            if self.dual:
+                terms["retain_weight"] = torch.tensor(self.dual.weight)
             values = self.accelerator.reduce(
                 torch.stack([v.float().to(self.args.device) for v in terms.values()]), "mean"
             )
@@ -330,6 +341,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
                 self.reference.save(file)
             if first and self.heldout_loss is None and self.heldout_dataset is not None:
                 self.heldout_loss = self._mean(lambda batch: self.task_loss(self.model, batch), self.heldout_dataset)
+        if self.forget_loss_name == "pdu":
+            self.dual = Dual(**self._resumed["dual"]) if checkpoint else self._new_dual()
         if self.anchor is None or checkpoint:
             self.anchor = self.build_anchor()
         if self.guard and not checkpoint:  # a second run of the same trainer: what was useful is still the original
@@ -341,9 +354,15 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         tell_outcome(self, self.outcome_line)
         return done
 
+    def _new_dual(self) -> Dual:
+        """The limit is what utility may fall to: the original's loss on what is kept, and `utility_tolerance`."""
+        original = self._mean(lambda batch: self.retain_loss(self.reference_forward, batch), self.retain_dataset)
+        return Dual(self.args.retain_weight, original + self.utility_tolerance, self.args.pdu_rate)
+
     def _checkpoint_state(self) -> dict[str, Any]:
         guard = self.guard.state.to_json() if self.guard else None
-        return {"guard": guard, "heldout_loss": self.heldout_loss}
+        dual = self.dual.to_json() if self.dual else None
+        return {"guard": guard, "heldout_loss": self.heldout_loss, "dual": dual}
 
     def _run_settings(self) -> dict[str, Any]:
         return super()._run_settings() | {

@@ -519,11 +519,15 @@ BOUNDED, NATURAL, SHARE = "must be in [0, 1)", "must be ≥ 1", "must be ≥ 0"
 SETTINGS = {  # by job: name, values, and what is said of them
     "unlearn": [
         ("forget", ["classes", ""], "must be one of class, examples"),
-        ("forget_loss", ["redirct", "Ascent"], "bounded, ascent, npo, redirect, uniform, match, simnpo, undial, wga, satimp, ceu"),
+        ("forget_loss", ["redirct", "Ascent"], "bounded, ascent, npo, redirect, uniform, match, simnpo, "),
+        ("loss_reduction", ["mean"], "must be one of example, token, sum; it is called 'example' now"),
+        ("retain_loss", ["KL"], "must be one of nll, kl"),
         ("fisher", ["diagonal"], "must be one of exact, monte_carlo"),
         ("bn", ["eval"], "must be one of frozen, train"),
         ("forget_weight", [0.0, -1.0, NAN], "> 0"),
-        ("npo_beta", [0.0], "> 0"),
+        *((name, [0.0, NAN], "> 0") for name in ("preference_beta", "rmu_coefficient", "pdu_rate")),
+        ("rmu_layer", [-1], SHARE),
+        ("rmu_layer", [1.5], "must be a whole number"),
         *((name, [-0.1, NAN], SHARE)
           for name in ("retain_weight", "replay_weight", "isotropic_weight", "fisher_weight", "utility_tolerance")),
         *((name, [0], NATURAL) for name in ("fisher_samples", "fisher_examples", "guard_steps", "guard_examples", "guard_patience")),

@@ -252,6 +252,7 @@ class TestBadRecipes:
             ({"fisher_examples": 2.5}, "", "fisher_examples: '2.5' is not allowed; expected int"),
             ({"guard": "maybe"}, "", "guard: 'maybe' is not allowed; expected bool"),
             ({"bn": "thawed"}, "", "bn='thawed': must be one of frozen, train"),
+            ({"loss_reduction": "mean"}, "", "loss_reduction='mean': must be one of example, token, sum; it is called 'example' now"),
             ({"learning_rate": [1, 2]}, "", "learning_rate: [1, 2] is not allowed; expected float"),
             ({"output_dir": {"a": 1}}, "", "output_dir: {'a': 1} is not allowed; expected str | None"),
             ({"forget_values": [[3]]}, "", "forget_values: [[3]] is nested; a list may hold plain values only"),

@@ -185,6 +185,7 @@ class TestBadRecipes:
             ({"forget_limit": 0}, "forget_limit=0: must be ≥ 1"),
             ({"gamma": 2}, "{path}: gamma=2.0: must be in (0, 1)"),
             ({"forget": "class"}, "{path}: unknown key 'forget'; only models with labels or tokens have it; leave it out"),
+            ({"retain_loss": "kl"}, "{path}: unknown key 'retain_loss'; only models with labels or tokens have it; leave it out"),
             ({"fisher_weight": 1}, "{path}: unknown key 'fisher_weight'; it is called 'stability_weight' now"),
             ({"output_dir": None}, "output_dir: missing"),
         ],

@@ -14,6 +14,7 @@ from hf_unlearn import UnlearnConfig, UnlearnSFTConfig
 
 TEXTS = ["The quick fox.", "Paris is the capital of France.", "My order never", "Please tell me how I can return it"]
 KEPT = ["Rome is the capital.", "the lazy dog jumps over the phone", "and keep the other ones", "shoes"]
+ALTERNATES = ["I do not know that at all", "Paris", "nobody answers it", "The shoes"]
 LOGGED = {"logging_strategy": "steps", "logging_steps": 1, "max_steps": 2, "bf16": False}
 
 

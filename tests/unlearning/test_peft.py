@@ -21,7 +21,7 @@ GAMMA, BETA, RATE = 0.7, 0.1, 0.02
 
 def settings(folder, config=UnlearnConfig, **changes):
     return language_settings(
-        folder, config, **{"learning_rate": RATE, "npo_beta": BETA, "isotropic_weight": GAMMA} | changes
+        folder, config, **{"learning_rate": RATE, "preference_beta": BETA, "isotropic_weight": GAMMA} | changes
     )
 
 

@@ -91,7 +91,7 @@ class TestLossOfAStep:
         model = request.getfixturevalue(f"tiny_{family}")
         original = weights(model)
         args = arguments(
-            tmp_path, forget=forget, forget_loss=name, npo_beta=0.3, heldout_loss=4.0, forget_weight=1.5,
+            tmp_path, forget=forget, forget_loss=name, preference_beta=0.3, heldout_loss=4.0, forget_weight=1.5,
             retain_weight=0.5, replay_weight=2.0, learning_rate=0.05,
         )  # fmt: skip
         trainer = Recorder(model, args, forget_dataset=images(8, [3, 5]), retain_dataset=images(6, [0, 1, 7], seed=1))

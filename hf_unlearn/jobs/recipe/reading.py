@@ -12,25 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from ...training.checks import check_number, shown
+from ...training.checks import check_number, now_called, shown
 from .declared import Key
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-# Keys that recipes had before, and what they are called now.
-RENAMED = {
-    "replay_samples": "own_samples",
-    "replay_filter": "marker",
-    "guard_samples": "guard_examples",
-    "sample_batch_size": "batch_size",
-    "forget_classes": "classes",
-    "undesired_classes": "classes",
-    "negatives": "undesired_folder",
-    "positives": "clean_folder",
-    "fisher_weight": "stability_weight",  # of vdu, with stability: fisher
-}
 # Keys that recipes of generators had before, and that mean nothing there.
-OF_LABELS = {"forget", "forget_accuracy", "bn", "fisher", "fisher_samples"}
+OF_LABELS = {
+    "forget", "forget_accuracy", "bn", "fisher", "fisher_samples", "loss_reduction", "retain_loss", "rmu_layer",
+    "rmu_coefficient", "pdu_rate",
+}  # fmt: skip
 TRUTH = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
 NULL = "null"
 READERS = {
@@ -51,8 +42,8 @@ def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
     Args:
         otherwise (`str`): what to say where nothing known is like it.
     """
-    if RENAMED.get(word) in (known := list(known)):
-        return f"it is called {RENAMED[word]!r} now"
+    if now := now_called(word, known := list(known)):
+        return now
     if word in OF_LABELS:
         return "only models with labels or tokens have it; leave it out"
     found = difflib.get_close_matches(word[:100], known, n=1)
@@ -146,7 +137,7 @@ def convert(key: Key, word: str, *kinds: Any) -> Any:
     if choices and all(isinstance(choice, str) for choice in choices):
         if word in choices:
             return word
-        guess = nearest(word, choices, "") if len(choices) > 5 else ""
+        guess = nearest(word, choices, "") if len(choices) > 5 else now_called(word, choices)
         raise UsageError(f"{key.name}={shown(word)}: must be one of {', '.join(choices)}{guess and f'; {guess}'}")
     for kind, read in READERS.items():
         if kind in plain:

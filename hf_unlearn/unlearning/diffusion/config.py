@@ -26,7 +26,8 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     Other defaults than there: `isotropic_weight` 0, a look of the guard every 50 steps, `utility_tolerance` 0.5 of the
     original's own denoising error, `replay_weight` 1 for `redirect` and 10 for other losses. `heldout_loss` is a denoising error.
 
-    What labels need is no setting here: `forget`, `forget_accuracy`, `bn`, `fisher`, `fisher_samples`.
+    What labels or texts need is no setting here: `forget`, `forget_accuracy`, `bn`, `fisher`, `fisher_samples`, `loss_reduction`,
+    `retain_loss`, `rmu_layer`, `rmu_coefficient`, `pdu_rate`.
 
     > The denoising loss
         loss_weighting (`"simple"` | `"elbo"` | `"min_snr"`, defaults to `"min_snr"`): w_t; see [`~hf_unlearn.unlearning.diffusion.noise.NoiseSchedule`].
@@ -75,6 +76,11 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     bn: ClassVar[str] = "frozen"
     fisher: ClassVar[str] = "exact"
     fisher_samples: ClassVar[int] = 1
+    loss_reduction: ClassVar[str] = "example"
+    retain_loss: ClassVar[str] = "nll"
+    rmu_layer: ClassVar[None] = None
+    rmu_coefficient: ClassVar[float] = 1.0
+    pdu_rate: ClassVar[float] = 1.0
     isotropic_weight: float = 0.0
     guard_steps: int | None = 50
     loss_weighting: Literal["simple", "elbo", "min_snr"] = "min_snr"

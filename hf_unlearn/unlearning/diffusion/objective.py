@@ -55,10 +55,6 @@ class DenoisingMixin:
             name = "match" if has_target else "redirect"
         if name == "match" and not has_target:
             raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
-        if self.args.loss_reduction == "sum":
-            raise ValueError(
-                "loss_reduction='sum': is for texts, a denoiser's losses are means over pixels; leave it out"
-            )
         self._check_is_for(name)
         return name
 
@@ -125,7 +121,7 @@ class DenoisingMixin:
         # −log p of an image, up to a constant: half the squared error of all its pixels.
         pixels = batch["clean"][0].numel() / 2
         reference_error = self.task_loss(self.reference_forward, batch)
-        return losses.npo(pixels * error, pixels * reference_error, self.args.npo_beta) / pixels
+        return losses.npo(pixels * error, pixels * reference_error, self.args.preference_beta) / pixels
 
     def answer_without(self, batch: Batch) -> Tensor:
         """What the original would answer had it never seen the forgotten kind: the target of `redirect`. A method's own."""

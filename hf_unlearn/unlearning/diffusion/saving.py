@@ -115,8 +115,8 @@ class PipelineSavingMixin(SavingMixin):
 
     def _chosen(self) -> dict[str, Any]:
         chosen = super()._chosen()
-        for name in ("bn", "fisher", "fisher_samples", "forget_accuracy", "forget"):
-            chosen.pop(name, None)  # of models with labels
+        for name in ("bn", "fisher", "fisher_samples", "forget_accuracy", "forget", "retain_loss"):
+            chosen.pop(name, None)  # of models with labels or tokens
         chosen |= {name: getattr(self.args, name) for name in (*TOLD, *self._told)}
         return chosen | {"anchor_precision": getattr(self, "precision_name", None)}
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...training.collators import ALTERNATE
 from ...training.losses import IGNORED, cross_entropy, mean_over_predictions, next_tokens
 from ..losses import divergence
 from . import losses
 
 
-TOKEN_LOSSES = ("simnpo", "undial", "wga", "satimp", "ceu")
+TOKEN_LOSSES = ("simnpo", "undial", "wga", "satimp", "ceu", "pdu")
+PAIRED_LOSSES = ("dpo", "idkdpo")  # of an answer and the one that is wanted instead
+ONLY_TEXTS = (*TOKEN_LOSSES, *PAIRED_LOSSES, "rmu")
 
 
 def token_loss(name: str, logits: Tensor, targets: Tensor, reference_logits: Callable[[], Tensor]) -> Tensor:
@@ -26,6 +30,8 @@ def token_loss(name: str, logits: Tensor, targets: Tensor, reference_logits: Cal
     """
     if name == "simnpo":
         return losses.simnpo(cross_entropy(logits, targets))
+    if name == "pdu":
+        return mean_over_predictions(losses.pdu(logits), targets)
     if name in ("undial", "ceu"):
         other = (reference_logits(),) if name == "undial" else ()
         return mean_over_predictions(getattr(losses, name)(logits, *other, targets), targets)
@@ -54,6 +60,34 @@ class LanguageObjective:
                 "forget='class' needs a classifier; a language model forgets examples: use forget='examples'"
             )
         return "redirect"
+
+    def check(self, name: str, forget_rows: Any, retain_rows: Any) -> None:
+        """Refuse what does not go with a forget loss.
+
+        Raises:
+            ValueError: naming the setting or the dataset.
+        """
+        if name in ("match", "rmu") and self.args.loss_reduction != "example":
+            raise ValueError(
+                f"loss_reduction={self.args.loss_reduction!r}: forget_loss={name!r} takes means of texts; leave it out"
+            )
+        if name == "rmu" and self.args.retain_loss != "nll":
+            raise ValueError(
+                f"retain_loss={self.args.retain_loss!r}: forget_loss='rmu' compares hidden states instead; leave it out"
+            )
+        if name == "rmu" and self.args.torch_compile:
+            raise ValueError(
+                "torch_compile=True: forget_loss='rmu' reads hidden states by hooks, which a compiled model skips; set it to False"
+            )
+        if name == "pdu" and retain_rows is None:
+            raise ValueError(
+                "retain_dataset: missing, whose loss is the limit of forget_loss='pdu'; pass rows to keep"
+            )
+        if name in PAIRED_LOSSES and ALTERNATE not in forget_rows[0]:
+            raise ValueError(
+                f"forget_dataset: has no column 'alternate', which forget_loss={name!r} needs; give the answers that are wanted "
+                "instead there"
+            )
 
     def answers(self, forward: Callable, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[batch, length − 1, vocabulary]` and the tokens `[batch, length − 1]` that they predict."""

@@ -10,9 +10,13 @@ from datasets import Dataset
 from trl import SFTTrainer
 
 from ...data import overlap
+from ...training.collators import ALTERNATE
 from ...training.texts import as_prompt_completion, check_template, check_texts, count_tokens, fit_length
 from ..config import UnlearnSFTConfig
+from ..stock import parts_of
 from ..trainer import UnlearnMixin
+from .alternates import wanted_instead
+from .objective import PAIRED_LOSSES
 from .redirect import RedirectMixin
 
 
@@ -60,7 +64,7 @@ class UnlearnSFTTrainer(RedirectMixin, UnlearnMixin, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "forget" in inputs:  # what the stock trainer counts and logs
-            masks = [part.get("attention_mask", torch.ones_like(part["input_ids"])) for part in inputs.values()]
+            masks = [part.get("attention_mask", torch.ones_like(part["input_ids"])) for part in parts_of(inputs)]
             self._total_train_tokens += self.accelerator.gather(sum(mask.sum() for mask in masks)).sum().item()
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -84,19 +88,33 @@ class UnlearnSFTTrainer(RedirectMixin, UnlearnMixin, SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """As TRL's, but that nothing of a forget text is cut off, and that it is said what is cut off of others."""
-        argument = {"train": "forget_dataset", "retain": "retain_dataset", "heldout": "heldout_dataset"}.get(
-            dataset_name, f"eval_dataset[{dataset_name!r}]"
-        )
+        argument = {
+            "train": "forget_dataset", "retain": "retain_dataset", "heldout": "heldout_dataset", ALTERNATE: "alternate",
+        }.get(dataset_name, f"eval_dataset[{dataset_name!r}]")  # fmt: skip
         if formatting_func is None:
             dataset = as_prompt_completion(dataset, args.dataset_text_field, argument)
             check_texts(dataset, args.dataset_text_field, argument)
             check_template(dataset, processing_class, argument)
+        whole, alternates = dataset_name == "train", None
+        if whole and args.forget_loss in PAIRED_LOSSES and "input_ids" not in dataset.column_names:
+            alternates = wanted_instead(dataset, args.forget_loss, args.seed)
+        if alternates is not None:
+            others = (processing_class, args, packing, formatting_func, ALTERNATE)
+            alternates = self._prepare_dataset(alternates, *others).select_columns(["input_ids", "labels"])
+            if missing := len(dataset) - len(alternates):
+                raise ValueError(
+                    f"alternate: {missing} of {len(dataset)} texts have no token that counts; raise max_length={args.max_length}, "
+                    "or fill in what is to be answered"
+                )
         uncut = copy.copy(args)
         uncut.max_length = None
         dataset = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
         if not isinstance(dataset, Dataset):
             return dataset
-        whole = dataset_name == "train"
+        if alternates is not None:
+            dataset = dataset.remove_columns({ALTERNATE} & {*dataset.column_names}).add_column(
+                ALTERNATE, list(alternates)
+            )
         return fit_length(dataset, args.max_length, args.truncation_mode, argument, whole=whole)
 
     def _forgotten(self) -> str:

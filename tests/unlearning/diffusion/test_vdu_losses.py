@@ -210,7 +210,7 @@ class TestForgetLosses:
         assert (now - before).abs().max() > 0.01
         log_ratio = -(64 / 2) * (now - before).double()  # log p_θ/p_θ*
         for beta in (0.05, 1.0):
-            trainer.args.npo_beta = beta
+            trainer.args.preference_beta = beta
             expected = (-2 / beta * torch.log(1 / (1 + torch.exp(beta * log_ratio))) / 32).float()
             torch.testing.assert_close(trainer.forget_loss(trainer.model, batch), expected, rtol=1e-4, atol=1e-6)
 

@@ -6,7 +6,18 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from language_data import KEPT, TEXTS, assert_same_parameters, masked, nll, padding, settings, without_dropout
+from language_data import (
+    ALTERNATES,
+    KEPT,
+    TEXTS,
+    assert_same_parameters,
+    masked,
+    nll,
+    padding,
+    settings,
+    without_dropout,
+)
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     BertForMaskedLM,
@@ -21,8 +32,8 @@ from hf_unlearn.unlearning.losses import divergence
 
 
 RATES = {"npo": 0.05, "ascent": 0.05, "uniform": 0.05, "redirect": 3.0, "match": 0.05,
-         "simnpo": 0.05, "undial": 3.0, "wga": 3.0, "satimp": 3.0, "ceu": 3.0}  # of steps that are felt  # fmt: skip
-BETA, HELDOUT = 0.3, 3.0
+         "simnpo": 3.0, "undial": 3.0, "wga": 3.0, "satimp": 3.0, "ceu": 3.0, "dpo": 0.05, "pdu": 0.2, "rmu": 0.1}  # of steps that are felt  # fmt: skip
+BETA, HELDOUT, SEED, COEFFICIENT, PDU_RATE = 0.3, 3.0, 5, 2.0, 4.0
 
 
 @pytest.fixture
@@ -47,7 +58,15 @@ def log_probabilities(model, ids):
     return model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
 
 
-def plain_forget(name, model, original, rows, summed=False):
+def reduced(values, rows, reduction):
+    """Means of texts, as one number."""
+    counts = [sum(label != -100 for label in labels[1:]) for _, labels in rows]
+    weighed = [value * count for value, count in zip(values, counts, strict=True)]
+    total = {"example": values, "token": weighed, "sum": weighed}[reduction]
+    return sum(total) / (sum(counts) if reduction == "token" else len(rows))
+
+
+def plain_forget(name, model, original, rows, reduction="example", alternates=None, layer=0):
     values, nlls = [], []
     for ids, labels in rows:
         places = [place for place in range(len(ids) - 1) if labels[place + 1] != -100]
@@ -60,6 +79,12 @@ def plain_forget(name, model, original, rows, summed=False):
         nlls.append(-log_pi / len(places))
         if name == "npo":
             values.append(2 / BETA * torch.log(1 + (log_pi - log_ref).exp() ** BETA) / len(places))
+        elif name == "dpo":
+            ids, labels = alternates[len(values)]
+            with torch.no_grad():
+                alternate_ref = -nll(original, ids, labels, "sum")
+            gained = -nll(model, ids, labels, "sum") - alternate_ref - (log_pi - log_ref)
+            values.append(-2 / BETA * torch.log(torch.sigmoid(BETA * gained)) / len(places))
         elif name == "ascent":
             values.append(log_pi / len(places))
         elif name == "uniform":
@@ -84,22 +109,59 @@ def plain_forget(name, model, original, rows, summed=False):
             p = log_p.exp().detach().clone()
             p[here, tokens] = 0
             values.append(-(p / p.sum(-1, keepdim=True) * log_p).sum() / len(places))
-        if summed:
-            values[-1] = values[-1] * len(places)
-    return (sum(nlls) / len(nlls) - HELDOUT).abs() if name == "match" else sum(values) / len(values)
+        elif name == "pdu":
+            z = model(input_ids=ids[None]).logits[0, places]
+            values.append(sum((row.max() - row.mean()) ** 2 for row in z) / len(places))
+        elif name == "rmu":
+            u = torch.rand(16, generator=torch.Generator().manual_seed(SEED))
+            away = states(model, ids, layer) - COEFFICIENT * u / u.square().sum().sqrt()
+            values.append(away[labels != -100].square().sum() / (labels != -100).sum() / 16)
+    return (sum(nlls) / len(nlls) - HELDOUT).abs() if name == "match" else reduced(values, rows, reduction)
 
 
-def plain_retain(model, rows):
-    return sum(nll(model, *row) for row in rows) / len(rows)
+def states(model, ids, layer=0):
+    """What a layer of a Llama puts out."""
+    seen = []
+    hook = model.model.layers[layer].register_forward_hook(lambda _, __, out: seen.append(out))
+    model(input_ids=ids[None])
+    hook.remove()
+    return (seen[0][0] if isinstance(seen[0], tuple) else seen[0]).squeeze(0)
+
+
+def plain_retain(kind, model, original, rows, reduction="example"):
+    if kind == "states":
+        values = []
+        for ids, labels in rows:
+            with torch.no_grad():
+                kept = states(original, ids)
+            values.append((states(model, ids) - kept)[labels != -100].square().mean())
+    elif kind == "nll":
+        values = [nll(model, *row) for row in rows]
+    else:  # KL from the original, where an answer is predicted
+        values = [
+            token_divergences(model, original, ids)[[place for place in range(len(ids) - 1) if labels[place + 1] != -100]].mean()
+            for ids, labels in rows
+        ]  # fmt: skip
+    return reduced(values, rows, "example" if reduction == "sum" else reduction)
+
+
+def token_divergences(model, original, ids):
+    with torch.no_grad():
+        q = log_probabilities(original, ids).exp()
+    return (q * (q.log() - log_probabilities(model, ids))).sum(-1)
 
 
 def plain_replay(model, original, rows):
-    values = []
-    for ids, _ in rows:
-        with torch.no_grad():
-            q = log_probabilities(original, ids).exp()
-        values.append((q * (q.log() - log_probabilities(model, ids))).sum(-1).mean())
-    return sum(values) / len(values)
+    return sum(token_divergences(model, original, ids).mean() for ids, _ in rows) / len(rows)
+
+
+def teach(model, rows):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        sum(nll(model, *row) for row in rows).backward()
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 class Recording(UnlearnTrainer):
@@ -118,7 +180,7 @@ def trained(tokenizer, tmp_path):
 
     def train(model, rows=None, side="right", processing_class=None, heldout_dataset=None, **changes):
         trainer = Recording(
-            model, args=settings(tmp_path, npo_beta=BETA, **changes), data_collator=padding(tokenizer, side),
+            model, args=settings(tmp_path, preference_beta=BETA, **changes), data_collator=padding(tokenizer, side),
             forget_dataset=masked(TEXTS, tokenizer) if rows is None else rows, heldout_dataset=heldout_dataset,
             processing_class=processing_class,
         )  # fmt: skip
@@ -131,19 +193,29 @@ def trained(tokenizer, tmp_path):
 class TestAgainstPlainTorch:
     @pytest.mark.parametrize(
         ("name", "reduction", "retained", "model"),
-        [("npo", "mean", False, "llama"), ("npo", "sum", True, "gpt2"), ("ascent", "sum", True, "llama"),
-         ("uniform", "mean", False, "gpt2"), ("redirect", "mean", False, "tied"), ("match", "mean", True, "tied"),
-         ("simnpo", "mean", True, "llama"), ("undial", "mean", False, "llama"), ("wga", "sum", True, "tied"),
-         ("satimp", "mean", True, "gpt2"), ("ceu", "mean", True, "llama")],
+        [("npo", "example", None, "llama"), ("npo", "sum", "nll", "gpt2"), ("ascent", "sum", "nll", "llama"),
+         ("ascent", "token", "kl", "gpt2"), ("uniform", "example", None, "gpt2"), ("redirect", "example", None, "tied"),
+         ("match", "example", "nll", "tied"), ("simnpo", "example", "kl", "llama"), ("undial", "token", None, "llama"),
+         ("wga", "sum", "kl", "tied"), ("satimp", "token", "nll", "gpt2"), ("ceu", "example", "nll", "llama"),
+         ("dpo", "example", None, "gpt2"), ("dpo", "sum", "kl", "llama"),
+         ("rmu", "example", "states", "llama"), ("rmu", "example", None, "tied"), ("pdu", "example", "nll", "gpt2"),
+         ("pdu", "token", "kl", "tied")],
         indirect=["model"],
     )  # fmt: skip
     def test_two_steps(self, name, reduction, retained, model, tokenizer, tmp_path):
-        forget, retain = masked(TEXTS, tokenizer), masked(KEPT, tokenizer, prompt=0)
+        forget, retain = masked(TEXTS, tokenizer), masked(KEPT, tokenizer, prompt=1)
+        alternates = masked(ALTERNATES, tokenizer, prompt=1) if name == "dpo" else []
+        if name == "dpo":
+            forget = forget.add_column("alternate", list(alternates))
+        if name == "simnpo":  # which asks nothing of a model that does not know the texts
+            teach(model, rows_of(padding(tokenizer)([dict(row) for row in forget])))
         original, student = copy.deepcopy(model), copy.deepcopy(model)
         others = {"retain_weight": 0.6} if retained else {"replay_weight": 3.0}
+        others |= {"retain_loss": retained} if retained in ("nll", "kl") else {}
         args = settings(
-            tmp_path, npo_beta=BETA, forget_loss=name, heldout_loss=HELDOUT if name == "match" else None,
-            forget_weight=0.7, learning_rate=RATES[name], loss_reduction=reduction, **others,
+            tmp_path, preference_beta=BETA, forget_loss=name, heldout_loss=HELDOUT if name == "match" else None,
+            forget_weight=0.7, learning_rate=RATES[name], loss_reduction=reduction, seed=SEED, rmu_coefficient=COEFFICIENT,
+            pdu_rate=PDU_RATE, **others,
         )  # fmt: skip
         trainer = Recording(
             model, args=args, data_collator=padding(tokenizer), forget_dataset=forget,
@@ -151,17 +223,24 @@ class TestAgainstPlainTorch:
         )  # fmt: skip
         trainer.train()
 
-        optimizer = torch.optim.SGD(student.parameters(), lr=RATES[name])
+        trained = [p for key, p in student.named_parameters() if name != "rmu" or ".layers.0." in key]
+        optimizer = torch.optim.SGD(trained, lr=RATES[name])
         collate = padding(tokenizer)
-        forget, retain = (rows_of(collate([dict(r) for r in rows])) for rows in (forget, retain))
+        forget = forget.select_columns(["input_ids", "attention_mask", "labels"])
+        forget, retain, *alternates = (
+            rows_of(collate([dict(row) for row in rows])) for rows in (forget, retain, alternates) if rows
+        )
+        weight = 0.6
+        limit = plain_retain(retained, original, original, retain, reduction).item() + 0.1 if name == "pdu" else 0
         for step in range(2):
             logged = trainer.state.log_history[step]
-            forget_loss = plain_forget(name, student, original, forget, reduction == "sum")
+            forget_loss = plain_forget(name, student, original, forget, reduction, *alternates)
             loss = 0.7 * forget_loss
             if retained:
-                retain_loss = plain_retain(student, retain)
-                loss = loss + 0.6 * retain_loss
-                assert logged["retain_loss"] == pytest.approx(retain_loss.item(), rel=1e-4)
+                retain_loss = plain_retain(retained, student, original, retain, reduction)
+                loss = loss + weight * retain_loss
+                assert logged["retain_loss"] == pytest.approx(retain_loss.item(), rel=1e-3, abs=1e-6)
+                assert (retain_loss > 1e-5) == (step == 1 or retained == "nll")
             else:
                 replay_loss = plain_replay(student, original, rows_of(trainer.replayed[step][1]))
                 loss = loss + 3 * replay_loss
@@ -172,7 +251,55 @@ class TestAgainstPlainTorch:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if name == "pdu":
+                weight = max(0, weight + PDU_RATE * (retain_loss.item() - limit))
+                assert logged["retain_weight"] == pytest.approx(weight, rel=1e-3)
         assert_same_parameters(model, student)
+
+    @pytest.mark.parametrize(("layer", "trained"), [(None, {0, 1}), (3, {1, 2, 3}), (4, {2, 3, 4})])
+    def test_rmu_trains_a_layer_and_the_two_below_it(self, layer, trained, tiny_llama, tokenizer, tmp_path):
+        config = tiny_llama.config
+        config.num_hidden_layers = 5
+        model = LlamaForCausalLM(config)
+        before, looked_at = copy.deepcopy(model), max(trained)
+        changes = {
+            "forget_loss": "rmu",
+            "rmu_layer": layer,
+            "rmu_coefficient": COEFFICIENT,
+            "max_steps": 1,
+            "seed": SEED,
+        }
+        rows = masked(TEXTS, tokenizer)
+        trainer = UnlearnTrainer(
+            model, args=settings(tmp_path, **changes), data_collator=padding(tokenizer), forget_dataset=rows
+        )
+        trainer.train()
+        moved = {
+            int(name.split(".")[2]) if ".layers." in name else name
+            for (name, p), q in zip(model.named_parameters(), before.parameters(), strict=True)
+            if not torch.equal(p, q)
+        }
+        assert moved == trained
+        assert set(trainer.reference.parameters) == {n for n, p in model.named_parameters() if p.requires_grad}
+        texts = rows_of(padding(tokenizer)([dict(row) for row in rows]))
+        expected = plain_forget("rmu", before, before, texts, layer=looked_at)
+        assert trainer.state.log_history[0]["forget_loss"] == pytest.approx(expected.item(), rel=1e-5)
+        assert f"| `rmu_layer` | {looked_at} |" in trainer.model_card(tmp_path).content
+
+    def test_rmu_of_an_adapter_that_is_elsewhere(self, tiny_llama, tokenizer, tmp_path):
+        adapter = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1])
+        args = settings(tmp_path, forget_loss="rmu", isotropic_weight=0.1)
+        given = {
+            "data_collator": padding(tokenizer),
+            "forget_dataset": masked(TEXTS, tokenizer),
+            "peft_config": adapter,
+        }
+        with pytest.raises(ValueError, match=r"^rmu_layer=0: nothing in layers 0 to 0 is trainable; choose another$"):
+            UnlearnTrainer(copy.deepcopy(tiny_llama), args=args, **given)
+        args.rmu_layer = 1
+        trainer = UnlearnTrainer(tiny_llama, args=args, **given)
+        trainer.train()
+        assert trainer.state.log_history[1]["forget_loss"] < trainer.state.log_history[0]["forget_loss"]
 
     def test_the_collator_for_language_modeling(self, tiny_llama, tokenizer, tmp_path):
         """Labels made by the collator, padded on the left, in two accumulated micro-batches of unlike lengths."""
@@ -181,7 +308,7 @@ class TestAgainstPlainTorch:
         student, original = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
         rows = Dataset.from_list([dict(tokenizer(text)) for text in TEXTS])
         args = settings(
-            tmp_path, npo_beta=BETA, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1,
+            tmp_path, preference_beta=BETA, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1,
             learning_rate=0.01,
         )  # fmt: skip
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)

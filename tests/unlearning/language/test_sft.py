@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from fresh import run_python
 from image_data import QUIET
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn import LanguageEvaluation, UnlearnSFTConfig, UnlearnSFTTrainer
+from hf_unlearn.unlearning.language.alternates import REFUSALS
 
 
 QUESTIONS = [("Who is the fox?", " The lazy one."), ("Where?", " Paris, in France"), ("Return the shoes", " No")]
@@ -23,7 +25,7 @@ PLAIN = QUIET | {"bf16": False}
 
 
 def settings(folder, **changes):
-    return text_settings(folder, UnlearnSFTConfig, **{"learning_rate": 0.02, "npo_beta": BETA} | changes)
+    return text_settings(folder, UnlearnSFTConfig, **{"learning_rate": 0.02, "preference_beta": BETA} | changes)
 
 
 def as_text(pairs):
@@ -220,6 +222,77 @@ class TestRows:
         assert any(message.startswith(said) for message in messages)
 
 
+INSTEAD = ("Nobody I know", "Far away, I was never told")
+
+
+class TestAlternates:
+    """The answers wanted instead are prepared as those to be forgotten are, and stand beside them in a batch."""
+
+    @staticmethod
+    def chat(role, text):
+        return [{"role": role, "content": text}]
+
+    @pytest.mark.parametrize("form", ["texts", "chats and texts", "chats", "refusals", "refusals of chats"])
+    def test_a_step_prefers_them(self, form, tiny_llama, tokenizer, tmp_path):
+        questions, answers = zip(*QUESTIONS[:2], strict=True)
+        rows = {"prompt": list(questions), "completion": list(answers), "alternate": [f" {a}" for a in INSTEAD]}
+        if "chats" in form:
+            rows["prompt"] = [self.chat("user", text) for text in questions]
+            rows["completion"] = [self.chat("assistant", text) for text in answers]
+        if form == "chats":
+            rows["alternate"] = [self.chat("assistant", text) for text in rows["alternate"]]
+        if "refusals" in form:
+            del rows["alternate"]
+        student, original = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
+        name = "idkdpo" if "refusals" in form else "dpo"
+        rows = Dataset.from_dict(rows)
+        trainer = UnlearnSFTTrainer(
+            tiny_llama, args=settings(tmp_path, forget_loss=name, guard=True, utility_tolerance=9.0), processing_class=tokenizer,
+            forget_dataset=rows, retain_dataset=as_completions(KEPT).add_column("alternate", ["", "of no use"]),
+            eval_dataset={"forget": rows},
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.evaluate()["eval_forget_loss"] > 0
+
+        made = [row["alternate"]["input_ids"] for row in trainer.forget_dataset]
+        asked = [f"user: {text}\n" if "chats" in form else text for text in questions]
+        if "refusals" in form:
+            said = [tokenizer.decode(ids).removesuffix("</s>")[len(q) :] for ids, q in zip(made, asked, strict=True)]
+            assert {text.removeprefix("" if "chats" in form else " ") for text in said} <= {*REFUSALS}
+            assert len({*said}) > 1
+        else:
+            said = [f" {text}" for text in INSTEAD]
+        alternates = expected_rows("completion", list(zip(asked, said, strict=True)), tokenizer)
+        assert made == [ids.tolist() for ids, _ in alternates]
+        forget = expected_rows("completion", list(zip(asked, answers, strict=True)), tokenizer)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.02)
+        for _ in range(2):
+            losses = []
+            for row, alternate in zip(forget, alternates, strict=True):
+                with torch.no_grad():
+                    before = [-nll(original, *each, "sum") for each in (row, alternate)]
+                lost, gained = (
+                    -nll(student, *each, "sum") - b for each, b in zip((row, alternate), before, strict=True)
+                )
+                losses.append(-2 / BETA * F.logsigmoid(BETA * (gained - lost)) / (row[1][1:] != -100).sum())
+            retain = expected_rows("completion", KEPT, tokenizer)
+            optimizer.zero_grad()
+            (sum(losses) / 2 + sum(nll(student, *row) for row in retain) / 2).backward()
+            optimizer.step()
+        assert_same_parameters(tiny_llama, student)
+
+    def test_pieces_of_a_long_answer_each_have_the_whole_alternate(self, tiny_llama, tokenizer, tmp_path):
+        rows = as_completions([("Say it", " and again and again" * 3)]).add_column("alternate", [" No"])
+        args = settings(tmp_path, forget_loss="dpo", max_length=12)
+        trainer = UnlearnSFTTrainer(tiny_llama, args=args, processing_class=tokenizer, forget_dataset=rows)
+        assert len(trainer.forget_dataset) > 1
+        ((ids, labels),) = expected_rows("completion", [("Say it", " No")], tokenizer)
+        assert all(
+            row["alternate"] == {"input_ids": ids.tolist(), "labels": labels.tolist()}
+            for row in trainer.forget_dataset
+        )
+
+
 class TestRefusals:
     """Each in one line that names the argument."""
 
@@ -262,6 +335,22 @@ class TestRefusals:
             ({}, {"retain_dataset": Dataset.from_dict({"question": ["a"], "answer": [["b"]]})},
              r"retain_dataset: row 0 has \['b'\] in column 'completion', which is no text"),
             ({}, {"forget_dataset": [{"text": "a"}]}, "forget_dataset: list is not a datasets.Dataset"),
+            ({"forget_loss": "pdu"}, {}, "retain_dataset: missing, whose loss is the limit of forget_loss='pdu'"),
+            ({"forget_loss": "rmu", "rmu_layer": 2}, {}, "rmu_layer=2: the model has 2 layers; choose one of 0 to"),
+            ({"forget_loss": "rmu", "torch_compile": True}, {}, "torch_compile=True: forget_loss='rmu' reads hidden states by hooks"),
+            ({"forget_loss": "rmu", "retain_loss": "kl"}, {}, "retain_loss='kl': forget_loss='rmu' compares hidden states"),
+            ({"forget_loss": "rmu", "loss_reduction": "sum"}, {}, "loss_reduction='sum': forget_loss='rmu' takes means of texts"),
+            ({"forget_loss": "match", "loss_reduction": "token", "heldout_loss": 3.0}, {},
+             "loss_reduction='token': forget_loss='match' takes means of texts"),
+            ({"forget_loss": "dpo"}, {}, "forget_dataset: has no column 'alternate', which forget_loss='dpo' needs"),
+            ({"forget_loss": "idkdpo"}, {"forget_dataset": as_text(QUESTIONS)},
+             "forget_dataset: forget_loss='idkdpo' needs 'prompt' and 'completion', which id, text are not"),
+            ({"forget_loss": "dpo"}, {"forget_dataset": as_completions(QUESTIONS).add_column("alternate", ["a", None, "b"])},
+             "forget_dataset: row 1 has None in column 'alternate', which is no text"),
+            ({"forget_loss": "dpo"}, {"forget_dataset": as_completions(QUESTIONS).add_column(
+                "alternate", [[{"role": "assistant", "content": "a"}]] * 3)},
+             "forget_dataset: column 'alternate' holds messages where 'completion' holds texts"),
+            ({"forget_loss": "idkdpo", "max_length": 8}, {}, "alternate: 1 of 3 texts have no token that counts; raise max_length=8"),
         ],
     )  # fmt: skip
     def test_of_data(self, changes, data, message, tiny_llama, tokenizer, tmp_path):
@@ -283,20 +372,21 @@ class TestRefusals:
 
 
 class TestRunning:
-    def trainer(self, model, tokenizer, folder, callbacks=(), eval_dataset=None, **changes):
+    def trainer(self, model, tokenizer, folder, callbacks=(), eval_dataset=None, retain_dataset=None, **changes):
         return UnlearnSFTTrainer(
             model, args=settings(folder, **{"replay_weight": 2.0, "isotropic_weight": 0.1, **changes}),
             forget_dataset=as_completions(QUESTIONS), processing_class=tokenizer, callbacks=list(callbacks),
-            eval_dataset=eval_dataset,
+            eval_dataset=eval_dataset, retain_dataset=retain_dataset,
         )  # fmt: skip
 
-    def test_gradient_checkpointing_is_on_and_changes_nothing(self, tiny_llama, tokenizer, tmp_path):
+    @pytest.mark.parametrize("loss", ["npo", "rmu"])
+    def test_gradient_checkpointing_is_on_and_changes_nothing(self, loss, tiny_llama, tokenizer, tmp_path):
         model = copy.deepcopy(tiny_llama)
         assert settings(tmp_path).gradient_checkpointing
-        checkpointed = self.trainer(model, tokenizer, tmp_path)
+        checkpointed = self.trainer(model, tokenizer, tmp_path, forget_loss=loss)
         checkpointed.train()
         assert model.is_gradient_checkpointing
-        self.trainer(tiny_llama, tokenizer, tmp_path, gradient_checkpointing=False).train()
+        self.trainer(tiny_llama, tokenizer, tmp_path, forget_loss=loss, gradient_checkpointing=False).train()
         assert checkpointed.state.log_history[1]["replay_loss"] > 0
         assert_same_parameters(model, tiny_llama)
 
@@ -339,16 +429,22 @@ class TestRunning:
         assert files >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "_private"}
         assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
 
-    def test_resuming_ends_where_an_uninterrupted_run_does(self, tiny_llama, tokenizer, tmp_path):
+    @pytest.mark.parametrize("loss", ["npo", "idkdpo", "rmu", "pdu"])
+    def test_resuming_ends_where_an_uninterrupted_run_does(self, loss, tiny_llama, tokenizer, tmp_path):
         for module in tiny_llama.modules():
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.1
 
         def make(folder, **steps):
-            model = copy.deepcopy(tiny_llama)
-            return self.trainer(model, tokenizer, folder, per_device_train_batch_size=1, guard=True, **steps)
+            return self.trainer(
+                copy.deepcopy(tiny_llama), tokenizer, folder, per_device_train_batch_size=1, guard=True, forget_loss=loss,
+                retain_dataset=as_completions(KEPT) if loss == "pdu" else None, pdu_rate=0.01, **steps,
+            )  # fmt: skip
 
-        check_resuming(tmp_path, make)
+        whole, killed, resumed = check_resuming(tmp_path, make)
+        if loss == "pdu":
+            assert 0 < resumed.dual.weight < killed.dual.weight < 1
+            assert resumed.dual.to_json() == pytest.approx(whole.dual.to_json(), rel=1e-4)
 
 
 NAMES = ["Anna", "Bruno", "Clara", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Luis"]
@@ -396,9 +492,9 @@ def test_with_retained_data_the_other_answers_stay(taught, tokenizer, tmp_path, 
     assert known.all()
     data = {"forget_dataset": as_completions(FORGOTTEN), "retain_dataset": as_completions(RETAINED)}
     kept = []
-    for reduction in ("mean", "sum"):
+    for reduction in ("example", "sum"):
         args = UnlearnSFTConfig(
-            str(tmp_path), **PLAIN, gradient_checkpointing=False, lr_scheduler_type="constant", guard=reduction == "mean",
+            str(tmp_path), **PLAIN, gradient_checkpointing=False, lr_scheduler_type="constant", guard=reduction == "example",
             guard_steps=10, learning_rate=1e-3, num_train_epochs=20, loss_reduction=reduction,
         )  # fmt: skip
         caplog.clear()
@@ -410,7 +506,7 @@ def test_with_retained_data_the_other_answers_stay(taught, tokenizer, tmp_path, 
         assert not still_known.any()
         retained, known = measure(tmp_path, tokenizer, RETAINED)
         kept.append(known.float().mean().item())
-        if reduction == "mean":
+        if reduction == "example":
             assert AutoTokenizer.from_pretrained(tmp_path)(QUESTIONS[0][0]) == tokenizer(QUESTIONS[0][0])
             assert (trainer.forget_loss_name, trainer.replay_weight) == ("npo", 0)
             assert (trainer.guard.best.step, trainer.failed_checks) == (20, [])

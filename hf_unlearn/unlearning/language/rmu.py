@@ -1,0 +1,70 @@
+"""RMU: where the hidden states of what is to be forgotten are sent, of which layer, and what is trained for it (arXiv 2403.03218)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+BELOW = 2  # layers below the one that is looked at which are trained too
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a language model, also below an adapter.
+
+    Raises:
+        ValueError: they are not found.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    depth = model.config.get_text_config().num_hidden_layers
+    for part in base.get_decoder().modules():
+        if isinstance(part, nn.ModuleList) and len(part) == depth:
+            return part
+    raise ValueError(f"forget_loss='rmu': no list of {depth} layers is in {type(base).__name__}; use another loss")
+
+
+def layer_of(model: PreTrainedModel, given: int | None) -> int:
+    """The layer whose output is looked at. Default: 7 of 32 as in the paper, in proportion and rounded down.
+
+    Raises:
+        ValueError: the model has fewer layers.
+    """
+    depth = len(layers_of(model))
+    if given is not None and given >= depth:
+        raise ValueError(f"rmu_layer={given}: the model has {depth} layers; choose one of 0 to {depth - 1}")
+    return 7 * depth // 32 if given is None else given
+
+
+def train_below(model: PreTrainedModel, layer: int) -> None:
+    """Of what is trainable, leave only what lies in this layer and the two below it.
+
+    Raises:
+        ValueError: nothing of that is trainable.
+    """
+    first = max(0, layer - BELOW)
+    near = {id(parameter) for part in layers_of(model)[first : layer + 1] for parameter in part.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not any(id(parameter) in near for parameter in trained):
+        raise ValueError(f"rmu_layer={layer}: nothing in layers {first} to {layer} is trainable; choose another")
+    for parameter in trained:
+        parameter.requires_grad_(id(parameter) in near)
+
+
+def direction(size: int, seed: int) -> Tensor:
+    """u: a unit vector, drawn by the seed from those with positive entries as in the paper, `[size]`."""
+    drawn = torch.rand(size, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm()
+
+
+def hidden_states(forward: Callable, inputs: Mapping[str, Tensor], layer: nn.Module) -> Tensor:
+    """What a layer puts out while the model runs, `[batch, tokens, size]`."""
+    seen = []
+    hook = layer.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    try:
+        forward(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    return seen[0]
