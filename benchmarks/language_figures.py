@@ -60,7 +60,7 @@ def composite(figures: dict, retrained: dict, original: dict) -> dict[str, float
     parts = {
         "memorisation": hmean([1 - figures[name] for name in known]),
         "privacy": hmean([max(0.0, 1 - leak) for leak in leaks]),
-        "utility": min(1.0, useful / before),
+        "utility": min(1.0, useful / before) if before else 0.0,
     }
     return {name: float(value) for name, value in (parts | {"composite": hmean(list(parts.values()))}).items()}
 

@@ -92,14 +92,13 @@ def back(cells: dict, mode: str, data: str) -> str:
 
 
 def chosen(tuning: dict) -> str:
-    lines = ["| method | weights | data | learning rate | retain weight | steps | composite there |", "|---" * 7 + "|"]
+    lines = ["| method | weights | data | setting | composite there | forgotten / kept there |", "|---" * 6 + "|"]
     for name, row in tuning.items():
         method, mode, data = name.split()
-        setting, best = row["chosen"], max(tried["composite"] for tried in row["tried"])
-        weight = f"{setting['retain_weight']:g}" if "retain_weight" in setting else "—"
-        lines.append(
-            f"| {name_of(method, data)} | {mode} | {data} | {setting['learning_rate']:g} | {weight} | {setting['max_steps']} | {best:.2f} |"
-        )
+        setting = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in row["chosen"].items())
+        best = max(row["tried"], key=lambda tried: tried["composite"])
+        shares = " / ".join(f"{100 * best[key]:.0f}" for key in ("forgotten", "kept"))
+        lines.append(f"| {name_of(method, data)} | {mode} | {data} | {setting} | {best['composite']:.2f} | {shares} |")
     return "\n".join(lines)
 
 

@@ -58,7 +58,11 @@ PEERS = {  # what a method is besides PLAIN and what is chosen for it
     "wga": {"forget_loss": "wga"},
     "satimp": {"forget_loss": "satimp"},
     "ceu": {"forget_loss": "ceu"},
+    "idkdpo": {"forget_loss": "idkdpo"},
+    "rmu": {"forget_loss": "rmu"},
+    "pdu": {"forget_loss": "pdu"},
 }
+NEEDS_RETAIN = ("pdu",)
 METHODS = ("original", "retrained", *OURS, *PEERS)
 # The budget of a peer: at most so many steps, each of so many rows to forget and, where there are any, so many times as many to keep,
 # as our defaults have. Nothing of ours is beside its loss.
@@ -68,6 +72,7 @@ PLAIN = {
     "isotropic_weight": 0.0, "guard": False,
 }  # fmt: skip
 GRID = {"learning_rate": (1e-4, 3e-4, 1e-3), "retain_weight": (1.0, 5.0)}
+GRIDS = {"rmu": {"rmu_layer": (1, 3)}}  # what else there is to choose
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ADAPTER_RATES = 5  # times the learning rates of GRID
 REFUSALS = (
@@ -219,10 +224,16 @@ def attacked(folder: Path, figures: Figures, seed: int, relearnt: tuple[int, ...
     return after
 
 
+def fits(method: str, data: str) -> bool:
+    return data == "retain" or method not in NEEDS_RETAIN
+
+
 def cells(given: argparse.Namespace) -> list[Cell]:
     """What is asked for; models that are not unlearnt are the same with every mode and all data."""
     found = product(given.seed, given.set, given.data, given.mode, given.only or METHODS)
-    found = [Cell(method, mode, data, chosen, seed) for seed, chosen, data, mode, method in found]
+    found = [
+        Cell(method, mode, data, chosen, seed) for seed, chosen, data, mode, method in found if fits(method, data)
+    ]
     same = ("original", "retrained")
     return list(dict.fromkeys(replace(c, mode="full", data="retain") if c.method in same else c for c in found))
 
@@ -235,7 +246,7 @@ def tuning() -> dict:
 
 
 def options(method: str, mode: str, data: str) -> list[dict]:
-    grid = dict(GRID)
+    grid = GRID | GRIDS.get(method, {})
     if mode == "lora":
         grid["learning_rate"] = tuple(ADAPTER_RATES * rate for rate in grid["learning_rate"])
     if data == "forget" or method == "refusal":
@@ -252,7 +263,7 @@ def tune(method: str, mode: str, data: str) -> None:
 
     def look(model: PreTrainedModel) -> dict:
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            return {"composite": 0.0, "utility": 0.0}
+            return dict.fromkeys(("composite", "utility", "forgotten", "kept"), 0.0)
         seen = figures(model)
         return composite(seen, retrained, original) | {key: seen[key] for key in ("forgotten", "kept")}
 
@@ -358,7 +369,7 @@ def main() -> None:
         return print(*(language_report.goals(gathered(), mode) for mode in given.mode), sep="\n\n")
     if given.tune:
         for data, mode, method in product(given.data, given.mode, given.only or PEERS):
-            if method in PEERS:
+            if method in PEERS and fits(method, data):
                 tune(method, mode, data)
         return None
     for cell in cells(given):
