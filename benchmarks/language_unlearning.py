@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -102,16 +103,14 @@ class Cell:
         return replace(RECIPE, share=SETS[self.set], seed=self.seed)
 
     @property
+    def chosen(self) -> dict | None:
+        """What was chosen for a peer; None if nothing is yet."""
+        return tuning().get(f"{self.method} {self.mode} {self.data}", {}).get("chosen")
+
+    @property
     def settings(self) -> dict | None:
-        """Of the method's config, as it is chosen; None for what is not unlearnt."""
-        if self.method in (*OURS, "original", "retrained"):
-            return OURS.get(self.method)
-        chosen = tuning().get(f"{self.method} {self.mode} {self.data}", {}).get("chosen")
-        if chosen is None:
-            raise SystemExit(
-                f"{self.method}: nothing is chosen yet for {self.mode}, {self.data}; run with --tune first"
-            )
-        return PLAIN | PEERS[self.method] | chosen
+        """Of the method's config; None for what is not unlearnt."""
+        return PLAIN | PEERS[self.method] | self.chosen if self.method in PEERS else OURS.get(self.method)
 
     def kept(self) -> dict | None:
         """What was measured, if it was so with these settings."""
@@ -228,6 +227,15 @@ def fits(method: str, data: str) -> bool:
     return data == "retain" or method not in NEEDS_RETAIN
 
 
+def ready(cell: Cell) -> bool:
+    if not fits(cell.method, cell.data):
+        return False
+    missing = cell.method in PEERS and cell.chosen is None
+    if missing:
+        print(f"{cell.file.stem}: left out, nothing is chosen for it yet; run with --tune first", file=sys.stderr)
+    return not missing
+
+
 def cells(given: argparse.Namespace) -> list[Cell]:
     """What is asked for; models that are not unlearnt are the same with every mode and all data."""
     found = product(given.seed, given.set, given.data, given.mode, given.only or METHODS)
@@ -314,10 +322,7 @@ def gathered() -> dict[str, dict]:
         original, retrained = (
             replace(cell, method=method, mode="full", data="retain").kept() for method in ("original", "retrained")
         )
-        try:
-            row = cell.kept()
-        except SystemExit:  # nothing is chosen for it yet
-            continue
+        row = cell.kept()
         if row and original and retrained:
             row |= against(row, retrained, original)
             found[" ".join(map(str, asdict(cell).values()))] = rounded({k: v for k, v in row.items() if k != "ratios"})
