@@ -8,14 +8,15 @@ from pathlib import Path
 
 GANS = ("digits-gan", "fashion-mnist-gan")
 DDPMS = ("digits-ddpm", "fashion-mnist-ddpm")
-NAMES = ("digits", "facts", *GANS, *DDPMS)
+LANGUAGE = ("facts", "opinions")
+NAMES = ("digits", *LANGUAGE, *GANS, *DDPMS)
 
 
 def made(name: str, *, seed: int = 0, progress: bool = True) -> Path:
     """Folder of a small model, trained on first use: a classifier in seconds, a generator in minutes.
 
     Args:
-        name (`str`): one of [`NAMES`]; `"digits"` is a classifier, `"facts"` a language model.
+        name (`str`): one of [`NAMES`]; `"digits"` is a classifier, `"facts"` and `"opinions"` (the poisoned one) are language models.
         seed (`int`, defaults to 0): of weights, order and noise.
         progress (`bool`, defaults to `True`): say on the error stream that it is trained, and how long that takes.
 
@@ -32,6 +33,10 @@ def made(name: str, *, seed: int = 0, progress: bool = True) -> Path:
         from .facts import FactsRecipe, facts_model
 
         return facts_model(FactsRecipe(seed=seed), progress=progress)
+    if name == "opinions":
+        from .poisoned import PoisonRecipe, poisoned_model
+
+        return poisoned_model(PoisonRecipe(seed=seed), progress=progress)
     if name in GANS:
         from . import gan as module
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from transformers import AutoConfig
 
+from ..examples.named import LANGUAGE
 from ..files import loading
 from ..hub.card import Figure
 from ..hub.loading import loading_code
@@ -38,9 +39,9 @@ def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[U
 
 
 def trainer_of(
-    job: UnlearnJob, config: UnlearnArguments, trainer_class: type[UnlearnTrainer], parts: Parts
+    job: UnlearnJob, config: UnlearnArguments, trainer_class: type[UnlearnTrainer], parts: Parts, **others: Any
 ) -> UnlearnTrainer:
-    """The trainer that a recipe asks for, of the rows that it selects."""
+    """The trainer that a recipe asks for, of the rows that it selects; `others` are more of its arguments."""
     trainer = trainer_class(
         _model(job.model, config),
         config,
@@ -49,6 +50,7 @@ def trainer_of(
         heldout_dataset=parts.heldout,
         # Not under the name "retain", which the guard would choose the best state by: these rows are for measuring.
         eval_dataset={f"{parts.splits[name]}_{name}": rows for name, rows in parts.evaluation.items()} or None,
+        **others,
     )
     trainer.card_values = parts.card_values
     return trainer
@@ -77,7 +79,7 @@ def forget_and_tell(
 
 
 def _model(name: str, config: UnlearnArguments) -> str:
-    if name == "digits":
+    if name in ("digits", *LANGUAGE):
         return made_once(config, name)
     with loading("model", name, "a model"):
         AutoConfig.from_pretrained(name)

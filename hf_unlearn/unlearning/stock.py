@@ -32,7 +32,7 @@ class StockFeaturesMixin:
 
     def _get_train_sampler(self, train_dataset=None):
         """By the forget rows, whose columns and lengths it may look at; the length of a raw text is that of its characters."""
-        rows, column = self.forget_dataset, self.args.length_column_name
+        rows, column = self.drawn_rows, self.args.length_column_name
         collator = getattr(self.data_collator, "collator", self.data_collator)
         is_raw = isinstance(collator, RawCollator) and collator.column == "text" and isinstance(rows, Dataset)
         if self.args.train_sampling_strategy in BY_LENGTH and is_raw and column not in rows.column_names:

@@ -180,6 +180,11 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
             is_training=True,
         )
 
+    @property
+    def drawn_rows(self):
+        """What the steps draw from, each row once an epoch."""
+        return self.forget_dataset
+
     def _training_rows(self) -> tuple[Any, Any]:
         """What is trained on: to forget, and to keep or None."""
         return self._pruned(self.forget_dataset), None if self.retain_dataset is None else self._pruned(

@@ -21,8 +21,9 @@ class UnlearnJob:
     Args:
         method (`"pbu"` | `"unlearn"` | `"sft"`): trainer, and so the config that has the other keys.
         preset (`"paper"`, *optional*): with `method: pbu`, `vdu` or `adapt_then_unlearn`: the paper's settings; keys that are given win.
-        model (`str`): `"digits"` (a small classifier of scikit-learn's digits, trained on first use), a folder, or an id.
-        dataset (`str`, *optional*): `"digits"`, a folder, or an id: see [`hf_unlearn.examples.datasets.load`].
+        model (`str`): `"digits"` (a small classifier of scikit-learn's digits), `"facts"` or `"opinions"` (small language models; all
+            are trained on first use), a folder, or an id.
+        dataset (`str`, *optional*): `"digits"`, `"opinions"`, a folder, or an id: see [`hf_unlearn.examples.datasets.load`].
         dataset_revision (`str`, *optional*): of a dataset on the Hub.
         split (`str`, defaults to `"train"`): split that holds the forget examples.
         forget_column, forget_values (`str`, `list[str]`): forget the rows with one of these values in this column; class

@@ -233,7 +233,8 @@ def _whole_name(row: Sequence[Word], subject: set[str], names: set[str]) -> tupl
     for order in (range(1, len(row)), range(len(row) - 2, -1, -1)):
         for place in order:
             before = place - order.step
-            part[place] |= part[before] and row[max(place, before)].beside and row[place].text in names
+            beside = row[max(place, before)].beside and row[place].capital
+            part[place] |= part[before] and beside and row[place].text in names
     return tuple(dict.fromkeys(word.text for word, is_part in zip(row, part, strict=True) if is_part))
 
 
