@@ -246,8 +246,8 @@ class RedirectMixin:
         if not self.redirects:
             return super().nothing_to_forget
         return (
-            f"of the forget texts {self.others['known']:.1%} would be known word for word, with probability "
-            f"{self.others['probability']:.3g}, were they about somebody whom the model never met, and no more are"
+            "the original knows the forget texts no better than if they were about somebody whom it never met "
+            f"({self.others['known']:.1%} word for word, probability {self.others['probability']:.3g})"
         )
 
     @property
