@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 FURTHER = 2  # further questions for each forget text
 TRIES = 9  # strangers for each subject, of whom one is taken
 TOLERANCE = 0.02  # of probability and of the share that is known, above which the model still remembers
-STEPS, EPOCHS = 400, 3  # at least, where num_train_epochs is not given
+EPOCHS, FEWEST = 12, 3  # where num_train_epochs is not given: so many, but no more than brings the steps to
+STEPS = 120, 400  # the larger one, nor fewer than brings them to the smaller one, and FEWEST at least
 LOOKS = 10  # of the guard, where guard_steps is not given
 LONGEST = 256  # tokens at most of what is written
 
@@ -279,10 +280,11 @@ class RedirectMixin:
 
     @property
     def _epochs(self) -> int:
-        """As many as make enough steps."""
         args = self.args
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return max(EPOCHS, math.ceil(STEPS * rows / len(self.asked.rows)))
+        steps = math.ceil(len(self.asked.rows) / rows)
+        least, most = STEPS
+        return max(FEWEST, math.ceil(min(most, max(least, EPOCHS * steps)) / steps))
 
     def _made(self) -> dict[str, Asked]:
         """What is asked of the model, and what it is to keep; by the original, before the first step."""
