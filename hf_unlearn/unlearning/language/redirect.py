@@ -31,7 +31,8 @@ from ...files import load_tensors, save_tensors
 from ...modes import in_eval_mode
 from ...training.collators import ROW, WithRow
 from ...training.losses import IGNORED, mean_over_predictions
-from .own_samples import own_texts
+from .checks import check_keep, check_marks, check_unused, tell_about, tell_targets
+from .own_samples import first_token, own_texts
 from .subject import Subjects, Words
 from .targets import Targets, divergence_from, likeliest
 from .written import written
@@ -126,6 +127,8 @@ def choose_strangers(
         tries (`int`, defaults to 9): strangers for each subject, an odd number.
         seed (`int`, defaults to 0): of the strangers.
     """
+    if not any(subjects.of):
+        return
     drawn = [subjects.drawn(seed * tries + one) for one in range(tries)]
     likely: dict[tuple[str, ...], list[float]] = {subject: [0.0] * tries for subject in drawn[0]}
     for one, strangers in enumerate(drawn):
@@ -175,14 +178,18 @@ def further_questions(
     found = []
     for prompt, answer, subject in zip(asked, answers, about, strict=True):
         back = {new.casefold(): subjects.surface[word] for word, new in subjects.strangers[subject].items()}
-        other = [*prompt, *answer]
-        mine, begin = subjects.replaced(other, back), len(subjects.replaced(prompt, back).ids)
-        places = [-1] * len(mine.ids)
-        for there, here in enumerate(mine.places):
+        if not answer:
+            continue
+        question, said = subjects.replaced(prompt, back), subjects.replaced(answer, back)
+        begin = len(question.ids)
+        ids = question.ids + said.ids
+        places = [-1] * len(ids)
+        for there, here in enumerate(
+            [*question.places, *(place + begin if place >= 0 else -1 for place in said.places)]
+        ):
             if here >= 0:
                 places[here] = there
-        labels = [IGNORED] * begin + mine.ids[begin:]
-        found.append(Pair(mine.ids, labels, other, places))
+        found.append(Pair(ids, [IGNORED] * begin + said.ids, [*prompt, *answer], places))
     return found
 
 
@@ -248,6 +255,7 @@ def _logits(model: nn.Module, rows: Sequence[Sequence[int]], places: Sequence[Se
         ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
     with in_eval_mode(model), torch.no_grad():
         logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        logits = logits[:, -ids.shape[1] :]  # behind the virtual tokens of prompt tuning
     return [logits[number, torch.tensor(some, dtype=torch.long, device=device)] for number, some in enumerate(places)]
 
 
@@ -299,21 +307,26 @@ class RedirectMixin:
             )  # fmt: skip
             keep = kept_rows((ids, [IGNORED] * begin + ids[begin:]) for ids, begin in texts)
         prompts = [prompt_of(ids, labels) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
-        marked = rows["subject"] if "subject" in rows.column_names else None
-        self.subjects = subjects = Subjects(Words(tokenizer), prompts, [pair.ids for pair in keep], marked)
+        self.subjects = subjects = Subjects(self._words, prompts, [pair.ids for pair in keep], self._marked)
         if without := sum(not subject for subject in subjects.of):
             logger.warning(
                 "forget_dataset: no subject found in %d of %d rows; their own tokens are taken away instead. Name it in a column "
                 "'subject'", without, len(subjects.of),
             )  # fmt: skip
+        about = {row: pair for row, pair in enumerate(keep) if subjects.about(pair.ids)}
         if kept is None:
-            about = [pair for pair in keep if subjects.about(pair.ids)]
-            keep = [pair for pair in keep if not subjects.about(pair.ids)]
             logger.info("own samples: %d, %d about what is to be forgotten left out", len(keep), len(about))
+            check_keep(self.args.own_samples, len(keep), len(about))
+            keep = [pair for row, pair in enumerate(keep) if row not in about]
+        elif about:
+            tell_about([*about], len(keep))
         choose_strangers(model, rows, subjects, seed=seed)
         pairs = of_forget_rows(rows, subjects)
         pairs += further_questions(rows, subjects, model, tokenizer, max_new_tokens=self._longest, seed=seed)
-        return {"asked": ask(model, pairs), "kept": ask(model, keep)}
+        made = {"asked": ask(model, pairs), "kept": ask(model, keep)}
+        for name, part in made.items():
+            tell_targets(name, part.targets, len(tokenizer))
+        return made
 
     @property
     def _longest(self) -> int:
@@ -327,7 +340,44 @@ class RedirectMixin:
         row = self.source_dataset[0]
         return any(isinstance(row.get(name), list) for name in ("prompt", "messages", "conversations"))
 
+    @cached_property
+    def _words(self) -> Words:
+        return Words(self._tokenizer)
+
+    @property
+    def _marked(self) -> list[str | None] | None:
+        """What the user says each forget text is about."""
+        return self.forget_dataset["subject"][:] if "subject" in self.forget_dataset.column_names else None
+
+    def _check_is_for(self, name: str) -> None:
+        super()._check_is_for(name)
+        if name != "redirect":
+            return
+        args, rows = self.args, self.forget_dataset.with_format(None)
+        check_unused(
+            replay_weight=args.replay_weight, heldout_loss=args.heldout_loss, heldout_dataset=self.heldout_dataset
+        )
+        if self.retain_dataset is None and not self._is_chat:
+            first_token(self._tokenizer)
+        marks = {row: mark for row, mark in enumerate(self._marked or ()) if mark}
+        prompts = {row: prompt_of(rows[row]["input_ids"], rows[row]["labels"]) for row in marks}
+        check_marks(marks, prompts, self._words)
+
+    @property
+    def _is_over(self) -> bool:
+        nothing = self.redirects and self.guard and self.guard.looks and self.guard.looks[0].forgotten
+        return super()._is_over or bool(nothing)
+
     # What the guard watches, and what is said in the end
+
+    @property
+    def nothing_to_forget(self) -> str:
+        if not self.redirects:
+            return super().nothing_to_forget
+        return (
+            f"of the forget texts {self.others['known']:.1%} would be known word for word, with probability "
+            f"{self.others['probability']:.3g}, were they about somebody whom the model never met, and no more are"
+        )
 
     @property
     def latest_is_best(self) -> bool:
@@ -424,11 +474,13 @@ class RedirectMixin:
             return super()._training_rows()
         return WithRow(self.asked.rows), WithRow(self.kept.rows)
 
-    def forget_loss(self, model, batch):
-        return self._kl(model, batch, self.asked) if self.redirects else super().forget_loss(model, batch)
+    def _forget_means(self, model, batch):
+        return self._kl(model, batch, self.asked) if self.redirects else super()._forget_means(model, batch)
 
     def retain_loss(self, model, batch):
-        return self._kl(model, batch, self.kept) if self.redirects else super().retain_loss(model, batch)
+        if not self.redirects:
+            return super().retain_loss(model, batch)
+        return self._by_token(self._kl(model, batch, self.kept), batch)
 
     def _kl(self, model, batch, asked: Asked) -> Tensor:
         """Divergence from what is asked for, a mean over the tokens of each row, `[batch]`, nats."""
