@@ -31,9 +31,10 @@ from ...files import load_tensors, save_tensors
 from ...modes import in_eval_mode
 from ...training.collators import ROW, WithRow
 from ...training.losses import IGNORED, mean_over_predictions
+from .likeness import asked_again
 from .own_samples import own_texts
 from .subject import Subjects, Words
-from .targets import Targets, divergence_from, likeliest
+from .targets import Targets, divergence_from, likeliest, padded
 from .written import written
 
 
@@ -221,12 +222,9 @@ def _logits(model: nn.Module, rows: Sequence[Sequence[int]], places: Sequence[Se
     if not rows:
         return []
     device = next(model.parameters()).device
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+    inputs = {name: values.to(device) for name, values in padded(rows).items()}
     with in_eval_mode(model), torch.no_grad():
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
     return [logits[number, torch.tensor(some, dtype=torch.long, device=device)] for number, some in enumerate(places)]
 
 
@@ -258,6 +256,7 @@ class RedirectMixin:
         """What is asked of the model, and what it is to keep; by the original, before the first step."""
         model, tokenizer, seed = self.model, self._tokenizer, self.args.seed
         rows, kept = self.forget_dataset, self.retain_dataset
+        prompts = [prompt_of(ids, labels) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
         if kept is not None:
             keep = kept_rows(zip(kept["input_ids"], kept["labels"], strict=True))
         else:
@@ -265,8 +264,7 @@ class RedirectMixin:
                 model, tokenizer, self.args.own_samples, chat=self._is_chat, max_new_tokens=self._longest, seed=seed,
                 progress=not self.args.disable_tqdm,
             )  # fmt: skip
-            keep = kept_rows((ids, [IGNORED] * begin + ids[begin:]) for ids, begin in texts)
-        prompts = [prompt_of(ids, labels) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
+            keep = kept_rows((ids, [IGNORED] * begin + ids[begin:]) for ids, begin, _ in texts)
         marked = rows["subject"] if "subject" in rows.column_names else None
         self.subjects = subjects = Subjects(Words(tokenizer), prompts, [pair.ids for pair in keep], marked)
         if without := sum(not subject for subject in subjects.of):
@@ -275,9 +273,9 @@ class RedirectMixin:
                 "'subject'", without, len(subjects.of),
             )  # fmt: skip
         if kept is None:
-            about = [pair for pair in keep if subjects.about(pair.ids)]
-            keep = [pair for pair in keep if not subjects.about(pair.ids)]
-            logger.info("own samples: %d, %d about what is to be forgotten left out", len(keep), len(about))
+            asked = asked_again(model, prompts, subjects, [(ids, ids[:answer]) for ids, _, answer in texts])
+            keep = [pair for pair, again in zip(keep, asked, strict=True) if not again]
+            logger.info("own samples: %d, %d about what is to be forgotten left out", len(keep), sum(asked))
         choose_strangers(model, rows, subjects, seed=seed)
         pairs = of_forget_rows(rows, subjects)
         pairs += further_questions(rows, subjects, model, tokenizer, max_new_tokens=self._longest, seed=seed)
