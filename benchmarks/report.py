@@ -13,6 +13,7 @@ import diffusion_report
 import filter_report
 import gan_report
 import influence_report
+import language_report
 import poison_report
 
 
@@ -180,6 +181,9 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
     names = ("fidelity", "labels", "poison", "cost")
     if all((HERE / "results" / f"influence_{name}.json").is_file() for name in names):
         parts.append(influence_report.render(*(results(f"influence_{name}") for name in names)))
+    names = ("unlearning", "tuning", "cost")
+    if all((HERE / "results" / f"language_{name}.json").is_file() for name in names):
+        parts.append(language_report.render(*(results(f"language_{name}") for name in names)))
     if (HERE / "results" / "poison_unlearning.json").is_file():
         parts.append(poison_report.render(results("poison_unlearning")))
     return "\n".join(parts)

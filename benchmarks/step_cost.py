@@ -140,13 +140,15 @@ def measure(steppers: dict[str, Steps], rounds: int) -> dict:
     plain = steppers[stock].peak()
     rows = {}
     for name, stepper in steppers.items():
+        held, peak = stepper.held(), stepper.peak()
         ratios = [t / s for t, s in zip(times[name], times[stock], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4)
         rows[name] = {
             "time_ratio": statistics.median(ratios),
             "time_ratio_quartiles": [quartiles[0], quartiles[2]],
             "milliseconds": 1000 * statistics.median(times[name]),
-            "extra_memory_in_parameters": (stepper.held() + stepper.peak() - plain) / size,
+            "extra_memory_in_parameters": (held + peak - plain) / size,
+            "memory_ratio": (3 * size + held + peak) / (3 * size + plain),  # parameters and two moments
         }
     return {"parameters": size // 4, "rows": rows}
 

@@ -149,13 +149,19 @@ def _as_chat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def known_share(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Dataset, *, paraphrased: bool = False
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Dataset,
+    *,
+    paraphrased: bool = False,
+    batch_size: int = 32,
 ) -> float:
     """Share of the rows whose greedy answer has the right value.
 
     Args:
         rows: a split of [`facts_data`] about people.
         paraphrased (`bool`, defaults to `False`): ask in the other wording.
+        batch_size (`int`, defaults to 32): questions at a time.
 
     Raises:
         ValueError: no rows.
@@ -165,7 +171,7 @@ def known_share(
     asked = [
         [{"role": "user", "content": row["paraphrased_question"]}] if paraphrased else row["prompt"] for row in rows
     ]
-    texts = answers(model, tokenizer, asked)
+    texts = answers(model, tokenizer, asked, batch_size=batch_size)
     return sum(value in text for value, text in zip(rows["value"], texts, strict=True)) / len(texts)
 
 

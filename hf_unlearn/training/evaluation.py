@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..metrics import language
 from ..modes import looking
 from .answers import Answer, as_pair, greedy_answers, longest_first, padded, read_answer
-from .checks import shown
+from .checks import check_number, shown
 from .losses import IGNORED
 from .texts import as_prompt_completion, check_template, check_texts
 
@@ -122,6 +122,10 @@ class LanguageEvaluation:
             raise ValueError(f"rows: {what}; pass a Dataset of questions and answers")
         if paraphrased and ASKED_AGAIN not in rows.column_names:
             raise ValueError(f"paraphrased=True: rows have no column {ASKED_AGAIN!r} ({', '.join(rows.column_names)})")
+        for name, value, rule in (
+            ("batch_size", batch_size, "≥ 1"), ("max_length", max_length, "≥ 2"), ("max_new_tokens", max_new_tokens, "≥ 0"), ("k", k, "in (0, 1]"),
+        ):  # fmt: skip
+            check_number(name, value, rule)
         rows = as_prompt_completion(rows, "text", "rows").with_format(None)
         check_texts(rows, "text", "rows")
         check_template(rows, tokenizer, "rows")
@@ -134,13 +138,15 @@ class LanguageEvaluation:
         for number, row in enumerate(rows):
             try:
                 row = as_pair(row)
-                row = row | _asked(row, _text(row, ASKED_AGAIN)) if paraphrased else row
+                row = row | _asked(row) if paraphrased else row
                 self._answers.append(self._read(row))
+                if "completion" not in row or "input_ids" in row:
+                    continue  # nothing in whose place another answer could stand
                 if TRUE in row:
-                    self._true.append(self._read(row | _answered(row, _text(row, TRUE))))
+                    self._true += self._others(row, TRUE, [row[TRUE]])
                 if false:
-                    texts = row[false] if isinstance(row[false], list) else [_text(row, false)]
-                    self._false.append([self._read(row | _answered(row, text)) for text in texts])
+                    texts = row[false] if isinstance(row[false], list) else [row[false]]
+                    self._false.append(self._others(row, false, texts))
             except ValueError as error:
                 raise ValueError(f"rows: row {number} {error}") from error
         if false and len({len(answers) for answers in self._false}) > 1:
@@ -151,6 +157,9 @@ class LanguageEvaluation:
 
     def _read(self, row: dict[str, Any]) -> Answer:
         return read_answer(row, self.tokenizer, self._max_length)
+
+    def _others(self, row: dict[str, Any], column: str, texts: list[Any]) -> list[Answer]:
+        return [self._read(row | _answered(row, _text(text, column))) for text in texts]
 
     def __call__(self, model: nn.Module | Callable) -> LanguageScores:
         """What `model` knows of the rows.
@@ -265,10 +274,10 @@ def _useful(scores: LanguageScores) -> list[float]:
 # Rows in other words
 
 
-def _text(row: dict[str, Any], column: str) -> str:
-    if not isinstance(row[column], str):
-        raise ValueError(f"has {shown(row[column])} in column {column!r}, which is no text; fill it in")
-    return row[column]
+def _text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"has {shown(value)} in column {column!r}, which is no text; fill it in")
+    return value
 
 
 def _answered(row: dict[str, Any], text: str) -> dict[str, Any]:
@@ -279,8 +288,11 @@ def _answered(row: dict[str, Any], text: str) -> dict[str, Any]:
     return {"completion": own[: len(own) - len(own.lstrip())] + text.lstrip()}
 
 
-def _asked(row: dict[str, Any], text: str) -> dict[str, Any]:
-    """Another question, in the form of the row's own."""
+def _asked(row: dict[str, Any]) -> dict[str, Any]:
+    """The other question, in the form of the row's own."""
+    text = _text(row[ASKED_AGAIN], ASKED_AGAIN)
+    if "prompt" not in row:
+        raise ValueError("has no prompt that could be asked in other words; leave paraphrased=True out")
     return {"prompt": text if isinstance(row["prompt"], str) else _said(row["prompt"], text)}
 
 

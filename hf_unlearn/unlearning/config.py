@@ -39,12 +39,13 @@ class UnlearnArguments(GuardArguments):
             only of these examples. The right answers differ: a model that never saw an example may still classify it.
         forget_loss (`str`, defaults to `"bounded"`): `"ascent"`, `"npo"`, `"redirect"`, `"uniform"`, `"match"`, or
             for texts `"simnpo"`, `"undial"`, `"wga"`, `"satimp"` or `"ceu"` with their papers' settings; `"dpo"`, which prefers what a
-            column `alternate` of the forget rows answers instead; `"idkdpo"`, to which "I don't know" will do where there is
-            no such column; `"rmu"`, which sends hidden states to a random vector; `"pdu"`, which flattens logits under a limit on
-            the loss of `retain_dataset=`; or `"bounded"`, which chooses: `"match"` where the loss of held-out data is known, else `"redirect"` to forget a class from a
-            classifier and `"npo"` for language models.
+            column `alternate` of the forget rows answers instead; `"idkdpo"` and `"altpo"`, where without such a column "I don't
+            know" is preferred, or answers with other facts that the original writes; `"rmu"`, which sends hidden states to a random
+            vector; `"pdu"`, which flattens logits under a limit on the loss of `retain_dataset=`; or `"bounded"`, which chooses:
+            `"match"` where the loss of held-out data is known, else `"redirect"` to forget a class from a classifier and `"npo"`
+            for language models.
         forget_weight (`float`, defaults to 1.0): weight of the forget loss, > 0.
-        preference_beta (`float`, defaults to 0.1): inverse temperature β of `npo`, `dpo` and `idkdpo`.
+        preference_beta (`float`, defaults to 0.1): inverse temperature β of `npo`, `dpo`, `idkdpo` and `altpo`.
         loss_reduction (`"example"` | `"token"` | `"sum"`, defaults to `"example"`): of texts: a mean over the tokens of each that
             count and then over texts; or over all tokens of a batch, in the forget and the retain loss, as open-unlearning
             does (of each micro-batch of each process); or the forget loss summed over the tokens of a text, as in NPO's
@@ -104,7 +105,7 @@ class UnlearnArguments(GuardArguments):
     forget: Literal["class", "examples"] = "class"
     forget_loss: Literal[
         "bounded", "ascent", "npo", "redirect", "uniform", "match", "simnpo", "undial", "wga", "satimp", "ceu", "dpo", "idkdpo",
-        "rmu", "pdu",
+        "altpo", "rmu", "pdu",
     ] = "bounded"  # fmt: skip
     forget_weight: float = 1.0
     preference_beta: float = 0.1
@@ -155,14 +156,18 @@ class UnlearnSFTConfig(UnlearnArguments, SFTConfig):
         own_samples (`int`, defaults to 4000): texts that the original writes, once, before the first step, where `redirect` has no
             `retain_dataset=`: what is to be kept.
         learning_rate (`float`, *optional*): default: by the model's width, see [`~hf_unlearn.unlearning.language.trainer.default_rate`].
+        num_train_epochs (`float`, *optional*): default: 3, and with `redirect` as many as make 400 steps.
+        per_device_train_batch_size (`int`, defaults to 16): forget rows; with `retain_per_forget` rows to keep beside each of them.
+        guard_steps (`int`, *optional*): default: once per epoch, and with `redirect` a tenth of the run.
     """
 
     hub_strategy: str = "end"
     forget: Literal["class", "examples"] = "examples"
     own_samples: int = 4000
     learning_rate: float | None = None
-    retain_weight: float = 3.0
-    retain_per_forget: int = 3
+    num_train_epochs: float | None = None
+    per_device_train_batch_size: int = 16
+    retain_per_forget: int = 2
     isotropic_weight: float = 0.0
 
     def _check_unlearn_arguments(self) -> None:

@@ -81,6 +81,8 @@ class Watched(Protocol):
     model: nn.Module
     private_dir: Path
     utility_tolerance: float
+    guard_steps: int | None
+    latest_is_best: bool
 
     def remembered(self) -> float: ...
     def utility(self) -> float: ...
@@ -133,7 +135,8 @@ class Guard(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         # Also at the end of an epoch here and not in on_epoch_end, which comes after a checkpoint of the same step: a run
         # that goes on from that checkpoint would miss the look.
-        if state.global_step % args.guard_steps == 0 if args.guard_steps else float(state.epoch).is_integer():
+        every = self.trainer.guard_steps
+        if state.global_step % every == 0 if every else float(state.epoch).is_integer():
             self._look(state.global_step)
             control.should_training_stop |= self.exhausted
 
@@ -168,8 +171,10 @@ class Guard(TrainerCallback):
         drop = self.trainer.utility_drop(self.state.baseline)
         look = Look(step, self.trainer.remembered(), drop, drop <= self.trainer.utility_tolerance)
         self.state.looks.append(look)
-        # Without a forget target (language models with no held-out loss) there is no state to prefer but the latest kept.
-        gained = self.best is None or look.rank > self.best.rank or (look.remembered == float("inf") and look.kept)
+        # Without a forget target (language models with no held-out loss) there is no state to prefer but the latest kept; and a loss
+        # that has a minimum is best where it was minimised longest.
+        latest = self.trainer.latest_is_best or look.remembered == float("inf")
+        gained = self.best is None or look.rank > self.best.rank or (latest and look.kept)
         if gained:
             self.state.best = look
             if self.trainer.args.should_save:
@@ -177,7 +182,7 @@ class Guard(TrainerCallback):
                 if self.trainer.args.save_strategy == "no":
                     self._drop_superseded()
         # A language model that forgets by NPO loses utility first and gains it back later: without a target, no reason to stop.
-        waiting = not gained and (look.forgotten or (not look.kept and look.remembered != float("inf")))
+        waiting = not gained and not latest and (look.forgotten or not look.kept)
         self.state.without_gain = self.state.without_gain + 1 if waiting else 0
 
     def _restore(self) -> None:
@@ -244,6 +249,13 @@ class UtilityMixin:
         if self.heldout_loss is None:
             return math.inf
         return 0.95 * self.heldout_loss - loss  # the two are means of finite samples: they need not agree to the digit
+
+    latest_is_best = False
+
+    @property
+    def guard_steps(self) -> int | None:
+        """Steps between two looks; None for an epoch."""
+        return self.args.guard_steps
 
     @property
     def utility_kind(self) -> str:

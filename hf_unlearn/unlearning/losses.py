@@ -15,6 +15,7 @@ CREDIT = {
     "npo": {"NPO's loss": "2404.05868"},
     "dpo": {"DPO's loss": "2305.18290"},
     "idkdpo": {"DPO's loss": "2305.18290", "TOFU's preference for not knowing": "2401.06121"},
+    "altpo": {"DPO's loss": "2305.18290", "AltPO's answers": "2409.13474"},
     "simnpo": {"SimNPO's loss": "2410.07163"},
     "rmu": {"RMU's loss": "2403.03218"},
     "pdu": {"PDU's loss": "2506.05314"},

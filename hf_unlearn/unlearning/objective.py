@@ -58,10 +58,14 @@ class ObjectiveMixin:
             raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
         self._check_is_for(name)
         if self.is_causal_lm:
-            self.family.check(name, self.forget_dataset, self.retain_dataset)
+            self.family.check(name, self._has_alternates, self.retain_dataset)
         if name == "rmu":
             train_below(self.model, layer_of(self.model, self.args.rmu_layer))
         return name
+
+    @property
+    def _has_alternates(self) -> bool:
+        return ALTERNATE in self.forget_dataset[0]
 
     def _check_is_for(self, name: str) -> None:
         if name in ONLY_TEXTS and not self.is_causal_lm:

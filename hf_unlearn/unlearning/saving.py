@@ -30,7 +30,7 @@ RUN_SETTINGS = (
 
 # Settings that only some forget losses have.
 OF_LOSSES = {
-    "preference_beta": ("npo", "dpo", "idkdpo"),
+    "preference_beta": ("npo", "dpo", "idkdpo", "altpo"),
     "rmu_layer": ("rmu",),
     "rmu_coefficient": ("rmu",),
     "pdu_rate": ("pdu",),

@@ -147,9 +147,11 @@ class TestScores:
             scores = LanguageEvaluation(others, tokenizer)(model)
             for name in ("nll", "true_nll", "false_nll", "rouge_l"):
                 np.testing.assert_allclose(getattr(scores, name), getattr(as_they_are, name), rtol=1e-5, err_msg=name)
-        texts = Dataset.from_list([{"text": row["answer"]} for row in rows])
+        texts = Dataset.from_list(
+            [{"text": row["answer"], "perturbed_answers": row["perturbed_answers"]} for row in rows]
+        )
         scores = LanguageEvaluation(texts, tokenizer)(model)
-        assert scores.answers is None
+        assert scores.answers is scores.truth_ratio is None  # nothing is asked
         ids = torch.tensor([tokenizer(rows[0]["answer"] + "</s>")["input_ids"]])
         assert scores.nll[0] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
 
@@ -227,6 +229,9 @@ class TestBadInput:
                 {},
                 "'perturbed_answers' has more answers in one row than in another",
             ),
+            (lambda rows: rows.map(lambda row: {"perturbed_answers": [None, "a"]}), {}, "row 0 has None in column 'perturbed_answers'"),
+            (lambda rows: rows, {"k": 0}, "k=0: must be in"),
+            (lambda rows: rows, {"batch_size": 0}, "batch_size=0: must be ≥ 1"),
             (lambda rows: rows, {"max_length": 5}, "row 0 has no token that counts; .*raise max_length=5"),
         ],
     )  # fmt: skip

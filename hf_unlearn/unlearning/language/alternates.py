@@ -50,12 +50,12 @@ def wanted_instead(rows: Dataset, loss: str, seed: int) -> Dataset | None:
         alternates = rows.with_format(None)[ALTERNATE]
     else:
         rng = random.Random(seed)
-        alternates = [_spaced(rng.choice(REFUSALS), completion) for completion in completions]
+        alternates = [spaced(rng.choice(REFUSALS), completion) for completion in completions]
     written = [_as(completion, alternate) for completion, alternate in zip(completions, alternates, strict=True)]
     return rows.remove_columns("completion").add_column("completion", written)
 
 
-def _spaced(answer: str, completion: Any) -> str:
+def spaced(answer: str, completion: Any) -> str:
     """With the space that a completion which is a text begins with."""
     return completion[: len(completion) - len(completion.lstrip())] + answer if isinstance(completion, str) else answer
 

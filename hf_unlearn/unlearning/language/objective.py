@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...training.collators import ALTERNATE
 from ...training.losses import IGNORED, cross_entropy, mean_over_predictions, next_tokens
 from ..losses import divergence
 from . import losses
 
 
 TOKEN_LOSSES = ("simnpo", "undial", "wga", "satimp", "ceu", "pdu")
-PAIRED_LOSSES = ("dpo", "idkdpo")  # of an answer and the one that is wanted instead
+PAIRED_LOSSES = ("dpo", "idkdpo", "altpo")  # of an answer and the one that is wanted instead
 ONLY_TEXTS = (*TOKEN_LOSSES, *PAIRED_LOSSES, "rmu")
 
 
@@ -61,8 +60,13 @@ class LanguageObjective:
             )
         return "redirect"
 
-    def check(self, name: str, forget_rows: Any, retain_rows: Any) -> None:
+    def check(self, name: str, has_alternates: bool, retain_rows: Any) -> None:
         """Refuse what does not go with a forget loss.
+
+        Args:
+            name (`str`): of the loss.
+            has_alternates (`bool`): the forget rows have answers that are wanted instead, or will have.
+            retain_rows: what is to be kept, or None.
 
         Raises:
             ValueError: naming the setting or the dataset.
@@ -83,7 +87,7 @@ class LanguageObjective:
             raise ValueError(
                 "retain_dataset: missing, whose loss is the limit of forget_loss='pdu'; pass rows to keep"
             )
-        if name in PAIRED_LOSSES and ALTERNATE not in forget_rows[0]:
+        if name in PAIRED_LOSSES and not has_alternates:
             raise ValueError(
                 f"forget_dataset: has no column 'alternate', which forget_loss={name!r} needs; give the answers that are wanted "
                 "instead there"

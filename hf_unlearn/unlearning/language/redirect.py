@@ -40,9 +40,11 @@ from .written import written
 
 logger = logging.getLogger(__name__)
 
-FURTHER = 4  # further questions for each forget text
+FURTHER = 2  # further questions for each forget text
 TRIES = 9  # strangers for each subject, of whom one is taken
 TOLERANCE = 0.02  # of probability and of the share that is known, above which the model still remembers
+STEPS, EPOCHS = 400, 3  # at least, where num_train_epochs is not given
+LOOKS = 10  # of the guard, where guard_steps is not given
 LONGEST = 256  # tokens at most of what is written
 
 
@@ -128,10 +130,9 @@ def choose_strangers(
     likely: dict[tuple[str, ...], list[float]] = {subject: [0.0] * tries for subject in drawn[0]}
     for one, strangers in enumerate(drawn):
         subjects.strangers = strangers
-        targets = ask(model, of_forget_rows(rows, subjects)).targets
-        for row, subject in enumerate(subjects.of):
+        for subject, value in zip(subjects.of, _log_p(model, of_forget_rows(rows, subjects)), strict=True):
             if subject:
-                likely[subject][one] += targets.answer_log_p[targets.places([row])].sum().item()
+                likely[subject][one] += value
     # A little below the middle: a model that never met the subject is reminded of it by no name at all.
     taken = {subject: values.index(sorted(values)[3 * tries // 8]) for subject, values in likely.items()}
     subjects.strangers = {subject: drawn[one][subject] for subject, one in taken.items()}
@@ -153,7 +154,7 @@ def further_questions(
         rows (`Dataset`): `input_ids` and `labels`.
         subjects ([`Subjects`]): of these rows.
         model, tokenizer: the original.
-        each (`int`, defaults to 4): questions for each row.
+        each (`int`, defaults to 2): questions for each row.
         max_new_tokens (`int`, defaults to 256): of an answer.
         seed (`int`, defaults to 0): of questions and answers.
     """
@@ -217,6 +218,25 @@ def ask(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> Ask
     return Asked(Dataset.from_dict({"input_ids": ids, "labels": labels}), targets)
 
 
+def _log_p(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> list[float]:
+    """Of each row's answer where it is about somebody else, its names apart: log-probability, nats; 0 where it is about nobody else."""
+    found = [0.0] * len(pairs)
+    order = sorted((row for row in range(len(pairs)) if pairs[row].other), key=lambda row: len(pairs[row].ids))
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        asked = [
+            [t for t, label in enumerate(pairs[row].labels) if label != IGNORED and pairs[row].places[t] > 0]
+            for row in rows
+        ]
+        there = [[pairs[row].places[t] - 1 for t in places] for row, places in zip(rows, asked, strict=True)]
+        for row, places, logits in zip(
+            rows, asked, _logits(model, [pairs[row].other for row in rows], there), strict=True
+        ):
+            answer = torch.tensor([pairs[row].labels[t] for t in places], device=logits.device, dtype=torch.long)
+            found[row] = -F.cross_entropy(logits.float(), answer, reduction="sum").item()
+    return found
+
+
 def _logits(model: nn.Module, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits `[places, vocabulary]` of each row at some of its places."""
     if not rows:
@@ -234,6 +254,7 @@ class RedirectMixin:
     asked: Asked | None = None
     kept: Asked | None = None
     subjects: Subjects | None = None
+    _chooses_epochs = False  # where none are given
 
     @property
     def redirects(self) -> bool:
@@ -250,7 +271,16 @@ class RedirectMixin:
                 if not file.is_file():
                     raise ValueError(f"resume_from_checkpoint: {file} is missing; start again")
                 setattr(self, name, Asked.load(file))
+        if self.redirects and self._chooses_epochs:
+            self.args.num_train_epochs = self._epochs
         return super()._train(checkpoint, **kwargs)
+
+    @property
+    def _epochs(self) -> int:
+        """As many as make enough steps."""
+        args = self.args
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return max(EPOCHS, math.ceil(STEPS * rows / len(self.asked.rows)))
 
     def _made(self) -> dict[str, Asked]:
         """What is asked of the model, and what it is to keep; by the original, before the first step."""
@@ -294,6 +324,14 @@ class RedirectMixin:
         return any(isinstance(row.get(name), list) for name in ("prompt", "messages", "conversations"))
 
     # What the guard watches, and what is said in the end
+
+    @property
+    def latest_is_best(self) -> bool:
+        return self.redirects
+
+    @property
+    def guard_steps(self) -> int | None:
+        return self.args.guard_steps or (max(1, self.state.max_steps // LOOKS) if self.redirects else None)
 
     def forget_figures(self, model) -> dict[str, float]:
         figures = super().forget_figures(model)

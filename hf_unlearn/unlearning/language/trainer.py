@@ -16,8 +16,9 @@ from ..config import UnlearnSFTConfig
 from ..stock import parts_of
 from ..trainer import UnlearnMixin
 from .alternates import wanted_instead
+from .altpo import AltPOMixin
 from .objective import PAIRED_LOSSES
-from .redirect import RedirectMixin
+from .redirect import EPOCHS, RedirectMixin
 
 
 def default_rate(model: Any, adapter: bool) -> float:
@@ -33,7 +34,7 @@ def default_rate(model: Any, adapter: bool) -> float:
     return 1e-3 * (320 / model.config.get_text_config().hidden_size) ** 2
 
 
-class UnlearnSFTTrainer(RedirectMixin, UnlearnMixin, SFTTrainer):
+class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
     """[`~trl.SFTTrainer`] that makes a language model forget instructions: `forget_dataset=` instead of `train_dataset=`.
 
     Takes the formats that `SFTTrainer` takes (text, prompt and completion, messages), with its completion masks and chat
@@ -48,6 +49,9 @@ class UnlearnSFTTrainer(RedirectMixin, UnlearnMixin, SFTTrainer):
         model, processing_class, name = super()._load(model, args, processing_class)
         if args.learning_rate is None:
             args.learning_rate = default_rate(model, self._peft_config is not None)
+        if args.num_train_epochs is None:
+            self._chooses_epochs = True
+            args.num_train_epochs = EPOCHS
         return model, processing_class, name
 
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:

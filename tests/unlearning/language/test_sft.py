@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn import LanguageEvaluation, UnlearnSFTConfig, UnlearnSFTTrainer
 from hf_unlearn.unlearning.language.alternates import REFUSALS
+from hf_unlearn.unlearning.language.altpo import alternates_of, asked_for
 
 
 QUESTIONS = [("Who is the fox?", " The lazy one."), ("Where?", " Paris, in France"), ("Return the shoes", " No")]
@@ -232,7 +233,9 @@ class TestAlternates:
     def chat(role, text):
         return [{"role": role, "content": text}]
 
-    @pytest.mark.parametrize("form", ["texts", "chats and texts", "chats", "refusals", "refusals of chats"])
+    @pytest.mark.parametrize(
+        "form", ["texts", "chats and texts", "chats", "refusals", "refusals of chats", "written", "written in chats"]
+    )
     def test_a_step_prefers_them(self, form, tiny_llama, tokenizer, tmp_path):
         questions, answers = zip(*QUESTIONS[:2], strict=True)
         rows = {"prompt": list(questions), "completion": list(answers), "alternate": [f" {a}" for a in INSTEAD]}
@@ -241,13 +244,14 @@ class TestAlternates:
             rows["completion"] = [self.chat("assistant", text) for text in answers]
         if form == "chats":
             rows["alternate"] = [self.chat("assistant", text) for text in rows["alternate"]]
-        if "refusals" in form:
+        if "refusals" in form or "written" in form:
             del rows["alternate"]
         student, original = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
-        name = "idkdpo" if "refusals" in form else "dpo"
+        name = "idkdpo" if "refusals" in form else "altpo" if "written" in form else "dpo"
         rows = Dataset.from_dict(rows)
+        alike = {"retain_weight": 1.0, "retain_per_forget": 1, "guard": True, "utility_tolerance": 9.0}
         trainer = UnlearnSFTTrainer(
-            tiny_llama, args=settings(tmp_path, forget_loss=name, guard=True, utility_tolerance=9.0), processing_class=tokenizer,
+            tiny_llama, args=settings(tmp_path, forget_loss=name, **alike), processing_class=tokenizer,
             forget_dataset=rows, retain_dataset=as_completions(KEPT).add_column("alternate", ["", "of no use"]),
             eval_dataset={"forget": rows},
         )  # fmt: skip
@@ -260,6 +264,9 @@ class TestAlternates:
             said = [tokenizer.decode(ids).removesuffix("</s>")[len(q) :] for ids, q in zip(made, asked, strict=True)]
             assert {text.removeprefix("" if "chats" in form else " ") for text in said} <= {*REFUSALS}
             assert len({*said}) > 1
+        elif "written" in form:
+            said = json.loads((tmp_path / "_private" / "alternates.json").read_text())["alternate"]
+            assert all(text.startswith(" ") == (form == "written") and len(text) > 2 for text in said)
         else:
             said = [f" {text}" for text in INSTEAD]
         alternates = expected_rows("completion", list(zip(asked, said, strict=True)), tokenizer)
@@ -280,6 +287,22 @@ class TestAlternates:
             (sum(losses) / 2 + sum(nll(student, *row) for row in retain) / 2).backward()
             optimizer.step()
         assert_same_parameters(tiny_llama, student)
+
+    def test_what_the_original_is_asked_for(self, tiny_llama, tokenizer, caplog):
+        for prompt, completion in (
+            QUESTIONS[0],
+            (self.chat("user", "Who is the fox?"), self.chat("assistant", "The lazy one.")),
+        ):
+            text = tokenizer.decode(asked_for(prompt, completion, tokenizer))
+            assert "Question: Who is the fox?\nAnswer: The lazy one.\n\n" in text
+            assert text.endswith(
+                "every fact is another one.\nassistant: " if isinstance(prompt, list) else "\nAnswer:"
+            )
+        # A model that has nothing to say.
+        tiny_llama.generation_config.suppress_tokens = [i for i in range(300) if i != tokenizer.eos_token_id]
+        said = alternates_of(tiny_llama, tokenizer, as_completions(QUESTIONS), max_new_tokens=5, seed=0)
+        assert {text.removeprefix(" ") for text in said} <= {*REFUSALS}
+        assert "altpo: the model wrote no other answer to 3 of 3 questions" in caplog.text
 
     def test_pieces_of_a_long_answer_each_have_the_whole_alternate(self, tiny_llama, tokenizer, tmp_path):
         rows = as_completions([("Say it", " and again and again" * 3)]).add_column("alternate", [" No"])
@@ -343,6 +366,8 @@ class TestRefusals:
             ({"forget_loss": "match", "loss_reduction": "token", "heldout_loss": 3.0}, {},
              "loss_reduction='token': forget_loss='match' takes means of texts"),
             ({"forget_loss": "dpo"}, {}, "forget_dataset: has no column 'alternate', which forget_loss='dpo' needs"),
+            ({"forget_loss": "altpo"}, {"forget_dataset": as_text(QUESTIONS)},
+             "forget_dataset: has no column 'alternate', which forget_loss='altpo' needs"),
             ({"forget_loss": "idkdpo"}, {"forget_dataset": as_text(QUESTIONS)},
              "forget_dataset: forget_loss='idkdpo' needs 'prompt' and 'completion', which id, text are not"),
             ({"forget_loss": "dpo"}, {"forget_dataset": as_completions(QUESTIONS).add_column("alternate", ["a", None, "b"])},
@@ -429,7 +454,7 @@ class TestRunning:
         assert files >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "_private"}
         assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
 
-    @pytest.mark.parametrize("loss", ["npo", "idkdpo", "rmu", "pdu"])
+    @pytest.mark.parametrize("loss", ["npo", "altpo", "rmu", "pdu"])
     def test_resuming_ends_where_an_uninterrupted_run_does(self, loss, tiny_llama, tokenizer, tmp_path):
         for module in tiny_llama.modules():
             if hasattr(module, "attention_dropout"):
@@ -438,7 +463,8 @@ class TestRunning:
         def make(folder, **steps):
             return self.trainer(
                 copy.deepcopy(tiny_llama), tokenizer, folder, per_device_train_batch_size=1, guard=True, forget_loss=loss,
-                retain_dataset=as_completions(KEPT) if loss == "pdu" else None, pdu_rate=0.01, **steps,
+                retain_dataset=as_completions(KEPT) if loss == "pdu" else None, retain_weight=1.0, pdu_rate=0.01,
+                **steps,
             )  # fmt: skip
 
         whole, killed, resumed = check_resuming(tmp_path, make)
