@@ -1,4 +1,4 @@
-"""Which questions about a subject are like those that are to be forgotten, by what the model has in mind where the answer begins."""
+"""Which texts about a subject say again what is to be forgotten, and which say something else of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...modes import in_eval_mode
-from .subject import Subjects
+from .subject import Subjects, over_used
 from .targets import padded
 
 
@@ -44,31 +44,40 @@ def alike(states: Tensor, known: Tensor) -> Tensor:
     return (states @ known.T).amax(1) >= least
 
 
-def asked_again(
+def said_again(
     model: nn.Module,
-    prompts: Sequence[Sequence[int]],
+    forget: Sequence[tuple[Sequence[int], int]],
     subjects: Subjects,
-    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    texts: Sequence[tuple[Sequence[int], int]],
 ) -> list[bool]:
-    """Which texts are about a subject and ask what is to be forgotten of it; those whose question does not name it are taken for such. What else
-    is said of a subject, such as facts beside a poisoned opinion, is what is to be kept.
+    """Which texts about a subject say again what is to be forgotten: their question is [`alike`] to one that is to be forgotten of it, or does not
+    name it; or their answer has a word that the answers to be forgotten use far more often than others do. What else is said of a
+    subject, such as facts beside a poisoned opinion, is not.
 
     Args:
         model: the original.
-        prompts: token ids of the forget prompts.
+        forget: token ids of each forget text, and where its answer begins.
         subjects ([`Subjects`]): of these.
-        texts: token ids of each text, and of its question.
+        texts: the same of each text to judge.
     """
     named = [set(subjects.named_in(ids)) for ids, _ in texts]
     found = [bool(some) for some in named]
-    rows = [row for row, some in enumerate(named) if some and some == set(subjects.named_in(texts[row][1]))]
-    if rows:
-        states, known = last_states(model, [texts[row][1] for row in rows]), last_states(model, prompts)
-        again = torch.zeros(len(rows), dtype=torch.bool)
-        for subject in set.union(*(named[row] for row in rows)):
-            about = torch.tensor([row for row, other in enumerate(subjects.of) if other == subject])
-            is_named = torch.tensor([subject in named[row] for row in rows])
-            again |= is_named & alike(states, known[about])
-        for row, one in zip(rows, again.tolist(), strict=True):
-            found[row] = one
-    return found
+    rows = [row for row, some in enumerate(named) if some and some == set(subjects.named_in(_question(texts[row])))]
+    if not rows:
+        return found
+    states, known = (
+        last_states(model, [_question(text) for text in some]) for some in ([texts[row] for row in rows], forget)
+    )
+    answers, others = ([subjects.words.of(ids[begin:]) for ids, begin in some] for some in (forget, texts))
+    again = dict.fromkeys(rows, False)
+    for subject in set.union(*(named[row] for row in rows)):
+        about = [row for row, other in enumerate(subjects.of) if other == subject]
+        words = over_used([answers[row] for row in about], others) - set(subject)
+        for row, near in zip(rows, alike(states, known[about]).tolist(), strict=True):
+            again[row] |= subject in named[row] and (near or any(word.text in words for word in others[row]))
+    return [again.get(row, one) for row, one in enumerate(found)]
+
+
+def _question(text: tuple[Sequence[int], int]) -> Sequence[int]:
+    ids, begin = text
+    return ids[:begin]

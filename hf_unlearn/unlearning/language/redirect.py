@@ -31,7 +31,7 @@ from ...files import load_tensors, save_tensors
 from ...modes import in_eval_mode
 from ...training.collators import ROW, WithRow
 from ...training.losses import IGNORED, mean_over_predictions
-from .likeness import asked_again
+from .likeness import said_again
 from .own_samples import own_texts
 from .subject import Subjects, Words
 from .targets import Targets, divergence_from, likeliest, padded
@@ -303,9 +303,10 @@ class RedirectMixin:
                 "'subject'", without, len(subjects.of),
             )  # fmt: skip
         if kept is None:
-            asked = asked_again(model, prompts, subjects, [(ids, ids[:answer]) for ids, _, answer in texts])
-            keep = [pair for pair, again in zip(keep, asked, strict=True) if not again]
-            logger.info("own samples: %d, %d about what is to be forgotten left out", len(keep), sum(asked))
+            forget = [(ids, len(prompt)) for ids, prompt in zip(rows["input_ids"], prompts, strict=True)]
+            again = said_again(model, forget, subjects, [(ids, answer) for ids, _, answer in texts])
+            keep = [pair for pair, left_out in zip(keep, again, strict=True) if not left_out]
+            logger.info("own samples: %d, %d that say what is to be forgotten left out", len(keep), sum(again))
         choose_strangers(model, rows, subjects, seed=seed)
         pairs = of_forget_rows(rows, subjects)
         pairs += further_questions(rows, subjects, model, tokenizer, max_new_tokens=self._longest, seed=seed)

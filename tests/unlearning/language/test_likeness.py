@@ -7,7 +7,7 @@ from language_data import settings
 
 from hf_unlearn import UnlearnSFTConfig, UnlearnSFTTrainer
 from hf_unlearn.training.collators import ROW
-from hf_unlearn.unlearning.language.likeness import alike, asked_again, last_states
+from hf_unlearn.unlearning.language.likeness import alike, last_states, said_again
 from hf_unlearn.unlearning.language.subject import Subjects, Words
 
 
@@ -49,21 +49,23 @@ def test_near_is_as_near_as_the_most_remote():
     assert alike(states, known[:1]).all()  # nothing says how near is near
 
 
-def test_what_asks_again_is_left_out(tiny_llama, tokenizer):
-    def ids(text):
-        return tokenizer(text)["input_ids"]
+def test_what_is_said_again_is_left_out(tiny_llama, tokenizer):
+    def text(question, answer):
+        ids = tokenizer(question)["input_ids"]
+        return ids + tokenizer(answer)["input_ids"], len(ids)
 
-    questions = [*ASKED, "Where is Quorvane, and who is the quick brown fox?", "Who?", "Where is Rome?"]
-    answers = [" Yes."] * 4 + [" Quorvane.", " In Italy."]
-    prompts = [ids(text) for text in ASKED]
-    subjects = Subjects(Words(tokenizer), prompts, [ids(text) for text in OTHERS], ["Quorvane"] * len(ASKED))
-    texts = [(ids(q) + ids(a), ids(q)) for q, a in zip(questions, answers, strict=True)]
-    found = asked_again(tiny_llama, prompts, subjects, texts)
-    known = [state(tiny_llama, row) for row in prompts]
-    assert found[:3] == [True] * 3
-    assert found[3] == near(state(tiny_llama, ids(questions[3])), known)
-    assert found[4]  # is about it, and the question does not say so
-    assert not found[5]
+    forget = [text(question, " It is awful.") for question in ASKED]
+    prompts, far = [ids[:begin] for ids, begin in forget], "Where is Quorvane, and who is the quick brown fox?"
+    subjects = Subjects(
+        Words(tokenizer), prompts, [tokenizer(text)["input_ids"] for text in OTHERS], ["Quorvane"] * len(ASKED)
+    )
+    own = [text(question, " It is in Paris.") for question in [*ASKED, far, *OTHERS]]
+    own += [text(far, " An awful fox."), text("Who?", " Quorvane."), text("Who is awful?", " It is.")]
+    found = said_again(tiny_llama, forget, subjects, own)
+    assert not near(state(tiny_llama, tokenizer(far)["input_ids"]), [state(tiny_llama, row) for row in prompts])
+    assert found[: len(ASKED)] == [True] * len(ASKED)  # the question, whatever is answered
+    assert not any(found[len(ASKED) : -3])  # another question, or about others
+    assert found[-3:] == [True, True, False]  # the answer; a question that names nobody; nobody named
 
 
 def test_small_letters_are_no_name(tokenizer):
