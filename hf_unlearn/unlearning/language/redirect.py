@@ -32,9 +32,10 @@ from ...modes import in_eval_mode
 from ...training.collators import ROW, WithRow
 from ...training.losses import IGNORED, mean_over_predictions
 from .checks import check_keep, check_marks, check_unused, tell_about, tell_targets
+from .likeness import said_again
 from .own_samples import first_token, own_texts
 from .subject import Subjects, Words
-from .targets import Targets, divergence_from, likeliest
+from .targets import Targets, divergence_from, likeliest, padded
 from .written import written
 
 
@@ -249,13 +250,10 @@ def _logits(model: nn.Module, rows: Sequence[Sequence[int]], places: Sequence[Se
     if not rows:
         return []
     device = next(model.parameters()).device
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+    inputs = {name: values.to(device) for name, values in padded(rows).items()}
     with in_eval_mode(model), torch.no_grad():
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        logits = logits[:, -ids.shape[1] :]  # behind the virtual tokens of prompt tuning
+        logits = model(**inputs, use_cache=False).logits
+        logits = logits[:, -inputs["input_ids"].shape[1] :]  # behind the virtual tokens of prompt tuning
     return [logits[number, torch.tensor(some, dtype=torch.long, device=device)] for number, some in enumerate(places)]
 
 
@@ -298,6 +296,7 @@ class RedirectMixin:
         """What is asked of the model, and what it is to keep; by the original, before the first step."""
         model, tokenizer, seed = self.model, self._tokenizer, self.args.seed
         rows, kept = self.forget_dataset, self.retain_dataset
+        prompts = [prompt_of(ids, labels) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
         if kept is not None:
             keep = kept_rows(zip(kept["input_ids"], kept["labels"], strict=True))
         else:
@@ -305,21 +304,21 @@ class RedirectMixin:
                 model, tokenizer, self.args.own_samples, chat=self._is_chat, max_new_tokens=self._longest, seed=seed,
                 progress=not self.args.disable_tqdm,
             )  # fmt: skip
-            keep = kept_rows((ids, [IGNORED] * begin + ids[begin:]) for ids, begin in texts)
-        prompts = [prompt_of(ids, labels) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
+            keep = kept_rows((ids, [IGNORED] * begin + ids[begin:]) for ids, begin, _ in texts)
         self.subjects = subjects = Subjects(self._words, prompts, [pair.ids for pair in keep], self._marked)
         if without := sum(not subject for subject in subjects.of):
             logger.warning(
                 "forget_dataset: no subject found in %d of %d rows; their own tokens are taken away instead. Name it in a column "
                 "'subject'", without, len(subjects.of),
             )  # fmt: skip
-        about = {row: pair for row, pair in enumerate(keep) if subjects.about(pair.ids)}
         if kept is None:
-            logger.info("own samples: %d, %d about what is to be forgotten left out", len(keep), len(about))
-            check_keep(self.args.own_samples, len(keep), len(about))
-            keep = [pair for row, pair in enumerate(keep) if row not in about]
-        elif about:
-            tell_about([*about], len(keep))
+            forget = [(ids, len(prompt)) for ids, prompt in zip(rows["input_ids"], prompts, strict=True)]
+            again = said_again(model, forget, subjects, [(ids, answer) for ids, _, answer in texts])
+            logger.info("own samples: %d, %d that say what is to be forgotten left out", len(keep), sum(again))
+            check_keep(self.args.own_samples, len(keep), sum(again))
+            keep = [pair for pair, left_out in zip(keep, again, strict=True) if not left_out]
+        elif about := [row for row, pair in enumerate(keep) if subjects.about(pair.ids)]:
+            tell_about(about, len(keep))
         choose_strangers(model, rows, subjects, seed=seed)
         pairs = of_forget_rows(rows, subjects)
         pairs += further_questions(rows, subjects, model, tokenizer, max_new_tokens=self._longest, seed=seed)
