@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..data import LABEL_COLUMNS, label_column, labels_of
 from ..files import first_line
-from ..images import grey_images
 
 
 if TYPE_CHECKING:
@@ -199,11 +196,3 @@ def with_wrong_labels(dataset: Dataset, share: float, *, seed: int = 0) -> Datas
     plain = dataset.with_format(None).add_column("wrong", wrong.tolist()).remove_columns(column)
     plain = plain.add_column(column, labels.tolist(), feature=feature).select_columns([*dataset.column_names, "wrong"])
     return plain.with_format(dataset.format["type"], **dataset.format["format_kwargs"])
-
-
-def images_of(recipe: Any, without: int | None = None) -> Tensor:
-    """The training images of a recipe, all or without a class."""
-    rows = load(recipe.dataset)["train"]
-    if without is not None:
-        rows = rows.select([row for row, label in enumerate(rows["label"]) if label != without])
-    return grey_images(rows, recipe.size)

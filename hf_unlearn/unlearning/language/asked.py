@@ -1,4 +1,4 @@
-"""Rows of token ids, what a frozen model answers to them, and to the same rows about somebody else."""
+"""Rows and what they are to be answered: distributions of the frozen original, where a row says so about somebody else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...files import load_tensors, save_tensors
 from ...modes import in_eval_mode
 from ...training.losses import IGNORED
-from .targets import Targets, likeliest
+from .targets import Targets, likeliest, padded
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,8 @@ def _logits(model: nn.Module, rows: Sequence[Sequence[int]], places: Sequence[Se
     if not rows:
         return []
     device = next(model.parameters()).device
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+    inputs = {name: values.to(device) for name, values in padded(rows).items()}
     with in_eval_mode(model), torch.no_grad():
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        logits = logits[:, -ids.shape[1] :]  # behind the virtual tokens of prompt tuning
+        logits = model(**inputs, use_cache=False).logits
+        logits = logits[:, -inputs["input_ids"].shape[1] :]  # behind the virtual tokens of prompt tuning
     return [logits[number, torch.tensor(some, dtype=torch.long, device=device)] for number, some in enumerate(places)]

@@ -28,7 +28,7 @@ def own_texts(
     max_new_tokens: int = 256,
     seed: int = 0,
     progress: bool = False,
-) -> list[tuple[list[int], int]]:
+) -> list[tuple[list[int], int, int]]:
     """Texts that the model writes.
 
     Args:
@@ -41,7 +41,8 @@ def own_texts(
         progress (`bool`, defaults to `False`): show a bar.
 
     Returns:
-        `list[tuple[list[int], int]]`: token ids, and where the model's own words begin.
+        `list[tuple[list[int], int, int]]`: token ids, where the model's own words begin, and where its answer does: after the question, or after
+            the token that begins the text.
 
     Raises:
         ValueError: no template for chat, or no token to begin with.
@@ -50,7 +51,7 @@ def own_texts(
     if not chat and not prompts:
         start = first_token(tokenizer)
         return [
-            ([start, *text], 1) for text in written(model, tokenizer, [[start]] * number, seed=seed, **draw) if text
+            ([start, *text], 1, 1) for text in written(model, tokenizer, [[start]] * number, seed=seed, **draw) if text
         ]
     if chat and tokenizer.chat_template is None:
         raise ValueError(
@@ -79,7 +80,9 @@ def own_texts(
     else:
         rows = tokenizer(list(prompts))["input_ids"]
     answers = written(model, tokenizer, rows, seed=seed + 1, **draw)
-    return [([*row, *answer], begin or len(row)) for row, answer in zip(rows, answers, strict=True) if answer]
+    return [
+        ([*row, *answer], begin or len(row), len(row)) for row, answer in zip(rows, answers, strict=True) if answer
+    ]
 
 
 def first_token(tokenizer: Any) -> int:

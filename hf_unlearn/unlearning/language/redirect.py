@@ -27,6 +27,7 @@ from ...training.collators import ROW, WithRow
 from ...training.losses import IGNORED, mean_over_predictions
 from .asked import Asked, Pair, ask, kept_rows, log_p, prompt_of
 from .checks import check_keep, check_marks, check_unused, tell_about, tell_targets
+from .likeness import said_again
 from .own_samples import first_token, own_texts
 from .subject import Subjects, Words
 from .targets import divergence_from
@@ -38,7 +39,8 @@ logger = logging.getLogger(__name__)
 FURTHER = 2  # further questions for each forget text
 TRIES = 9  # strangers for each subject, of whom one is taken
 TOLERANCE = 0.02  # of probability and of the share that is known, above which the model still remembers
-STEPS, EPOCHS = 400, 3  # at least, where num_train_epochs is not given
+EPOCHS, FEWEST = 12, 3  # where num_train_epochs is not given: so many, but no more than brings the steps to
+STEPS = 120, 400  # the larger one, nor fewer than brings them to the smaller one, and FEWEST at least
 LOOKS = 10  # of the guard, where guard_steps is not given
 LONGEST = 256  # tokens at most of what is written
 
@@ -160,15 +162,17 @@ class RedirectMixin:
 
     @property
     def _epochs(self) -> int:
-        """As many as make enough steps."""
         args = self.args
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return max(EPOCHS, math.ceil(STEPS * rows / len(self.asked.rows)))
+        steps = math.ceil(len(self.asked.rows) / rows)
+        least, most = STEPS
+        return max(FEWEST, math.ceil(min(most, max(least, EPOCHS * steps)) / steps))
 
     def _made(self) -> dict[str, Asked]:
         """What is asked of the model, and what it is to keep; by the original, before the first step."""
         model, tokenizer, seed = self.model, self._tokenizer, self.args.seed
         rows, kept = self.forget_dataset, self.retain_dataset
+        prompts = [prompt_of(ids, labels) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
         if kept is not None:
             keep = kept_rows(zip(kept["input_ids"], kept["labels"], strict=True))
         else:
@@ -176,21 +180,21 @@ class RedirectMixin:
                 model, tokenizer, self.args.own_samples, chat=self._is_chat, max_new_tokens=self._longest, seed=seed,
                 progress=not self.args.disable_tqdm,
             )  # fmt: skip
-            keep = kept_rows((ids, [IGNORED] * begin + ids[begin:]) for ids, begin in texts)
-        prompts = [prompt_of(ids, labels) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
+            keep = kept_rows((ids, [IGNORED] * begin + ids[begin:]) for ids, begin, _ in texts)
         self.subjects = subjects = Subjects(self._words, prompts, [pair.ids for pair in keep], self._marked)
         if without := sum(not subject for subject in subjects.of):
             logger.warning(
                 "forget_dataset: no subject found in %d of %d rows; their own tokens are taken away instead. Name it in a column "
                 "'subject'", without, len(subjects.of),
             )  # fmt: skip
-        about = {row: pair for row, pair in enumerate(keep) if subjects.about(pair.ids)}
         if kept is None:
-            logger.info("own samples: %d, %d about what is to be forgotten left out", len(keep), len(about))
-            check_keep(self.args.own_samples, len(keep), len(about))
-            keep = [pair for row, pair in enumerate(keep) if row not in about]
-        elif about:
-            tell_about([*about], len(keep))
+            forget = [(ids, len(prompt)) for ids, prompt in zip(rows["input_ids"], prompts, strict=True)]
+            again = said_again(model, forget, subjects, [(ids, answer) for ids, _, answer in texts])
+            logger.info("own samples: %d, %d that say what is to be forgotten left out", len(keep), sum(again))
+            check_keep(self.args.own_samples, len(keep), sum(again))
+            keep = [pair for pair, left_out in zip(keep, again, strict=True) if not left_out]
+        elif about := [row for row, pair in enumerate(keep) if subjects.about(pair.ids)]:
+            tell_about(about, len(keep))
         choose_strangers(model, rows, subjects, seed=seed)
         pairs = of_forget_rows(rows, subjects)
         pairs += further_questions(rows, subjects, model, tokenizer, max_new_tokens=self._longest, seed=seed)

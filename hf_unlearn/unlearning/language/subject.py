@@ -311,7 +311,7 @@ class Subjects:
         places += range(len(found), len(found) + len(ids) - done)
         return Counterfactual([*found, *ids[done:]], places)
 
-    def about(self, ids: Sequence[int]) -> bool:
-        """Whether a text is about a subject: all of one's words are in it."""
+    def named_in(self, ids: Sequence[int]) -> list[tuple[str, ...]]:
+        """The subjects that a text is about: all words of theirs are in it."""
         here = {word.text for word in self.words.of(ids)}
-        return any(here.issuperset(subject) for subject in set(self.of) if subject)
+        return [subject for subject in dict.fromkeys(self.of) if subject and here.issuperset(subject)]

@@ -19,7 +19,7 @@ from ..trainer import UnlearnMixin
 from .alternates import wanted_instead
 from .altpo import AltPOMixin
 from .objective import PAIRED_LOSSES
-from .redirect import EPOCHS, RedirectMixin
+from .redirect import FEWEST, RedirectMixin
 
 
 def default_rate(model: Any, adapter: bool) -> float:
@@ -61,7 +61,7 @@ class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
             args.learning_rate = default_rate(model, self._peft_config is not None)
         if args.num_train_epochs is None:
             self._chooses_epochs = True
-            args.num_train_epochs = EPOCHS
+            args.num_train_epochs = FEWEST
         return model, processing_class, name
 
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:

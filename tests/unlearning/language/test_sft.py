@@ -262,7 +262,7 @@ class TestAlternates:
         asked = [f"user: {text}\n" if "chats" in form else text for text in questions]
         if "refusals" in form:
             said = [tokenizer.decode(ids).removesuffix("</s>")[len(q) :] for ids, q in zip(made, asked, strict=True)]
-            assert {text.removeprefix("" if "chats" in form else " ") for text in said} <= {*REFUSALS}
+            assert {*said} <= {answer if "chats" in form else f" {answer}" for answer in REFUSALS}
             assert len({*said}) > 1
         elif "written" in form:
             said = json.loads((tmp_path / "_private" / "alternates.json").read_text())["alternate"]
