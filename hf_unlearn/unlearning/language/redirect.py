@@ -193,7 +193,7 @@ class RedirectMixin:
             logger.info("own samples: %d, %d that say what is to be forgotten left out", len(keep), sum(again))
             check_keep(self.args.own_samples, len(keep), sum(again))
             keep = [pair for pair, left_out in zip(keep, again, strict=True) if not left_out]
-        elif about := [row for row, pair in enumerate(keep) if subjects.about(pair.ids)]:
+        elif about := [row for row, pair in enumerate(keep) if subjects.named_in(pair.ids)]:
             tell_about(about, len(keep))
         choose_strangers(model, rows, subjects, seed=seed)
         pairs = of_forget_rows(rows, subjects)

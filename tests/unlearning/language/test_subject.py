@@ -187,8 +187,8 @@ class TestSubjects:
         found = self.of(FORGET, kind=kind)
         assert found.of == [tuple(in_text(name)) for name in PEOPLE for _ in ASKED]
         words = WORDS[kind]
-        assert found.about(ids_of(words, "So said Meier, Karl."))
-        assert not found.about(ids_of(words, "So said Karl Weiß."))
+        assert found.named_in(ids_of(words, "So said Meier, Karl, and Luc.")) == [("karl", "meier")]
+        assert found.named_in(ids_of(words, "So said Karl Weiß.")) == []
 
     def test_of_one_person_alone(self):
         assert set(self.of(FORGET[:3]).of) == {("anna", "kowalska")}
