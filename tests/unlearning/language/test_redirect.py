@@ -623,7 +623,7 @@ def known(model, tokenizer, facts):
 
 @pytest.mark.parametrize("retain", [pytest.param(REMAINING, marks=pytest.mark.slow), None])
 def test_forgets_people_and_keeps_the_others(retain, taught, tokenizer, tmp_path):
-    """With data to keep, and with nothing but what the original writes.."""
+    """With data to keep, and with nothing but what the original writes."""
     assert known(taught, tokenizer, FACTS) == 1
     trainer = forgetting(
         taught, tokenizer, tmp_path, rows=FORGOTTEN, retain=retain, optim="adamw_torch", learning_rate=2e-3, max_steps=80,
