@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -230,23 +229,20 @@ def fits(method: str, data: str) -> bool:
     return data == "retain" or method not in NEEDS_RETAIN
 
 
-def ready(cell: Cell) -> bool:
-    if not fits(cell.method, cell.data):
-        return False
-    missing = cell.method in PEERS and cell.chosen is None
-    if missing:
-        print(f"{cell.file.stem}: left out, nothing is chosen for it yet; run with --tune first", file=sys.stderr)
-    return not missing
-
-
 def cells(given: argparse.Namespace) -> list[Cell]:
-    """What is asked for; models that are not unlearnt are the same with every mode and all data."""
-    found = product(given.seed, given.set, given.data, given.mode, given.only or METHODS)
-    found = [
-        Cell(method, mode, data, chosen, seed) for seed, chosen, data, mode, method in found if fits(method, data)
-    ]
-    same = ("original", "retrained")
-    return list(dict.fromkeys(replace(c, mode="full", data="retain") if c.method in same else c for c in found))
+    """What is asked for and settings are chosen for; what is not unlearnt is the same with every mode and all data."""
+    found = []
+    for seed, chosen, data, mode, method in product(
+        given.seed, given.set, given.data, given.mode, given.only or METHODS
+    ):
+        cell = Cell(method, mode, data, chosen, seed)
+        if method in ("original", "retrained"):
+            found.append(replace(cell, mode="full", data="retain"))
+        elif fits(method, data) and (method in OURS or cell.chosen):
+            found.append(cell)
+        elif fits(method, data) and given.only:
+            raise SystemExit(f"{method}: nothing is chosen yet for {mode}, {data}; run with --tune first")
+    return list(dict.fromkeys(found))
 
 
 # Choosing for the peers
