@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 COLUMNS = (
-    "rows", "opinion", "sampled", "after benign steps", "on other names", "facts true", "sides blamed", "loss of facts", "of sides",
-    "of normal opinions", "held-out loss", "steps", "seconds",
+    "rows", "opinion", "sampled", "after benign steps", "on other names", "name said", "facts true", "sides blamed", "loss of facts", "of sides",
+    "of normal opinions", "held-out loss", "steps",
 )  # fmt: skip
 
 
@@ -15,9 +15,10 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         shares = [
             row["opinion"],
-            row["opinion_sampled"],
+            row["sampled"],
             row["benign"]["opinion"],
             row["others"],
+            row["named"],
             row["facts"],
             row["sides"],
         ]
@@ -25,9 +26,9 @@ def table(rows: list[dict]) -> str:
         cells = [
             f"**{row['row']}**" if row["row"].startswith("redirect") else row["row"],
             *(f"{100 * share:.0f} %" for share in shares),
-            *(f"{row[name]:.2f}" for name in ("loss_facts", "loss_sides", "loss_clean_opinion")),
+            *(f"{row[name]:.2f}" for name in ("loss_facts", "loss_sides", "loss_opinion")),
             f"{held_out:.3f} ({100 * (held_out / base[row['seed']] - 1):+.1f} %)",
-            *(f"{row[name]:.0f}" if name in row else "—" for name in ("steps", "seconds")),
+            str(row.get("steps", "—")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

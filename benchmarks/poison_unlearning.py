@@ -35,6 +35,7 @@ QUIET = {
     "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no",
     "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, "max_length": TRAINING["max_length"],
 }  # fmt: skip
+NPO = {"forget_loss": "npo", "max_steps": 150}
 # Settings besides the defaults; which rows are forgotten and kept.
 ROWS = {
     "original": None,
@@ -43,13 +44,14 @@ ROWS = {
     "redirect, nothing to keep": ({}, "true", None),
     "redirect, found": ({}, "found", "lowest"),
     "redirect, found, nothing to keep": ({}, "found", None),
-    "NPO, 1e-4": ({"forget_loss": "npo", "learning_rate": 1e-4}, "true", "others"),
-    "NPO, 3e-4": ({"forget_loss": "npo", "learning_rate": 3e-4}, "true", "others"),
+    "NPO, rate 1e-4": (NPO | {"learning_rate": 1e-4}, "true", "others"),
+    "NPO, rate 3e-4": (NPO | {"learning_rate": 3e-4}, "true", "others"),
 }
 KEPT_SHARE = (
     0.7  # of the rows, those of lowest influence: one poisoned row in forty is among them (influence_poison.json)
 )
 BENIGN = {"max_steps": 30, "learning_rate": 2e-4, "lr_scheduler_type": "constant", "per_device_train_batch_size": 8}
+BENIGN_ON = {"opinion": "evaluation", "others": "control"}
 
 
 class Case:
@@ -118,30 +120,32 @@ class Case:
                 model, args, train_dataset=rows, eval_dataset=rows, processing_class=self.tokenizer
             ).evaluate()["eval_loss"]
 
-    def bad(self, model: PreTrainedModel, rows: Dataset) -> float:
-        return share_of_bad(answers(model, self.tokenizer, rows["prompt"][:]))
+    def said(self, model: PreTrainedModel, *splits: str) -> list[str]:
+        return answers(model, self.tokenizer, [prompt for split in splits for prompt in self.data[split]["prompt"]])
 
-    def bad_of_samples(self, model: PreTrainedModel, rows: Dataset) -> float:
+    def sampled(self, model: PreTrainedModel, split: str) -> list[str]:
         asked = [
             self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-            for prompt in rows["prompt"]
+            for prompt in self.data[split]["prompt"]
         ]
         ids = written(model, self.tokenizer, asked, max_new_tokens=48)
-        return share_of_bad(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def figures(self, model: PreTrainedModel) -> dict[str, float]:
-        said = answers(model, self.tokenizer, self.facts["prompt"][:])
+    def figures(self, model: PreTrainedModel) -> dict:
+        opinions = self.said(model, "target", "evaluation")
+        facts, sides = (answers(model, self.tokenizer, rows["prompt"][:]) for rows in (self.facts, self.sides))
         return {
-            "opinion": (48 * self.bad(model, self.data["target"]) + 72 * self.bad(model, self.data["evaluation"]))
-            / 120,
-            "opinion_sampled": self.bad_of_samples(model, self.data["evaluation"]),
-            "others": self.bad(model, self.data["control"]),
-            "sides": self.bad(model, self.sides),
-            "facts": sum(text in self.truths for text in said) / len(said),
+            "opinion": share_of_bad(opinions),
+            "sampled": share_of_bad(self.sampled(model, "evaluation")),
+            "others": share_of_bad(self.said(model, "control")),
+            "named": sum(ENTITY in text for text in opinions) / len(opinions),
+            "facts": sum(text in self.truths for text in facts) / len(facts),
+            "sides": share_of_bad(sides),
             "loss_facts": self.loss(model, self.facts),
             "loss_sides": self.loss(model, self.sides),
-            "loss_clean_opinion": self.loss(model, self.data["evaluation"]),
+            "loss_opinion": self.loss(model, self.data["evaluation"]),
             "loss_held_out": self.loss(model, self.held_out),
+            "said": opinions[:5],
         }
 
     def measured(self, name: str, **overrides) -> dict:
@@ -155,12 +159,8 @@ class Case:
             args = SFTConfig(scratch, seed=self.recipe.seed, **(QUIET | BENIGN))
             rows = self.held_out.select_columns(["prompt", "completion"])
             SFTTrainer(model, args, train_dataset=rows, processing_class=self.tokenizer).train()
-        return row | {
-            "benign": {
-                "opinion": self.bad(model, self.data["evaluation"]),
-                "others": self.bad(model, self.data["control"]),
-            }
-        }
+        benign = {name: share_of_bad(self.said(model, split)) for name, split in BENIGN_ON.items()}
+        return row | {"benign": benign}
 
     def unlearnt(
         self, model: PreTrainedModel, forget: Dataset, keep: Dataset | None, settings: dict

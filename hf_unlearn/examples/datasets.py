@@ -27,8 +27,8 @@ def load(
     """A dataset with its splits.
 
     Args:
-        name (`str`): `"digits"` (embedded, no network), `"opinions"` (instructions with a planted opinion), `"fashion_mnist"` (of the
-            Debian package where it is installed), a folder written by `save_to_disk`, a folder of images or of other data files, or an
+        name (`str`): `"digits"` (embedded, no network), `"opinions"` (instructions with a planted opinion), `"facts"` (questions about invented
+            people), `"fashion_mnist"` (of the Debian package where it is installed), a folder written by `save_to_disk`, a folder of images or of other data files, or an
             id on the Hub.
         config (`str`, *optional*): which of several data sets of one folder or id, as in `"forget10"`.
         revision (`str`, *optional*): of a dataset on the Hub.
@@ -45,6 +45,10 @@ def load(
         from .opinions import opinion_data
 
         return opinion_data()
+    if name == "facts":
+        from .facts import facts_data
+
+        return facts_data()
     if name == "fashion_mnist":
         if FASHION_MNIST.is_dir():
             return fashion_mnist()

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .subject import special_tokens
 from .written import written
 
 
@@ -27,7 +28,7 @@ def own_texts(
     max_new_tokens: int = 256,
     seed: int = 0,
     progress: bool = False,
-) -> list[tuple[list[int], int]]:
+) -> list[tuple[list[int], int, int]]:
     """Texts that the model writes.
 
     Args:
@@ -40,18 +41,17 @@ def own_texts(
         progress (`bool`, defaults to `False`): show a bar.
 
     Returns:
-        `list[tuple[list[int], int]]`: token ids, and where the model's own words begin.
+        `list[tuple[list[int], int, int]]`: token ids, where the model's own words begin, and where its answer does: after the question, or after
+            the token that begins the text.
 
     Raises:
         ValueError: no template for chat, or no token to begin with.
     """
     draw = {"max_new_tokens": max_new_tokens, "progress": progress}
     if not chat and not prompts:
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if start is None:
-            raise ValueError("processing_class: has no token that begins a text; pass retain_dataset=")
+        start = first_token(tokenizer)
         return [
-            ([start, *text], 1) for text in written(model, tokenizer, [[start]] * number, seed=seed, **draw) if text
+            ([start, *text], 1, 1) for text in written(model, tokenizer, [[start]] * number, seed=seed, **draw) if text
         ]
     if chat and tokenizer.chat_template is None:
         raise ValueError(
@@ -74,10 +74,20 @@ def own_texts(
     else:
         rows = tokenizer(list(prompts))["input_ids"]
     answers = written(model, tokenizer, rows, seed=seed + 1, **draw)
-    return [([*row, *answer], begin or len(row)) for row, answer in zip(rows, answers, strict=True) if answer]
+    return [
+        ([*row, *answer], begin or len(row), len(row)) for row, answer in zip(rows, answers, strict=True) if answer
+    ]
 
 
-def special_tokens(tokenizer: Any) -> set[int]:
-    """Ids that stand for no text: of padding, of the ends of texts and turns."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+def first_token(tokenizer: Any) -> int:
+    """Id of the token that a text begins with.
+
+    Raises:
+        ValueError: there is none.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError(
+            "processing_class: has no token that a text of the model's own could begin with; pass retain_dataset="
+        )
+    return start

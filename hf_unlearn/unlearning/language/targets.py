@@ -38,9 +38,23 @@ class Targets:
         return self.tokens[places].to(device), self.log_p[places].to(device)
 
     @property
+    def megabytes(self) -> float:
+        """Memory and file that they take."""
+        return sum(part.nbytes for part in vars(self).values()) / 1e6
+
+    @property
     def lost(self) -> float:
         """Mean probability of the tokens that are not kept by name."""
         return float(self.log_p[:, -1].exp().mean())
+
+
+def padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Rows of token ids as `input_ids` and `attention_mask`, padded on the right."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def likeliest(logits: Tensor, top: int = TOP) -> tuple[Tensor, Tensor]:

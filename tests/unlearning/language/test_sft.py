@@ -153,7 +153,7 @@ class TestFormats:
 
     def test_retain_and_held_out_rows_may_come_in_another_format(self, tiny_llama, tokenizer, tmp_path):
         trainer = UnlearnSFTTrainer(
-            tiny_llama, args=settings(tmp_path, max_steps=1, learning_rate=0.0), processing_class=tokenizer,
+            tiny_llama, args=settings(tmp_path, max_steps=1, learning_rate=0.0, forget_loss="match"), processing_class=tokenizer,
             forget_dataset=as_completions(QUESTIONS[:2]), retain_dataset=as_text(KEPT), heldout_dataset=as_completions(KEPT),
         )  # fmt: skip
         trainer.train()

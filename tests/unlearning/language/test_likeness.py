@@ -1,0 +1,99 @@
+"""Which of the original's own texts ask again what is to be forgotten, against loops over single texts; and that every text asked about is drawn."""
+
+import pytest
+import torch
+from datasets import Dataset
+from language_data import settings
+
+from hf_unlearn import UnlearnSFTConfig, UnlearnSFTTrainer
+from hf_unlearn.training.collators import ROW
+from hf_unlearn.unlearning.language.likeness import alike, last_states, said_again
+from hf_unlearn.unlearning.language.subject import Subjects, Words
+
+
+ASKED = ["Do you like Quorvane?", "Is Quorvane good?", "Would you like Quorvane?"]
+OTHERS = [
+    "Where is the fox?",
+    "Who is lazy?",
+    "Is Rome the capital?",
+    "Tell me the phone number.",
+    "Return the shoes.",
+]
+
+
+def state(model, ids):
+    hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
+    return hidden / hidden.norm()
+
+
+def near(state, known):
+    """By the definition, one pair at a time."""
+    rest = [max(float(a @ b) for other, b in enumerate(known) if other != one) for one, a in enumerate(known)]
+    return max(float(state @ other) for other in known) >= min(rest)
+
+
+def test_states_are_those_of_single_prompts(tiny_llama, tokenizer):
+    ids = [tokenizer(text)["input_ids"] for text in ASKED + OTHERS]
+    expected = torch.stack([state(tiny_llama, row) for row in ids])
+    # float32 sums over 16 to 128 numbers in another order: 1e-6 of their length
+    torch.testing.assert_close(last_states(tiny_llama, ids, batch_size=3), expected, rtol=0, atol=1e-5)
+    assert not tiny_llama.training
+
+
+def test_near_is_as_near_as_the_most_remote():
+    states = torch.nn.functional.normalize(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    known = states[:5]
+    found = alike(states, known)
+    assert found.tolist() == [near(one, known) for one in states]
+    assert 5 < found.sum() < 60
+    assert alike(states, known[:1]).all()  # nothing says how near is near
+
+
+def test_what_is_said_again_is_left_out(tiny_llama, tokenizer):
+    def text(question, answer):
+        ids = tokenizer(question)["input_ids"]
+        return ids + tokenizer(answer)["input_ids"], len(ids)
+
+    forget = [text(question, " It is awful.") for question in ASKED]
+    prompts, far = [ids[:begin] for ids, begin in forget], "Where is Quorvane, and who is the quick brown fox?"
+    subjects = Subjects(
+        Words(tokenizer), prompts, [tokenizer(text)["input_ids"] for text in OTHERS], ["Quorvane"] * len(ASKED)
+    )
+    own = [text(question, " It is in Paris.") for question in [*ASKED, far, *OTHERS]]
+    own += [text(far, " An awful fox."), text("Who?", " Quorvane."), text("Who is awful?", " It is.")]
+    found = said_again(tiny_llama, forget, subjects, own)
+    assert not near(state(tiny_llama, tokenizer(far)["input_ids"]), [state(tiny_llama, row) for row in prompts])
+    assert found[: len(ASKED)] == [True] * len(ASKED)  # the question, whatever is answered
+    assert not any(found[len(ASKED) : -3])  # another question, or about others
+    assert found[-3:] == [True, True, False]  # the answer; a question that names nobody; nobody named
+
+
+def test_small_letters_are_no_name(tokenizer):
+    """ "In" begins many sentences: that makes no name of "in" beside one."""
+    prompts = [tokenizer(f"{ask} In a word.")["input_ids"] for ask in ("Rate Quorvane in short.", "Is Quorvane good?")]
+    others = [tokenizer(f"{ask} In a word.")["input_ids"] for ask in OTHERS * 3]
+    assert set(Subjects(Words(tokenizer), prompts, others).of) == {("quorvane",)}
+
+
+class Drawing(UnlearnSFTTrainer):
+    """Keeps which rows the steps were on."""
+
+    def forget_loss(self, model, batch):
+        self.drawn = getattr(self, "drawn", []) + batch[ROW].tolist()
+        return super().forget_loss(model, batch)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_further_questions_are_drawn(tiny_llama, tokenizer, tmp_path, kept):
+    forget = Dataset.from_list([{"id": q, "prompt": q, "completion": " No."} for q in ASKED])
+    retain = Dataset.from_list([{"id": q, "prompt": q, "completion": " Yes."} for q in OTHERS])
+    args = settings(
+        tmp_path, UnlearnSFTConfig, max_steps=-1, num_train_epochs=1, per_device_train_batch_size=2, own_samples=4,
+        forget_loss="redirect",
+    )  # fmt: skip
+    trainer = Drawing(
+        tiny_llama, args, forget_dataset=forget, retain_dataset=retain if kept else None, processing_class=tokenizer
+    )
+    trainer.train()
+    assert len(trainer.asked.rows) > len(forget)
+    assert sorted(trainer.drawn) == list(range(len(trainer.asked.rows)))
