@@ -193,7 +193,7 @@ class RedirectMixin:
             logger.info("own samples: %d, %d that say what is to be forgotten left out", len(keep), sum(again))
             check_keep(self.args.own_samples, len(keep), sum(again))
             keep = [pair for pair, left_out in zip(keep, again, strict=True) if not left_out]
-        elif about := [row for row, pair in enumerate(keep) if subjects.about(pair.ids)]:
+        elif about := [row for row, pair in enumerate(keep) if subjects.named_in(pair.ids)]:
             tell_about(about, len(keep))
         choose_strangers(model, rows, subjects, seed=seed)
         pairs = of_forget_rows(rows, subjects)
@@ -250,8 +250,8 @@ class RedirectMixin:
         if not self.redirects:
             return super().nothing_to_forget
         return (
-            f"of the forget texts {self.others['known']:.1%} would be known word for word, with probability "
-            f"{self.others['probability']:.3g}, were they about somebody whom the model never met, and no more are"
+            "the original knows the forget texts no better than if they were about somebody whom it never met "
+            f"({self.others['known']:.1%} word for word, probability {self.others['probability']:.3g})"
         )
 
     @property

@@ -180,7 +180,7 @@ class Words:
                 new = "".join(self._like(piece, place == 0, rng) for place, piece in enumerate(pieces))
             if new.casefold() not in known:
                 break
-        return new
+        return new[:1].upper() + new[1:] if word[:1].isupper() else new
 
     def _split(self, word: str) -> tuple[str, ...]:
         if word not in self._parts:
@@ -189,11 +189,12 @@ class Words:
         return self._parts[word]
 
     def _like(self, piece: str, begins: bool, rng: random.Random) -> str:
+        if piece.isdecimal():
+            return "".join(rng.choice("123456789") for _ in piece)
         kind = _kind(piece) or "LATIN lower"
         kinds = ((begins, kind), (not begins, kind), (begins, "LATIN lower"), (not begins, "LATIN lower"))
         pool = next((self._pools[one] for one in kinds if one in self._pools), [piece])
-        new = rng.choice(pool)
-        return new[: len(piece)] if kind == "digit" else new
+        return rng.choice(pool)
 
 
 def _is_letter(character: str) -> bool:
@@ -206,9 +207,7 @@ def _go_on(last: str, first: str) -> bool:
 
 
 def _kind(piece: str) -> str:
-    """Of figures `"digit"`, of letters their script and whether they are small, or begin with a capital; nothing of others."""
-    if piece.isdecimal():
-        return "digit"
+    """Of letters their script and whether they are small, or begin with a capital; nothing of others."""
     if not piece.isalpha():
         return ""
     script = "LATIN" if piece[0].isascii() else unicodedata.name(piece[0], "").split(" ")[0]
@@ -317,7 +316,7 @@ class Subjects:
         for row, mark in zip(rows, marked or [None] * len(rows), strict=True):
             here = {word.text for word in row}
             wanted = words.in_text(mark) if mark else here & over & names or here & over
-            if not mark and wanted == here and not wanted & names and len(here) > 1:
+            if not mark and not wanted & names and 2 * len(wanted) > len(here) > 1:
                 wanted = set()  # nothing tells the subject from the question
             self.of.append(_whole_name(row, wanted, names))
             self.surface = {word.text: word.surface for word in row if word.text in self.of[-1]} | self.surface
