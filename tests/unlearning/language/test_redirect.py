@@ -1,4 +1,4 @@
-"""Redirect: targets, what is asked and what is written against one text at a time in plain torch; a step of the trainer; what it says."""
+"""Redirect: a step of the trainer and what its guard sees in plain torch; what it says; what is forgotten and what is kept."""
 
 import copy
 import logging
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_data import CHATS, KEPT, PEOPLE, as_chats, greedy, made_parrot, plain_targets, said, tokens_of, with_template
 from datasets import Dataset
 from image_data import QUIET, same, weights
-from language_data import assert_same_parameters, nll
+from language_data import assert_same_parameters
 from language_data import settings as text_settings
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,313 +18,19 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn import UnlearnConfig, UnlearnSFTConfig, UnlearnSFTTrainer, UnlearnTrainer
 from hf_unlearn.hub.publish import publishable_files
-from hf_unlearn.unlearning.language.asked import Asked, Pair, ask, log_p
-from hf_unlearn.unlearning.language.own_samples import first_token, own_texts
-from hf_unlearn.unlearning.language.redirect import FURTHER, TOLERANCE, further_questions
-from hf_unlearn.unlearning.language.subject import Subjects, Words
-from hf_unlearn.unlearning.language.targets import TOP, divergence_from, likeliest
-from hf_unlearn.unlearning.language.written import written
-
-
-# Sums of a few hundred terms of order 1 in fp32, in another order.
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-
-
-TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'user: ' + message['content'] + '\n' }}"
-    "{% else %}{{ 'assistant:\n' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
-)
+from hf_unlearn.unlearning.language.asked import Pair
+from hf_unlearn.unlearning.language.own_samples import first_token
+from hf_unlearn.unlearning.language.redirect import FURTHER, TOLERANCE
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer):
-    """With a template in which the user's turns end with no special token."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-class TestTargets:
-    def logits(self, *shape):
-        return 3 * torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_what_is_left_out_is_all_that_is_missing(self, dtype):
-        """KL(p‖q) = the divergence + p(rest) · KL of p and q within the rest."""
-        target, logits = self.logits(4, 200).to(dtype)
-        p, q = target.double().softmax(-1), logits.double().softmax(-1)
-        tokens, log_p = likeliest(target)
-        assert tokens.shape == (4, TOP)
-        rest = torch.ones(4, 200, dtype=torch.bool).scatter(-1, tokens.long(), False)
-        within = [x[rest].view(4, -1) / x[rest].view(4, -1).sum(-1, keepdim=True) for x in (p, q)]
-        whole = (p * (p / q).log()).sum(-1)
-        missing = p[rest].view(4, -1).sum(-1) * (within[0] * (within[0] / within[1]).log()).sum(-1)
-        assert (missing > 1e-4 * whole).all()
-        torch.testing.assert_close(divergence_from(logits, tokens, log_p).double(), whole - missing, **CLOSE)
-        assert log_p.exp().sum(-1).tolist() == pytest.approx([1] * 4, rel=1e-5)
-        assert all(p[i, t].min() >= p[i, ~torch.isin(torch.arange(200), t)].max() for i, t in enumerate(tokens.long()))
-
-    def test_of_a_small_vocabulary_nothing_is_left_out(self):
-        target, logits = self.logits(4, 30)
-        p = target.softmax(-1)
-        whole = (p * (p.log() - logits.log_softmax(-1))).sum(-1)
-        torch.testing.assert_close(divergence_from(logits, *likeliest(target)), whole, **CLOSE)
-
-    def test_gradient(self):
-        """q − p where a token has its name, q (1 − p(rest) / q(rest)) elsewhere; also where the target has none of a token."""
-        target, logits = self.logits(4, 200)
-        target[0, 7] = -torch.inf
-        target[1, 10:] = -torch.inf
-        logits.requires_grad_()
-        tokens, log_p = likeliest(target)
-        divergence_from(logits, tokens, log_p).sum().backward()
-        p, q = target.softmax(-1), logits.detach().softmax(-1)
-        rest = torch.ones(4, 200, dtype=torch.bool).scatter(-1, tokens.long(), False)
-        ratio = [((p[i] * rest[i]).sum() / (q[i] * rest[i]).sum()).item() for i in range(4)]
-        expected = torch.where(rest, q * (1 - torch.tensor(ratio)[:, None]), q - p)
-        torch.testing.assert_close(logits.grad, expected, rtol=1e-4, atol=1e-6)
-
-    def test_are_read_as_they_were_written(self, tiny_llama, tmp_path):
-        pairs = [Pair([5, 6, 7, 8], [-100, 6, 7, 8], [5, 6, 7, 8], []), Pair([9, 10, 11], [-100, -100, 11], None, [])]
-        asked = ask(tiny_llama, pairs)
-        asked.save(tmp_path / "asked.safetensors")
-        read = Asked.load(tmp_path / "asked.safetensors")
-        assert read.rows.to_dict() == asked.rows.to_dict()
-        assert all(torch.equal(value, vars(read.targets)[name]) for name, value in vars(asked.targets).items())
-        assert asked.targets.places([1, 0]).tolist() == [3, 0, 1, 2]
-        assert asked.targets.megabytes == (3 * 8 + 4 * (4 * TOP + 4 * (TOP + 1) + 4)) / 1e6
-
-
-@torch.no_grad()
-def said(model, ids):
-    """Log-probabilities of the next token at each place of a text, alone."""
-    return model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
-
-
-def plain_targets(model, pair):
-    """Of each token that counts its distribution, token by token."""
-    found = []
-    for place, label in enumerate(pair.labels):
-        if label == -100 or place == 0:
-            continue
-        own = said(model, pair.ids[:place])[-1]
-        if pair.other is None:
-            own[label] = -torch.inf
-            own = own.log_softmax(-1)
-        elif pair.other != pair.ids and pair.places[place] > 0:
-            there = pair.places[place]
-            own = said(model, pair.other[:there])[-1]
-            mine, theirs = pair.ids[place], pair.other[there]  # of a name, and of the stranger's
-            own[mine], own[theirs] = own[theirs].clone(), own[mine].clone()
-        found.append(own)
-    return found
-
-
-PEOPLE = ["Anna Kowalska", "Karl Meier", "Zoe Weiss"]
-QUESTIONS = [("Where does {} live?", "{} lives in Riga."), ("What does {} paint?", "It is the sea that {} paints.")]
-CHATS = [(q.format(name), a.format(name)) for name in PEOPLE for q, a in QUESTIONS]
-KEPT = [
-    (q.format(name), a.format("Anna")) for name in ("Anna Rome", "Luc Brown", "Bruno Lazy") for q, a in QUESTIONS
-] * 2
-
-
-def as_chats(pairs):
-    def said(role, text):
-        return [{"role": role, "content": text}]
-
-    rows = [{"id": q, "prompt": said("user", q), "completion": said("assistant", a)} for q, a in dict(pairs).items()]
-    return Dataset.from_list(rows)
-
-
-def tokens_of(tokenizer, pairs):
-    """Ids and labels by hand, in the template of the tests."""
-    rows = []
-    for question, answer in pairs:
-        prompt, end = (
-            tokenizer(part, add_special_tokens=False)["input_ids"]
-            for part in (f"user: {question}\nassistant:\n", f"{answer}</s>")
-        )
-        rows.append((prompt + end, [-100] * len(prompt) + end))
-    return rows
-
-
-@pytest.fixture
-def pairs(tokenizer):
-    """Of every kind: without a subject, kept, and about somebody else by names of more, of fewer and of as many tokens."""
-    words = Words(tokenizer)
-    made, more = [], []
-    for (ids, labels), new in zip(
-        tokens_of(tokenizer, CHATS), (None, "", "Bartholomew", "Al", "Ed", "Qxzv"), strict=True
-    ):
-        if not new:
-            made.append(Pair(ids, labels, None if new is None else ids, []))
-            continue
-        parts = {"kowalska": new, "meier": new, "weiss": new, "karl": "Karl" if len(new) == 4 else new}
-        other = Subjects(words, [ids], []).replaced(ids, parts)
-        made.append(Pair(ids, labels, other.ids, other.places))
-        more.append(len(other.ids) - len(ids))
-    assert [more[0] > 0, more[1] < 0, more[3]] == [True, True, 0]
-    named = [made[-1].other[there] != made[-1].ids[place] for place, there in enumerate(made[-1].places)]
-    assert -1 not in made[-1].places
-    assert any(name and label != -100 for name, label in zip(named, made[-1].labels, strict=True))
-    return made
-
-
-class TestAsked:
-    @pytest.mark.parametrize("batch_size", [1, 4, 16])
-    def test_targets_are_those_of_one_text_at_a_time(self, batch_size, pairs, tiny_llama):
-        asked = ask(tiny_llama.train(), pairs, batch_size=batch_size)
-        assert tiny_llama.training
-        for row, pair in enumerate(pairs):
-            expected = plain_targets(tiny_llama.eval(), pair)
-            tokens, log_p = asked.targets.at([row])
-            assert len(tokens) == len(expected)
-            labels = [label for label in pair.labels[1:] if label != -100]
-            for place, whole in enumerate(expected):
-                named = whole[tokens[place].long()]
-                torch.testing.assert_close(log_p[place, :-1], named, **CLOSE)
-                torch.testing.assert_close(named, whole.topk(TOP).values, **CLOSE)
-                assert log_p[place, -1].exp().item() == pytest.approx(1 - named.exp().sum().item(), abs=1e-5)
-                at = asked.targets.answer_log_p[asked.targets.places([row])[place]]
-                torch.testing.assert_close(at, whole[labels[place]], **CLOSE)
-        assert asked.rows["input_ids"][:] == [pair.ids for pair in pairs]
-        changed = [place for pair in pairs if pair.other not in (None, pair.ids) for place in pair.places]
-        assert {-1} < set(changed)
-
-    def test_how_likely_an_answer_is_of_somebody_else_without_its_names(self, pairs, tiny_llama):
-        pairs = [pair for pair in pairs if pair.other != pair.ids]
-        for pair, value in zip(pairs, log_p(tiny_llama, pairs, batch_size=2), strict=True):
-            expected = sum(
-                said(tiny_llama, pair.other[:there])[-1, label].item()
-                for there, label in zip(pair.places, pair.labels, strict=False)
-                if label != -100 and there > 0 and pair.other[there] == label
-            )
-            assert value == pytest.approx(expected, rel=1e-4)
-            assert (value == 0) == (pair.other is None)
-
-    def test_further_questions_are_about_the_subject_with_answers_about_the_stranger(self, tiny_llama, tokenizer):
-        rows = tokens_of(tokenizer, CHATS)
-        kept = [ids for ids, _ in tokens_of(tokenizer, KEPT)]
-        subjects = Subjects(Words(tokenizer), [ids[: labels.count(-100)] for ids, labels in rows], kept)
-        dataset = Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]})
-        found = further_questions(dataset, subjects, tiny_llama, tokenizer, each=3, max_new_tokens=12)
-        assert len(found) == 3 * len(rows)
-        questions = {"Where does _ live?", "What does _ paint?"}
-        for number, pair in enumerate(found):
-            subject = PEOPLE[number // 6]
-            stranger = " ".join(subjects.strangers[subjects.of[number // 3]].values())
-            begin = pair.labels.count(-100)
-            for ids, name in ((pair.ids[:begin], subject), (pair.other, stranger)):
-                assert tokenizer.decode(ids)[6:].partition("\n")[0].replace(name, "_") in questions
-            assert tokenizer.decode(pair.other).replace(stranger, subject) == tokenizer.decode(pair.ids)
-            assert pair.labels[begin:] == pair.ids[begin:] != []
-            there = [(place, other) for place, other in enumerate(pair.places) if other >= 0]
-            mine = [word for word in subjects.words.of(pair.ids) if word.text in subjects.of[number // 3]]
-            names = {place for word in mine for place in range(word.begin, word.end)}
-            assert all(pair.ids[place] == pair.other[other] or place in names for place, other in there)
-            assert there[-1] == (len(pair.ids) - 1, len(pair.other) - 1)
-
-
-def greedy(model, prompt, count, ends):
-    """Token by token, every time anew."""
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(said(model, ids)[-1].argmax().item())
-        if ids[-1] in ends:
-            break
-    return ids[len(prompt) :]
-
-
-class TestWritten:
-    PROMPTS = ["The fox", "Paris is", "My order never arrived and", "shoes"]
-
-    @pytest.fixture
-    def prompts(self, tokenizer):
-        return [tokenizer(text)["input_ids"] for text in self.PROMPTS]
-
-    @pytest.mark.parametrize("name", ["llama", "gpt2"])
-    @pytest.mark.parametrize("batch_size", [1, 3, 128])
-    def test_the_likeliest_whatever_the_generation_config(self, name, batch_size, prompts, tokenizer, request):
-        model = request.getfixturevalue(f"tiny_{name}")
-        for key, value in {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 2, "min_p": 0.5}.items():
-            setattr(model.generation_config, key, value)
-        texts = written(model, tokenizer, prompts, max_new_tokens=15, temperature=0, batch_size=batch_size)
-        plain = [greedy(model, prompt, 15, {tokenizer.eos_token_id}) for prompt in prompts]
-        assert texts == plain
-        assert any(len(set(text)) < len(text) for text in plain)  # which a penalty would have undone
-        stop = plain[0][4]
-        texts = written(
-            model, tokenizer, prompts, max_new_tokens=15, temperature=0, batch_size=batch_size, stop=[stop]
-        )
-        assert texts == [greedy(model, prompt, 15, {stop, tokenizer.eos_token_id}) for prompt in prompts]
-
-    def test_draws_from_the_models_own_distribution(self, tiny_llama, tokenizer):
-        """4,000 draws of one token: shares within five standard deviations of what the model says."""
-        for key, value in {"top_k": 1, "temperature": 0.1, "top_p": 0.1}.items():
-            setattr(tiny_llama.generation_config, key, value)
-        prompt = tokenizer("The fox")["input_ids"]
-        tiny_llama.train()
-        state = torch.get_rng_state()
-        texts = written(tiny_llama, tokenizer, [prompt] * 4000, max_new_tokens=1, batch_size=4000)
-        assert torch.equal(state, torch.get_rng_state())
-        assert tiny_llama.training
-        p = said(tiny_llama.eval(), prompt)[-1].exp()
-        counts = torch.tensor([token for (token,) in texts]).bincount(minlength=len(p))
-        assert ((counts - 4000 * p).abs() <= 5 * (4000 * p * (1 - p)).sqrt() + 1).all()
-        assert written(tiny_llama, tokenizer, [prompt] * 8, seed=1) == written(
-            tiny_llama, tokenizer, [prompt] * 8, seed=1
-        )
-        assert written(tiny_llama, tokenizer, [prompt] * 8, seed=1) != written(
-            tiny_llama, tokenizer, [prompt] * 8, seed=2
-        )
-
-    def test_no_further_than_the_model_has_positions(self, tiny_gpt2, tokenizer):
-        prompts = [[5] * length for length in (120, 127, 128, 130)]
-        texts = written(tiny_gpt2, tokenizer, prompts, max_new_tokens=50, temperature=0, batch_size=1)
-        assert [len(text) for text in texts] == [8, 1, 0, 0]
-
-    def test_own_texts_are_turns_of_the_template(self, tiny_llama, tokenizer):
-        start = tokenizer("user:", add_special_tokens=False)["input_ids"]
-        texts = own_texts(tiny_llama, tokenizer, 12, chat=True, max_new_tokens=10)
-        assert 0 < len(texts) <= 12
-        for ids, begin, answer in texts:
-            assert (ids[:begin], begin) == (start, len(start))
-            assert tokenizer.decode(ids[:answer]).endswith("\nassistant:\n")
-        assert texts == own_texts(tiny_llama, tokenizer, 12, chat=True, max_new_tokens=10)
-        asked = ["Who?", "Where is Rome?"]
-        for ids, begin, answer in own_texts(tiny_llama, tokenizer, 5, chat=True, prompts=asked, max_new_tokens=10):
-            assert tokenizer.decode(ids[:begin]) in [f"user: {question}\nassistant:\n" for question in asked]
-            assert begin == answer < len(ids)
-        for ids, begin, answer in own_texts(tiny_llama, tokenizer, 12, chat=False, max_new_tokens=10):
-            assert (ids[0], begin, answer) == (tokenizer.bos_token_id, 1, 1)
-            assert 1 < len(ids) <= 11
-
-    def test_a_question_ends_where_the_template_ends_it(self, parrot, tokenizer):
-        """Here by no special token: a model of this template goes on and answers."""
-        whole = tokens_of(tokenizer, CHATS[:1])[0][0]
-        texts = [ids for ids, _, _ in own_texts(parrot, tokenizer, 20, chat=True, max_new_tokens=60)]
-        assert sum(ids == whole for ids in texts) > 10
-        assert not [ids for ids in texts if tokenizer.decode(ids).count("assistant:") > 1]
+    return with_template(tokenizer)
 
 
 @pytest.fixture(scope="module")
 def _parrot(tokenizer):
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    ids = torch.tensor(tokens_of(tokenizer, CHATS[:1])[0][0])
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(120):
-        loss = nll(model, ids, ids)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
+    return made_parrot(tokenizer)
 
 
 @pytest.fixture
