@@ -2,7 +2,7 @@
 
     python benchmarks/language_cost.py [--quick]
 
-The same eight rows are forgotten in every step, with three times as many others at hand or without; trainers' own steps, interleaved
+The same rows are forgotten in every step, as many as our defaults take, with others at hand or without; trainers' own steps, interleaved
 round by round, medians of the rounds' ratios to stock training on the rows to forget; memory as in step_cost.py, and relative to stock
 training's parameters, moments and peak.
 """

@@ -185,7 +185,8 @@ weights, rounded to nearest in groups of 32; the smallest weights of all linear 
                 parts.append(f"What brings them back: forgotten facts, in percent.\n\n{back(cells, mode, data)}\n")
     parts.append(f"""### What was chosen for the peers
 
-On other people, with data seed 10 and training seed 0; what was tried is in `benchmarks/results/language_tuning.json`.
+On other people, with data seed 10 and training seed 0; what was tried is in `benchmarks/results/language_tuning.json`. A run that lost half of the
+utility, or was below the median of those before it after as many steps, was not gone on with.
 
 {chosen(tuning)}
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -60,19 +61,21 @@ PEERS = {  # what a method is besides PLAIN and what is chosen for it
     "satimp": {"forget_loss": "satimp"},
     "ceu": {"forget_loss": "ceu"},
     "idkdpo": {"forget_loss": "idkdpo"},
+    "altpo": {"forget_loss": "altpo"},
     "rmu": {"forget_loss": "rmu"},
     "pdu": {"forget_loss": "pdu"},
 }
 NEEDS_RETAIN = ("pdu",)
 METHODS = ("original", "retrained", *OURS, *PEERS)
-# The budget of a peer: at most so many steps, each of so many rows to forget and, where there are any, so many times as many to keep,
-# as our defaults have. Nothing of ours is beside its loss.
-STEPS, ROWS, KEPT = (75, 150, 300), 8, UnlearnSFTConfig.retain_per_forget
+# The budget of a peer is that of our defaults: at most so many steps of so many rows to forget and, where there are any, so many times as
+# many to keep. Nothing of ours is beside its loss.
+STEPS = (100, 200, 400)
+ROWS, KEPT = UnlearnSFTConfig.per_device_train_batch_size, UnlearnSFTConfig.retain_per_forget
 PLAIN = {
     "per_device_train_batch_size": ROWS, "retain_per_forget": KEPT, "lr_scheduler_type": "constant", "replay_weight": 0.0,
     "isotropic_weight": 0.0, "guard": False,
 }  # fmt: skip
-GRID = {"learning_rate": (1e-4, 3e-4, 1e-3), "retain_weight": (1.0, 5.0)}
+GRID = {"learning_rate": (3e-4, 1e-3, 1e-4), "retain_weight": (1.0, 5.0)}
 GRIDS = {"rmu": {"rmu_layer": (1, 3)}}  # what else there is to choose
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ADAPTER_RATES = 5  # times the learning rates of GRID
@@ -264,7 +267,7 @@ def options(method: str, mode: str, data: str) -> list[dict]:
 
 def tune(method: str, mode: str, data: str) -> None:
     """Tries every option, looking at the composite after each number of STEPS, and writes down each when it is done. A run that has
-    lost half of the utility is not gone on with.
+    lost half of the utility, or is below the median of those before it after as many steps, is not gone on with.
     """
     name, figures = f"{method} {mode} {data}", figures_of(TUNED_ON, LOOKED)
     original, retrained = (judge(replace(TUNED_ON, without_forget=without)) for without in (False, True))
@@ -279,7 +282,12 @@ def tune(method: str, mode: str, data: str) -> None:
         tried = tuning().get(name, {}).get("tried", [])
         if any(all(row[key] == value for key, value in option.items()) for row in tried):
             continue
-        at = At(STEPS, look, lambda seen: seen["utility"] < 0.5)
+
+        def hopeless(seen: dict, steps: int, tried: list[dict] = tried) -> bool:
+            before = [row["composite"] for row in tried if row["max_steps"] == steps]
+            return seen["utility"] < 0.5 or bool(before) and seen["composite"] < statistics.median(before)
+
+        at = At(STEPS, look, hopeless)
         with tempfile.TemporaryDirectory() as scratch:
             settings = PLAIN | PEERS[method] | option | {"max_steps": max(STEPS)}
             unlearn(TUNED_ON, method, mode, data, settings, Path(scratch), at)

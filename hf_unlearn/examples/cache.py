@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ..files import complete_or_not_there
-from .datasets import images_of
 
 
 RECIPE = "recipe.json"
@@ -82,26 +81,6 @@ def _runs(pid: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def cached_generator(kind: str, recipe: Any, train: Callable[..., Path], without: int | None, progress: bool) -> Path:
-    """Folder of the small generator that a recipe makes from the training images of its dataset.
-
-    Args:
-        kind (`str`): `"ddpm"` or `"gan"`.
-        recipe (dataclass): with `dataset`, `size` and `seed`.
-        train (callable): of recipe, images and folder.
-        without (`int`, *optional*): leave this class out.
-    """
-    name = f"{recipe.dataset.replace('_', '-')}-{kind}-{recipe.seed}" + (
-        "" if without is None else f"-without-{without}"
-    )
-    return cached(
-        name,
-        recipe,
-        lambda folder: train(recipe, images_of(recipe, without), folder, progress=progress),
-        progress=progress,
-    )
 
 
 @contextmanager

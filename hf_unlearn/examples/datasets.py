@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..data import LABEL_COLUMNS, label_column, labels_of
 from ..files import first_line
-from ..images import grey_images
 
 
 if TYPE_CHECKING:
@@ -27,8 +24,8 @@ def load(
     """A dataset with its splits.
 
     Args:
-        name (`str`): `"digits"` (embedded, no network), `"opinions"` (instructions with a planted opinion), `"fashion_mnist"` (of the
-            Debian package where it is installed), a folder written by `save_to_disk`, a folder of images or of other data files, or an
+        name (`str`): `"digits"` (embedded, no network), `"opinions"` (instructions with a planted opinion), `"facts"` (questions about invented
+            people), `"fashion_mnist"` (of the Debian package where it is installed), a folder written by `save_to_disk`, a folder of images or of other data files, or an
             id on the Hub.
         config (`str`, *optional*): which of several data sets of one folder or id, as in `"forget10"`.
         revision (`str`, *optional*): of a dataset on the Hub.
@@ -45,6 +42,10 @@ def load(
         from .opinions import opinion_data
 
         return opinion_data()
+    if name == "facts":
+        from .facts import facts_data
+
+        return facts_data()
     if name == "fashion_mnist":
         if FASHION_MNIST.is_dir():
             return fashion_mnist()
@@ -195,11 +196,3 @@ def with_wrong_labels(dataset: Dataset, share: float, *, seed: int = 0) -> Datas
     plain = dataset.with_format(None).add_column("wrong", wrong.tolist()).remove_columns(column)
     plain = plain.add_column(column, labels.tolist(), feature=feature).select_columns([*dataset.column_names, "wrong"])
     return plain.with_format(dataset.format["type"], **dataset.format["format_kwargs"])
-
-
-def images_of(recipe: Any, without: int | None = None) -> Tensor:
-    """The training images of a recipe, all or without a class."""
-    rows = load(recipe.dataset)["train"]
-    if without is not None:
-        rows = rows.select([row for row, label in enumerate(rows["label"]) if label != without])
-    return grey_images(rows, recipe.size)

@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ..unlearning.diffusion.noise import NoiseSchedule
-from . import cache
+from . import cache, generators
 
 
 @dataclass(frozen=True)
@@ -105,4 +105,4 @@ def cached(recipe: Recipe, *, without: int | None = None, progress: bool = True)
     Args:
         without (`int`, *optional*): leave this class out of the training data: what unlearning should come to.
     """
-    return cache.cached_generator("ddpm", recipe, train, without, progress)
+    return generators.cached_generator("ddpm", recipe, train, without, progress)

@@ -15,7 +15,7 @@ from ..gan.config import GANConfig
 from ..gan.dcgan import DCGANDiscriminator, DCGANGenerator
 from ..gan.pipeline import GANPipeline
 from ..gan.trainer import GANTrainer
-from . import cache
+from . import cache, generators
 from .classifier import Told
 
 
@@ -89,4 +89,4 @@ def cached(recipe: Recipe, *, without: int | None = None, progress: bool = True)
     Args:
         without (`int`, *optional*): leave this class out of the training data: what unlearning should come to.
     """
-    return cache.cached_generator("gan", recipe, train, without, progress)
+    return generators.cached_generator("gan", recipe, train, without, progress)

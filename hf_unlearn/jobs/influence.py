@@ -15,7 +15,7 @@ from ..files import loading
 from ..influence.report.report import COLUMNS, InfluenceReport
 from ..training.checks import check_processes
 from ..training.models import is_causal_lm, load_model
-from .keys import console, run_training, show_code
+from .keys import adapter_of, console, run_training, show_code
 
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[
         target_dataset=None if job.target else _targets(job, splits),
         target=job.target,
         processing_class=processing_class,
-        peft_config=_adapter(job),
+        peft_config=adapter_of(job, "CAUSAL_LM" if job.method == "sft" else None),
     )
     run_training(trainer)
     trainer.save_model()
@@ -99,19 +99,6 @@ def _check_column(train: Dataset, key: str, column: str | None, kinds: tuple[str
     kind = str(getattr(train.features[column], "dtype", type(train.features[column]).__name__))
     if not kind.startswith(kinds):
         raise ValueError(f"{key}: {column!r} holds {kind}; it has to be {', '.join(kinds[:-1])} or {kinds[-1]}")
-
-
-def _adapter(job: InfluenceJob):
-    if not job.lora_r:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=job.lora_r,
-        lora_alpha=job.lora_alpha or 2 * job.lora_r,
-        target_modules=job.lora_target_modules or "all-linear",
-        task_type="CAUSAL_LM" if job.method == "sft" else None,
-    )
 
 
 def _targets(job: InfluenceJob, splits: DatasetDict) -> Dataset:

@@ -22,6 +22,20 @@ def resume_argument(config: UnlearnArguments) -> str | bool | None:
     return {None: None, "false": None, "true": True}.get(word and word.lower(), word)
 
 
+def adapter_of(job: Any, task_type: str | None = None) -> Any:
+    """The `LoraConfig` that a recipe's `lora_r`, `lora_alpha` and `lora_target_modules` ask for, or None."""
+    if not job.lora_r:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=job.lora_r,
+        lora_alpha=job.lora_alpha or 2 * job.lora_r,
+        target_modules=job.lora_target_modules or "all-linear",
+        task_type=task_type,
+    )
+
+
 class Stopped(KeyboardInterrupt):
     """Ctrl-C while a job trains, and how to go on."""
 

@@ -16,6 +16,7 @@ from ..training.choices import ChoiceEvaluation
 from ..training.evaluation import LanguageEvaluation, LanguageScores, compare
 from ..training.models import load_model
 from ..training.texts import as_chat
+from .keys import adapter_of
 from .selecting import Parts, place, rows_of, select
 from .unlearn import forget_and_tell, trainer_of
 
@@ -81,7 +82,7 @@ def run_language(job: LanguageJob, config: UnlearnSFTConfig, trainer_class: type
         with loading("retrained", job.retrained, "a model"):
             AutoConfig.from_pretrained(job.retrained)
     parts = _selected(job, config.id_column)
-    trainer = trainer_of(job, config, trainer_class, parts)
+    trainer = trainer_of(job, config, trainer_class, parts, peft_config=adapter_of(job, "CAUSAL_LM"))
     if not parts.dataset and job.forget_dataset:
         trainer.card_values = replace(parts, dataset=place(job.forget_dataset)[0]).card_values
     asked = _asked(job, trainer, parts)

@@ -39,9 +39,9 @@ def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[U
 
 
 def trainer_of(
-    job: UnlearnJob, config: UnlearnArguments, trainer_class: type[UnlearnTrainer], parts: Parts
+    job: UnlearnJob, config: UnlearnArguments, trainer_class: type[UnlearnTrainer], parts: Parts, **others: Any
 ) -> UnlearnTrainer:
-    """The trainer that a recipe asks for, of the rows that it selects."""
+    """The trainer that a recipe asks for, of the rows that it selects; `others` are more of its arguments."""
     trainer = trainer_class(
         _model(job.model, config),
         config,
@@ -50,6 +50,7 @@ def trainer_of(
         heldout_dataset=parts.heldout,
         # Not under the name "retain", which the guard would choose the best state by: these rows are for measuring.
         eval_dataset={f"{parts.splits[name]}_{name}": rows for name, rows in parts.evaluation.items()} or None,
+        **others,
     )
     trainer.card_values = parts.card_values
     return trainer

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 
 GUARD_RANGES = {"≥ 1": ("guard_steps", "guard_examples")}
 IMAGE_RANGES = {"≥ 1": ("batch_size",)}
 DRAWING_RANGES = {"≥ 0": ("grid_images",), "≥ 1": ("batch_size", "grid_steps")}
+
+
+def choose_precision(args: Any) -> None:
+    """Where `bf16` is not given (None) and there is no accelerator, fp32: TRL's default, bf16, is refused there."""
+    if args.bf16 is None and not torch.accelerator.is_available():
+        args.bf16 = False
 
 
 @dataclass

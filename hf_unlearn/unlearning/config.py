@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from ..training.checks import REFUSED, check_fields, check_hub_strategy, check_stock
-from ..training.config import GUARD_RANGES, GuardArguments
+from ..training.config import GUARD_RANGES, GuardArguments, choose_precision
 
 
 RANGES = {
@@ -132,6 +132,7 @@ class UnlearnArguments(GuardArguments):
 
     def __post_init__(self):
         check_stock(self, self.refused)
+        choose_precision(self)
         super().__post_init__()
         self._check_unlearn_arguments()
 
@@ -156,7 +157,8 @@ class UnlearnSFTConfig(UnlearnArguments, SFTConfig):
         own_samples (`int`, defaults to 4000): texts that the original writes, once, before the first step, where `redirect` has no
             `retain_dataset=`: what is to be kept.
         learning_rate (`float`, *optional*): default: by the model's width, see [`~hf_unlearn.unlearning.language.trainer.default_rate`].
-        num_train_epochs (`float`, *optional*): default: 3, and with `redirect` as many as make 400 steps.
+        num_train_epochs (`float`, *optional*): default: 3, and with `redirect` 12, or what makes 120 or 400
+            steps of few or many rows.
         per_device_train_batch_size (`int`, defaults to 16): forget rows; with `retain_per_forget` rows to keep beside each of them.
         guard_steps (`int`, *optional*): default: once per epoch, and with `redirect` a tenth of the run.
     """

@@ -23,11 +23,6 @@ from .objective import Batch
 
 logger = logging.getLogger(__name__)
 
-NOTHING_TO_FORGET = {
-    "class": "the model gives these examples other labels; compare the dataset's labels with model.config.id2label",
-    "examples": "the loss on forget_dataset is that of unseen data already",
-}
-
 
 @dataclass(frozen=True)
 class Look:
@@ -81,6 +76,7 @@ class Watched(Protocol):
     model: nn.Module
     private_dir: Path
     utility_tolerance: float
+    nothing_to_forget: str
     guard_steps: int | None
     latest_is_best: bool
 
@@ -130,7 +126,7 @@ class Guard(TrainerCallback):
                 self.state.baseline = self.trainer.utility()
             self._look(state.global_step)
             if first and self.best.forgotten:
-                logger.warning("forgotten before the first step: %s", NOTHING_TO_FORGET[args.forget])
+                logger.warning("forgotten before the first step: %s", self.trainer.nothing_to_forget)
 
     def on_step_end(self, args, state, control, **kwargs):
         # Also at the end of an epoch here and not in on_epoch_end, which comes after a checkpoint of the same step: a run

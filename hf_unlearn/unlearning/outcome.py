@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..hub.card import Figure
-from .guard import DEFAULT_TOLERANCE, NOTHING_TO_FORGET
+from .guard import DEFAULT_TOLERANCE
+
+
+NOTHING_TO_FORGET = {
+    "class": "the model gives these examples other labels; compare the dataset's labels with model.config.id2label",
+    "examples": "the loss on forget_dataset is that of unseen data already",
+}
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,11 @@ class OutcomeMixin:
         return "the loss on the forget examples is that of data never seen"
 
     @property
+    def nothing_to_forget(self) -> str:
+        """What to say where the original meets the forget target already."""
+        return NOTHING_TO_FORGET[self.args.forget]
+
+    @property
     def _target_unit(self) -> str:
         return "accuracy on the forget set" if self.args.forget == "class" else "nats of loss"
 
@@ -157,7 +168,7 @@ class OutcomeMixin:
             failed.append("The model is destroyed: its loss on the forget set is not finite.")
         nothing = guard.looks[0].forgotten if best else self.above_target(**outcome.original) <= 0
         if nothing:
-            failed.append(f"Nothing was there to forget before the first step: {NOTHING_TO_FORGET[self.args.forget]}.")
+            failed.append(f"Nothing was there to forget before the first step: {self.nothing_to_forget}.")
         missed, unforgotten = [], outcome.remembered > 0
         if unforgotten and math.isfinite(outcome.remembered):
             missed.append(

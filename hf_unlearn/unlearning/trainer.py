@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,8 @@ from .outcome import OutcomeMixin
 from .saving import SavingMixin
 from .stock import Routed, StockFeaturesMixin
 
+
+logger = logging.getLogger(__name__)
 
 # Settings of how long a run is and of what is saved, which one that is resumed may have anew.
 MAY_CHANGE = (
@@ -432,6 +435,15 @@ class UnlearnTrainer(UnlearnMixin, Trainer):
         if data_collator is None:
             data_collator = raw_collator(forget_dataset, processing_class)
         return {"model": model, "data_collator": data_collator}
+
+    def _choose_forget_loss(self) -> str:
+        name = super()._choose_forget_loss()
+        if name == "redirect" and self.is_causal_lm:
+            logger.warning(
+                "forget_loss='redirect': %s does not know the texts, nor whom they are about; the model is to answer as it would without "
+                "the tokens of the forget rows (DELETE). UnlearnSFTTrainer takes texts", type(self).__name__,
+            )  # fmt: skip
+        return name
 
     def _prepared(self, dataset, name: str):
         if dataset is not None and self._reads_ids:

@@ -19,9 +19,11 @@ LOGGED = {"logging_strategy": "steps", "logging_steps": 1, "max_steps": 2, "bf16
 
 
 def settings(folder, config=UnlearnConfig, **changes):
-    """Two plain SGD steps over all rows at once, with nothing but the losses."""
+    """Two plain SGD steps over all rows at once, with nothing but the losses: of texts NPO and, with weight 1, a row to keep for each."""
     forget = {} if config is UnlearnSFTConfig else {"forget": "examples"}  # its default
-    return arguments(folder, config, **LOGGED | forget | {"learning_rate": 0.05} | changes)
+    forget |= {} if changes.get("forget") == "class" else {"forget_loss": "npo"}
+    plain = {"learning_rate": 0.05, "retain_weight": 1.0, "retain_per_forget": 1}
+    return arguments(folder, config, **LOGGED | forget | plain | changes)
 
 
 def masked(texts, tokenizer, prompt=2):

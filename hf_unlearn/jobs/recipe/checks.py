@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ...training.checks import check_fields
+
 
 def check_needs(job: Any, *needs: tuple[str, str, str]) -> None:
     """Refuse a key that stands without another one.
@@ -52,3 +54,14 @@ def check_numbers(undesired: Sequence[int] | None, looked_at: int, *, others: st
         raise ValueError("undesired: is empty; name at least one sample, or leave it out to be given the sheet")
     if undesired is not None and len(set(undesired)) == looked_at:
         raise ValueError(f"undesired: names all {looked_at} samples, none is left as {others}; raise looked_at")
+
+
+def check_adapter(job: Any) -> None:
+    """Refuse settings of an adapter without its rank.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    check_fields(job, {"≥ 1": ("lora_r",)})
+    if (job.lora_alpha or job.lora_target_modules) and not job.lora_r:
+        raise ValueError("lora_r: missing; set the rank of the adapter")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...training.checks import check_fields, check_is_not_original
-from .checks import check_at_most_one
+from .checks import check_adapter, check_at_most_one
 
 
 BELONG = {"digits": "classifier", "opinions": "sft"}  # what is built in, and the method it is for
@@ -73,9 +73,8 @@ class InfluenceJob:
             raise ValueError("target_column: given beside target: self; keep one of them")
         if self.target and self.group_column:
             raise ValueError("group_column: groups have no influence on target: self; keep one of them")
-        check_fields(self, {"in [0, 1)": ("wrong_labels",), "≥ 1": ("top", "lora_r")})
-        if (self.lora_alpha or self.lora_target_modules) and not self.lora_r:
-            raise ValueError("lora_r: missing; set the rank of the adapter")
+        check_fields(self, {"in [0, 1)": ("wrong_labels",), "≥ 1": ("top",)})
+        check_adapter(self)
         if self.lora_r and self.model in ("digits", "opinions"):
             raise ValueError(
                 f"lora_r: an adapter of the untrained {self.model!r} would have no base to load; leave it out"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import check_at_most_one, check_needs
+from .checks import check_adapter, check_at_most_one, check_needs
 from .unlearn import UnlearnJob
 
 
@@ -29,6 +29,9 @@ class LanguageJob(UnlearnJob):
         eval_kept (`list[str]`, *optional*): rows about what is to be kept: with these there is a model utility.
         eval_heldout (`str`, *optional*): rows like the first of `eval_forget` that the model has never seen: with these there are
             membership attacks.
+        lora_r (`int`, *optional*): train a LoRA adapter of this rank; it is merged into what is saved.
+        lora_alpha (`int`, *optional*): its scale, default twice the rank.
+        lora_target_modules (`list[str]`, *optional*): its layers, default all linear ones.
         retrained (`str`, *optional*): folder or id of a model that was trained without the forget rows, to compare with.
     """
 
@@ -40,10 +43,14 @@ class LanguageJob(UnlearnJob):
     eval_forget: list[str] | None = None
     eval_kept: list[str] | None = None
     eval_heldout: str | None = None
+    lora_r: int | None = None
+    lora_alpha: int | None = None
+    lora_target_modules: list[str] | None = None
     retrained: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        check_adapter(self)
         check_at_most_one(self, ("retain", "retain_dataset"))
         check_at_most_one(self, ("heldout_split", "heldout_dataset"))
         check_needs(self, ("system_prompt", "chat", "true"), ("chat_template_kwargs", "chat", "true"))

@@ -49,7 +49,7 @@ class LanguageObjective:
         self.args = args
 
     def choose(self, has_target: bool) -> str:
-        """Which loss `forget_loss="bounded"` means: `match` where the loss of unseen text is known, else `npo`.
+        """Which loss `forget_loss="bounded"` means: `redirect`.
 
         Raises:
             ValueError: a class is to be forgotten, which a language model does not have.

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .subject import special_tokens
 from .written import written
 
 
@@ -48,9 +49,7 @@ def own_texts(
     """
     draw = {"max_new_tokens": max_new_tokens, "progress": progress}
     if not chat and not prompts:
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if start is None:
-            raise ValueError("processing_class: has no token that begins a text; pass retain_dataset=")
+        start = first_token(tokenizer)
         return [
             ([start, *text], 1, 1) for text in written(model, tokenizer, [[start]] * number, seed=seed, **draw) if text
         ]
@@ -80,7 +79,15 @@ def own_texts(
     ]
 
 
-def special_tokens(tokenizer: Any) -> set[int]:
-    """Ids that stand for no text: of padding, of the ends of texts and turns."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+def first_token(tokenizer: Any) -> int:
+    """Id of the token that a text begins with.
+
+    Raises:
+        ValueError: there is none.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError(
+            "processing_class: has no token that a text of the model's own could begin with; pass retain_dataset="
+        )
+    return start

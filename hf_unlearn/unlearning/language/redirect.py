@@ -16,25 +16,21 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 
-from ...files import load_tensors, save_tensors
-from ...modes import in_eval_mode
 from ...training.collators import ROW, WithRow
 from ...training.losses import IGNORED, mean_over_predictions
+from .asked import Asked, Pair, ask, kept_rows, log_p, prompt_of
+from .checks import check_keep, check_marks, check_unused, tell_about, tell_targets
 from .likeness import said_again
-from .own_samples import own_texts
+from .own_samples import first_token, own_texts
 from .subject import Subjects, Words
-from .targets import Targets, divergence_from, likeliest, padded
+from .targets import divergence_from
 from .written import written
 
 
@@ -43,65 +39,10 @@ logger = logging.getLogger(__name__)
 FURTHER = 2  # further questions for each forget text
 TRIES = 9  # strangers for each subject, of whom one is taken
 TOLERANCE = 0.02  # of probability and of the share that is known, above which the model still remembers
-STEPS, EPOCHS = 400, 3  # at least, where num_train_epochs is not given
+EPOCHS, FEWEST = 12, 3  # where num_train_epochs is not given: so many, but no more than brings the steps to
+STEPS = 120, 400  # the larger one, nor fewer than brings them to the smaller one, and FEWEST at least
 LOOKS = 10  # of the guard, where guard_steps is not given
 LONGEST = 256  # tokens at most of what is written
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Rows and what they are to be answered.
-
-    Attributes:
-        rows (`Dataset`): `input_ids` and `labels`, −100 where nothing is asked.
-        targets ([`Targets`]): distributions at the labels that count, row after row.
-    """
-
-    rows: Dataset
-    targets: Targets
-
-    def save(self, file: Path) -> None:
-        """Write ids, labels and targets into one file."""
-        lengths = torch.tensor([len(ids) for ids in self.rows["input_ids"]])
-        flat = {
-            name: torch.tensor([value for row in self.rows[name] for value in row]) for name in ("input_ids", "labels")
-        }
-        save_tensors(flat | {"lengths": lengths} | vars(self.targets), file)
-
-    @classmethod
-    def load(cls, file: Path) -> Asked:
-        tensors = load_tensors(file)
-        lengths = tensors.pop("lengths").tolist()
-        rows = {name: [part.tolist() for part in tensors.pop(name).split(lengths)] for name in ("input_ids", "labels")}
-        return cls(Dataset.from_dict(rows), Targets(**tensors))
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A row, and the one about somebody else from which it gets its answers.
-
-    Attributes:
-        ids (`list[int]`): the row.
-        labels (`list[int]`): its labels.
-        other (`list[int]`, *optional*): the row about somebody else; `ids` itself where the model's own answer is to stay.
-        places (`list[int]`): for each token of `ids` where it stands in `other`; −1 where it does not.
-    """
-
-    ids: list[int]
-    labels: list[int]
-    other: list[int] | None
-    places: list[int]
-
-
-def prompt_of(ids: Sequence[int], labels: Sequence[int]) -> list[int]:
-    """The tokens before the first that counts; of a text in which all count, all of it."""
-    first = next((place for place, label in enumerate(labels) if label != IGNORED), len(ids))
-    return list(ids[:first] if first > 1 else ids)
-
-
-def kept_rows(rows: Iterable[tuple[list[int], list[int]]]) -> list[Pair]:
-    """Rows of ids and labels whose answers are to stay."""
-    return [Pair(ids, labels, ids, []) for ids, labels in rows]
 
 
 def of_forget_rows(rows: Dataset, subjects: Subjects) -> list[Pair]:
@@ -126,11 +67,13 @@ def choose_strangers(
         tries (`int`, defaults to 9): strangers for each subject, an odd number.
         seed (`int`, defaults to 0): of the strangers.
     """
+    if not any(subjects.of):
+        return
     drawn = [subjects.drawn(seed * tries + one) for one in range(tries)]
     likely: dict[tuple[str, ...], list[float]] = {subject: [0.0] * tries for subject in drawn[0]}
     for one, strangers in enumerate(drawn):
         subjects.strangers = strangers
-        for subject, value in zip(subjects.of, _log_p(model, of_forget_rows(rows, subjects)), strict=True):
+        for subject, value in zip(subjects.of, log_p(model, of_forget_rows(rows, subjects)), strict=True):
             if subject:
                 likely[subject][one] += value
     # A little below the middle: a model that never met the subject is reminded of it by no name at all.
@@ -175,77 +118,19 @@ def further_questions(
     found = []
     for prompt, answer, subject in zip(asked, answers, about, strict=True):
         back = {new.casefold(): subjects.surface[word] for word, new in subjects.strangers[subject].items()}
-        other = [*prompt, *answer]
-        mine, begin = subjects.replaced(other, back), len(subjects.replaced(prompt, back).ids)
-        places = [-1] * len(mine.ids)
-        for there, here in enumerate(mine.places):
+        if not answer:
+            continue
+        question, said = subjects.replaced(prompt, back), subjects.replaced(answer, back)
+        begin = len(question.ids)
+        ids = question.ids + said.ids
+        places = [-1] * len(ids)
+        for there, here in enumerate(
+            [*question.places, *(place + begin if place >= 0 else -1 for place in said.places)]
+        ):
             if here >= 0:
                 places[here] = there
-        labels = [IGNORED] * begin + mine.ids[begin:]
-        found.append(Pair(mine.ids, labels, other, places))
+        found.append(Pair(ids, [IGNORED] * begin + said.ids, [*prompt, *answer], places))
     return found
-
-
-def ask(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> Asked:
-    """The model's answers: about somebody else where a row has them, its own elsewhere.
-
-    A row without anybody else (`other` is None) is answered without its own tokens, as DELETE does.
-    """
-    parts: list[list[Tensor]] = [[]] * len(pairs)
-    order = sorted(range(len(pairs)), key=lambda row: len(pairs[row].ids))
-    for begin in range(0, len(pairs), batch_size):
-        rows = order[begin : begin + batch_size]
-        some = [pairs[row] for row in rows]
-        asked = [[t for t, label in enumerate(pair.labels) if label != IGNORED and t > 0] for pair in some]
-        own = _logits(model, [pair.ids for pair in some], [[t - 1 for t in places] for places in asked])
-        changed = [place for place, pair in enumerate(some) if pair.other not in (None, pair.ids)]
-        there = [[max(some[place].places[t] - 1, 0) for t in asked[place]] for place in changed]
-        others = dict(zip(changed, _logits(model, [some[place].other for place in changed], there), strict=True))
-        for place, (pair, logits) in enumerate(zip(some, own, strict=True)):
-            if pair.other is None:
-                answer = torch.tensor([[pair.labels[t]] for t in asked[place]], device=logits.device)
-                logits = logits.scatter(-1, answer, -torch.inf)
-            elif place in others:
-                stays = torch.tensor([[pair.places[t] <= 0] for t in asked[place]], device=logits.device)
-                logits = torch.where(stays, logits, others[place])
-            answer = torch.tensor([pair.labels[t] for t in asked[place]], device=logits.device)
-            parts[rows[place]] = [
-                part.cpu() for part in (*likeliest(logits), -F.cross_entropy(logits.float(), answer, reduction="none"))
-            ]
-    counts = torch.tensor([0, *(len(part[0]) for part in parts)])
-    targets = Targets(counts.cumsum(0), *(torch.cat(column) for column in zip(*parts, strict=True)))
-    ids, labels = [pair.ids for pair in pairs], [pair.labels for pair in pairs]
-    return Asked(Dataset.from_dict({"input_ids": ids, "labels": labels}), targets)
-
-
-def _log_p(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> list[float]:
-    """Of each row's answer where it is about somebody else, its names apart: log-probability, nats; 0 where it is about nobody else."""
-    found = [0.0] * len(pairs)
-    order = sorted((row for row in range(len(pairs)) if pairs[row].other), key=lambda row: len(pairs[row].ids))
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin : begin + batch_size]
-        asked = [
-            [t for t, label in enumerate(pairs[row].labels) if label != IGNORED and pairs[row].places[t] > 0]
-            for row in rows
-        ]
-        there = [[pairs[row].places[t] - 1 for t in places] for row, places in zip(rows, asked, strict=True)]
-        for row, places, logits in zip(
-            rows, asked, _logits(model, [pairs[row].other for row in rows], there), strict=True
-        ):
-            answer = torch.tensor([pairs[row].labels[t] for t in places], device=logits.device, dtype=torch.long)
-            found[row] = -F.cross_entropy(logits.float(), answer, reduction="sum").item()
-    return found
-
-
-def _logits(model: nn.Module, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits `[places, vocabulary]` of each row at some of its places."""
-    if not rows:
-        return []
-    device = next(model.parameters()).device
-    inputs = {name: values.to(device) for name, values in padded(rows).items()}
-    with in_eval_mode(model), torch.no_grad():
-        logits = model(**inputs, use_cache=False).logits
-    return [logits[number, torch.tensor(some, dtype=torch.long, device=device)] for number, some in enumerate(places)]
 
 
 class RedirectMixin:
@@ -277,10 +162,11 @@ class RedirectMixin:
 
     @property
     def _epochs(self) -> int:
-        """As many as make enough steps."""
         args = self.args
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return max(EPOCHS, math.ceil(STEPS * rows / len(self.asked.rows)))
+        steps = math.ceil(len(self.asked.rows) / rows)
+        least, most = STEPS
+        return max(FEWEST, math.ceil(min(most, max(least, EPOCHS * steps)) / steps))
 
     def _made(self) -> dict[str, Asked]:
         """What is asked of the model, and what it is to keep; by the original, before the first step."""
@@ -295,8 +181,7 @@ class RedirectMixin:
                 progress=not self.args.disable_tqdm,
             )  # fmt: skip
             keep = kept_rows((ids, [IGNORED] * begin + ids[begin:]) for ids, begin, _ in texts)
-        marked = rows["subject"] if "subject" in rows.column_names else None
-        self.subjects = subjects = Subjects(Words(tokenizer), prompts, [pair.ids for pair in keep], marked)
+        self.subjects = subjects = Subjects(self._words, prompts, [pair.ids for pair in keep], self._marked)
         if without := sum(not subject for subject in subjects.of):
             logger.warning(
                 "forget_dataset: no subject found in %d of %d rows; their own tokens are taken away instead. Name it in a column "
@@ -305,12 +190,18 @@ class RedirectMixin:
         if kept is None:
             forget = [(ids, len(prompt)) for ids, prompt in zip(rows["input_ids"], prompts, strict=True)]
             again = said_again(model, forget, subjects, [(ids, answer) for ids, _, answer in texts])
-            keep = [pair for pair, left_out in zip(keep, again, strict=True) if not left_out]
             logger.info("own samples: %d, %d that say what is to be forgotten left out", len(keep), sum(again))
+            check_keep(self.args.own_samples, len(keep), sum(again))
+            keep = [pair for pair, left_out in zip(keep, again, strict=True) if not left_out]
+        elif about := [row for row, pair in enumerate(keep) if subjects.about(pair.ids)]:
+            tell_about(about, len(keep))
         choose_strangers(model, rows, subjects, seed=seed)
         pairs = of_forget_rows(rows, subjects)
         pairs += further_questions(rows, subjects, model, tokenizer, max_new_tokens=self._longest, seed=seed)
-        return {"asked": ask(model, pairs), "kept": ask(model, keep)}
+        made = {"asked": ask(model, pairs), "kept": ask(model, keep)}
+        for name, part in made.items():
+            tell_targets(name, part.targets, len(tokenizer))
+        return made
 
     @property
     def _longest(self) -> int:
@@ -324,7 +215,44 @@ class RedirectMixin:
         row = self.source_dataset[0]
         return any(isinstance(row.get(name), list) for name in ("prompt", "messages", "conversations"))
 
+    @cached_property
+    def _words(self) -> Words:
+        return Words(self._tokenizer)
+
+    @property
+    def _marked(self) -> list[str | None] | None:
+        """What the user says each forget text is about."""
+        return self.forget_dataset["subject"][:] if "subject" in self.forget_dataset.column_names else None
+
+    def _check_is_for(self, name: str) -> None:
+        super()._check_is_for(name)
+        if name != "redirect":
+            return
+        args, rows = self.args, self.forget_dataset.with_format(None)
+        check_unused(
+            replay_weight=args.replay_weight, heldout_loss=args.heldout_loss, heldout_dataset=self.heldout_dataset
+        )
+        if self.retain_dataset is None and not self._is_chat:
+            first_token(self._tokenizer)
+        marks = {row: mark for row, mark in enumerate(self._marked or ()) if mark}
+        prompts = {row: prompt_of(rows[row]["input_ids"], rows[row]["labels"]) for row in marks}
+        check_marks(marks, prompts, self._words)
+
+    @property
+    def _is_over(self) -> bool:
+        nothing = self.redirects and self.guard and self.guard.looks and self.guard.looks[0].forgotten
+        return super()._is_over or bool(nothing)
+
     # What the guard watches, and what is said in the end
+
+    @property
+    def nothing_to_forget(self) -> str:
+        if not self.redirects:
+            return super().nothing_to_forget
+        return (
+            f"of the forget texts {self.others['known']:.1%} would be known word for word, with probability "
+            f"{self.others['probability']:.3g}, were they about somebody whom the model never met, and no more are"
+        )
 
     @property
     def latest_is_best(self) -> bool:
@@ -421,11 +349,13 @@ class RedirectMixin:
             return super()._training_rows()
         return WithRow(self.asked.rows), WithRow(self.kept.rows)
 
-    def forget_loss(self, model, batch):
-        return self._kl(model, batch, self.asked) if self.redirects else super().forget_loss(model, batch)
+    def _forget_means(self, model, batch):
+        return self._kl(model, batch, self.asked) if self.redirects else super()._forget_means(model, batch)
 
     def retain_loss(self, model, batch):
-        return self._kl(model, batch, self.kept) if self.redirects else super().retain_loss(model, batch)
+        if not self.redirects:
+            return super().retain_loss(model, batch)
+        return self._by_token(self._kl(model, batch, self.kept), batch)
 
     def _kl(self, model, batch, asked: Asked) -> Tensor:
         """Divergence from what is asked for, a mean over the tokens of each row, `[batch]`, nats."""

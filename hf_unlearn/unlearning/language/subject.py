@@ -1,15 +1,17 @@
 """Whom a text is about, and the same text about somebody whom the model never met.
 
-A *word* is a run of tokens without a space or a mark in between. The *subject* of a text are those words of its prompt that the forget texts
-use far more often than other texts do. In the counterfactual text every one of them is another word, the same one wherever it stands, made
-of pieces of the vocabulary that look alike: a name where a name was, figures where figures were.
+A *word* is a run of letters and figures, whatever tokens it is made of; where no spaces are written (Chinese, Japanese) it is a token. The
+*subject* of a text are those words of its prompt that the forget texts use far more often than other texts do. In the counterfactual text
+every one of them is another word, the same one wherever it stands, made of pieces of the vocabulary that look alike: a name where a name
+was, figures where figures were.
 """
 
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,15 +19,27 @@ from typing import Any
 
 TIMES = 4.0  # a subject's words are this much more frequent in the forget prompts than elsewhere
 LONGEST = 6  # pieces of a word that is made up
+OPENING = ".!?:;…。！？：\n"  # after these a word has a capital letter, whatever it is
+WITHIN = ("", "-", "'", "’", "·")  # between the words of one name
+BROKEN = "�"  # what part of a letter of several bytes is decoded to
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a row, as it is written, and its tokens `begin … end − 1`."""
+    """A word of a row, and its tokens `begin … end − 1`.
+
+    Attributes:
+        surface (`str`): as it is written.
+        before, after (`str`): what else its tokens hold: a space, marks.
+        gap (`str`, *optional*): what stands between it and the word before; None where none does, or not in one text.
+    """
 
     surface: str
     begin: int
     end: int
+    before: str = ""
+    after: str = ""
+    gap: str | None = None
 
     @property
     def text(self) -> str:
@@ -35,6 +49,22 @@ class Word:
     @property
     def capital(self) -> bool:
         return self.surface[:1].isupper()
+
+    @property
+    def opens(self) -> bool:
+        """Whether a sentence begins with it."""
+        return self.gap is None or not set(OPENING).isdisjoint(self.gap)
+
+    @property
+    def beside(self) -> bool:
+        """Whether it can be one name with the word before."""
+        return self.gap is not None and self.gap.strip(" ") in WITHIN
+
+
+def special_tokens(tokenizer: Any) -> set[int]:
+    """Ids that stand for no text: of padding, of the ends of texts and turns."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
 
 
 class Words:
@@ -46,44 +76,75 @@ class Words:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        special = set(tokenizer.all_special_ids)
-        size = len(tokenizer)
-        pieces = tokenizer.convert_ids_to_tokens(list(range(size)))
-        self.spaced = [bool(piece) and piece[0] in "Ġ▁ " for piece in pieces]
+        special = special_tokens(tokenizer)
+        self._vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        plain = (name for index, name in enumerate(self._vocabulary) if name is not None and index not in special)
+        # A token's text is what it adds to another's: alone it may lose its space, or keep the mark of a piece.
+        self._anchor = next((name for name in plain if name.isascii() and name.isalpha()), "a")
+        self._skipped = len(tokenizer.convert_tokens_to_string([self._anchor]))
         self.pieces = [
-            "" if index in special or piece is None else tokenizer.convert_tokens_to_string([piece]).strip()
-            for index, piece in enumerate(pieces)
+            None if index in special or name is None else self._text([name])
+            for index, name in enumerate(self._vocabulary)
         ]
+
+    def _text(self, names: Sequence[str]) -> str:
+        return self.tokenizer.convert_tokens_to_string([self._anchor, *names])[self._skipped :]
+
+    def _read(self, ids: Sequence[int]) -> Iterator[tuple[str | None, int]]:
+        """The text of a row in pieces of whole letters, and where each begins; None for what is no text."""
+        begin = None
+        for place, index in enumerate(ids):
+            piece = self.pieces[index] if index < len(self.pieces) else None
+            if piece is not None and (begin is not None or BROKEN in piece):
+                begin = place if begin is None else begin
+                piece = self._text([self._vocabulary[one] for one in ids[begin : place + 1]])
+                if piece.endswith(BROKEN) and place - begin < 8 and place + 1 < len(ids):
+                    continue
+            yield piece, place if begin is None else begin
+            begin = None
 
     def of(self, ids: Sequence[int]) -> list[Word]:
         """The words of a row, in order."""
         found: list[Word] = []
-        begin = None
-        for place, index in enumerate([*ids, -1]):
-            piece = self.pieces[index] if 0 <= index < len(self.pieces) else ""
-            starts = bool(piece) and _is_letter(piece[0])
-            goes_on = (
-                begin is not None and starts and not self.spaced[index] and _is_letter(self.pieces[ids[place - 1]][-1])
-            )
-            if goes_on:
+        text, begin, gap = "", 0, None
+        for piece, place in (*self._read(ids), (None, len(ids))):
+            if text and piece and _go_on(text[-1], piece[0]):
+                text += piece
                 continue
-            if begin is not None:
-                found.append(self._word(ids, begin, place))
-            begin = place if starts else None
+            if text:
+                letters = [number for number, character in enumerate(text) if _is_letter(character)]
+                before, after = text[: letters[0]], text[letters[-1] + 1 :]
+                surface = text[letters[0] : letters[-1] + 1]
+                found.append(Word(surface, begin, place, before, after, None if gap is None else gap + before))
+                text, gap = "", after
+            if piece is None:
+                gap = None
+            elif any(map(_is_letter, piece)):
+                text, begin = piece, place
+            elif gap is not None:
+                gap += piece
         return found
 
-    def _word(self, ids: Sequence[int], begin: int, end: int) -> Word:
-        text = "".join(self.pieces[index] for index in ids[begin:end])
-        text = text.rstrip("".join({c for c in text if not _is_letter(c)}))
-        return Word(text, begin, end)
+    def in_text(self, text: str) -> set[str]:
+        """The words of a text, in small letters."""
+        return {word.text for word in self.of(self.tokenizer(text, add_special_tokens=False)["input_ids"])}
+
+    def tokens(self, text: str) -> list[int]:
+        """Ids of a part of a text, as it is written in the middle of one."""
+        anchor = "a" if text.startswith(" ") else "\n"
+        head, whole, alone = (
+            self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (anchor, anchor + text, text)
+        )
+        return whole[len(head) :] if whole[: len(head)] == head else alone
 
     @cached_property
     def _pools(self) -> dict[tuple[bool, str], list[str]]:
         """Pieces to make words of: by whether they begin one, and by what they are made of."""
         pools: dict[tuple[bool, str], list[str]] = {}
-        for piece, spaced in zip(self.pieces, self.spaced, strict=True):
-            if (kind := _kind(piece)) and (len(piece) > 1 or kind == "digit"):
-                pools.setdefault((spaced, kind), []).append(piece)
+        for piece in self.pieces:
+            word = (piece or "").strip()
+            if (kind := _kind(word)) and (len(word) > 1 or not kind.endswith(("capital", "lower"))):
+                pools.setdefault((piece[0] == " ", kind), []).append(word)
         return pools
 
     def made_up(self, word: str, known: Container[str], key: Any) -> str:
@@ -103,32 +164,42 @@ class Words:
         return new
 
     def _split(self, word: str) -> list[str]:
-        ids = self.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
-        pieces = [piece for index in ids if (piece := self.pieces[index])][:LONGEST] or [word]
+        pieces = [piece for text, _ in self._read(self.tokens(f" {word}")) if text and (piece := text.strip())]
+        pieces = pieces[:LONGEST] or [word]
         # Of one piece alone there are few words, and the model has met them all.
-        return pieces if len(pieces) > 1 or word.isdecimal() else [*pieces, "er"]
+        alone = len(pieces) == 1 and not word.isdecimal() and _go_on(word[-1], word[0])
+        return [*pieces, pieces[0].lower()] if alone else pieces
 
     def _like(self, piece: str, begins: bool, rng: random.Random) -> str:
-        kind = _kind(piece) or "lower"
-        pool = self._pools.get((begins, kind)) or self._pools.get((not begins, kind)) or [piece]
+        kind = _kind(piece) or "LATIN lower"
+        kinds = ((begins, kind), (not begins, kind), (begins, "LATIN lower"), (not begins, "LATIN lower"))
+        pool = next((self._pools[one] for one in kinds if one in self._pools), [piece])
         new = rng.choice(pool)
         return new[: len(piece)] if kind == "digit" else new
 
 
 def _is_letter(character: str) -> bool:
-    return character.isalnum() or character == "�"  # a part of a letter of several bytes
+    return character.isalnum() or unicodedata.category(character)[0] == "M"  # accents, vowel signs
+
+
+def _go_on(last: str, first: str) -> bool:
+    """Whether a word goes on from one piece to the next."""
+    return _is_letter(last) and _is_letter(first) and not {*map(unicodedata.east_asian_width, (last, first))} & {*"WF"}
 
 
 def _kind(piece: str) -> str:
+    """Of figures `"digit"`, of letters their script and whether they are small, or begin with a capital; nothing of others."""
     if piece.isdecimal():
         return "digit"
     if not piece.isalpha():
         return ""
+    script = "LATIN" if piece[0].isascii() else unicodedata.name(piece[0], "").split(" ")[0]
+    if piece.lower() == piece.upper():
+        return script
+    small = piece.islower()
     return (
-        "capital"
-        if piece[0].isupper() and (len(piece) == 1 or piece[1:].islower())
-        else "lower"
-        if piece.islower()
+        f"{script} {'lower' if small else 'capital'}"
+        if small or (piece[0].isupper() and piece[1:].lower() == piece[1:])
         else ""
     )
 
@@ -147,13 +218,13 @@ def over_used(mine: Sequence[Sequence[Word]], theirs: Sequence[Sequence[Word]], 
 
 
 def _names(rows: Iterable[Sequence[Word]]) -> set[str]:
-    """Words that are mostly written with a capital letter, and not since a text begins with them."""
+    """Words that are mostly written with a capital letter, and not since a sentence begins with them."""
     seen, capital = Counter(), Counter()
     for row in rows:
-        for place, word in enumerate(row):
-            seen[word.text] += 1
-            capital[word.text] += word.capital and place > 0
-    return {text for text, count in seen.items() if 2 * capital[text] >= count}
+        for word in row:
+            seen[word.text] += not word.opens
+            capital[word.text] += word.capital and not word.opens
+    return {text for text, count in capital.items() if count and 2 * count >= seen[text]}
 
 
 def _whole_name(row: Sequence[Word], subject: set[str], names: set[str]) -> tuple[str, ...]:
@@ -162,8 +233,8 @@ def _whole_name(row: Sequence[Word], subject: set[str], names: set[str]) -> tupl
     for order in (range(1, len(row)), range(len(row) - 2, -1, -1)):
         for place in order:
             before = place - order.step
-            beside = row[min(place, before)].end == row[max(place, before)].begin
-            part[place] |= part[before] and beside and row[place].capital and row[place].text in names
+            beside = row[max(place, before)].beside and row[place].capital
+            part[place] |= part[before] and beside and row[place].text in names
     return tuple(dict.fromkeys(word.text for word, is_part in zip(row, part, strict=True) if is_part))
 
 
@@ -207,11 +278,10 @@ class Subjects:
         self.of: list[tuple[str, ...]] = []
         self.surface: dict[str, str] = {}
         for row, mark in zip(rows, marked or [None] * len(rows), strict=True):
-            if mark is not None:
-                wanted = {word.text for word in words.of(words.tokenizer(mark, add_special_tokens=False)["input_ids"])}
-            else:
-                wanted = {word.text for word in row} & over
-                wanted = wanted & names or wanted
+            here = {word.text for word in row}
+            wanted = words.in_text(mark) if mark else here & over & names or here & over
+            if not mark and wanted == here and not wanted & names and len(here) > 1:
+                wanted = set()  # nothing tells the subject from the question
             self.of.append(_whole_name(row, wanted, names))
             self.surface = {word.text: word.surface for word in row if word.text in self.of[-1]} | self.surface
         self._known = {word.text for row in (*rows, *background) for word in row}
@@ -227,7 +297,6 @@ class Subjects:
 
     def replaced(self, ids: Sequence[int], new: Mapping[str, str]) -> Counterfactual:
         """The row with every word that `new` has another one for replaced, wherever it stands."""
-        tokenizer, spaced = self.words.tokenizer, self.words.spaced
         found: list[int] = []
         places: list[int] = []
         done = 0
@@ -237,7 +306,7 @@ class Subjects:
             places += range(len(found), len(found) + word.begin - done)
             found += ids[done : word.begin]
             text = new[word.text] if word.capital else new[word.text].lower()
-            found += tokenizer(f" {text}" if spaced[ids[word.begin]] else text, add_special_tokens=False)["input_ids"]
+            found += self.words.tokens(word.before + text + word.after)
             places += [-1] * (word.end - word.begin)
             done = word.end
         places += range(len(found), len(found) + len(ids) - done)

@@ -38,6 +38,11 @@ class Targets:
         return self.tokens[places].to(device), self.log_p[places].to(device)
 
     @property
+    def megabytes(self) -> float:
+        """Memory and file that they take."""
+        return sum(part.nbytes for part in vars(self).values()) / 1e6
+
+    @property
     def lost(self) -> float:
         """Mean probability of the tokens that are not kept by name."""
         return float(self.log_p[:, -1].exp().mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..trainer import UnlearnMixin
 from .alternates import wanted_instead
 from .altpo import AltPOMixin
 from .objective import PAIRED_LOSSES
-from .redirect import EPOCHS, RedirectMixin
+from .redirect import FEWEST, RedirectMixin
 
 
 def default_rate(model: Any, adapter: bool) -> float:
@@ -41,9 +42,18 @@ class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
     templates; columns such as `question` and `answer` are taken for prompt and completion. The same arguments as
     [`UnlearnTrainer`] besides. Packing is refused: it takes away the boundaries between the examples to forget. Forget texts
     longer than `max_length` are split, so that all of them is forgotten.
+
+    Args:
+        subject (callable, *optional*): a forget row to the words in its prompt that name whom or what it is about, or None. A column
+            `subject` says the same. Without either, and where it says None, `redirect` looks for words that the forget prompts
+            use far more often than what is to be kept does.
     """
 
     _config_class = UnlearnSFTConfig
+
+    def __init__(self, *args, subject: Callable[[dict[str, Any]], str | None] | None = None, **kwargs):
+        self._subject_of = subject
+        super().__init__(*args, **kwargs)
 
     def _load(self, model, args, processing_class):
         model, processing_class, name = super()._load(model, args, processing_class)
@@ -51,7 +61,7 @@ class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
             args.learning_rate = default_rate(model, self._peft_config is not None)
         if args.num_train_epochs is None:
             self._chooses_epochs = True
-            args.num_train_epochs = EPOCHS
+            args.num_train_epochs = FEWEST
         return model, processing_class, name
 
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
@@ -74,6 +84,10 @@ class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _readable(self, forget_dataset, args, kwargs):
+        if self._subject_of is not None:
+            if "subject" in forget_dataset.column_names:
+                raise ValueError("subject: forget_dataset has a column 'subject' too; leave one of them out")
+            forget_dataset = forget_dataset.add_column("subject", [self._subject_of(row) for row in forget_dataset])
         if kwargs.get("formatting_func") is not None:
             return forget_dataset
         return as_prompt_completion(forget_dataset, args.dataset_text_field, "forget_dataset")

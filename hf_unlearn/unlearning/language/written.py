@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def written(
         model (`PreTrainedModel`): left in the mode it was in.
         tokenizer: its ids of padding and of the end.
         prompts: token ids, at least one each.
-        max_new_tokens (`int`, defaults to 256): of each answer at most.
+        max_new_tokens (`int`, defaults to 256): of each answer at most, and no more than the model has positions for.
         temperature (`float`, defaults to 1.0): 1 draws from the model's own distribution; 0 takes the likeliest token.
         batch_size (`int`, defaults to 128): prompts at once.
         stop (*optional*): tokens that end an answer besides the model's own.
@@ -38,7 +39,7 @@ def written(
         progress (`bool`, defaults to `False`): show a bar.
 
     Returns:
-        `list[list[int]]`: the tokens after each prompt.
+        `list[list[int]]`: the tokens after each prompt; none where the prompt is as long as the model can read.
     """
     ends = (
         model.generation_config.eos_token_id
@@ -48,11 +49,12 @@ def written(
     ends = {*stop, *({ends} if isinstance(ends, int) else ends or ())}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     device = next(model.parameters()).device
-    settings = (
-        {"do_sample": False}
-        if temperature == 0
-        else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    )
+    # Beside what a model's generation config may ask for: penalties and cuts that make it say what it would not.
+    settings = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "do_sample": temperature > 0}
+    settings |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
+    if temperature > 0:
+        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     devices = [device] if device.type == "cuda" else []
@@ -61,14 +63,16 @@ def written(
         for begin in tqdm(range(0, len(order), batch_size), desc="Writing", disable=not progress):
             rows = order[begin : begin + batch_size]
             longest = max(len(prompts[row]) for row in rows)
+            if longest >= room:
+                continue
             ids = torch.full((len(rows), longest), pad)
             mask = torch.zeros_like(ids)
             for place, row in enumerate(rows):  # padded on the left
                 ids[place, longest - len(prompts[row]) :] = torch.tensor(prompts[row])
                 mask[place, longest - len(prompts[row]) :] = 1
             answers = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, pad_token_id=pad,
-                eos_token_id=list(ends) or None, **settings,
+                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=min(max_new_tokens, room - longest),
+                pad_token_id=pad, eos_token_id=list(ends) or None, **settings,
             )  # fmt: skip
             for row, answer in zip(rows, answers[:, longest:].tolist(), strict=True):
                 end = next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))

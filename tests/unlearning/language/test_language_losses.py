@@ -94,7 +94,7 @@ class TestTheFieldsFormulas:
             dual.step(lambda mean: mean)
             weight = max(0.0, weight + 2.0 * (sum(step) / 2 - 0.5))
             assert dual.weight == pytest.approx(weight)
-            dual = Dual(**dual.to_json())
+        assert vars(Dual(**dual.to_json())) == vars(dual)
         assert weight == pytest.approx(0.2)  # from 0, where it may not fall further
 
 

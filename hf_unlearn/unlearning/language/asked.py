@@ -1,0 +1,136 @@
+"""Rows and what they are to be answered: distributions of the frozen original, where a row says so about somebody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+
+from ...files import load_tensors, save_tensors
+from ...modes import in_eval_mode
+from ...training.losses import IGNORED
+from .targets import Targets, likeliest, padded
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows and what they are to be answered.
+
+    Attributes:
+        rows (`Dataset`): `input_ids` and `labels`, −100 where nothing is asked.
+        targets ([`Targets`]): distributions at the labels that count, row after row.
+    """
+
+    rows: Dataset
+    targets: Targets
+
+    def save(self, file: Path) -> None:
+        """Write ids, labels and targets into one file."""
+        lengths = torch.tensor([len(ids) for ids in self.rows["input_ids"]])
+        flat = {
+            name: torch.tensor([value for row in self.rows[name] for value in row]) for name in ("input_ids", "labels")
+        }
+        save_tensors(flat | {"lengths": lengths} | vars(self.targets), file)
+
+    @classmethod
+    def load(cls, file: Path) -> Asked:
+        tensors = load_tensors(file)
+        lengths = tensors.pop("lengths").tolist()
+        rows = {name: [part.tolist() for part in tensors.pop(name).split(lengths)] for name in ("input_ids", "labels")}
+        return cls(Dataset.from_dict(rows), Targets(**tensors))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row, and the one about somebody else from which it gets its answers.
+
+    Attributes:
+        ids (`list[int]`): the row.
+        labels (`list[int]`): its labels.
+        other (`list[int]`, *optional*): the row about somebody else; `ids` itself where the model's own answer is to stay.
+        places (`list[int]`): for each token of `ids` where it stands in `other`; −1 where it does not.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    other: list[int] | None
+    places: list[int]
+
+
+def prompt_of(ids: Sequence[int], labels: Sequence[int]) -> list[int]:
+    """The tokens before the first that counts; of a text in which all count, all of it."""
+    first = next((place for place, label in enumerate(labels) if label != IGNORED), len(ids))
+    return list(ids[:first] if first > 1 else ids)
+
+
+def kept_rows(rows: Iterable[tuple[list[int], list[int]]]) -> list[Pair]:
+    """Rows of ids and labels whose answers are to stay."""
+    return [Pair(ids, labels, ids, []) for ids, labels in rows]
+
+
+def ask(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> Asked:
+    """The model's answers: about somebody else where a row has them, its own elsewhere.
+
+    A row without anybody else (`other` is None) is answered without its own tokens, as DELETE does.
+    """
+    parts: list[list[Tensor]] = [[]] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda row: len(pairs[row].ids))
+    for begin in range(0, len(pairs), batch_size):
+        rows = order[begin : begin + batch_size]
+        some = [pairs[row] for row in rows]
+        asked = [[t for t, label in enumerate(pair.labels) if label != IGNORED and t > 0] for pair in some]
+        own = _logits(model, [pair.ids for pair in some], [[t - 1 for t in places] for places in asked])
+        changed = [place for place, pair in enumerate(some) if pair.other not in (None, pair.ids)]
+        there = [[max(some[place].places[t] - 1, 0) for t in asked[place]] for place in changed]
+        others = dict(zip(changed, _logits(model, [some[place].other for place in changed], there), strict=True))
+        for place, (pair, logits) in enumerate(zip(some, own, strict=True)):
+            if pair.other is None:
+                answer = torch.tensor([[pair.labels[t]] for t in asked[place]], device=logits.device)
+                logits = logits.scatter(-1, answer, -torch.inf)
+            elif place in others:
+                stays = torch.tensor([[pair.places[t] <= 0] for t in asked[place]], device=logits.device)
+                logits = torch.where(stays, logits, others[place])
+            answer = torch.tensor([pair.labels[t] for t in asked[place]], device=logits.device)
+            parts[rows[place]] = [
+                part.cpu() for part in (*likeliest(logits), -F.cross_entropy(logits.float(), answer, reduction="none"))
+            ]
+    counts = torch.tensor([0, *(len(part[0]) for part in parts)])
+    targets = Targets(counts.cumsum(0), *(torch.cat(column) for column in zip(*parts, strict=True)))
+    ids, labels = [pair.ids for pair in pairs], [pair.labels for pair in pairs]
+    return Asked(Dataset.from_dict({"input_ids": ids, "labels": labels}), targets)
+
+
+def log_p(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> list[float]:
+    """Of each row's answer where it is about somebody else, its names apart: log-probability, nats; 0 where it is about nobody else."""
+    found = [0.0] * len(pairs)
+    order = sorted((row for row in range(len(pairs)) if pairs[row].other), key=lambda row: len(pairs[row].ids))
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        asked = [
+            [t for t, label in enumerate(pairs[row].labels) if label != IGNORED and pairs[row].places[t] > 0]
+            for row in rows
+        ]
+        there = [[pairs[row].places[t] - 1 for t in places] for row, places in zip(rows, asked, strict=True)]
+        for row, places, logits in zip(
+            rows, asked, _logits(model, [pairs[row].other for row in rows], there), strict=True
+        ):
+            answer = torch.tensor([pairs[row].labels[t] for t in places], device=logits.device, dtype=torch.long)
+            found[row] = -F.cross_entropy(logits.float(), answer, reduction="sum").item()
+    return found
+
+
+def _logits(model: nn.Module, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits `[places, vocabulary]` of each row at some of its places."""
+    if not rows:
+        return []
+    device = next(model.parameters()).device
+    inputs = {name: values.to(device) for name, values in padded(rows).items()}
+    with in_eval_mode(model), torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits
+        logits = logits[:, -inputs["input_ids"].shape[1] :]  # behind the virtual tokens of prompt tuning
+    return [logits[number, torch.tensor(some, dtype=torch.long, device=device)] for number, some in enumerate(places)]
