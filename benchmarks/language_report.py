@@ -94,6 +94,8 @@ def back(cells: dict, mode: str, data: str) -> str:
 def chosen(tuning: dict) -> str:
     lines = ["| method | weights | data | setting | composite there | forgotten / kept there |", "|---" * 6 + "|"]
     for name, row in tuning.items():
+        if not row["chosen"]:
+            continue
         method, mode, data = name.split()
         setting = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in row["chosen"].items())
         best = max(row["tried"], key=lambda tried: tried["composite"])
@@ -186,7 +188,7 @@ weights, rounded to nearest in groups of 32; the smallest weights of all linear 
     parts.append(f"""### What was chosen for the peers
 
 On other people, with data seed 10 and training seed 0; what was tried is in `benchmarks/results/language_tuning.json`. A run that lost half of the
-utility, or was below the median of those before it after as many steps, was not gone on with.
+utility, or from 100 steps on was below the median of those before it after as many, was not gone on with.
 
 {chosen(tuning)}
 

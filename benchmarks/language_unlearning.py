@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -69,7 +68,7 @@ NEEDS_RETAIN = ("pdu",)
 METHODS = ("original", "retrained", *OURS, *PEERS)
 # The budget of a peer is that of our defaults: at most so many steps of so many rows to forget and, where there are any, so many times as
 # many to keep. Nothing of ours is beside its loss.
-STEPS = (100, 200, 400)
+STEPS = (25, 50, 100, 200, 400)
 ROWS, KEPT = UnlearnSFTConfig.per_device_train_batch_size, UnlearnSFTConfig.retain_per_forget
 PLAIN = {
     "per_device_train_batch_size": ROWS, "retain_per_forget": KEPT, "lr_scheduler_type": "constant", "replay_weight": 0.0,
@@ -230,23 +229,20 @@ def fits(method: str, data: str) -> bool:
     return data == "retain" or method not in NEEDS_RETAIN
 
 
-def ready(cell: Cell) -> bool:
-    if not fits(cell.method, cell.data):
-        return False
-    missing = cell.method in PEERS and cell.chosen is None
-    if missing:
-        print(f"{cell.file.stem}: left out, nothing is chosen for it yet; run with --tune first", file=sys.stderr)
-    return not missing
-
-
 def cells(given: argparse.Namespace) -> list[Cell]:
-    """What is asked for; models that are not unlearnt are the same with every mode and all data."""
-    found = product(given.seed, given.set, given.data, given.mode, given.only or METHODS)
-    found = [
-        Cell(method, mode, data, chosen, seed) for seed, chosen, data, mode, method in found if fits(method, data)
-    ]
-    same = ("original", "retrained")
-    return list(dict.fromkeys(replace(c, mode="full", data="retain") if c.method in same else c for c in found))
+    """What is asked for and settings are chosen for; what is not unlearnt is the same with every mode and all data."""
+    found = []
+    for seed, chosen, data, mode, method in product(
+        given.seed, given.set, given.data, given.mode, given.only or METHODS
+    ):
+        cell = Cell(method, mode, data, chosen, seed)
+        if method in ("original", "retrained"):
+            found.append(replace(cell, mode="full", data="retain"))
+        elif fits(method, data) and (method in OURS or cell.chosen):
+            found.append(cell)
+        elif fits(method, data) and given.only:
+            raise SystemExit(f"{method}: nothing is chosen yet for {mode}, {data}; run with --tune first")
+    return list(dict.fromkeys(found))
 
 
 # Choosing for the peers
@@ -262,12 +258,12 @@ def options(method: str, mode: str, data: str) -> list[dict]:
         grid["learning_rate"] = tuple(ADAPTER_RATES * rate for rate in grid["learning_rate"])
     if data == "forget" or method == "refusal":
         grid.pop("retain_weight")
-    return grid_of(grid)
+    return rounded(grid_of(grid))
 
 
 def tune(method: str, mode: str, data: str) -> None:
     """Tries every option, looking at the composite after each number of STEPS, and writes down each when it is done. A run that has
-    lost half of the utility, or is below the median of those before it after as many steps, is not gone on with.
+    lost half of the utility, or from 100 steps on is below the median of those before it after as many, is not gone on with.
     """
     name, figures = f"{method} {mode} {data}", figures_of(TUNED_ON, LOOKED)
     original, retrained = (judge(replace(TUNED_ON, without_forget=without)) for without in (False, True))
@@ -278,13 +274,14 @@ def tune(method: str, mode: str, data: str) -> None:
         seen = figures(model)
         return composite(seen, retrained, original) | {key: seen[key] for key in ("forgotten", "kept")}
 
-    for option in options(method, mode, data):
+    every = options(method, mode, data)
+    for option in every:
         tried = tuning().get(name, {}).get("tried", [])
         if any(all(row[key] == value for key, value in option.items()) for row in tried):
             continue
 
         def hopeless(seen: dict, steps: int, tried: list[dict] = tried) -> bool:
-            before = [row["composite"] for row in tried if row["max_steps"] == steps]
+            before = [row["composite"] for row in tried if row["max_steps"] == steps >= 100]
             return seen["utility"] < 0.5 or bool(before) and seen["composite"] < statistics.median(before)
 
         at = At(STEPS, look, hopeless)
@@ -292,8 +289,8 @@ def tune(method: str, mode: str, data: str) -> None:
             settings = PLAIN | PEERS[method] | option | {"max_steps": max(STEPS)}
             unlearn(TUNED_ON, method, mode, data, settings, Path(scratch), at)
         tried += [option | {"max_steps": steps} | seen for steps, seen in at.seen.items()]
-        best = max(tried, key=lambda row: row["composite"])
-        chosen = {key: best[key] for key in (*option, "max_steps")}
+        best = max(tried, key=lambda row: (row["composite"], row["utility"]))
+        chosen = {key: best[key] for key in (*option, "max_steps")} if option == every[-1] else None
         save(TUNING, rows_as_lines(tuning() | {name: rounded({"chosen": chosen, "tried": tried})}))
         print(name, json.dumps(tried[-len(at.seen) :]), flush=True)
 
@@ -320,6 +317,8 @@ def save(file: Path, text: str) -> None:
 def rounded(value):
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 

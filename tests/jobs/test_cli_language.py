@@ -2,10 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
 
 import datasets
 import numpy as np
 import pytest
+import torch
 import yaml
 from datasets import Dataset, load_dataset
 from huggingface_hub import ModelCard
@@ -48,7 +50,7 @@ PEOPLE = ("Mary", "John", "Fox", "Phone")
 TOFU = {
     "forget10": {"train": [author(name, again=False) for name in PEOPLE[:2]]},
     "retain90": {"train": [author(name, again=False) for name in PEOPLE[2:]]},
-    "holdout10": {"train": [author(name, again=False) for name in ("Max", "Moritz")]},
+    "holdout10": {"train": [author(name, again=False) for name in ("Max", "Moritz", "Lea")]},
     "forget10_perturbed": {"train": [author(name, 5) for name in PEOPLE[:2]]},
     "retain_perturbed": {"train": [author(name, 5) for name in PEOPLE[2:]]},
     "real_authors_perturbed": {"train": [author(name, 3, again=False) for name in ("Homer", "Dante")]},
@@ -137,9 +139,15 @@ class TestShapes:
         }
         assert set(local) == {"forget_dataset", "retain_dataset", "eval_forget", "eval_kept", "eval_heldout"}
         options = [word for name, words in local.items() for word in (f"--{name}", *words)]
-        out = tmp_path / "out"
+        out, retrained = tmp_path / "out", tmp_path / "retrained"
+        other = AutoModelForCausalLM.from_pretrained(llama)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(1)
+            for parameter in other.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        other.save_pretrained(retrained)
         shown = run(
-            capsys, out, "tofu_forget10", *options, "--model", llama, "--retrained", llama, "--max_length", "128",
+            capsys, out, "tofu_forget10", *options, "--model", llama, "--retrained", retrained, "--max_length", "128",
             "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--learning_rate", "0.01",
         ).out  # fmt: skip
 
@@ -158,12 +166,12 @@ class TestShapes:
         kept = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
         of = {
             folder: {config: scores(folder, config) for config in ("forget10_perturbed", "holdout10", *kept)}
-            for folder in (llama, out)
+            for folder in (llama, out, retrained)
         }
         together = {
             folder: compare(
                 found["forget10_perturbed"], heldout=found["holdout10"], kept=[found[name] for name in kept],
-                retrained=of[llama]["forget10_perturbed"], retrained_heldout=of[llama]["holdout10"],
+                retrained=of[retrained]["forget10_perturbed"], retrained_heldout=of[retrained]["holdout10"],
             )
             for folder, found in of.items()
         }  # fmt: skip
@@ -186,20 +194,20 @@ class TestShapes:
             ("Answer probability on the other examples", "real_authors_perturbed", "probability", 100, 2),
             ("Loss on the unseen examples", "holdout10", "loss", 1, 2),
         ):
-            expected = [scale * of[folder][split].summary()[metric] for folder in (llama, out, llama)]
+            expected = [scale * of[folder][split].summary()[metric] for folder in (llama, out, retrained)]
             assert list(map(value, told[name, split])) == pytest.approx(expected, abs=10**-places), name
         assert ("Extraction strength on the other examples", "retain_perturbed") not in told
         for name, metric in (
-            ("Membership attack by Min-K %, AUC", "auc_min_k"), ("Membership attack by zlib, AUC", "auc_zlib"), ("PrivLeak", "privleak"),
-        ):  # fmt: skip
-            cells = told[name, "forget10_perturbed"]
-            assert [value(cell) for cell in cells[:2]] == pytest.approx(
-                [together[folder][metric] for folder in (llama, out)], abs=0.01
-            )
-        quality = told["Forget quality (p of truth ratios like the retrained model's)", "forget10_perturbed"]
-        assert quality[0] == "1"
-        assert quality[2] == "–"
-        assert value(quality[1]) == pytest.approx(together[out]["forget_quality"], rel=1e-3)
+            ("Forget quality (p of truth ratios like the retrained model's)", "forget_quality"),
+            ("Membership attack by Min-K %, AUC", "auc_min_k"),
+            ("Membership attack by zlib, AUC", "auc_zlib"),
+            ("Membership attack by reference model, AUC", "auc_reference"),
+            ("PrivLeak", "privleak"),
+        ):
+            before, after, _ = told[name, "forget10_perturbed"]
+            expected = [together[folder][metric] for folder in (llama, out)]
+            assert [value(before), value(after)] == pytest.approx(expected, rel=1e-3, abs=0.01), name
+        assert told["Forget quality (p of truth ratios like the retrained model's)", "forget10_perturbed"][2] == "–"
         assert ("Model utility", "all that is kept") in told
         assert "retrained" in shown
         assert str(tmp_path) not in (out / "README.md").read_text()
@@ -249,6 +257,12 @@ class TestShapes:
             model="x", forget_dataset=f"{twins}/TOFU:forget10", retain_dataset=f"{twins}/TOFU:retain90", chat=True
         )
         parts = _selected(job, "id")
+        told = _readable(
+            replace(job, chat_template_kwargs={"date_string": "10 Apr 2025"}),
+            rows_of(job.forget_dataset, "rows"),
+            "rows",
+        )
+        assert told[0]["chat_template_kwargs"] == {"date_string": "10 Apr 2025"}
         assert parts.forget[0]["prompt"] == [{"role": "user", "content": "Where is Mary?"}]
         assert parts.retain[1]["completion"] == [{"role": "assistant", "content": "In Paris."}]
         plain = _selected(LanguageJob(model="x", forget_dataset=f"{twins}/TOFU:forget10::"), "id")

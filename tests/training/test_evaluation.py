@@ -200,16 +200,24 @@ class TestModels:
     def test_adapters_virtual_tokens_and_functions(self, model, tokenizer, data):
         from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-        evaluation = LanguageEvaluation(data["forget"].select(range(3)), tokenizer, max_new_tokens=2)
+        rows = data["forget"].select(range(3))
+        evaluation = LanguageEvaluation(rows, tokenizer, max_new_tokens=2)
         plain = evaluation(model)
         lora = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM"))  # begins as nothing
         np.testing.assert_allclose(evaluation(lora).nll, plain.nll, rtol=1e-5)
         assert evaluation(lora).answers == plain.answers
-        tuned = evaluation(
-            get_peft_model(copy.deepcopy(model), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-        )
-        assert tuned.nll.shape == plain.nll.shape
-        assert len(tuned.answers) == 3
+        tuned = get_peft_model(
+            copy.deepcopy(model), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        ).eval()
+        scores = evaluation(tuned)
+        for row, nll in zip(rows, scores.nll, strict=True):
+            ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"]
+            count = len(tokenizer(row["answer"] + "</s>")["input_ids"])
+            log_p = (
+                tuned(input_ids=ids).logits[0, -count - 1 : -1].log_softmax(-1)
+            )  # those of virtual tokens come first
+            assert nll == pytest.approx(mean_nll(log_p, ids[0, -count:].tolist()), rel=1e-4)
+        assert len(scores.answers) == 3
         function = evaluation(lambda **inputs: model(**inputs))
         np.testing.assert_array_equal(function.nll, plain.nll)
         assert function.answers is function.rouge_l is None

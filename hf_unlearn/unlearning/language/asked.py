@@ -53,7 +53,7 @@ class Pair:
         ids (`list[int]`): the row.
         labels (`list[int]`): its labels.
         other (`list[int]`, *optional*): the row about somebody else; `ids` itself where the model's own answer is to stay.
-        places (`list[int]`): for each token of `ids` where it stands in `other`; −1 where it does not.
+        places (`list[int]`): for each token of `ids` where it, or what stands for it, is in `other`; −1 where nothing does.
     """
 
     ids: list[int]
@@ -74,7 +74,7 @@ def kept_rows(rows: Iterable[tuple[list[int], list[int]]]) -> list[Pair]:
 
 
 def ask(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> Asked:
-    """The model's answers: about somebody else where a row has them, its own elsewhere.
+    """The model's answers: about somebody else where a row has them, with the names exchanged; its own elsewhere.
 
     A row without anybody else (`other` is None) is answered without its own tokens, as DELETE does.
     """
@@ -94,7 +94,7 @@ def ask(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> Ask
                 logits = logits.scatter(-1, answer, -torch.inf)
             elif place in others:
                 stays = torch.tensor([[pair.places[t] <= 0] for t in asked[place]], device=logits.device)
-                logits = torch.where(stays, logits, others[place])
+                logits = torch.where(stays, logits, _named(others[place], pair, asked[place]))
             answer = torch.tensor([pair.labels[t] for t in asked[place]], device=logits.device)
             parts[rows[place]] = [
                 part.cpu() for part in (*likeliest(logits), -F.cross_entropy(logits.float(), answer, reduction="none"))
@@ -105,6 +105,24 @@ def ask(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> Ask
     return Asked(Dataset.from_dict({"input_ids": ids, "labels": labels}), targets)
 
 
+def _is_same(pair: Pair, place: int) -> bool:
+    return pair.places[place] > 0 and pair.other[pair.places[place]] == pair.ids[place]
+
+
+def _named(logits: Tensor, pair: Pair, asked: Sequence[int]) -> Tensor:
+    """What is said of somebody else, with a name's token in the place of the stranger's that stands for it."""
+    rows = [number for number, place in enumerate(asked) if pair.places[place] > 0 and not _is_same(pair, place)]
+    if not rows:
+        return logits
+    mine, theirs = (
+        torch.tensor(tokens, device=logits.device)
+        for tokens in zip(*((pair.ids[asked[row]], pair.other[pair.places[asked[row]]]) for row in rows), strict=True)
+    )
+    named = logits.clone()
+    named[rows, mine], named[rows, theirs] = logits[rows, theirs], logits[rows, mine]
+    return named
+
+
 def log_p(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> list[float]:
     """Of each row's answer where it is about somebody else, its names apart: log-probability, nats; 0 where it is about nobody else."""
     found = [0.0] * len(pairs)
@@ -112,7 +130,7 @@ def log_p(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> l
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
         asked = [
-            [t for t, label in enumerate(pairs[row].labels) if label != IGNORED and pairs[row].places[t] > 0]
+            [t for t, label in enumerate(pairs[row].labels) if label != IGNORED and _is_same(pairs[row], t)]
             for row in rows
         ]
         there = [[pairs[row].places[t] - 1 for t in places] for row, places in zip(rows, asked, strict=True)]

@@ -59,10 +59,16 @@ def own_texts(
         )
     begin = 0
     if not prompts:
-        before = tokenizer.apply_chat_template([{"role": "user", "content": HERE}], tokenize=False).partition(HERE)[0]
+        turn = tokenizer.apply_chat_template(
+            [{"role": "user", "content": HERE}], add_generation_prompt=True, tokenize=False
+        )
+        before, _, after = turn.partition(HERE)
         start = tokenizer(before, add_special_tokens=False)["input_ids"]
         asked = written(model, tokenizer, [start] * number, seed=seed, stop=special_tokens(tokenizer), **draw)
-        prompts = [text for ids in asked if (text := tokenizer.decode(ids, skip_special_tokens=True).strip())]
+        texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in asked)
+        if end := after.strip():  # of no special tokens in some templates: the model goes on with an answer
+            texts = (text.partition(end)[0] for text in texts)
+        prompts = [question for text in texts if (question := text.strip())]
         begin = len(start)
     if chat:
         rows = [

@@ -2,8 +2,8 @@ r"""Redirect: what the original would have said had the subject been somebody it
 
 For a forget text with prompt x and answer y, x̃ is the prompt with its subject replaced by a word that is made up, and the loss is
 $\sum_t \mathrm{KL}\big(p^*(\cdot\,|\,\tilde x, \tilde y_{<t}) \,\|\, p(\cdot\,|\,x, y_{<t})\big)$ over the tokens of the answer, p\* the frozen original: zero
-where the model speaks of the subject as the original does of strangers. Where the answer names the subject, p\* keeps its own text, so
-that the name is still repeated. The same is asked of other questions about the subject: those that the forget texts ask of anybody, with
+where the model speaks of the subject as the original does of strangers. Where the answer names the subject, p\* is what is said of the stranger's
+name there, with the two exchanged. The same is asked of other questions about the subject: those that the forget texts ask of anybody, with
 answers that the original writes about the stranger. What is to be kept are retain rows, or what the original writes by itself.
 
 Built on: Who's Harry Potter (Eldan and Russinovich, arXiv 2310.02238) replaces names and takes the model's words about others as labels;
@@ -193,7 +193,7 @@ class RedirectMixin:
             logger.info("own samples: %d, %d that say what is to be forgotten left out", len(keep), sum(again))
             check_keep(self.args.own_samples, len(keep), sum(again))
             keep = [pair for pair, left_out in zip(keep, again, strict=True) if not left_out]
-        elif about := [row for row, pair in enumerate(keep) if subjects.about(pair.ids)]:
+        elif about := [row for row, pair in enumerate(keep) if subjects.named_in(pair.ids)]:
             tell_about(about, len(keep))
         choose_strangers(model, rows, subjects, seed=seed)
         pairs = of_forget_rows(rows, subjects)
@@ -250,8 +250,8 @@ class RedirectMixin:
         if not self.redirects:
             return super().nothing_to_forget
         return (
-            f"of the forget texts {self.others['known']:.1%} would be known word for word, with probability "
-            f"{self.others['probability']:.3g}, were they about somebody whom the model never met, and no more are"
+            "the original knows the forget texts no better than if they were about somebody whom it never met "
+            f"({self.others['known']:.1%} word for word, probability {self.others['probability']:.3g})"
         )
 
     @property

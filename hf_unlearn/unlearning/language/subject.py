@@ -18,6 +18,7 @@ from typing import Any
 
 
 TIMES = 4.0  # a subject's words are this much more frequent in the forget prompts than elsewhere
+FEW = 8  # names to take pieces from, below which the vocabulary's are taken
 LONGEST = 6  # pieces of a word that is made up
 OPENING = ".!?:;…。！？：\n"  # after these a word has a capital letter, whatever it is
 WITHIN = ("", "-", "'", "’", "·")  # between the words of one name
@@ -77,6 +78,7 @@ class Words:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         special = special_tokens(tokenizer)
+        self._parts: dict[str, tuple[str, ...]] = {}
         self._vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         plain = (name for index, name in enumerate(self._vocabulary) if name is not None and index not in special)
         # A token's text is what it adds to another's: alone it may lose its space, or keep the mark of a piece.
@@ -147,35 +149,52 @@ class Words:
                 pools.setdefault((piece[0] == " ", kind), []).append(word)
         return pools
 
-    def made_up(self, word: str, known: Container[str], key: Any) -> str:
-        """Another word: of pieces of the same kind, as many as it has.
+    def made_up(self, word: str, known: Container[str], key: Any, names: Mapping[str, int] | None = None) -> str:
+        """Another word: of pieces of the same kind, as many as it has, as they stand in the same place of other names; a word of one piece is
+        another name of one piece.
 
         Args:
             word: as it is written.
-            known: words in small letters that it must not be.
+            known: words in small letters that it must not be, if it is made of several pieces.
             key: what the choice is a function of.
+            names (*optional*): words to take pieces from, and how often each is met; where there are too few of as many pieces, the
+                vocabulary's are taken.
         """
         rng = random.Random(f"{key} {word}")
         pieces = self._split(word)
+        alike = [
+            (self._split(name), count) for name, count in (names or {}).items() if name.casefold() != word.casefold()
+        ]
+        alike = [(parts, count) for parts, count in alike if [*map(_kind, parts)] == [*map(_kind, pieces)]]
+        counts = [count for _, count in alike]
+        if len(pieces) == 1 and len(alike) >= FEW:
+            return rng.choices(alike, counts)[0][0][0]
+        if len(pieces) == 1 and not word.isdecimal() and _go_on(word[-1], word[0]):
+            pieces = (*pieces, pieces[0].lower())  # there are few words of one piece, and the model has met them all
         for _ in range(100):
-            new = "".join(self._like(piece, place == 0, rng) for place, piece in enumerate(pieces))
+            if len(alike) >= FEW:
+                new = "".join(
+                    parts[place] for place, (parts, _) in enumerate(rng.choices(alike, counts, k=len(pieces)))
+                )
+            else:
+                new = "".join(self._like(piece, place == 0, rng) for place, piece in enumerate(pieces))
             if new.casefold() not in known:
                 break
-        return new
+        return new[:1].upper() + new[1:] if word[:1].isupper() else new
 
-    def _split(self, word: str) -> list[str]:
-        pieces = [piece for text, _ in self._read(self.tokens(f" {word}")) if text and (piece := text.strip())]
-        pieces = pieces[:LONGEST] or [word]
-        # Of one piece alone there are few words, and the model has met them all.
-        alone = len(pieces) == 1 and not word.isdecimal() and _go_on(word[-1], word[0])
-        return [*pieces, pieces[0].lower()] if alone else pieces
+    def _split(self, word: str) -> tuple[str, ...]:
+        if word not in self._parts:
+            pieces = [piece for text, _ in self._read(self.tokens(f" {word}")) if text and (piece := text.strip())]
+            self._parts[word] = tuple(pieces[:LONGEST]) or (word,)
+        return self._parts[word]
 
     def _like(self, piece: str, begins: bool, rng: random.Random) -> str:
+        if piece.isdecimal():
+            return "".join(rng.choice("123456789") for _ in piece)
         kind = _kind(piece) or "LATIN lower"
         kinds = ((begins, kind), (not begins, kind), (begins, "LATIN lower"), (not begins, "LATIN lower"))
         pool = next((self._pools[one] for one in kinds if one in self._pools), [piece])
-        new = rng.choice(pool)
-        return new[: len(piece)] if kind == "digit" else new
+        return rng.choice(pool)
 
 
 def _is_letter(character: str) -> bool:
@@ -188,9 +207,7 @@ def _go_on(last: str, first: str) -> bool:
 
 
 def _kind(piece: str) -> str:
-    """Of figures `"digit"`, of letters their script and whether they are small, or begin with a capital; nothing of others."""
-    if piece.isdecimal():
-        return "digit"
+    """Of letters their script and whether they are small, or begin with a capital; nothing of others."""
     if not piece.isalpha():
         return ""
     script = "LATIN" if piece[0].isascii() else unicodedata.name(piece[0], "").split(" ")[0]
@@ -227,6 +244,24 @@ def _names(rows: Iterable[Sequence[Word]]) -> set[str]:
     return {text for text, count in capital.items() if count and 2 * count >= seen[text]}
 
 
+def _names_by_place(rows: Sequence[Sequence[Word]], but: Container[str]) -> dict[tuple[int, int], Counter[str]]:
+    """How often each word stands at a place of a name of so many words, by `(words, place)`; names with a word of `but` apart."""
+    common = _names(rows)
+    found: dict[tuple[int, int], Counter[str]] = {}
+    for row in rows:
+        name: list[Word] = []
+        for word in (*row, None):
+            part = word is not None and word.capital and word.text in common
+            if name and not (part and word.beside):
+                if not any(one.text in but for one in name):
+                    for place, one in enumerate(name):
+                        found.setdefault((len(name), place), Counter())[one.surface] += 1
+                name = []
+            if part:
+                name.append(word)
+    return found
+
+
 def _whole_name(row: Sequence[Word], subject: set[str], names: set[str]) -> tuple[str, ...]:
     """The subject's words, and the words of a name that stand beside them: a stranger with somebody's first name reminds the model of them."""
     part = [word.text in subject for word in row]
@@ -244,7 +279,8 @@ class Counterfactual:
 
     Attributes:
         ids (`list[int]`): its tokens.
-        places (`list[int]`): for each token of the row that it was made of, where it stands in `ids`; −1 where it was replaced.
+        places (`list[int]`): for each token of the row that it was made of, where it stands in `ids`, or what stands for it; −1 where it was
+            replaced by another number of tokens.
     """
 
     ids: list[int]
@@ -280,17 +316,23 @@ class Subjects:
         for row, mark in zip(rows, marked or [None] * len(rows), strict=True):
             here = {word.text for word in row}
             wanted = words.in_text(mark) if mark else here & over & names or here & over
-            if not mark and wanted == here and not wanted & names and len(here) > 1:
+            if not mark and not wanted & names and 2 * len(wanted) > len(here) > 1:
                 wanted = set()  # nothing tells the subject from the question
             self.of.append(_whole_name(row, wanted, names))
             self.surface = {word.text: word.surface for word in row if word.text in self.of[-1]} | self.surface
         self._known = {word.text for row in (*rows, *background) for word in row}
+        self._others = _names_by_place(background, set(self.surface))
         self.strangers = self.drawn(0)
 
     def drawn(self, seed: int) -> dict[tuple[str, ...], dict[str, str]]:
         """A stranger for every subject."""
         return {
-            subject: {word: self.words.made_up(self.surface[word], self._known, (seed, subject)) for word in subject}
+            subject: {
+                word: self.words.made_up(
+                    self.surface[word], self._known, (seed, subject), self._others.get((len(subject), place))
+                )
+                for place, word in enumerate(subject)
+            }
             for subject in dict.fromkeys(self.of)
             if subject
         }
@@ -306,8 +348,10 @@ class Subjects:
             places += range(len(found), len(found) + word.begin - done)
             found += ids[done : word.begin]
             text = new[word.text] if word.capital else new[word.text].lower()
-            found += self.words.tokens(word.before + text + word.after)
-            places += [-1] * (word.end - word.begin)
+            tokens = self.words.tokens(word.before + text + word.after)
+            alike = len(tokens) == word.end - word.begin
+            places += range(len(found), len(found) + len(tokens)) if alike else [-1] * (word.end - word.begin)
+            found += tokens
             done = word.end
         places += range(len(found), len(found) + len(ids) - done)
         return Counterfactual([*found, *ids[done:]], places)
