@@ -112,7 +112,10 @@ def plain_targets(model, pair):
             own[label] = -torch.inf
             own = own.log_softmax(-1)
         elif pair.other != pair.ids and pair.places[place] > 0:
-            own = said(model, pair.other[: pair.places[place]])[-1]
+            there = pair.places[place]
+            own = said(model, pair.other[:there])[-1]
+            mine, theirs = pair.ids[place], pair.other[there]  # of a name, and of the stranger's
+            own[mine], own[theirs] = own[theirs].clone(), own[mine].clone()
         found.append(own)
     return found
 
@@ -147,20 +150,23 @@ def tokens_of(tokenizer, pairs):
 
 @pytest.fixture
 def pairs(tokenizer):
-    """Of every kind: kept, without a subject, about somebody else by a longer and a shorter name."""
+    """Of every kind: without a subject, kept, and about somebody else by names of more, of fewer and of as many tokens."""
     words = Words(tokenizer)
-    made = []
+    made, more = [], []
     for (ids, labels), new in zip(
-        tokens_of(tokenizer, CHATS), (None, 0, "Bartholomew", "Al", "Ed", "Maximilian"), strict=True
+        tokens_of(tokenizer, CHATS), (None, "", "Bartholomew", "Al", "Ed", "Qxzv"), strict=True
     ):
-        if new is None or new == 0:
+        if not new:
             made.append(Pair(ids, labels, None if new is None else ids, []))
             continue
-        other = Subjects(words, [ids], []).replaced(
-            ids, {name.casefold(): new for name in ("Kowalska", "Meier", "Weiss", "Karl", "Zoe")}
-        )
-        assert len(other.ids) != len(ids)
+        parts = {"kowalska": new, "meier": new, "weiss": new, "karl": "Karl" if len(new) == 4 else new}
+        other = Subjects(words, [ids], []).replaced(ids, parts)
         made.append(Pair(ids, labels, other.ids, other.places))
+        more.append(len(other.ids) - len(ids))
+    assert [more[0] > 0, more[1] < 0, more[3]] == [True, True, 0]
+    named = [made[-1].other[there] != made[-1].ids[place] for place, there in enumerate(made[-1].places)]
+    assert -1 not in made[-1].places
+    assert any(name and label != -100 for name, label in zip(named, made[-1].labels, strict=True))
     return made
 
 
@@ -191,7 +197,7 @@ class TestAsked:
             expected = sum(
                 said(tiny_llama, pair.other[:there])[-1, label].item()
                 for there, label in zip(pair.places, pair.labels, strict=False)
-                if label != -100 and there > 0
+                if label != -100 and there > 0 and pair.other[there] == label
             )
             assert value == pytest.approx(expected, rel=1e-4)
             assert (value == 0) == (pair.other is None)
@@ -213,7 +219,9 @@ class TestAsked:
             assert tokenizer.decode(pair.other).replace(stranger, subject) == tokenizer.decode(pair.ids)
             assert pair.labels[begin:] == pair.ids[begin:] != []
             there = [(place, other) for place, other in enumerate(pair.places) if other >= 0]
-            assert all(pair.ids[place] == pair.other[other] for place, other in there)
+            mine = [word for word in subjects.words.of(pair.ids) if word.text in subjects.of[number // 3]]
+            names = {place for word in mine for place in range(word.begin, word.end)}
+            assert all(pair.ids[place] == pair.other[other] or place in names for place, other in there)
             assert there[-1] == (len(pair.ids) - 1, len(pair.other) - 1)
 
 
@@ -400,7 +408,7 @@ class TestTrainer:
     )
     def test_two_steps_equal_plain_torch(self, kind, reduction, taught, tokenizer, tmp_path):
         """Divergence on what is asked, and `retain_weight` times that on `retain_per_forget` rows to keep for each."""
-        rate = 1e-3 if reduction == "sum" else 1e-2
+        rate = 2e-4 if reduction == "sum" else 1e-2
         size = {"per_device_train_batch_size": 1 + FURTHER, "gradient_accumulation_steps": 2}
         model = get_peft_model(taught, LoraConfig(**LORA)) if kind == "LoRA" else taught
         student = copy.deepcopy(model)
@@ -638,8 +646,6 @@ def test_forgets_people_and_keeps_the_others(retain, taught, tokenizer, tmp_path
     further = trainer.asked.rows["input_ids"][len(FORGOTTEN) :]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in further]
     strangers = [name for stranger in trainer.subjects.strangers.values() for name in stranger.values()]
-    names = [question.split()[2] for question, _ in FORGOTTEN]
-    assert all(
-        text.count(name) == 2 for text, name in zip(texts, [n for n in names for _ in range(FURTHER)], strict=True)
-    )
+    names = [question.split()[2] for question, _ in FORGOTTEN for _ in range(FURTHER)]
+    assert [text.split()[3] for text in texts] == names
     assert not [text for text in texts if any(stranger in text for stranger in strangers)]
