@@ -123,23 +123,32 @@ def _named(logits: Tensor, pair: Pair, asked: Sequence[int]) -> Tensor:
     return named
 
 
-def log_p(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> list[float]:
-    """Of each row's answer where it is about somebody else, its names apart: log-probability, nats; 0 where it is about nobody else."""
-    found = [0.0] * len(pairs)
+def log_p(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> tuple[Tensor, Tensor]:
+    """Of each row's answer where it is about somebody else.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: `[rows]` each: its log-probability without the names, nats, and the mean probability of the names' tokens;
+        NaN where there are none, or it is about nobody else.
+    """
+    whole, names = torch.full((len(pairs),), torch.nan), torch.full((len(pairs),), torch.nan)
     order = sorted((row for row in range(len(pairs)) if pairs[row].other), key=lambda row: len(pairs[row].ids))
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
-        asked = [
-            [t for t, label in enumerate(pairs[row].labels) if label != IGNORED and _is_same(pairs[row], t)]
-            for row in rows
-        ]
-        there = [[pairs[row].places[t] - 1 for t in places] for row, places in zip(rows, asked, strict=True)]
-        for row, places, logits in zip(
-            rows, asked, _logits(model, [pairs[row].other for row in rows], there), strict=True
-        ):
-            answer = torch.tensor([pairs[row].labels[t] for t in places], device=logits.device, dtype=torch.long)
-            found[row] = -F.cross_entropy(logits.float(), answer, reduction="sum").item()
-    return found
+        there = [range(_answer_begins(pairs[row]), len(pairs[row].other)) for row in rows]
+        before = [[place - 1 for place in places] for places in there]
+        found = _logits(model, [pairs[row].other for row in rows], before)
+        for row, places, logits in zip(rows, there, found, strict=True):
+            pair, values = pairs[row], logits.float().log_softmax(-1)
+            values = values[range(len(places)), [pair.other[place] for place in places]]
+            same = {pair.places[place] for place in range(len(pair.ids)) if _is_same(pair, place)}
+            is_same = torch.tensor([place in same for place in places], device=values.device)
+            whole[row], names[row] = values[is_same].sum(), values[~is_same].exp().mean()
+    return whole, names
+
+
+def _answer_begins(pair: Pair) -> int:
+    first = next(place for place, label in enumerate(pair.labels) if label != IGNORED)
+    return max(pair.places[:first], default=0) + 1
 
 
 def _logits(model: nn.Module, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Tensor]:

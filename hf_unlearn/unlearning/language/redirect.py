@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 FURTHER = 2  # further questions for each forget text
 TRIES = 9  # strangers for each subject, of whom one is taken
+REPEATED = 0.5  # probability of a stranger's name where an answer has one: the model can repeat it
 TOLERANCE = 0.02  # of probability and of the share that is known, above which the model still remembers
 EPOCHS, FEWEST = 12, 3  # where num_train_epochs is not given: so many, but no more than brings the steps to
 STEPS = 120, 400  # the larger one, nor fewer than brings them to the smaller one, and FEWEST at least
@@ -58,27 +60,38 @@ def choose_strangers(
     model: nn.Module, rows: Dataset, subjects: Subjects, *, tries: int = TRIES, seed: int = 0
 ) -> None:
     """Of several strangers for each subject, take the one of whom the true answers are as likely as of most: some names happen to remind
-    the model of the very subject.
+    the model of the very subject. Where the model repeats none of the names that are made up, take of those that it knows the one that it
+    repeats best.
 
     Args:
         model: the original.
         rows (`Dataset`): `input_ids` and `labels`.
         subjects ([`Subjects`]): of these rows; gets the strangers.
-        tries (`int`, defaults to 9): strangers for each subject, an odd number.
+        tries (`int`, defaults to 9): strangers for each subject, of either kind.
         seed (`int`, defaults to 0): of the strangers.
     """
-    if not any(subjects.of):
-        return
-    drawn = [subjects.drawn(seed * tries + one) for one in range(tries)]
-    likely: dict[tuple[str, ...], list[float]] = {subject: [0.0] * tries for subject in drawn[0]}
-    for one, strangers in enumerate(drawn):
-        subjects.strangers = strangers
-        for subject, value in zip(subjects.of, log_p(model, of_forget_rows(rows, subjects)), strict=True):
-            if subject:
-                likely[subject][one] += value
-    # A little below the middle: a model that never met the subject is reminded of it by no name at all.
-    taken = {subject: values.index(sorted(values)[3 * tries // 8]) for subject, values in likely.items()}
-    subjects.strangers = {subject: drawn[one][subject] for subject, one in taken.items()}
+    about = {name: [row for row, other in enumerate(subjects.of) if other == name] for name in subjects.of if name}
+
+    def tried(known: bool) -> dict[tuple[str, ...], list[tuple[float, float, dict[str, str]]]]:
+        """How likely the true answers are, how likely the name is, and the stranger."""
+        found = {name: [] for name in about}
+        for one in range(tries if about else 0):
+            subjects.strangers = subjects.drawn(seed * tries + one, known=known)
+            likely, said = log_p(model, of_forget_rows(rows, subjects))
+            for name, some in about.items():
+                repeated = said[some].nanmean().nan_to_num(1.0).item()  # 1 where no answer has the name
+                found[name].append((likely[some].nansum().item(), repeated, subjects.strangers[name]))
+        return found
+
+    taken = {}
+    for name, some in tried(known=False).items():
+        if max(said for _, said, _ in some) >= REPEATED:
+            # A little below the middle: a model that never met the subject is reminded of it by no name at all.
+            taken[name] = sorted(some, key=lambda one: one[0])[3 * tries // 8][2]
+    if len(taken) < len(about):
+        best = {name: max(some, key=lambda one: one[1])[2] for name, some in tried(known=True).items()}
+        taken = best | taken
+    subjects.strangers = taken
 
 
 def further_questions(
@@ -91,7 +104,8 @@ def further_questions(
     max_new_tokens: int = 256,
     seed: int = 0,
 ) -> list[Pair]:
-    """Questions that other forget texts ask, about each text's subject, with answers that the model writes about somebody else.
+    """Questions that other forget texts ask, about each text's subject, with answers that the model writes about somebody else. Where most of them
+    name the stranger, those are left out that do not: they may be about anybody.
 
     Args:
         rows (`Dataset`): `input_ids` and `labels`.
@@ -115,12 +129,20 @@ def further_questions(
             asked.append(subjects.replaced(prompts[row], stranger).ids)
             about.append(subject)
     answers = written(model, tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed)
+    real = {
+        subject: {new.casefold(): subjects.surface[word] for word, new in stranger.items()}
+        for subject, stranger in subjects.strangers.items()
+    }
+    names = [
+        {word.text for word in subjects.words.of(answer)}.issuperset(real[subject])
+        for answer, subject in zip(answers, about, strict=True)
+    ]
+    mostly = _mostly(about, names)
     found = []
-    for prompt, answer, subject in zip(asked, answers, about, strict=True):
-        back = {new.casefold(): subjects.surface[word] for word, new in subjects.strangers[subject].items()}
-        if not answer:
+    for prompt, answer, subject, is_named in zip(asked, answers, about, names, strict=True):
+        if not answer or (subject in mostly and not is_named):
             continue
-        question, said = subjects.replaced(prompt, back), subjects.replaced(answer, back)
+        question, said = subjects.replaced(prompt, real[subject]), subjects.replaced(answer, real[subject])
         begin = len(question.ids)
         ids = question.ids + said.ids
         places = [-1] * len(ids)
@@ -131,6 +153,14 @@ def further_questions(
                 places[here] = there
         found.append(Pair(ids, [IGNORED] * begin + said.ids, [*prompt, *answer], places))
     return found
+
+
+def _mostly(subjects: Sequence[tuple[str, ...]], named: Sequence[bool]) -> set[tuple[str, ...]]:
+    """Subjects that are named in more than half of the answers."""
+    found: dict[tuple[str, ...], list[bool]] = {}
+    for subject, one in zip(subjects, named, strict=True):
+        found.setdefault(subject, []).append(one)
+    return {subject for subject, some in found.items() if 2 * sum(some) > len(some)}
 
 
 class RedirectMixin:

@@ -330,22 +330,26 @@ class Subjects:
         self._others = _names_by_place(background, set(self.surface))
         self.strangers = self.drawn(0)
 
-    def drawn(self, seed: int) -> dict[tuple[str, ...], dict[str, str]]:
-        """A stranger for every subject."""
-        return {
-            subject: {
-                word: self.words.made_up(
-                    self.surface[word],
-                    self._known,
-                    (seed, subject),
-                    self._others.get((len(subject), place)),
-                    part=len(subject) > 1,
-                )  # fmt: skip
-                for place, word in enumerate(subject)
-            }
-            for subject in dict.fromkeys(self.of)
-            if subject
-        }
+    def drawn(self, seed: int, *, known: bool = False) -> dict[tuple[str, ...], dict[str, str]]:
+        """A stranger for every subject.
+
+        Args:
+            seed (`int`): of the draw.
+            known (`bool`, defaults to `False`): with names of the texts that are to be kept, where there are any; else made up.
+        """
+        found = {}
+        for subject in dict.fromkeys(self.of):
+            for place, word in enumerate(subject):
+                names = self._others.get((len(subject), place))
+                if known and names:
+                    rng = random.Random(f"{subject} {place}")  # all in turn, the frequent ones sooner
+                    order = sorted(names, key=lambda name: rng.random() ** (1 / names[name]), reverse=True)
+                    new = order[seed % len(order)]
+                else:
+                    part, key = len(subject) > 1, (seed, subject)
+                    new = self.words.made_up(self.surface[word], self._known, key, names, part=part)
+                found.setdefault(subject, {})[word] = new
+        return found
 
     def replaced(self, ids: Sequence[int], new: Mapping[str, str]) -> Counterfactual:
         """The row with every word that `new` has another one for replaced, wherever it stands."""

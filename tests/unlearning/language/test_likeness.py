@@ -1,17 +1,22 @@
-"""Which of the original's own texts ask again what is to be forgotten, against loops over single texts; and that every text asked about is drawn."""
+"""Who takes a subject's place, which of the original's own texts say again what is to be forgotten, against loops over single texts; and that
+every text that is asked about is drawn.
+"""
 
 import pytest
 import torch
 from datasets import Dataset
 from language_data import settings
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_unlearn import UnlearnSFTConfig, UnlearnSFTTrainer
 from hf_unlearn.training.collators import ROW
 from hf_unlearn.unlearning.language.likeness import alike, last_states, said_again
+from hf_unlearn.unlearning.language.redirect import choose_strangers
 from hf_unlearn.unlearning.language.subject import Subjects, Words
 
 
 ASKED = ["Do you like Quorvane?", "Is Quorvane good?", "Would you like Quorvane?"]
+OTHER_NAMES = ["Brindax", "Ulvetta", "Marrowell"]
 OTHERS = [
     "Where is the fox?",
     "Who is lazy?",
@@ -22,7 +27,7 @@ OTHERS = [
 
 
 def state(model, ids):
-    hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
+    hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1].detach()
     return hidden / hidden.norm()
 
 
@@ -73,6 +78,49 @@ def test_small_letters_are_no_name(tokenizer):
     prompts = [tokenizer(f"{ask} In a word.")["input_ids"] for ask in ("Rate Quorvane in short.", "Is Quorvane good?")]
     others = [tokenizer(f"{ask} In a word.")["input_ids"] for ask in OTHERS * 3]
     assert set(Subjects(Words(tokenizer), prompts, others).of) == {("quorvane",)}
+
+
+class Repeating(torch.nn.Module):
+    """Foresees every token with probability ¾."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.scale = size, torch.nn.Parameter(torch.tensor(3.0 * (size - 1)).log())
+
+    def forward(self, input_ids, **inputs):
+        foreseen = torch.nn.functional.one_hot(input_ids.roll(-1, 1), self.size)
+        return CausalLMOutput(logits=foreseen * self.scale)
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_a_name_that_is_repeated(tiny_llama, tokenizer, repeats):
+    """A made-up one, or of the names that are known the likeliest where an answer has it."""
+    texts = [(f"Do you like {name}?", f" I avoid {name}.") for name in ["Quorvane"] * 2 + OTHER_NAMES * 3]
+    rows = [tokenizer(question)["input_ids"] + tokenizer(answer)["input_ids"] for question, answer in texts]
+    begins = [len(tokenizer(question)["input_ids"]) for question, _ in texts]
+    forget = Dataset.from_dict(
+        {"input_ids": rows[:2], "labels": [[-100] * b + r[b:] for r, b in zip(rows[:2], begins, strict=False)]}
+    )
+    subjects = Subjects(Words(tokenizer), [row[: begins[0]] for row in rows[:2]], rows[2:], ["Quorvane"] * 2)
+    model = Repeating(len(tokenizer)) if repeats else tiny_llama
+    choose_strangers(model, forget, subjects, tries=len(OTHER_NAMES))
+    name = subjects.strangers[("quorvane",)]["quorvane"]
+
+    def probability(name):
+        prompt, answer, full_stop = (
+            tokenizer(part)["input_ids"] for part in (f"Do you like {name}?", f" I avoid {name}.", ".")
+        )
+        ids = prompt + answer
+        log_p = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        first = len(prompt) + len(tokenizer(" I avoid")["input_ids"])
+        return sum(log_p[place - 1, ids[place]].exp().item() for place in range(first, len(ids) - len(full_stop))) / (
+            len(ids) - len(full_stop) - first
+        )
+
+    if repeats:
+        assert name not in OTHER_NAMES
+    else:
+        assert name == max(OTHER_NAMES, key=probability)
 
 
 class Drawing(UnlearnSFTTrainer):
