@@ -110,16 +110,24 @@ class TestAsked:
         changed = [place for pair in pairs if pair.other not in (None, pair.ids) for place in pair.places]
         assert {-1} < set(changed)
 
-    def test_how_likely_an_answer_is_of_somebody_else_without_its_names(self, pairs, tiny_llama):
+    def test_how_likely_an_answer_about_somebody_else_is_and_its_names(self, pairs, tiny_llama):
         pairs = [pair for pair in pairs if pair.other != pair.ids]
-        for pair, value in zip(pairs, log_p(tiny_llama, pairs, batch_size=2), strict=True):
-            expected = sum(
-                said(tiny_llama, pair.other[:there])[-1, label].item()
-                for there, label in zip(pair.places, pair.labels, strict=False)
-                if label != -100 and there > 0 and pair.other[there] == label
-            )
-            assert value == pytest.approx(expected, rel=1e-4)
-            assert (value == 0) == (pair.other is None)
+        for pair, whole, names in zip(pairs, *log_p(tiny_llama, pairs, batch_size=2), strict=True):
+            if pair.other is None:
+                assert torch.stack([whole, names]).isnan().all()
+                continue
+            own = {
+                there for here, there in enumerate(pair.places) if there > 0 and pair.ids[here] == pair.other[there]
+            }
+            last = max(there for there, label in zip(pair.places, pair.labels, strict=True) if label == -100)
+            values = {
+                there: said(tiny_llama, pair.other[:there])[-1, pair.other[there]]
+                for there in range(last + 1, len(pair.other))
+            }
+            torch.testing.assert_close(whole, sum(values[there] for there in values if there in own), **CLOSE)
+            expected = [value.exp() for there, value in values.items() if there not in own]
+            torch.testing.assert_close(names, torch.stack(expected).mean() if expected else names, **CLOSE)
+            assert bool(expected) != names.isnan()
 
     def test_further_questions_are_about_the_subject_with_answers_about_the_stranger(self, tiny_llama, tokenizer):
         rows = tokens_of(tokenizer, CHATS)
