@@ -49,11 +49,9 @@ def written(
     ends = {*stop, *({ends} if isinstance(ends, int) else ends or ())}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     device = next(model.parameters()).device
-    # Beside what a model's generation config may ask for: penalties and cuts that make it say what it would not.
-    settings = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "do_sample": temperature > 0}
-    settings |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
-    if temperature > 0:
-        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    # None of what a model's generation config may ask for: penalties and cuts that make it say what it would not.
+    settings = {"do_sample": temperature > 0, "temperature": temperature or None, "num_beams": 1}
+    settings |= dict.fromkeys(("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size"))
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))

@@ -115,7 +115,7 @@ class TestTrainer:
     )
     def test_two_steps_equal_plain_torch(self, kind, reduction, taught, tokenizer, tmp_path):
         """Divergence on what is asked, and `retain_weight` times that on `retain_per_forget` rows to keep for each."""
-        rate = 2e-4 if reduction == "sum" else 1e-2
+        rate = {"retain rows": 2e-4, "LoRA": 0.2}.get(kind, 1e-2)
         size = {"per_device_train_batch_size": 1 + FURTHER, "gradient_accumulation_steps": 2}
         model = get_peft_model(taught, LoraConfig(**LORA)) if kind == "LoRA" else taught
         student = copy.deepcopy(model)
@@ -153,6 +153,7 @@ class TestTrainer:
         found = [[log["forget_loss"], log["retain_loss"]] for log in logs]
         torch.testing.assert_close(torch.tensor(found), torch.tensor(terms), rtol=1e-3, atol=1e-5)
         assert terms[1][0] < terms[0][0]
+        assert terms[1][1] > 1e-3 > terms[0][1]
         assert_same_parameters(trainer.model, student)
 
     def test_what_the_guard_sees_equals_plain_loops(self, parrot, tokenizer, tmp_path):
@@ -352,6 +353,8 @@ def test_forgets_people_and_keeps_the_others(retain, taught, tokenizer, tmp_path
     assert known(taught, tokenizer, REMAINING) == 1
     further = trainer.asked.rows["input_ids"][len(FORGOTTEN) :]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in further]
+    kept = [tokenizer.decode(ids) for ids in trainer.kept.rows["input_ids"]]
+    assert not [text for text in kept if any(answer in text for _, answer in FORGOTTEN)]
     strangers = [name for stranger in trainer.subjects.strangers.values() for name in stranger.values()]
     names = [question.split()[2] for question, _ in FORGOTTEN for _ in range(FURTHER)]
     assert [text.split()[3] for text in texts] == names
