@@ -77,6 +77,17 @@ MUTANTS = [
     bug("unlearning/guard.py", "baseline - now if self.utility_kind == \"accuracy\" else now - baseline", "now - baseline", "test_guard.py"),
     bug("unlearning/saving.py", "Path(output_dir, \"training_args.bin\").unlink(missing_ok=True)", "pass", "test_saving.py"),
     bug("training/runs.py", "if about.get(\"method\") != self._method:", "if False:", "test_resume.py"),
+    # language
+    bug("unlearning/language/subject.py", "return whole[len(head) :] if whole[: len(head)] == head else alone", "return alone", "test_subject.py"),
+    bug("unlearning/language/subject.py", "self.words.tokens(word.before + text + word.after)", "self.words.tokens(\" \" + text)", "test_subject.py"),
+    bug("unlearning/language/subject.py", "2 * len(wanted) > len(here) > 1", "False", "test_subject.py"),
+    bug("unlearning/language/asked.py", "pair.places[t] <= 0]", "pair.places[t] <= -2]", "test_asked.py"),
+    bug("unlearning/language/asked.py", "max(some[place].places[t] - 1, 0)", "max(some[place].places[t], 0)", "test_asked.py"),
+    bug("unlearning/language/targets.py", ".masked_fill(p == 0, 0)", "", "test_asked.py"),
+    bug("unlearning/language/written.py", "\"repetition_penalty\", ", "", "test_written.py"),
+    bug("unlearning/language/own_samples.py", "before.rstrip(\" \")", "before", "test_written.py"),
+    bug("unlearning/language/redirect.py", "return self._by_token(self._kl(model, batch, self.kept), batch)", "return self._kl(model, batch, self.kept)", "test_redirect.py"),
+    bug("unlearning/language/redirect.py", "return super()._is_over or bool(nothing)", "return super()._is_over", "test_redirect.py"),
     # diffusion
     bug("unlearning/diffusion/noise.py", "return -(alpha / sigma if", "return (alpha / sigma if", "test_noise.py"),
     bug("unlearning/diffusion/posterior.py", "- sizes[0] + sizes[1]", "+ sizes[0] - sizes[1]", "test_posterior.py"),
