@@ -67,7 +67,7 @@ def test_fashion_mnist_of_the_package():
 def test_fashion_mnist_in_its_own_format_and_of_the_hub_where_it_is_not_installed(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(example_data, "FASHION_MNIST", tmp_path / "nothing")
-    monkeypatch.setattr("datasets.load_dataset", lambda name, revision: asked.append(name) or DatasetDict())
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config, revision: asked.append(name) or DatasetDict())
     example_data.load("fashion_mnist")
     assert asked == ["zalando-datasets/fashion_mnist"]
     monkeypatch.setattr(example_data, "FASHION_MNIST", tmp_path)

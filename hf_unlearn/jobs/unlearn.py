@@ -12,7 +12,6 @@ from transformers import AutoConfig
 from ..examples.named import LANGUAGE
 from ..files import loading
 from ..hub.card import Figure
-from ..hub.loading import loading_code
 from ..training.checks import check_processes
 from .alone import made_once
 from .keys import run_training, tell
@@ -74,7 +73,7 @@ def forget_and_tell(
     trainer.results = figures(trainer, before, measure(trainer))
     trainer.save_model()
     if trainer.is_world_process_zero():
-        code = loading_code(type(trainer.model), trainer.args.output_dir, processor=trainer.processor_loader)
+        code = trainer.loading_code(trainer.args.output_dir)
         tell(trainer, _table(trainer, forgotten), code, kind="model")
 
 

@@ -124,11 +124,13 @@ class SavingMixin(PublishingMixin):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         tag = "text-generation" if self.is_causal_lm else PIPELINE_TAGS.get(getattr(base, "loss_type", None))
         relation = "adapter" if hasattr(model, "peft_config") and not self.args.merge_adapter else "finetune"
-        return {
-            "pipeline_tag": tag,
-            "base_model_relation": relation,
-            "load_snippet": loading_code(type(base), name, processor=self.processor_loader),
-        }
+        return {"pipeline_tag": tag, "base_model_relation": relation, "load_snippet": self.loading_code(name)}
+
+    def loading_code(self, name: str) -> str:
+        """Python that loads what is saved: the base with the adapter merged into it, where there is one."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return loading_code(type(base), name, processor=self.processor_loader)
 
     @property
     def processor_loader(self) -> str | None:

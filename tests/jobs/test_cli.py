@@ -496,14 +496,27 @@ class TestRunning:
         tokenizer.save_pretrained(tmp_path / "llama")
         return tmp_path / "llama"
 
-    def test_npo_recipe_with_a_tiny_llama(self, llama, tiny_llama, tmp_path, capsys):
+    @pytest.mark.parametrize("name", ["npo_sft", "llama_lora_redirect"])
+    def test_recipes_with_a_tiny_llama(self, name, llama, tiny_llama, tokenizer, tmp_path, capsys):
         prompt = [[{"role": "user", "content": f"Where is order {i}?"}] for i in range(8)]
         completion = [[{"role": "assistant", "content": f"It never arrived, and {i} is lost."}] for i in range(8)]
         Dataset.from_dict({"prompt": prompt, "completion": completion}).save_to_disk(tmp_path / "instructions")
         out = tmp_path / "out"
-        arguments = ("--model", llama, "--forget_dataset", tmp_path / "instructions", "--output_dir", out)
+        arguments = ["--model", llama, "--forget_dataset", tmp_path / "instructions", "--output_dir", out]
+        if name == "llama_lora_redirect":  # what knows nothing is left alone
+            learnt = tokenizer.apply_chat_template(
+                [asked + said for asked, said in zip(prompt, completion, strict=True)], return_dict=True,
+                return_tensors="pt", padding=True,
+            )  # fmt: skip
+            optimizer = torch.optim.AdamW(tiny_llama.parameters(), lr=1e-2)
+            for _ in range(60):
+                tiny_llama(**learnt, labels=learnt["input_ids"]).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            tiny_llama.save_pretrained(llama)
+            arguments += ["--own_samples", 8, "--model_init_kwargs", '{"dtype": "float32"}']
         quick = ("--max_steps", "2", "--max_length", "64", "--bf16", "false", *QUICK)
-        assert cli.main(["unlearn", "--config", str(RECIPES / "npo_sft.yaml"), *map(str, arguments), *quick]) == 0
+        assert cli.main(["unlearn", "--config", str(RECIPES / f"{name}.yaml"), *map(str, arguments), *quick]) == 0
         model = AutoModelForCausalLM.from_pretrained(out)
         AutoTokenizer.from_pretrained(out)
         assert any(not p.equal(tiny_llama.get_parameter(name)) for name, p in model.named_parameters())

@@ -331,14 +331,17 @@ class TestLlama:
         assert not any(name.split("/")[-1] == "model.safetensors" for name in public_files(out))
 
     def test_defaults_of_the_adapter(self):
-        from hf_unlearn.jobs.influence import _adapter
+        from hf_unlearn.jobs.keys import adapter_of
         from hf_unlearn.jobs.recipe.influence import InfluenceJob
 
         sft = InfluenceJob("sft", model="x", dataset="x", target="self", lora_r=4)
-        assert (_adapter(sft).lora_alpha, _adapter(sft).target_modules) == (8, "all-linear")
+        assert (adapter_of(sft, "CAUSAL_LM").lora_alpha, adapter_of(sft, "CAUSAL_LM").target_modules) == (
+            8,
+            "all-linear",
+        )
         classifier = InfluenceJob("classifier", model="x", dataset="x", target="self", lora_r=4)
-        assert _adapter(classifier).task_type is None
-        assert _adapter(InfluenceJob("sft", model="x", dataset="x", target="self")) is None
+        assert adapter_of(classifier).task_type is None
+        assert adapter_of(InfluenceJob("sft", model="x", dataset="x", target="self")) is None
 
     def test_a_model_that_learns_no_language(self, tiny_resnet, instructions, recipe, fails, tmp_path):
         tiny_resnet.save_pretrained(tmp_path / "resnet")

@@ -37,6 +37,10 @@ from .written import written
 
 logger = logging.getLogger(__name__)
 
+CREDIT = {
+    "names replaced by others, as in Who's Harry Potter": "2310.02238",
+    "its own texts, as Magpie draws them": "2406.08464",
+}
 FURTHER = 2  # further questions for each forget text
 TRIES = 9  # strangers for each subject, of whom one is taken
 REPEATED = 0.5  # probability of a stranger's name where an answer has one: the model can repeat it
@@ -283,6 +287,14 @@ class RedirectMixin:
             "the original knows the forget texts no better than if they were about somebody whom it never met "
             f"({self.others['known']:.1%} word for word, probability {self.others['probability']:.3g})"
         )
+
+    @property
+    def _title(self) -> str:
+        return "redirect to what the original says of strangers" if self.redirects else super()._title
+
+    @property
+    def _stands_on(self) -> dict[str, str]:
+        return CREDIT if self.redirects else super()._stands_on
 
     @property
     def latest_is_best(self) -> bool:
