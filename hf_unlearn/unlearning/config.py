@@ -42,8 +42,7 @@ class UnlearnArguments(GuardArguments):
             column `alternate` of the forget rows answers instead; `"idkdpo"` and `"altpo"`, where without such a column "I don't
             know" is preferred, or answers with other facts that the original writes; `"rmu"`, which sends hidden states to a random
             vector; `"pdu"`, which flattens logits under a limit on the loss of `retain_dataset=`; or `"bounded"`, which chooses:
-            `"match"` where the loss of held-out data is known, else `"redirect"` to forget a class from a classifier and `"npo"`
-            for language models.
+            `"match"` to forget examples from a classifier, which needs the loss of held-out data, and `"redirect"` to forget a class, or texts.
         forget_weight (`float`, defaults to 1.0): weight of the forget loss, > 0.
         preference_beta (`float`, defaults to 0.1): inverse temperature β of `npo`, `dpo`, `idkdpo` and `altpo`.
         loss_reduction (`"example"` | `"token"` | `"sum"`, defaults to `"example"`): of texts: a mean over the tokens of each that
@@ -60,14 +59,16 @@ class UnlearnArguments(GuardArguments):
         retain_weight (`float`, defaults to 1.0): weight of the loss on `retain_dataset=`, if there is one; with `pdu` only where it
             begins.
         retain_loss (`"nll"` | `"kl"`, defaults to `"nll"`): that loss: the task's own, or the divergence KL(original ‖ student) of
-            the answers, which takes another forward pass. `rmu` has its own.
-        retain_per_forget (`int`, defaults to 1): rows to keep that stand beside each forget row of a batch.
+            the answers, which takes another forward pass. `rmu` has its own, and `redirect` in [`UnlearnSFTTrainer`] that divergence,
+            without the pass.
+        retain_per_forget (`int`, defaults to 1): rows to keep that stand beside each forget row of a batch; in
+            [`UnlearnSFTConfig`] 2.
         pdu_rate (`float`, defaults to 1.0): by how much the weight rises in an optimiser step for each nat that the loss is above its
             limit, with `pdu`; the limit is the original's loss and `utility_tolerance`.
         replay_weight (`float`, *optional*): weight of the data-free replay. Default: 5 (`npo`: 1, `match`: 0.1), or 0 with a
             `retain_dataset=`.
         isotropic_weight (`float`, defaults to 0.1): γ of the anchor γ‖θ−θ*‖², a sum over parameters; under LoRA, over
-            the change of the product BA.
+            the change of the product BA. In [`UnlearnSFTConfig`] 0.
         fisher_weight (`float`, defaults to 0.0): β of the anchor β Σ Fᵢ(θᵢ−θ*ᵢ)². Not available under LoRA.
         fisher (`"exact"` | `"monte_carlo"`, defaults to `"exact"`): the Fisher information: a sum over all classes, or
             over labels drawn from the model (sequences, many classes).

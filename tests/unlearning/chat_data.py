@@ -57,7 +57,7 @@ def tokens_of(tokenizer, pairs):
 @torch.no_grad()
 def said(model, ids):
     """Log-probabilities of the next token at each place of a text, alone."""
-    return model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    return model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :].float().log_softmax(-1)
 
 
 def plain_targets(model, pair):

@@ -380,6 +380,13 @@ class RedirectMixin:
     def replay_weight(self) -> float:
         return 0.0 if self.redirects else super().replay_weight
 
+    def _chosen(self):
+        chosen = super()._chosen()
+        if self.redirects:
+            chosen = {name: value for name, value in chosen.items() if name not in ("retain_loss", "replay_weight")}
+            chosen |= {"own_samples": self.args.own_samples} if self.retain_dataset is None else {}
+        return chosen
+
     # The loss
 
     @property

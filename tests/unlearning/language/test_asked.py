@@ -4,6 +4,7 @@ import pytest
 import torch
 from chat_data import CHATS, CLOSE, KEPT, PEOPLE, plain_targets, said, tokens_of, with_template
 from datasets import Dataset
+from peft import PromptTuningConfig, get_peft_model
 
 from hf_unlearn.unlearning.language.asked import Asked, Pair, ask, log_p
 from hf_unlearn.unlearning.language.redirect import further_questions
@@ -93,8 +94,11 @@ def pairs(tokenizer):
 
 
 class TestAsked:
-    @pytest.mark.parametrize("batch_size", [1, 4, 16])
-    def test_targets_are_those_of_one_text_at_a_time(self, batch_size, pairs, tiny_llama):
+    @pytest.mark.parametrize(("batch_size", "virtual_tokens"), [(1, 0), (4, 0), (16, 0), (4, 3)])
+    def test_targets_are_those_of_one_text_at_a_time(self, batch_size, virtual_tokens, pairs, tiny_llama):
+        if virtual_tokens:  # logits begin with theirs
+            tuned = PromptTuningConfig(num_virtual_tokens=virtual_tokens, task_type="CAUSAL_LM")
+            tiny_llama = get_peft_model(tiny_llama, tuned)
         asked = ask(tiny_llama.train(), pairs, batch_size=batch_size)
         assert tiny_llama.training
         for row, pair in enumerate(pairs):

@@ -186,6 +186,9 @@ class TestTrainer:
         excess = max(sum(known) / rows - others["known"], sum(probability) / rows - others["probability"])
         assert trainer.remembered() == pytest.approx(excess - TOLERANCE, abs=1e-5)
         assert {subject != () for subject in trainer.subjects.of} == {True, False}
+        settings = trainer._chosen()
+        assert not {"retain_loss", "replay_weight", "own_samples"} & set(settings)  # which decided nothing
+        assert settings.items() >= {"forget_loss": "redirect", "retain_per_forget": 1}.items()
 
     def test_utility_without_data_is_the_divergence_on_what_the_original_wrote(self, parrot, tokenizer, tmp_path):
         original = copy.deepcopy(parrot)
