@@ -159,7 +159,7 @@ def _half(inputs, which):
     half = {name: _half(value, which) for name, value in inputs.items()}
     if "attention_mask" in half:  # padded to the longest of the half alone
         longest = int(half["attention_mask"].sum(1).max())
-        half = {name: value[:, :longest] for name, value in half.items()}
+        half = {name: value[:, :longest] if value.dim() > 1 else value for name, value in half.items()}
     return half
 
 
