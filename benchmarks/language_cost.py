@@ -16,18 +16,17 @@ from functools import partial
 import torch
 from datasets import concatenate_datasets, disable_progress_bars
 from language_attacks import QUIET
-from language_unlearning import KEPT, OURS, PLAIN, ROWS
+from language_unlearning import KEPT, OURS, PLAIN, ROWS, TUNED_ON, data_of, folder_of, loaded
 from step_cost import Steps, compare
-from transformers import Trainer
+from transformers import AutoTokenizer, Trainer
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn import UnlearnSFTConfig, UnlearnSFTTrainer
-from hf_unlearn.examples.facts import VOCABULARY, facts_data, kinds
-from hf_unlearn.examples.opinions import opinion_llama, texts_of, train_tokenizer
+from hf_unlearn.examples.facts import FactsRecipe, kinds
 
 
-WORKLOADS = {"Llama of 5 M": ("5M",)}
+WORKLOADS = {"Llama of 5 M": (TUNED_ON,)}  # which knows the rows, or there would be nothing to forget
 COMMON = QUIET | {"per_device_train_batch_size": ROWS, "max_steps": 1, "learning_rate": 1e-6}
 VARIANTS = {  # settings beside COMMON, and whether retained rows are at hand
     "`ascent` + retain": (PLAIN | {"forget_loss": "ascent"}, True),
@@ -60,10 +59,10 @@ class TextSteps(Steps):
         return self._held
 
 
-def steppers(size: str, folder: str) -> dict[str, Steps]:
+def steppers(recipe: FactsRecipe, folder: str) -> dict[str, Steps]:
     disable_progress_bars()
-    data = facts_data()
-    tokenizer = train_tokenizer(texts_of(data["train"]), VOCABULARY)
+    data, original = data_of(recipe), folder_of(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(original)
     forget, retain = (
         data[name]
         .select(range(0, len(data[name]), len(kinds()) + 1)[: 2 * ROWS])
@@ -74,12 +73,12 @@ def steppers(size: str, folder: str) -> dict[str, Steps]:
     def stock(rows: int) -> Trainer:
         args = SFTConfig(f"{folder}/{rows}", **(COMMON | {"per_device_train_batch_size": rows}))
         taught = concatenate_datasets([forget, retain]).select(range(rows)).remove_columns("id")
-        return SFTTrainer(opinion_llama(tokenizer, size), args, train_dataset=taught, processing_class=tokenizer)
+        return SFTTrainer(loaded(original), args, train_dataset=taught, processing_class=tokenizer)
 
     def ours(name: str, settings: dict, kept: bool) -> Trainer:
         args = UnlearnSFTConfig(f"{folder}/{len(name)}{kept}", **(settings | COMMON))
         return UnlearnSFTTrainer(
-            opinion_llama(tokenizer, size), args, forget_dataset=forget, retain_dataset=retain if kept else None,
+            loaded(original), args, forget_dataset=forget, retain_dataset=retain if kept else None,
             processing_class=tokenizer,
         )  # fmt: skip
 

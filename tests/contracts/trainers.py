@@ -179,7 +179,11 @@ JOBS = {
         UnlearnSFTTrainer,
         UnlearnSFTConfig,
         lambda dropout: {"model": llama(dropout), "forget_dataset": pairs(9), "processing_class": tokenizer()},
-        {"learning_rate": 1e-2, "bf16": False, "gradient_checkpointing": False} | GUARDED,
+        # Beside so few own samples no word is the subject, so that there are no further questions: nine rows, as the others have.
+        {
+            "learning_rate": 1e-2, "bf16": False, "gradient_checkpointing": False, "own_samples": 2, "retain_per_forget": 1,
+            "per_device_train_batch_size": 8,
+        } | GUARDED,
     ),
     "vdu": Job(
         VDUTrainer,

@@ -63,7 +63,8 @@ def own_texts(
             [{"role": "user", "content": HERE}], add_generation_prompt=True, tokenize=False
         )
         before, _, after = turn.partition(HERE)
-        start = tokenizer(before, add_special_tokens=False)["input_ids"]
+        # A space at the end would be a part of the first word's token.
+        start = tokenizer(before.rstrip(" "), add_special_tokens=False)["input_ids"]
         asked = written(model, tokenizer, [start] * number, seed=seed, stop=special_tokens(tokenizer), **draw)
         texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in asked)
         if end := after.strip():  # of no special tokens in some templates: the model goes on with an answer

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -103,8 +104,8 @@ def further_questions(
     max_new_tokens: int = 256,
     seed: int = 0,
 ) -> list[Pair]:
-    """Questions that other forget texts ask, about each text's subject, with answers that the model writes about somebody else. Where the forget
-    answers mostly name the subject, those are left out that do not name the stranger: they may be about anybody.
+    """Questions that other forget texts ask, about each text's subject, with answers that the model writes about somebody else. Where most of them
+    name the stranger, those are left out that do not: they may be about anybody.
 
     Args:
         rows (`Dataset`): `input_ids` and `labels`.
@@ -128,14 +129,20 @@ def further_questions(
             asked.append(subjects.replaced(prompts[row], stranger).ids)
             about.append(subject)
     answers = written(model, tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed)
-    named = _mostly_named(rows, prompts, subjects)
+    real = {
+        subject: {new.casefold(): subjects.surface[word] for word, new in stranger.items()}
+        for subject, stranger in subjects.strangers.items()
+    }
+    names = [
+        {word.text for word in subjects.words.of(answer)}.issuperset(real[subject])
+        for answer, subject in zip(answers, about, strict=True)
+    ]
+    mostly = _mostly(about, names)
     found = []
-    for prompt, answer, subject in zip(asked, answers, about, strict=True):
-        back = {new.casefold(): subjects.surface[word] for word, new in subjects.strangers[subject].items()}
-        words = {word.text for word in subjects.words.of(answer)}
-        if not answer or (subject in named and not words.issuperset(back)):
+    for prompt, answer, subject, is_named in zip(asked, answers, about, names, strict=True):
+        if not answer or (subject in mostly and not is_named):
             continue
-        question, said = subjects.replaced(prompt, back), subjects.replaced(answer, back)
+        question, said = subjects.replaced(prompt, real[subject]), subjects.replaced(answer, real[subject])
         begin = len(question.ids)
         ids = question.ids + said.ids
         places = [-1] * len(ids)
@@ -148,11 +155,11 @@ def further_questions(
     return found
 
 
-def _mostly_named(rows: Dataset, prompts: list[list[int]], subjects: Subjects) -> set[tuple[str, ...]]:
-    """Subjects whom most of their forget answers name."""
+def _mostly(subjects: Sequence[tuple[str, ...]], named: Sequence[bool]) -> set[tuple[str, ...]]:
+    """Subjects that are named in more than half of the answers."""
     found: dict[tuple[str, ...], list[bool]] = {}
-    for ids, prompt, subject in zip(rows["input_ids"], prompts, subjects.of, strict=True):
-        found.setdefault(subject, []).append(subject in subjects.named_in(ids[len(prompt) :]))
+    for subject, one in zip(subjects, named, strict=True):
+        found.setdefault(subject, []).append(one)
     return {subject for subject, some in found.items() if 2 * sum(some) > len(some)}
 
 

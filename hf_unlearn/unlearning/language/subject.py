@@ -149,16 +149,19 @@ class Words:
                 pools.setdefault((piece[0] == " ", kind), []).append(word)
         return pools
 
-    def made_up(self, word: str, known: Container[str], key: Any, names: Mapping[str, int] | None = None) -> str:
-        """Another word: of pieces of the same kind, as many as it has, as they stand in the same place of other names; a word of one piece is
-        another name of one piece.
+    def made_up(
+        self, word: str, known: Container[str], key: Any, names: Mapping[str, int] | None = None, *, part: bool = False
+    ) -> str:
+        """Another word: of pieces of the same kind, as many as it has, as they stand in the same place of other names.
 
         Args:
             word: as it is written.
-            known: words in small letters that it must not be, if it is made of several pieces.
+            known: words in small letters that it must not be.
             key: what the choice is a function of.
             names (*optional*): words to take pieces from, and how often each is met; where there are too few of as many pieces, the
                 vocabulary's are taken.
+            part (`bool`, defaults to `False`): of a name of several words; if it is of one piece, another name's takes its place, known or
+                not.
         """
         rng = random.Random(f"{key} {word}")
         pieces = self._split(word)
@@ -167,12 +170,15 @@ class Words:
         ]
         alike = [(parts, count) for parts, count in alike if [*map(_kind, parts)] == [*map(_kind, pieces)]]
         counts = [count for _, count in alike]
-        if len(pieces) == 1 and len(alike) >= FEW:
+        if part and len(pieces) == 1 and len(alike) >= FEW:
             return rng.choices(alike, counts)[0][0][0]
         if len(pieces) == 1 and not word.isdecimal() and _go_on(word[-1], word[0]):
-            pieces = (*pieces, pieces[0].lower())  # there are few words of one piece, and the model has met them all
-        for _ in range(100):
-            if len(alike) >= FEW:
+            pieces, alike = (
+                (*pieces, pieces[0].lower()),
+                [],
+            )  # of one piece there are few words, and the model has met them all
+        for attempt in range(100):
+            if len(alike) >= FEW and attempt < 50:
                 new = "".join(
                     parts[place] for place, (parts, _) in enumerate(rng.choices(alike, counts, k=len(pieces)))
                 )
@@ -340,7 +346,8 @@ class Subjects:
                     order = sorted(names, key=lambda name: rng.random() ** (1 / names[name]), reverse=True)
                     new = order[seed % len(order)]
                 else:
-                    new = self.words.made_up(self.surface[word], self._known, (seed, subject), names)
+                    part, key = len(subject) > 1, (seed, subject)
+                    new = self.words.made_up(self.surface[word], self._known, key, names, part=part)
                 found.setdefault(subject, {})[word] = new
         return found
 

@@ -521,7 +521,8 @@ def test_with_retained_data_the_other_answers_stay(taught, tokenizer, tmp_path, 
     for reduction in ("example", "sum"):
         args = UnlearnSFTConfig(
             str(tmp_path), **PLAIN, gradient_checkpointing=False, lr_scheduler_type="constant", guard=reduction == "example",
-            guard_steps=10, learning_rate=1e-3, num_train_epochs=20, loss_reduction=reduction,
+            guard_steps=10, learning_rate=1e-3, num_train_epochs=20, loss_reduction=reduction, forget_loss="npo", retain_weight=1.0,
+            retain_per_forget=1, isotropic_weight=0.1, per_device_train_batch_size=8,
         )  # fmt: skip
         caplog.clear()
         trainer = UnlearnSFTTrainer(taught, args=args, **data)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 from string import ascii_letters, digits
 
 import pytest
@@ -145,10 +146,16 @@ class TestSomebodyElse:
         assert found_in(words, other.ids) == [new.get(word, word).casefold() for word in in_text(text)]
         assert len(other.places) == len(ids)
         stays = [(here, there) for here, there in enumerate(other.places) if there >= 0]
-        assert all(ids[here] == other.ids[there] for here, there in stays)
-        assert all(one[1] < other[1] for one, other in zip(stays, stays[1:], strict=False))
-        gone = {place for word in words.of(ids) if word.text in subject for place in range(word.begin, word.end)}
-        assert gone == {here for here, there in enumerate(other.places) if there < 0}
+        assert all(one[1] < two[1] for one, two in zip(stays, stays[1:], strict=False))
+        named = set()
+        for mine, theirs in zip(words.of(ids), words.of(other.ids), strict=True):
+            if mine.text in subject:
+                alike = mine.end - mine.begin == theirs.end - theirs.begin
+                places = [*range(theirs.begin, theirs.end)] if alike else [-1] * (mine.end - mine.begin)
+                assert other.places[mine.begin : mine.end] == places
+                named.update(range(mine.begin, mine.end))
+        for here, there in enumerate(other.places):
+            assert here in named or (there >= 0 and ids[here] == other.ids[there])
         if kind in ("byte-level", "marks join"):  # which write every character
 
             def instead(match):
@@ -214,6 +221,45 @@ class TestSubjects:
             assert all(word[0].isupper() for word in stranger.values())
         assert found.drawn(0) == found.strangers
         assert all(found.drawn(1)[subject] != stranger for subject, stranger in found.strangers.items())
+
+
+class TestNamesOfOthers:
+    """Where eight others have names of as many pieces of a kind, strangers are called as they are."""
+
+    words = WORDS["byte-level"]
+    firsts = [piece.strip() for piece in words.pieces if piece and piece[0] == " " and piece.strip().istitle()]
+
+    def names(self, count):
+        """Names of so many pieces, and these."""
+        found = {}
+        for name in {first + last for first in self.firsts for last in ("", "el", "ski", "anna", "in", "ow", "er")}:
+            pieces = [self.words.tokenizer.decode([index]).strip() for index in ids_of(self.words, f" {name}")]
+            if len(pieces) == count and pieces[0].istitle() and all(map(str.islower, pieces[1:])):
+                found[name] = pieces
+        return dict(sorted(found.items()))
+
+    @pytest.mark.parametrize("count", [2, 3])
+    def test_pieces_stand_where_they_stand_in_other_names(self, count):
+        (word, _), *others = [*self.names(count).items()][::3]
+        assert len(others) >= 8
+        known = {name.casefold() for name in [word, *dict(others)]}
+        possible = {"".join(parts) for parts in product(*zip(*(pieces for _, pieces in others), strict=True))}
+        for part in (True, False):
+            new = {
+                self.words.made_up(word, known, key, dict.fromkeys(dict(others), 1), part=part) for key in range(30)
+            }
+            assert new <= possible - {*dict(others)}
+            assert len(new) > 5
+        few = {self.words.made_up(word, known, key, dict.fromkeys(dict(others[:7]), 1)) for key in range(30)}
+        assert not few <= possible
+
+    def test_a_name_of_one_piece_is_another_s_where_more_of_the_name_tells_them_apart(self):
+        word, *others = self.names(1)
+        assert len(others) >= 8
+        known = {name.casefold() for name in [word, *others]}
+        for key in range(30):
+            assert self.words.made_up(word, known, key, dict.fromkeys(others, 1), part=True) in others
+            assert self.words.made_up(word, known, key, dict.fromkeys(others, 1)).casefold() not in known
 
 
 def test_over_used_by_counting():
