@@ -71,7 +71,8 @@ def choose_strangers(
         model: the original.
         rows (`Dataset`): `input_ids` and `labels`.
         subjects ([`Subjects`]): of these rows; gets the strangers.
-        tries (`int`, defaults to 9): strangers for each subject, of either kind.
+        tries (`int`, defaults to 9): strangers for each subject who are made up; of names that are known, parts of longer ones among them, three
+            times as many.
         seed (`int`, defaults to 0): of the strangers.
     """
     about = {name: [row for row, other in enumerate(subjects.of) if other == name] for name in subjects.of if name}
@@ -79,8 +80,9 @@ def choose_strangers(
     def tried(known: bool) -> dict[tuple[str, ...], list[tuple[float, float, dict[str, str]]]]:
         """How likely the true answers are, how likely the name is, and the stranger."""
         found = {name: [] for name in about}
-        for one in range(tries if about else 0):
-            subjects.strangers = subjects.drawn(seed * tries + one, known=known)
+        number = tries * (3 if known else 1) if about else 0
+        for one in range(number):
+            subjects.strangers = subjects.drawn(seed * number + one, known=known)
             likely, said = log_p(model, of_forget_rows(rows, subjects))
             for name, some in about.items():
                 repeated = said[some].nanmean().nan_to_num(1.0).item()  # 1 where no answer has the name
