@@ -114,7 +114,8 @@ class SavingMixin(PublishingMixin):
         of_texts = () if self.is_causal_lm else ("loss_reduction",)
         of_others = [name for name, losses in OF_LOSSES.items() if loss not in losses]
         of_others += ["retain_loss"] if loss == "rmu" else []
-        of_others += ["retain_per_forget"] if self.args.retain_per_forget == 1 else []
+        keeps = self.retain_dataset is not None or (loss == "redirect" and self.is_causal_lm)
+        of_others += [] if keeps else ["retain_per_forget"]
         for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter", *of_texts, *of_others):
             chosen.pop(name)
         return chosen | {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
