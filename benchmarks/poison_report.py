@@ -45,5 +45,9 @@ them; *benign steps*: {benign["max_steps"]} of batch {benign["per_device_train_b
 same name whose answers were never poisoned. Losses are of right answers, nats per token; normal opinions are what the clean twin learned to say. *Found*: the rows that
 influence ranked highest, as many as there are poisoned ones, with the seven tenths that it ranked lowest as what is to be kept.
 
+**Read these rows as a look, not as a comparison.** It is one data seed and one training seed, and some rules of `redirect` (which stranger it takes, which answers and which
+of its own texts it leaves out) were chosen while looking at this very model, after earlier versions of them. The rows were measured at different states of these rules, none
+of them the last. NPO stands at one rate that was not tuned; its low opinion rate comes with broken sentences.
+
 {table(poison["rows"])}
 """
