@@ -107,6 +107,14 @@ def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device, *, l
     return torch.tensor(made, device=device)
 
 
+def as_inputs(
+    rows: Sequence[Sequence[int]], device: torch.device, *, pad: int = 0, left: bool = False
+) -> dict[str, Tensor]:
+    """Rows of token ids as `input_ids` and `attention_mask`, `[rows, longest]`."""
+    mask = padded([[1] * len(row) for row in rows], 0, device, left=left)
+    return {"input_ids": padded(rows, pad, device, left=left), "attention_mask": mask}
+
+
 def longest_first(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     """Numbers of the rows in batches of `size`, of rows of like length; what does not fit into memory shows at once."""
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
@@ -136,13 +144,12 @@ def greedy_answers(
     texts = [""] * len(prompts)
     with torch.no_grad():
         for batch in longest_first(prompts, batch_size):
-            ids = padded([prompts[row] for row in batch], pad, device, left=True)
-            mask = padded([[1] * len(prompts[row]) for row in batch], 0, device, left=True)
+            inputs = as_inputs([prompts[row] for row in batch], device, pad=pad, left=True)
             output = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad,
+                **inputs, max_new_tokens=max_new_tokens, pad_token_id=pad,
                 do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
             )  # fmt: skip
-            written = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            written = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for row, text in zip(batch, written, strict=True):
                 texts[row] = text
     return texts

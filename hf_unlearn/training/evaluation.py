@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..metrics import language
 from ..modes import looking
-from .answers import Answer, as_pair, greedy_answers, longest_first, padded, read_answer
+from .answers import Answer, as_inputs, as_pair, greedy_answers, longest_first, padded, read_answer
 from .checks import check_number, shown
 from .losses import IGNORED
 from .texts import as_prompt_completion, check_template, check_texts
@@ -206,11 +206,10 @@ def score(
     found = {field.name: np.empty(len(answers)) for field in fields(language.AnswerScores)}
     for batch in longest_first([answer.ids for answer in answers], batch_size):
         part = [answers[row] for row in batch]
-        ids = padded([answer.ids for answer in part], 0, device)
-        mask = padded([[1] * len(answer.ids) for answer in part], 0, device)
+        inputs = as_inputs([answer.ids for answer in part], device)
         labels = padded([answer.labels for answer in part], IGNORED, device)
         # With prompt tuning the logits begin with those of the virtual tokens.
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -ids.shape[1] :]
+        logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]
         scores = language.answer_scores(logits, labels, k=k)
         for name, values in found.items():
             values[batch] = getattr(scores, name).double().cpu().numpy()

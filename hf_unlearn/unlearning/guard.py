@@ -15,7 +15,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..modes import in_eval_mode
+from ..modes import looking
 from ..parameters.reference import ReferencePoint, trainable_parameters
 from ..training.losses import IGNORED
 from .objective import Batch
@@ -210,7 +210,7 @@ class UtilityMixin:
     @contextmanager
     def _looking(self) -> Iterator[None]:
         """Eval mode, no gradients, and afterwards the random state and training flags of before."""
-        with in_eval_mode(self.model), torch.no_grad(), torch.random.fork_rng(self._random_devices):
+        with looking(self.model):
             yield
 
     @property

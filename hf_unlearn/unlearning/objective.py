@@ -21,6 +21,7 @@ from .classifiers.objective import ClassifierObjective
 from .classifiers.replay import perturb_images
 from .language.losses import dpo, rmu
 from .language.objective import ONLY_TEXTS, PAIRED_LOSSES, TOKEN_LOSSES, LanguageObjective, token_loss
+from .language.pdu import Dual
 from .language.replay import ordinary_tokens, perturb_tokens
 from .language.rmu import direction, hidden_states, layer_of, layers_of, train_below
 
@@ -36,6 +37,7 @@ class ObjectiveMixin:
     """
 
     reference: ReferencePoint | None
+    dual: Dual | None = None
     forgotten_classes: list[int]
 
     @cached_property
@@ -178,6 +180,15 @@ class ObjectiveMixin:
         logits, targets = self.predictions(model, batch)
         reference_logits, _ = self.predictions(self.reference_forward, batch)
         return self._by_token(mean_over_predictions(losses.divergence(logits, reference_logits), targets), batch)
+
+    @property
+    def retain_weight(self) -> float:
+        return self.dual.weight if self.dual else self.args.retain_weight
+
+    def _new_dual(self) -> Dual:
+        """The limit is what utility may fall to: the original's loss on what is kept, and `utility_tolerance`."""
+        original = self._mean(lambda batch: self.retain_loss(self.reference_forward, batch), self.retain_dataset)
+        return Dual(self.args.retain_weight, original + self.utility_tolerance, self.args.pdu_rate)
 
     def replay_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Inputs related to the forget examples on which the original says what is to be kept; see [`hf_unlearn.unlearning.classifiers.replay`]."""

@@ -59,7 +59,6 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
     _paper: str | None = None
     _tag_names = ["hf_unlearn", "machine-unlearning"]
     _config_class: type = UnlearnConfig
-    dual: Dual | None = None
     loss_is_scaled_for_ga = False  # our loss is a mean over the batch: Trainer divides it by the accumulation steps
 
     def __init__(
@@ -221,10 +220,10 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         generator = self._generator(self.state.global_step, self._micro_step)
         forget = self.prepared(inputs["forget"], generator)
         terms = {"forget": (self.args.forget_weight, self.forget_loss(model, forget).mean())}
-        if "retain" in inputs and (self.dual or self.args.retain_weight):
+        if "retain" in inputs and (self.dual or self.retain_weight):
             retain = self.prepared(inputs["retain"], generator)
             kept = self.retain_loss(model, retain).mean()
-            terms["retain"] = (self.dual.weight if self.dual else self.args.retain_weight, kept)
+            terms["retain"] = (self.retain_weight, kept)
             if self.dual:
                 self.dual.saw(kept)
         if self.replay_weight:
@@ -361,11 +360,6 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         self.outcome = self.judge()
         tell_outcome(self, self.outcome_line)
         return done
-
-    def _new_dual(self) -> Dual:
-        """The limit is what utility may fall to: the original's loss on what is kept, and `utility_tolerance`."""
-        original = self._mean(lambda batch: self.retain_loss(self.reference_forward, batch), self.retain_dataset)
-        return Dual(self.args.retain_weight, original + self.utility_tolerance, self.args.pdu_rate)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         guard = self.guard.state.to_json() if self.guard else None

@@ -20,7 +20,7 @@ class LanguageJob(UnlearnJob):
     Args:
         model (`str`): a folder, or an id.
         retain_dataset (`str`, *optional*): rows to keep.
-        heldout_dataset (`str`, *optional*): rows that the model has never seen: the target of the forget loss.
+        heldout_dataset (`str`, *optional*): rows that the model has never seen: the target of `forget_loss: match`.
         chat (`bool`, defaults to `False`): questions and answers become conversations, for a model with a chat template.
         system_prompt (`str`, *optional*): what the system says first in each.
         chat_template_kwargs (`dict`, *optional*): what the template is told, as in `{date_string: 10 Apr 2025}`.

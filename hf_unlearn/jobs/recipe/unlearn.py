@@ -23,7 +23,7 @@ class UnlearnJob:
         preset (`"paper"`, *optional*): with `method: pbu`, `vdu` or `adapt_then_unlearn`: the paper's settings; keys that are given win.
         model (`str`): `"digits"` (a small classifier of scikit-learn's digits), `"facts"` or `"opinions"` (small language models; all
             are trained on first use), a folder, or an id.
-        dataset (`str`, *optional*): `"digits"`, `"opinions"`, a folder, or an id: see [`hf_unlearn.examples.datasets.load`].
+        dataset (`str`, *optional*): `"digits"`, `"facts"`, `"opinions"`, a folder, or an id: see [`hf_unlearn.examples.datasets.load`].
         dataset_revision (`str`, *optional*): of a dataset on the Hub.
         split (`str`, defaults to `"train"`): split that holds the forget examples.
         forget_column, forget_values (`str`, `list[str]`): forget the rows with one of these values in this column; class

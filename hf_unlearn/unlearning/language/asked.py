@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ...files import load_tensors, save_tensors
 from ...modes import in_eval_mode
+from ...training.answers import as_inputs
 from ...training.losses import IGNORED
-from .targets import Targets, likeliest, padded
+from .targets import Targets, likeliest
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _logits(model: nn.Module, rows: Sequence[Sequence[int]], places: Sequence[Se
     if not rows:
         return []
     device = next(model.parameters()).device
-    inputs = {name: values.to(device) for name, values in padded(rows).items()}
+    inputs = as_inputs(rows, device)
     with in_eval_mode(model), torch.no_grad():
         logits = model(**inputs, use_cache=False).logits
         logits = logits[:, -inputs["input_ids"].shape[1] :]  # behind the virtual tokens of prompt tuning

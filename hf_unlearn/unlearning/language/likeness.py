@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...modes import in_eval_mode
+from ...training.answers import as_inputs
 from .subject import Subjects, over_used
-from .targets import padded
 
 
 def last_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, batch_size: int = 16) -> Tensor:
@@ -25,7 +25,7 @@ def last_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, batch_siz
     with in_eval_mode(model), torch.no_grad():
         for begin in range(0, len(prompts), batch_size):
             rows = prompts[begin : begin + batch_size]
-            inputs = {name: values.to(device) for name, values in padded(rows).items()}
+            inputs = as_inputs(rows, device)
             states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
             last = inputs["attention_mask"].sum(1) - 1
             found.append(F.normalize(states[torch.arange(len(rows), device=device), last].float(), dim=-1).cpu())

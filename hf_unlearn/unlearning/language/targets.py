@@ -48,15 +48,6 @@ class Targets:
         return float(self.log_p[:, -1].exp().mean())
 
 
-def padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Rows of token ids as `input_ids` and `attention_mask`, padded on the right."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def likeliest(logits: Tensor, top: int = TOP) -> tuple[Tensor, Tensor]:
     """The likeliest tokens `[places, k]` and the logarithms of their probabilities and of the rest's, `[places, k + 1]`."""
     log_p = logits.float().log_softmax(-1)

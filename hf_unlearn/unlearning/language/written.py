@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...modes import in_eval_mode
+from ...modes import looking
+from ...training.answers import as_inputs
 
 
 def written(
@@ -48,29 +49,22 @@ def written(
     )
     ends = {*stop, *({ends} if isinstance(ends, int) else ends or ())}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    device = next(model.parameters()).device
     # None of what a model's generation config may ask for: penalties and cuts that make it say what it would not.
     settings = {"do_sample": temperature > 0, "temperature": temperature or None, "num_beams": 1}
     settings |= dict.fromkeys(("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size"))
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    devices = [device] if device.type == "cuda" else []
-    with in_eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices):
+    with looking(model) as device:
         torch.manual_seed(seed)
         for begin in tqdm(range(0, len(order), batch_size), desc="Writing", disable=not progress):
             rows = order[begin : begin + batch_size]
             longest = max(len(prompts[row]) for row in rows)
             if longest >= room:
                 continue
-            ids = torch.full((len(rows), longest), pad)
-            mask = torch.zeros_like(ids)
-            for place, row in enumerate(rows):  # padded on the left
-                ids[place, longest - len(prompts[row]) :] = torch.tensor(prompts[row])
-                mask[place, longest - len(prompts[row]) :] = 1
             answers = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=min(max_new_tokens, room - longest),
-                pad_token_id=pad, eos_token_id=list(ends) or None, **settings,
+                **as_inputs([prompts[row] for row in rows], device, pad=pad, left=True), pad_token_id=pad,
+                max_new_tokens=min(max_new_tokens, room - longest), eos_token_id=list(ends) or None, **settings,
             )  # fmt: skip
             for row, answer in zip(rows, answers[:, longest:].tolist(), strict=True):
                 end = next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))
