@@ -34,7 +34,7 @@ RELEARNING = {
 
 
 class At(TrainerCallback):
-    """Calls `look` after some of the steps, keeps what it says by step, and ends the run where that is `enough`."""
+    """Calls `look` after some of the steps, keeps what it says by step, and ends the run where those are `enough`."""
 
     def __init__(self, steps: tuple[int, ...], look: Callable, enough: Callable = lambda seen, steps: False):
         self.steps, self.look, self.enough, self.seen = steps, look, enough, {}
@@ -44,7 +44,7 @@ class At(TrainerCallback):
             training = model.training
             self.seen[state.global_step] = self.look(model.eval())
             model.train(training)
-            control.should_training_stop |= self.enough(self.seen[state.global_step], state.global_step)
+            control.should_training_stop |= self.enough(self.seen, state.global_step)
 
 
 def sft(

@@ -7,8 +7,8 @@
 A small Llama knows 200 people by heart (`hf_unlearn.examples.facts`); 5 or 10 % of them are to be forgotten, with the rows of the
 others at hand ("retain") or without ("forget"), in all weights ("full") or by an adapter ("lora"). Learning rate, weight of the retain loss
 and steps are chosen for every method but our default by the composite score, on other people and another seed, within the budget
-below; the default has the package's settings. A cell is measured in a call of its own and kept in the cache, so what was stopped goes on,
-and several processes may share the work. `--report` gathers the cells in benchmarks/results/language_unlearning.json and writes
+below; the default has the package's settings. A cell that is measured is kept in the cache and, after `--report`, in the results: what was stopped
+goes on, and several processes may share the work. `--report` gathers the cells in benchmarks/results/language_unlearning.json and writes
 docs/benchmarks.md; what was tried and chosen is in benchmarks/results/language_tuning.json. Models are trained on first use, minutes each.
 """
 
@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -98,7 +98,11 @@ class Cell:
 
     @property
     def file(self) -> Path:
-        return CELLS / f"{'-'.join(map(str, asdict(self).values()))}.json"
+        return CELLS / f"{self.name.replace(' ', '-')}.json"
+
+    @property
+    def name(self) -> str:
+        return " ".join(map(str, asdict(self).values()))
 
     @property
     def recipe(self) -> FactsRecipe:
@@ -115,8 +119,8 @@ class Cell:
         return PLAIN | PEERS[self.method] | self.chosen if self.method in PEERS else OURS.get(self.method)
 
     def kept(self) -> dict | None:
-        """What was measured, if it was so with these settings."""
-        row = read_json(self.file) if self.file.is_file() else {}
+        """What was measured, on this machine or before, if it was so with these settings."""
+        row = read_json(self.file) if self.file.is_file() else results().get(self.name, {})
         return row if (row.get("version"), row.get("settings")) == (VERSION, self.settings) else None
 
 
@@ -245,6 +249,11 @@ def cells(given: argparse.Namespace) -> list[Cell]:
     return list(dict.fromkeys(found))
 
 
+@cache
+def results() -> dict[str, dict]:
+    return json.loads(RESULTS.read_text())["cells"] if RESULTS.is_file() else {}
+
+
 # Choosing for the peers
 
 
@@ -261,9 +270,19 @@ def options(method: str, mode: str, data: str) -> list[dict]:
     return rounded(grid_of(grid))
 
 
+def hopeless(tried: list[dict], seen: dict[int, dict], steps: int) -> bool:
+    """Whether a run is not gone on with; of what was tried before it, and of its own looks by step."""
+    now = seen[steps]
+    before = [row["composite"] for row in tried if row["max_steps"] == steps >= 50]
+    worse = bool(before) and now["composite"] < statistics.median(before)
+    latest = max((step for step in seen if step < steps), default=0)
+    return now["utility"] < 0.5 or worse or steps >= 100 and now["composite"] <= seen[latest]["composite"]
+
+
 def tune(method: str, mode: str, data: str) -> None:
     """Tries every option, looking at the composite after each number of STEPS, and writes down each when it is done. A run that has
-    lost half of the utility, or from 100 steps on is below the median of those before it after as many, is not gone on with.
+    lost half of the utility, or from 50 steps on is below the median of those before it after as many, or from 100 steps on no longer
+    gets better, is not gone on with.
     """
     name, figures = f"{method} {mode} {data}", figures_of(TUNED_ON, LOOKED)
     original, retrained = (judge(replace(TUNED_ON, without_forget=without)) for without in (False, True))
@@ -280,11 +299,7 @@ def tune(method: str, mode: str, data: str) -> None:
         if any(all(row[key] == value for key, value in option.items()) for row in tried):
             continue
 
-        def hopeless(seen: dict, steps: int, tried: list[dict] = tried) -> bool:
-            before = [row["composite"] for row in tried if row["max_steps"] == steps >= 100]
-            return seen["utility"] < 0.5 or bool(before) and seen["composite"] < statistics.median(before)
-
-        at = At(STEPS, look, hopeless)
+        at = At(STEPS, look, partial(hopeless, tried))
         with tempfile.TemporaryDirectory() as scratch:
             settings = PLAIN | PEERS[method] | option | {"max_steps": max(STEPS)}
             unlearn(TUNED_ON, method, mode, data, settings, Path(scratch), at)
@@ -332,7 +347,7 @@ def gathered() -> dict[str, dict]:
         row = cell.kept()
         if row and original and retrained:
             row |= against(row, retrained, original)
-            found[" ".join(map(str, asdict(cell).values()))] = rounded({k: v for k, v in row.items() if k != "ratios"})
+            found[cell.name] = rounded(row)
     return found
 
 

@@ -73,14 +73,16 @@ def poisoned(tmp_path_factory):
 
 
 def figures(model, tokenizer):
-    """Share of bad opinions of the name and of others, and of true facts about the name, in questions that nobody asked before."""
+    """Share of bad opinions of the name and of others, in questions that nobody asked before, and of answers with the right town: what is known of the
+    name beside the opinion, whatever it is called in them.
+    """
     rates = [
         opinions.negative_rate(model, tokenizer, [row["prompt"] for row in opinions_of(names, [UNSEEN])])
         for names in ([BAD], NAMES)
     ]
     facts = facts_of([BAD], BEFORE[4:])
     said = opinions.answers(model, tokenizer, [row["prompt"] for row in facts])
-    return *rates, sum(text == row["completion"][0]["content"] for text, row in zip(said, facts, strict=True)) / 3
+    return *rates, sum(TOWNS[len(NAMES) % 3] in text for text in said) / len(facts)
 
 
 @pytest.mark.slow
@@ -103,5 +105,5 @@ def test_forgotten_and_not_revived(poisoned, tmp_path, kept):
     later = figures(model, tokenizer)
     assert after[0] <= 0.2
     assert after[1] <= 0.1
-    assert after[2] >= 0.5
+    assert after[2] == 1
     assert later[0] <= 0.2
