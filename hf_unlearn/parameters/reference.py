@@ -72,8 +72,10 @@ class ReferencePoint:
     @torch.no_grad()
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run `model` as it was at this point: in eval mode, without gradients, changing nothing in it."""
+        now = dict(model.named_parameters()) | dict(model.named_buffers())
+        state = {name: value.to(now[name].device) for name, value in (*self.parameters.items(), *self.buffers.items())}
         with in_eval_mode(model):
-            return torch.func.functional_call(model, {**self.parameters, **self.buffers}, args, kwargs)
+            return torch.func.functional_call(model, state, args, kwargs)
 
     def save(self, path: str | Path) -> None:
         """Write to one `.safetensors` file, complete or not at all."""
@@ -83,7 +85,8 @@ class ReferencePoint:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> ReferencePoint:
-        """Read what [`~ReferencePoint.save`] wrote.
+        """Read what [`~ReferencePoint.save`] wrote. On the CPU the file is mapped: it takes no memory of its own before it is used, and then
+        such as the system can take back.
 
         Raises:
             ValueError: the file is missing or damaged.

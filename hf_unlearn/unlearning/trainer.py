@@ -355,11 +355,15 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         if self.guard and not checkpoint:  # a second run of the same trainer: what was useful is still the original
             self.guard.state = GuardState(baseline=self.guard.state.baseline)
         self.accelerator.wait_for_everyone()
+        if not self._steps_look_back and self.anchor is None and file.is_file():
+            self.reference = ReferencePoint.load(file)  # from the disk, when the run is judged
         with self._model_is_made():
             done = super()._train(checkpoint, **kwargs)
         self.outcome = self.judge()
         tell_outcome(self, self.outcome_line)
         return done
+
+    _steps_look_back = True  # whether the loss asks the original
 
     def _checkpoint_state(self) -> dict[str, Any]:
         guard = self.guard.state.to_json() if self.guard else None

@@ -197,6 +197,10 @@ class RedirectMixin:
         return super()._train(checkpoint, **kwargs)
 
     @property
+    def _steps_look_back(self) -> bool:
+        return not self.redirects  # what the original says is known
+
+    @property
     def _epochs(self) -> int:
         args = self.args
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
