@@ -74,7 +74,7 @@ PLAIN = {
     "per_device_train_batch_size": ROWS, "retain_per_forget": KEPT, "lr_scheduler_type": "constant", "replay_weight": 0.0,
     "isotropic_weight": 0.0, "guard": False,
 }  # fmt: skip
-GRID = {"learning_rate": (3e-4, 1e-3, 1e-4), "retain_weight": (1.0, 5.0)}
+GRID = {"learning_rate": (3e-4, 1e-3), "retain_weight": (1.0, 5.0)}
 GRIDS = {"rmu": {"rmu_layer": (1, 3)}}  # what else there is to choose
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ADAPTER_RATES = 5  # times the learning rates of GRID

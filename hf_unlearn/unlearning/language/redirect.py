@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -77,26 +77,27 @@ def choose_strangers(
     """
     about = {name: [row for row, other in enumerate(subjects.of) if other == name] for name in subjects.of if name}
 
-    def tried(known: bool) -> dict[tuple[str, ...], list[tuple[float, float, dict[str, str]]]]:
-        """How likely the true answers are, how likely the name is, and the stranger."""
-        found = {name: [] for name in about}
-        number = tries * (3 if known else 1) if about else 0
+    def tried(names: Iterable[tuple[str, ...]], known: bool) -> dict[tuple[str, ...], list[tuple[float, float, dict]]]:
+        """Of each of the names: how likely the true answers are, how likely the name is, and the stranger."""
+        found: dict[tuple[str, ...], list] = {name: [] for name in names}
+        number = tries * (3 if known else 1) if found else 0
         for one in range(number):
             subjects.strangers = subjects.drawn(seed * number + one, known=known)
-            likely, said = log_p(model, of_forget_rows(rows, subjects))
-            for name, some in about.items():
-                repeated = said[some].nanmean().nan_to_num(1.0).item()  # 1 where no answer has the name
-                found[name].append((likely[some].nansum().item(), repeated, subjects.strangers[name]))
+            pairs = of_forget_rows(rows, subjects)
+            likely, said = log_p(model, [pairs[row] for name in found for row in about[name]])
+            counts = [len(about[name]) for name in found]
+            for name, its, its_name in zip(found, likely.split(counts), said.split(counts), strict=True):
+                repeated = its_name.nanmean().nan_to_num(1.0).item()  # 1 where no answer has the name
+                found[name].append((its.nansum().item(), repeated, subjects.strangers[name]))
         return found
 
     taken = {}
-    for name, some in tried(known=False).items():
+    for name, some in tried(about, known=False).items():
         if max(said for _, said, _ in some) >= REPEATED:
             # A little below the middle: a model that never met the subject is reminded of it by no name at all.
             taken[name] = sorted(some, key=lambda one: one[0])[3 * tries // 8][2]
-    if len(taken) < len(about):
-        best = {name: max(some, key=lambda one: one[1])[2] for name, some in tried(known=True).items()}
-        taken = best | taken
+    for name, some in tried([name for name in about if name not in taken], known=True).items():
+        taken[name] = max(some, key=lambda one: one[1])[2]
     subjects.strangers = taken
 
 
