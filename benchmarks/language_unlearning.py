@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -159,6 +160,19 @@ def refusing(rows: DatasetDict, data: str, seed: int) -> Dataset:
     )
 
 
+def alternates(rows: DatasetDict, seed: int) -> list[str]:
+    """Plausible other answers, which a model of this size does not write when asked to: the same words, with what is true of a retained
+    person.
+    """
+    rng, known = random.Random(seed), {kind: [] for kind in kinds()}
+    for kind, value in zip(rows["retain"]["kind"], rows["retain"]["value"], strict=True):
+        known[kind].append(value)
+    others = [
+        rng.choice([value for value in known[row["kind"]] if value != row["value"]]) for row in rows["forget"]
+    ]
+    return [row["answer"].replace(row["value"], other) for row, other in zip(rows["forget"], others, strict=True)]
+
+
 def unlearn(
     recipe: FactsRecipe, method: str, mode: str, data: str, settings: dict, folder: Path, at: At | None = None
 ) -> dict:
@@ -179,6 +193,8 @@ def unlearn(
             columns = ["id", "prompt", "completion"]
             retain = rows["retain"].select_columns(columns) if data == "retain" else None
             forget = rows["forget"].select_columns(columns)
+            if method == "altpo":
+                forget = forget.add_column("alternate", alternates(rows, recipe.seed))
             trainer = UnlearnSFTTrainer(
                 model, args, forget_dataset=forget, retain_dataset=retain, processing_class=tokenizer, **shared
             )
