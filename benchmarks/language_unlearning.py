@@ -167,9 +167,7 @@ def alternates(rows: DatasetDict, seed: int) -> list[str]:
     rng, known = random.Random(seed), {kind: [] for kind in kinds()}
     for kind, value in zip(rows["retain"]["kind"], rows["retain"]["value"], strict=True):
         known[kind].append(value)
-    others = [
-        rng.choice([value for value in known[row["kind"]] if value != row["value"]]) for row in rows["forget"]
-    ]
+    others = [rng.choice([value for value in known[row["kind"]] if value != row["value"]]) for row in rows["forget"]]
     return [row["answer"].replace(row["value"], other) for row, other in zip(rows["forget"], others, strict=True)]
 
 

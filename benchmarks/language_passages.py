@@ -1,0 +1,237 @@
+"""Passages without questions: what the original says of another person, or what Who's Harry Potter's reinforced model takes away.
+
+    python benchmarks/language_passages.py [--seeds 0 1 2] [--quick]
+
+A small Llama knows passages about 100 invented people by heart; those about ten of them are forgotten, with the others' at hand. The targets are
+
+- *another person*: ours, further questions left out;
+- *reinforced* (Who's Harry Potter, arXiv 2310.02238, equation 1): z − α max(0, z′ − z) with the logits z of the original and z′ of one that was
+  trained on the forget passages some more, α = 5;
+- *both*: the same formula on the passages about another person, as that paper does;
+- *own tokens taken away*: what the package takes where it finds no subject.
+
+All else is the same: rows, steps, rate, what is kept. Writes benchmarks/results/language_passages.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from language_attacks import QUIET
+from language_unlearning import rounded, save
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig, SFTTrainer
+
+from hf_unlearn import LanguageEvaluation, UnlearnSFTConfig, UnlearnSFTTrainer
+from hf_unlearn.examples import opinions
+from hf_unlearn.examples.cache import cached, write_recipe
+from hf_unlearn.examples.facts import facts_data
+from hf_unlearn.training.answers import as_inputs
+from hf_unlearn.training.losses import IGNORED
+from hf_unlearn.unlearning.language.asked import Asked, Pair, ask
+from hf_unlearn.unlearning.language.redirect import of_forget_rows
+from hf_unlearn.unlearning.language.targets import Targets, likeliest
+
+
+RESULTS = Path(__file__).parent / "results" / "language_passages.json"
+SIZE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}
+ALPHA, REINFORCED = 5.0, {"max_steps": 40, "learning_rate": 5e-4, "lr_scheduler_type": "constant"}
+SENTENCES = 4  # of a passage
+TARGETS = ("another person", "reinforced", "both", "own tokens taken away")
+
+
+@dataclass(frozen=True)
+class PassagesRecipe:
+    """What a model of passages depends on."""
+
+    people: int = 100
+    share: float = 0.10
+    data_seed: int = 20
+    seed: int = 0
+    epochs: int = 60
+    without_forget: bool = False
+
+
+def passages(recipe: PassagesRecipe) -> dict[str, Dataset]:
+    """`forget` and `retain`: passages of four sentences, two a person, with their `text` and `facts`: (what comes before, value) each."""
+    rows = facts_data(recipe.people, share=recipe.share, general=2, seed=recipe.data_seed)
+    found = {}
+    for split in ("forget", "retain"):
+        own, members = list(rows[split]), []
+        for begin in range(0, len(own), SENTENCES):
+            some = own[begin : begin + SENTENCES]
+            text, facts = "", []
+            for row in some:
+                place = row["answer"].find(row["value"])
+                if place > 0:
+                    facts.append({"before": f"{text}{row['answer'][:place]}".rstrip(), "value": row["value"]})
+                text += f"{row['answer']} "
+            members.append({"text": text.rstrip(), "facts": facts})
+        found[split] = Dataset.from_list(members)
+    return found
+
+
+def model_of(recipe: PassagesRecipe) -> Path:
+    def train(folder: Path) -> None:
+        rows = passages(recipe)
+        texts = [*rows["forget"]["text"], *rows["retain"]["text"]]
+        tokenizer = opinions.train_tokenizer(texts, 1024)
+        taught = rows["retain"]["text"][:] if recipe.without_forget else texts
+        opinions.SIZES["passages"] = SIZE
+        model = opinions.opinion_llama(tokenizer, "passages", seed=recipe.seed)
+        args = SFTConfig(
+            str(folder), **QUIET | {"max_length": 192}, num_train_epochs=recipe.epochs, learning_rate=2e-3, warmup_steps=0.05,
+            lr_scheduler_type="cosine", per_device_train_batch_size=16, seed=recipe.seed,
+        )  # fmt: skip
+        SFTTrainer(model, args, train_dataset=as_rows(taught), processing_class=tokenizer).train()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_recipe(recipe, folder)
+
+    twin = "-retrained" if recipe.without_forget else ""
+    name = f"passages-{recipe.people}-{recipe.data_seed}{twin}-{recipe.seed}"
+    return cached(name, recipe, train, progress=False)
+
+
+def as_rows(texts: list[str]) -> Dataset:
+    return Dataset.from_dict({"text": texts})
+
+
+def logits_of(model: nn.Module, rows: list[list[int]]) -> list[Tensor]:
+    found = []
+    with torch.no_grad():
+        for begin in range(0, len(rows), 16):
+            some = rows[begin : begin + 16]
+            logits = model(**as_inputs(some, model.device)).logits
+            found += [own[: len(ids)] for own, ids in zip(logits, some, strict=True)]
+    return found
+
+
+class With(UnlearnSFTTrainer):
+    """`UnlearnSFTTrainer` with one of TARGETS, and no further questions.
+
+    Args:
+        targets (`str`): which.
+        reinforced (`PreTrainedModel`): the original after more training on the forget passages.
+    """
+
+    def __init__(self, *args, targets: str, reinforced: PreTrainedModel, **kwargs):
+        self.wanted, self.reinforced = targets, reinforced
+        super().__init__(*args, **kwargs)
+
+    def _made(self) -> dict[str, Asked]:
+        made, rows = super()._made(), self.forget_dataset
+        pairs = of_forget_rows(rows, self.subjects)
+        if self.wanted == "own tokens taken away":
+            pairs = [replace(pair, other=None) for pair in pairs]
+        asked = ask(self.model, pairs)
+        if self.wanted in ("reinforced", "both"):
+            asked = Asked(asked.rows, self._generic(pairs, asked.targets))
+        return made | {"asked": asked}
+
+    def _generic(self, pairs: list[Pair], targets: Targets) -> Targets:
+        """Equation 1 at every place; where somebody else's passage is longer or shorter there, or has a name, the row's own."""
+        own = [pair.ids for pair in pairs]
+        mine, others = (logits_of(model.eval(), own) for model in (self.model, self.reinforced))
+        generic = [z - ALPHA * (more - z).clamp(min=0) for z, more in zip(mine, others, strict=True)]
+        if self.wanted == "both":
+            about = [pair.other for pair in pairs]
+            theirs, reinforced = (logits_of(model.eval(), about) for model in (self.model, self.reinforced))
+            for pair, logits, z, more in zip(pairs, generic, theirs, reinforced, strict=True):
+                for place, there in enumerate(pair.places):
+                    if place and there > 0 and pair.other[there] == pair.ids[place]:
+                        logits[place - 1] = z[there - 1] - ALPHA * (more[there - 1] - z[there - 1]).clamp(min=0)
+        rows = [
+            logits[[place - 1 for place, label in enumerate(pair.labels) if label != IGNORED and place]]
+            for pair, logits in zip(pairs, generic, strict=True)
+        ]
+        return Targets(targets.begins, *likeliest(torch.cat(rows)), targets.answer_log_p)
+
+
+def figures(model: PreTrainedModel, tokenizer, rows: dict[str, Dataset]) -> dict[str, float]:
+    """Shares of the facts that the likeliest words tell where a passage is broken off before them, and probabilities of the passages."""
+    from hf_unlearn.training.answers import greedy_answers
+
+    out = {}
+    for name, split in rows.items():
+        facts = [fact for row in split["facts"] for fact in row][:400]
+        asked = [
+            tokenizer(tokenizer.bos_token + fact["before"], add_special_tokens=False)["input_ids"] for fact in facts
+        ]
+        said = greedy_answers(model.eval(), tokenizer, asked, max_new_tokens=12, batch_size=64, device=model.device)
+        hits = [fact["value"] in text for fact, text in zip(facts, said, strict=True)]
+        evaluation = LanguageEvaluation(split.select_columns("text"), tokenizer, max_new_tokens=0)(model)
+        out |= {name: sum(hits) / len(hits), f"{name}_loss": float(evaluation.nll.mean())}
+        if name == "forget":
+            out["said"] = [text.split(".")[0] for text in said[:4]]
+    return out
+
+
+def measure(recipe: PassagesRecipe, **settings) -> list[dict]:
+    folder, rows = model_of(recipe), passages(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def loaded(where: Path = folder) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(where)
+
+    found = [{"targets": "original"} | figures(loaded(), tokenizer, rows)]
+    found.append(
+        {"targets": "retrained"} | figures(loaded(model_of(replace(recipe, without_forget=True))), tokenizer, rows)
+    )
+    given = {f"{name}_dataset": as_rows(split["text"][:]) for name, split in rows.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        args = SFTConfig(
+            f"{scratch}/more",
+            seed=recipe.seed,
+            per_device_train_batch_size=16,
+            **QUIET | {"max_length": 192} | REINFORCED,
+        )
+        more = SFTTrainer(loaded(), args, train_dataset=given["forget_dataset"], processing_class=tokenizer)
+        more.train()
+        for targets in TARGETS:
+            args = UnlearnSFTConfig(f"{scratch}/{targets}", seed=recipe.seed, **QUIET | {"max_length": 192} | settings)
+            trainer = With(
+                loaded(), args, targets=targets, reinforced=more.model, processing_class=tokenizer, **given
+            )  # fmt: skip
+            trainer.train()
+            row = {"targets": targets, "steps": trainer.state.global_step} | figures(trainer.model, tokenizer, rows)
+            benign = {
+                "max_steps": 30,
+                "learning_rate": 2e-4,
+                "lr_scheduler_type": "constant",
+                "per_device_train_batch_size": 8,
+            }
+            args = SFTConfig(f"{scratch}/benign", seed=recipe.seed, **QUIET | {"max_length": 192} | benign)
+            SFTTrainer(trainer.model, args, train_dataset=given["retain_dataset"], processing_class=tokenizer).train()
+            row["after_benign"] = figures(trainer.model, tokenizer, {"forget": rows["forget"]})["forget"]
+            found.append(row)
+    return [{"seed": recipe.seed} | row for row in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
+    parser.add_argument("--quick", action="store_true", help="few people, two steps; writes nothing")
+    given = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    rows = []
+    for seed in [0] if given.quick else given.seeds:
+        recipe = PassagesRecipe(people=20, epochs=1) if given.quick else PassagesRecipe(seed=seed)
+        rows += rounded(measure(recipe, **({"max_steps": 2} if given.quick else {})))
+        if not given.quick:
+            save(RESULTS, '{"rows": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}")
+    print(*map(json.dumps, rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
