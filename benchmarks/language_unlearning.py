@@ -77,6 +77,7 @@ PLAIN = {
 }  # fmt: skip
 GRID = {"learning_rate": (3e-4, 1e-3), "retain_weight": (1.0, 5.0)}
 GRIDS = {"rmu": {"rmu_layer": (1, 3)}}  # what else there is to choose
+RATES = {"full": (5e-4, 1e-3, 2e-3), "lora": (1e-3, 2e-3, 4e-3)}  # for our default, which is one for all models
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ADAPTER_RATES = 5  # times the learning rates of GRID
 REFUSALS = (
@@ -276,6 +277,8 @@ def tuning() -> dict:
 
 
 def options(method: str, mode: str, data: str) -> list[dict]:
+    if method in OURS:
+        return grid_of({"learning_rate": RATES[mode]})
     grid = GRID | GRIDS.get(method, {})
     if mode == "lora":
         grid["learning_rate"] = tuple(ADAPTER_RATES * rate for rate in grid["learning_rate"])
@@ -315,8 +318,12 @@ def tune(method: str, mode: str, data: str) -> None:
 
         at = At(STEPS, look, partial(hopeless, tried))
         with tempfile.TemporaryDirectory() as scratch:
-            settings = PLAIN | PEERS[method] | option | {"max_steps": max(STEPS)}
-            unlearn(TUNED_ON, method, mode, data, settings, Path(scratch), at)
+            if method in OURS:  # as many steps as it chooses; written down, and not taken by itself
+                steps = unlearn(TUNED_ON, method, mode, data, OURS[method] | option, Path(scratch))["steps"]
+                at.seen[steps] = look(loaded(Path(scratch)))
+            else:
+                settings = PLAIN | PEERS[method] | option | {"max_steps": max(STEPS)}
+                unlearn(TUNED_ON, method, mode, data, settings, Path(scratch), at)
         tried += [option | {"max_steps": steps} | seen for steps, seen in at.seen.items()]
         best = max(tried, key=lambda row: (row["composite"], row["utility"]))
         chosen = {key: best[key] for key in (*option, "max_steps")} if option == every[-1] else None
@@ -386,7 +393,11 @@ def main() -> None:
     for name, values in (("mode", MODES), ("data", DATA), ("set", list(SETS)), ("seed", SEEDS)):
         parser.add_argument(f"--{name}", nargs="+", choices=values, default=values, type=type(values[0]))
     parser.add_argument("--again", action="store_true", help="measure cells that are in the cache, too")
-    parser.add_argument("--tune", action="store_true", help="choose the settings of peers")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="choose the settings of peers; with --only redirect, try rates for our default",
+    )
     parser.add_argument("--report", action="store_true", help="write results and page from the cells in the cache")
     parser.add_argument("--quick", action="store_true", help="two steps on few people: two minutes; writes nothing")
     given = parser.parse_args()
@@ -410,7 +421,7 @@ def main() -> None:
         return print(*(language_report.goals(gathered(), mode) for mode in given.mode), sep="\n\n")
     if given.tune:
         for data, mode, method in product(given.data, given.mode, given.only or PEERS):
-            if method in PEERS and fits(method, data):
+            if method in (*OURS, *PEERS) and fits(method, data):
                 tune(method, mode, data)
         return None
     for cell in cells(given):
