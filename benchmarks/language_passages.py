@@ -1,10 +1,13 @@
 """Passages without questions: what the original says of another person, or what Who's Harry Potter's reinforced model takes away.
 
-    python benchmarks/language_passages.py [--seeds 0 1 2] [--quick]
+    python benchmarks/language_passages.py [--seeds 0 1 2] [--only TARGETS …] [--quick]
 
 A small Llama knows passages about 100 invented people by heart; those about ten of them are forgotten, with the others' at hand. The targets are
 
-- *another person*: ours, further questions left out;
+- *redirect*: our default: what the original says of another person, each sentence as if the passage began there, and passages about that
+  person that it writes itself;
+- *sentence by sentence*: without those passages;
+- *whole passages*: nor with sentences by themselves: what went before is read, too;
 - *reinforced* (Who's Harry Potter, arXiv 2310.02238, equation 1): z − α max(0, z′ − z) with the logits z of the original and z′ of one that was
   trained on the forget passages some more, α = 5;
 - *both*: the same formula on the passages about another person, as that paper does;
@@ -45,7 +48,7 @@ RESULTS = Path(__file__).parent / "results" / "language_passages.json"
 SIZE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}
 ALPHA, REINFORCED = 5.0, {"max_steps": 40, "learning_rate": 5e-4, "lr_scheduler_type": "constant"}
 SENTENCES = 4  # of a passage
-TARGETS = ("another person", "reinforced", "both", "own tokens taken away")
+TARGETS = ("redirect", "sentence by sentence", "whole passages", "reinforced", "both", "own tokens taken away")
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def logits_of(model: nn.Module, rows: list[list[int]]) -> list[Tensor]:
 
 
 class With(UnlearnSFTTrainer):
-    """`UnlearnSFTTrainer` with one of TARGETS, and no further questions.
+    """`UnlearnSFTTrainer` with one of TARGETS.
 
     Args:
         targets (`str`): which.
@@ -128,32 +131,36 @@ class With(UnlearnSFTTrainer):
         super().__init__(*args, **kwargs)
 
     def _made(self) -> dict[str, Asked]:
-        made, rows = super()._made(), self.forget_dataset
-        pairs = of_forget_rows(rows, self.subjects)
+        made, pairs = super()._made(), of_forget_rows(self.forget_dataset, self.subjects)
+        if self.wanted == "redirect":
+            return made
         if self.wanted == "own tokens taken away":
             pairs = [replace(pair, other=None) for pair in pairs]
+        elif self.wanted != "sentence by sentence":
+            pairs = [replace(pair, sentences=()) for pair in pairs]
         asked = ask(self.model, pairs)
         if self.wanted in ("reinforced", "both"):
             asked = Asked(asked.rows, self._generic(pairs, asked.targets))
         return made | {"asked": asked}
 
     def _generic(self, pairs: list[Pair], targets: Targets) -> Targets:
-        """Equation 1 at every place; where somebody else's passage is longer or shorter there, or has a name, the row's own."""
-        own = [pair.ids for pair in pairs]
-        mine, others = (logits_of(model.eval(), own) for model in (self.model, self.reinforced))
-        generic = [z - ALPHA * (more - z).clamp(min=0) for z, more in zip(mine, others, strict=True)]
+        """Equation 1 at every place; of *both* where somebody else's passage has the same token."""
+        generic = self._taken_away([pair.ids for pair in pairs])
         if self.wanted == "both":
-            about = [pair.other for pair in pairs]
-            theirs, reinforced = (logits_of(model.eval(), about) for model in (self.model, self.reinforced))
-            for pair, logits, z, more in zip(pairs, generic, theirs, reinforced, strict=True):
+            theirs = self._taken_away([pair.other for pair in pairs])
+            for pair, logits, others in zip(pairs, generic, theirs, strict=True):
                 for place, there in enumerate(pair.places):
                     if place and there > 0 and pair.other[there] == pair.ids[place]:
-                        logits[place - 1] = z[there - 1] - ALPHA * (more[there - 1] - z[there - 1]).clamp(min=0)
+                        logits[place - 1] = others[there - 1]
         rows = [
             logits[[place - 1 for place, label in enumerate(pair.labels) if label != IGNORED and place]]
             for pair, logits in zip(pairs, generic, strict=True)
         ]
         return Targets(targets.begins, *likeliest(torch.cat(rows)), targets.answer_log_p)
+
+    def _taken_away(self, rows: list[list[int]]) -> list[Tensor]:
+        pairs = zip(*(logits_of(model.eval(), rows) for model in (self.model, self.reinforced)), strict=True)
+        return [z - ALPHA * (more - z).clamp(min=0) for z, more in pairs]
 
 
 def figures(model: PreTrainedModel, tokenizer, rows: dict[str, Dataset]) -> dict[str, float]:
@@ -175,7 +182,7 @@ def figures(model: PreTrainedModel, tokenizer, rows: dict[str, Dataset]) -> dict
     return out
 
 
-def measure(recipe: PassagesRecipe, **settings) -> list[dict]:
+def measure(recipe: PassagesRecipe, wanted: tuple[str, ...] = TARGETS, **settings) -> list[dict]:
     folder, rows = model_of(recipe), passages(recipe)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -196,7 +203,7 @@ def measure(recipe: PassagesRecipe, **settings) -> list[dict]:
         )
         more = SFTTrainer(loaded(), args, train_dataset=given["forget_dataset"], processing_class=tokenizer)
         more.train()
-        for targets in TARGETS:
+        for targets in wanted:
             args = UnlearnSFTConfig(f"{scratch}/{targets}", seed=recipe.seed, **QUIET | {"max_length": 192} | settings)
             trainer = With(
                 loaded(), args, targets=targets, reinforced=more.model, processing_class=tokenizer, **given
@@ -219,15 +226,18 @@ def measure(recipe: PassagesRecipe, **settings) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
+    parser.add_argument("--only", nargs="+", choices=TARGETS, default=TARGETS, help="targets")
     parser.add_argument("--quick", action="store_true", help="few people, two steps; writes nothing")
     given = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    rows = []
+    rows = [] if given.quick or not RESULTS.is_file() else json.loads(RESULTS.read_text())["rows"]
     for seed in [0] if given.quick else given.seeds:
         recipe = PassagesRecipe(people=20, epochs=1) if given.quick else PassagesRecipe(seed=seed)
-        rows += rounded(measure(recipe, **({"max_steps": 2} if given.quick else {})))
+        found = rounded(measure(recipe, tuple(given.only), **({"max_steps": 2} if given.quick else {})))
+        made = {(row["seed"], row["targets"]) for row in found}
+        rows = [row for row in rows if (row["seed"], row["targets"]) not in made] + found
         if not given.quick:
             save(RESULTS, '{"rows": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}")
     print(*map(json.dumps, rows), sep="\n")

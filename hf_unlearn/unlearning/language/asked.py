@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -55,18 +56,28 @@ class Pair:
         labels (`list[int]`): its labels.
         other (`list[int]`, *optional*): the row about somebody else; `ids` itself where the model's own answer is to stay.
         places (`list[int]`): for each token of `ids` where it, or what stands for it, is in `other`; −1 where nothing does.
+        sentences (`list[int]`, *optional*): where in `other` sentences begin that are read by themselves: what went before tells whom a passage
+            is about, whatever name it has.
+        lead (`int`, defaults to 0): first tokens of `other` that are read before each sentence.
     """
 
     ids: list[int]
     labels: list[int]
     other: list[int] | None
     places: list[int]
+    sentences: Sequence[int] = ()
+    lead: int = 0
+
+
+def has_prompt(labels: Sequence[int]) -> bool:
+    """Whether anything stands before the tokens that count."""
+    return not any(label != IGNORED for label in labels[:2])
 
 
 def prompt_of(ids: Sequence[int], labels: Sequence[int]) -> list[int]:
     """The tokens before the first that counts; of a text in which all count, all of it."""
     first = next((place for place, label in enumerate(labels) if label != IGNORED), len(ids))
-    return list(ids[:first] if first > 1 else ids)
+    return list(ids[:first] if has_prompt(labels) else ids)
 
 
 def kept_rows(rows: Iterable[tuple[list[int], list[int]]]) -> list[Pair]:
@@ -88,7 +99,7 @@ def ask(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> Ask
         own = _logits(model, [pair.ids for pair in some], [[t - 1 for t in places] for places in asked])
         changed = [place for place, pair in enumerate(some) if pair.other not in (None, pair.ids)]
         there = [[max(some[place].places[t] - 1, 0) for t in asked[place]] for place in changed]
-        others = dict(zip(changed, _logits(model, [some[place].other for place in changed], there), strict=True))
+        others = dict(zip(changed, _of_others(model, [some[place] for place in changed], there), strict=True))
         for place, (pair, logits) in enumerate(zip(some, own, strict=True)):
             if pair.other is None:
                 answer = torch.tensor([[pair.labels[t]] for t in asked[place]], device=logits.device)
@@ -137,7 +148,7 @@ def log_p(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> t
         rows = order[begin : begin + batch_size]
         there = [range(_answer_begins(pairs[row]), len(pairs[row].other)) for row in rows]
         before = [[place - 1 for place in places] for places in there]
-        found = _logits(model, [pairs[row].other for row in rows], before)
+        found = _of_others(model, [pairs[row] for row in rows], before)
         for row, places, logits in zip(rows, there, found, strict=True):
             pair, values = pairs[row], logits.float().log_softmax(-1)
             values = values[range(len(places)), [pair.other[place] for place in places]]
@@ -150,6 +161,25 @@ def log_p(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> t
 def _answer_begins(pair: Pair) -> int:
     first = next(place for place, label in enumerate(pair.labels) if label != IGNORED)
     return max(pair.places[:first], default=0) + 1
+
+
+def _of_others(model: nn.Module, pairs: Sequence[Pair], places: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits `[places, vocabulary]` about somebody else at some of each pair's places, sentence by sentence where it has sentences."""
+    parts, wanted, where = [], [], []
+    for number, (pair, some) in enumerate(zip(pairs, places, strict=True)):
+        for begin, end in pairwise((0, *pair.sentences, len(pair.other))):
+            inside = [index for index, place in enumerate(some) if begin <= place < end]
+            lead = pair.other[: pair.lead] if begin else []
+            if inside or not some:
+                parts.append([*lead, *pair.other[begin:end]])
+                wanted.append([len(lead) + some[index] - begin for index in inside])
+                where.append((number, inside))
+    found: list[Tensor | None] = [None] * len(pairs)
+    for (number, inside), logits in zip(where, _logits(model, parts, wanted), strict=True):
+        if found[number] is None:
+            found[number] = logits.new_empty(len(places[number]), logits.shape[-1])
+        found[number][inside] = logits
+    return found
 
 
 def _logits(model: nn.Module, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Tensor]:

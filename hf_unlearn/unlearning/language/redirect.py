@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ...training.collators import ROW, WithRow
 from ...training.losses import IGNORED, mean_over_predictions
-from .asked import Asked, Pair, ask, kept_rows, log_p, prompt_of
+from .asked import Asked, Pair, ask, has_prompt, kept_rows, log_p, prompt_of
 from .checks import check_keep, check_marks, check_unused, tell_about, tell_targets
 from .likeness import said_again
 from .own_samples import first_token, own_texts
@@ -52,11 +52,15 @@ LONGEST = 256  # tokens at most of what is written
 
 
 def of_forget_rows(rows: Dataset, subjects: Subjects) -> list[Pair]:
-    """Each forget text beside the same about somebody else."""
-    found = []
+    """Each forget text beside the same about somebody else; a passage without a question sentence by sentence."""
+    found, words = [], subjects.words
     for ids, labels, subject in zip(rows["input_ids"], rows["labels"], subjects.of, strict=True):
-        other = subjects.replaced(ids, subjects.strangers[subject]) if subject else None
-        found.append(Pair(ids, labels, other and other.ids, other.places if other else []))
+        if not subject:
+            found.append(Pair(ids, labels, None, []))
+            continue
+        other = subjects.replaced(ids, subjects.strangers[subject])
+        alone = [] if has_prompt(labels) else words.sentences(other.ids)
+        found.append(Pair(ids, labels, other.ids, other.places, alone, words.special_before(other.ids)))
     return found
 
 
@@ -111,8 +115,9 @@ def further_questions(
     max_new_tokens: int = 256,
     seed: int = 0,
 ) -> list[Pair]:
-    """Questions that other forget texts ask, about each text's subject, with answers that the model writes about somebody else. Where most of them
-    name the stranger, those are left out that do not: they may be about anybody.
+    """Questions that other forget texts ask, about each text's subject, with answers that the model writes about somebody else. Of a passage
+    without a question the words up to the name stand for one. Where most answers name the stranger, those are left out that do not: they may
+    be about anybody.
 
     Args:
         rows (`Dataset`): `input_ids` and `labels`.
@@ -123,7 +128,10 @@ def further_questions(
         seed (`int`, defaults to 0): of questions and answers.
     """
     rng = random.Random(seed)
-    prompts = [prompt_of(ids, labels) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
+    prompts = [
+        prompt_of(ids, labels) if has_prompt(labels) else ids[: subjects.named_by(ids, subject)]
+        for ids, labels, subject in zip(rows["input_ids"], rows["labels"], subjects.of, strict=True)
+    ]
     alike: dict[int, list[int]] = {}
     for row, name in enumerate(subjects.of):
         alike.setdefault(len(name), []).append(row)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 
@@ -21,6 +22,7 @@ TIMES = 4.0  # a subject's words are this much more frequent in the forget promp
 FEW = 8  # names to take pieces from, below which the vocabulary's are taken
 LONGEST = 6  # pieces of a word that is made up
 OPENING = ".!?:;…。！？：\n"  # after these a word has a capital letter, whatever it is
+ENDING = ".!?…。！？\n"  # what a sentence ends with
 WITHIN = ("", "-", "'", "’", "·")  # between the words of one name
 BROKEN = "�"  # what part of a letter of several bytes is decoded to
 
@@ -126,6 +128,14 @@ class Words:
             elif gap is not None:
                 gap += piece
         return found
+
+    def sentences(self, ids: Sequence[int]) -> list[int]:
+        """Where sentences begin in a row, but for the first."""
+        return [word.begin for word in self.of(ids) if not set(ENDING).isdisjoint(word.gap or "")]
+
+    def special_before(self, ids: Sequence[int]) -> int:
+        """How many tokens at the beginning of a row stand for no text."""
+        return next((place for place, index in enumerate(ids) if self.pieces[index] is not None), len(ids))
 
     def in_text(self, text: str) -> set[str]:
         """The words of a text, in small letters."""
@@ -268,6 +278,14 @@ def _names_by_place(rows: Sequence[Sequence[Word]], but: Container[str]) -> dict
     return found
 
 
+def _repeated(row: Sequence[Word], some: set[str]) -> set[str]:
+    """Of some words those that a text has at least half as often as that which it has most often: of a passage whom it is about, and not
+    what it says of them.
+    """
+    counts = Counter(word.text for word in row if word.text in some)
+    return {text for text, count in counts.items() if 2 * count >= max(counts.values())}
+
+
 def _whole_name(row: Sequence[Word], subject: set[str], names: set[str]) -> tuple[str, ...]:
     """The subject's words, and the words of a name that stand beside them: a stranger with somebody's first name reminds the model of them."""
     part = [word.text in subject for word in row]
@@ -321,7 +339,7 @@ class Subjects:
         self.surface: dict[str, str] = {}
         for row, mark in zip(rows, marked or [None] * len(rows), strict=True):
             here = {word.text for word in row}
-            wanted = words.in_text(mark) if mark else here & over & names or here & over
+            wanted = words.in_text(mark) if mark else _repeated(row, here & over & names or here & over)
             if not mark and not wanted & names and 2 * len(wanted) > len(here) > 1:
                 wanted = set()  # nothing tells the subject from the question
             self.of.append(_whole_name(row, wanted, names))
@@ -369,6 +387,15 @@ class Subjects:
             done = word.end
         places += range(len(found), len(found) + len(ids) - done)
         return Counterfactual([*found, *ids[done:]], places)
+
+    def named_by(self, ids: Sequence[int], subject: tuple[str, ...]) -> int:
+        """The place after the words of the subject that stand together first."""
+        words = self.words.of(ids)
+        begin = next((number for number, word in enumerate(words) if word.text in subject), None)
+        if begin is None:
+            return 0
+        last = next((word for word, after in pairwise(words[begin:]) if after.text not in subject), words[-1])
+        return last.end
 
     def named_in(self, ids: Sequence[int]) -> list[tuple[str, ...]]:
         """The subjects that a text is about: all words of theirs are in it."""
