@@ -7,7 +7,7 @@ from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
 
 from hf_unlearn.unlearning.language.asked import Asked, Pair, ask, log_p
-from hf_unlearn.unlearning.language.redirect import further_questions
+from hf_unlearn.unlearning.language.redirect import further_questions, of_forget_rows
 from hf_unlearn.unlearning.language.subject import Subjects, Words
 from hf_unlearn.unlearning.language.targets import TOP, divergence_from, likeliest
 
@@ -157,3 +157,64 @@ class TestAsked:
             names = {place for word in mine for place in range(word.begin, word.end)}
             assert all(pair.ids[place] == pair.other[other] or place in names for place, other in there)
             assert there[-1] == (len(pair.ids) - 1, len(pair.other) - 1)
+
+
+class TestPassages:
+    """Texts without a question."""
+
+    TEXTS = [
+        "Anna Kowalska lives in Riga. Every day Anna Kowalska paints boats. The boats are blue, says Anna Kowalska.",
+        "Karl Meier lives in Oslo. Every day Karl Meier mends clocks. The clocks are old, says Karl Meier.",
+    ]
+    OTHERS = ["Luc Blanc sings in Berne. Every day Luc Blanc sings songs."] * 20
+
+    @pytest.fixture
+    def case(self, tokenizer):
+        """Rows, and their subjects, with a token before each text that stands for none."""
+        ids = [[1, *tokenizer(text, add_special_tokens=False)["input_ids"], 2] for text in self.TEXTS]
+        others = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.OTHERS]
+        subjects = Subjects(Words(tokenizer), ids, others)
+        return Dataset.from_dict({"input_ids": ids, "labels": ids}), subjects
+
+    def test_are_about_whom_they_repeat(self, case):
+        assert case[1].of == [("anna", "kowalska"), ("karl", "meier")]
+
+    def test_sentences_are_read_by_themselves(self, case, tiny_llama, tokenizer):
+        """What is asked at a place is what the model says after the words of that sentence alone."""
+        rows, subjects = case
+        pairs = of_forget_rows(rows, subjects)
+        asked = ask(tiny_llama, pairs)
+        for row, pair in enumerate(pairs):
+            tokens, log_p = asked.targets.at([row])
+            stranger = list(subjects.strangers[subjects.of[row]].values())
+            said = [tokenizer.decode([token]) for token in pair.other]
+            starts = [
+                next(place for place in range(dot + 1, len(said)) if said[place].strip())
+                for dot, text in enumerate(said[:-2])
+                if text == "."
+            ]
+            begins = [0, *starts]
+            checked = 0
+            for number, place in enumerate(range(1, len(pair.ids))):
+                there = pair.places[place]
+                if there <= 0 or pair.other[there] != pair.ids[place]:
+                    continue  # a name
+                begin = max(one for one in begins if one < there)
+                alone = [1, *pair.other[max(begin, 1) : there]]
+                expected = tiny_llama.eval()(torch.tensor([alone])).logits[0, -1].log_softmax(-1)
+                torch.testing.assert_close(log_p[number][:-1], expected[tokens[number].long()], **CLOSE)
+                checked += begin > 0
+            assert checked > 10
+            assert all(name in tokenizer.decode(pair.other) for name in stranger)
+
+    def test_further_ones_go_on_from_the_name(self, case, tiny_llama, tokenizer):
+        rows, subjects = case
+        found = further_questions(rows, subjects, tiny_llama, tokenizer, each=2, max_new_tokens=12)
+        assert len(found) == 4
+        for number, pair in enumerate(found):
+            begin = pair.labels.count(-100)
+            subject = subjects.of[number // 2]
+            stranger = " ".join(subjects.strangers[subject].values())
+            assert tokenizer.decode(pair.ids[1:begin]).casefold() == " ".join(subject)
+            assert tokenizer.decode(pair.other[1:]).startswith(stranger)
+            assert pair.labels[begin:] == pair.ids[begin:] != []
