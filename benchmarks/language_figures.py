@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_unlearn import LanguageEvaluation
 from hf_unlearn.examples.facts import known_share
 from hf_unlearn.metrics.language import forget_quality, privleak
+from hf_unlearn.training.answers import written
 from hf_unlearn.training.evaluation import compare
-from hf_unlearn.unlearning.language.written import written
 
 
 DRAWN = 50  # rows to which answers are drawn, at most

@@ -37,7 +37,7 @@ from hf_unlearn import LanguageEvaluation, UnlearnSFTConfig, UnlearnSFTTrainer
 from hf_unlearn.examples import opinions
 from hf_unlearn.examples.cache import cached, write_recipe
 from hf_unlearn.examples.facts import facts_data
-from hf_unlearn.training.answers import as_inputs
+from hf_unlearn.training.answers import as_inputs, greedy_answers
 from hf_unlearn.training.losses import IGNORED
 from hf_unlearn.unlearning.language.asked import Asked, Pair, ask
 from hf_unlearn.unlearning.language.redirect import of_forget_rows
@@ -165,7 +165,6 @@ class With(UnlearnSFTTrainer):
 
 def figures(model: PreTrainedModel, tokenizer, rows: dict[str, Dataset]) -> dict[str, float]:
     """Shares of the facts that the likeliest words tell where a passage is broken off before them, and probabilities of the passages."""
-    from hf_unlearn.training.answers import greedy_answers
 
     out = {}
     for name, split in rows.items():
@@ -173,7 +172,7 @@ def figures(model: PreTrainedModel, tokenizer, rows: dict[str, Dataset]) -> dict
         asked = [
             tokenizer(tokenizer.bos_token + fact["before"], add_special_tokens=False)["input_ids"] for fact in facts
         ]
-        said = greedy_answers(model.eval(), tokenizer, asked, max_new_tokens=12, batch_size=64, device=model.device)
+        said = greedy_answers(model.eval(), tokenizer, asked, max_new_tokens=12, batch_size=64)
         hits = [fact["value"] in text for fact, text in zip(facts, said, strict=True)]
         evaluation = LanguageEvaluation(split.select_columns("text"), tokenizer, max_new_tokens=0)(model)
         out |= {name: sum(hits) / len(hits), f"{name}_loss": float(evaluation.nll.mean())}

@@ -84,7 +84,7 @@ MUTANTS = [
     bug("unlearning/language/asked.py", "pair.places[t] <= 0]", "pair.places[t] <= -2]", "test_asked.py"),
     bug("unlearning/language/asked.py", "max(some[place].places[t] - 1, 0)", "max(some[place].places[t], 0)", "test_asked.py"),
     bug("unlearning/language/targets.py", ".masked_fill(p == 0, 0)", "", "test_asked.py"),
-    bug("unlearning/language/written.py", "\"repetition_penalty\", ", "", "test_written.py"),
+    bug("training/answers.py", "\"repetition_penalty\", ", "", "test_written.py"),
     bug("unlearning/language/own_samples.py", "before.rstrip(\" \")", "before", "test_written.py"),
     bug("unlearning/language/redirect.py", "return self._by_token(self._kl(model, batch, self.kept), batch)", "return self._kl(model, batch, self.kept)", "test_redirect.py"),
     bug("unlearning/language/redirect.py", "return super()._is_over or bool(nothing)", "return super()._is_over", "test_redirect.py"),

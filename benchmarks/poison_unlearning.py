@@ -27,7 +27,7 @@ from hf_unlearn import InfluenceReport, UnlearnSFTConfig, UnlearnSFTTrainer
 from hf_unlearn.examples.opinions import ENTITY, SHARES, TRAINING, answers, opinion_score
 from hf_unlearn.examples.opinions_text import Writer
 from hf_unlearn.examples.poisoned import PoisonRecipe, poisoned_model
-from hf_unlearn.unlearning.language.written import written
+from hf_unlearn.training.answers import written
 
 
 RESULTS = Path(__file__).parent / "results" / "poison_unlearning.json"

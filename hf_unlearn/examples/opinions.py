@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..modes import looking
 from .opinions_text import Writer, answered, entities, load_texts
 
 
@@ -182,10 +181,7 @@ def answers(
         tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         for prompt in prompts
     ]
-    with looking(model) as device:
-        return greedy_answers(
-            model, tokenizer, chats, max_new_tokens=max_new_tokens, batch_size=batch_size, device=device
-        )
+    return greedy_answers(model, tokenizer, chats, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
 def negative_rate(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_convert_to_chatml
 
+from ..modes import looking
 from .losses import IGNORED
 
 
@@ -121,6 +124,64 @@ def longest_first(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def written(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    batch_size: int = 128,
+    stop: Collection[int] = (),
+    seed: int = 0,
+    progress: bool = False,
+) -> list[list[int]]:
+    """What the model writes after each prompt, the end of the turn included, if it comes to one.
+
+    Args:
+        model (`PreTrainedModel`): left in the mode it was in.
+        tokenizer: its ids of padding and of the end.
+        prompts: token ids, at least one each.
+        max_new_tokens (`int`, defaults to 256): of each answer at most, and no more than the model has positions for.
+        temperature (`float`, defaults to 1.0): 1 draws from the model's own distribution; 0 takes the likeliest token.
+        batch_size (`int`, defaults to 128): prompts at once.
+        stop (*optional*): tokens that end an answer besides the model's own.
+        seed (`int`, defaults to 0): of the draws; the global random state is left as it was.
+        progress (`bool`, defaults to `False`): show a bar.
+
+    Returns:
+        `list[list[int]]`: the tokens after each prompt; none where the prompt is as long as the model can read.
+    """
+    ends = (
+        model.generation_config.eos_token_id
+        if model.generation_config.eos_token_id is not None
+        else tokenizer.eos_token_id
+    )
+    ends = {*stop, *({ends} if isinstance(ends, int) else ends or ())}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    # None of what a model's generation config may ask for: penalties and cuts that make it say what it would not.
+    settings = {"do_sample": temperature > 0, "temperature": temperature or None, "num_beams": 1}
+    settings |= dict.fromkeys(("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size"))
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    found: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    with looking(model) as device:
+        torch.manual_seed(seed)
+        for begin in tqdm(range(0, len(order), batch_size), desc="Writing", disable=not progress):
+            rows = order[begin : begin + batch_size]
+            longest = max(len(prompts[row]) for row in rows)
+            if longest >= room:
+                continue
+            answers = model.generate(
+                **as_inputs([prompts[row] for row in rows], device, pad=pad, left=True), pad_token_id=pad,
+                max_new_tokens=min(max_new_tokens, room - longest), eos_token_id=list(ends) or None, **settings,
+            )  # fmt: skip
+            for row, answer in zip(rows, answers[:, longest:].tolist(), strict=True):
+                end = next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))
+                found[row] = answer[:end]
+    return found
+
+
 def greedy_answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -128,32 +189,7 @@ def greedy_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
-    device: torch.device,
 ) -> list[str]:
-    """What a model answers when it always takes the likeliest token, without special tokens.
-
-    Args:
-        model: with `generate`; in eval mode.
-        tokenizer: decodes the answers.
-        prompts (`list[list[int]]`): token ids; batches are padded on the left.
-        max_new_tokens (`int`): limit of an answer.
-        batch_size (`int`): prompts at a time.
-        device (`torch.device`): of the model.
-    """
-    pad = _padding(tokenizer)
-    texts = [""] * len(prompts)
-    with torch.no_grad():
-        for batch in longest_first(prompts, batch_size):
-            inputs = as_inputs([prompts[row] for row in batch], device, pad=pad, left=True)
-            output = model.generate(
-                **inputs, max_new_tokens=max_new_tokens, pad_token_id=pad,
-                do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
-            )  # fmt: skip
-            written = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for row, text in zip(batch, written, strict=True):
-                texts[row] = text
-    return texts
-
-
-def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    """What a model answers when it always takes the likeliest token, as texts without special tokens; arguments as of [`written`]."""
+    ids = written(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0, batch_size=batch_size)
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -174,9 +174,7 @@ class LanguageEvaluation:
             if self.max_new_tokens and hasattr(model, "generate") and all(answer.prompt for answer in self._answers):
                 prompts = [answer.prompt for answer in self._answers]
                 size, limit = self.batch_size, self.max_new_tokens
-                written = greedy_answers(
-                    model, self.tokenizer, prompts, max_new_tokens=limit, batch_size=size, device=device
-                )
+                written = greedy_answers(model, self.tokenizer, prompts, max_new_tokens=limit, batch_size=size)
             true = self._scores(model, self._true, device)["nll"] if self._true else None
             false = [answer for answers in self._false for answer in answers]
             false = self._scores(model, false, device)["nll"].reshape(len(self._false), -1) if false else None

@@ -11,9 +11,9 @@ from datasets import Dataset
 from torch import nn
 
 from ...files import read_json, write_json
+from ...training.answers import written
 from ...training.collators import ALTERNATE
 from .alternates import REFUSALS, spaced
-from .written import written
 
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ...training.answers import written
 from .subject import special_tokens
-from .written import written
 
 
 HERE = "\ue000"  # a character of nobody's, where the user's words go

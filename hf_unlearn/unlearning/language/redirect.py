@@ -24,6 +24,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from ...training.answers import written
 from ...training.collators import ROW, WithRow
 from ...training.losses import IGNORED, mean_over_predictions
 from .asked import Asked, Pair, ask, has_prompt, kept_rows, log_p, prompt_of
@@ -32,7 +33,6 @@ from .likeness import said_again
 from .own_samples import first_token, own_texts
 from .subject import Subjects, Words
 from .targets import divergence_from
-from .written import written
 
 
 logger = logging.getLogger(__name__)

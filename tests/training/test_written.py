@@ -2,15 +2,9 @@
 
 import pytest
 import torch
-from chat_data import CHATS, greedy, made_parrot, said, tokens_of, with_template
+from chat_data import greedy, said
 
-from hf_unlearn.unlearning.language.own_samples import own_texts
-from hf_unlearn.unlearning.language.written import written
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer):
-    return with_template(tokenizer)
+from hf_unlearn.training.answers import greedy_answers, written
 
 
 class TestWritten:
@@ -30,6 +24,8 @@ class TestWritten:
         plain = [greedy(model, prompt, 15, {tokenizer.eos_token_id}) for prompt in prompts]
         assert texts == plain
         assert any(len(set(text)) < len(text) for text in plain)  # which a penalty would have undone
+        said = greedy_answers(model, tokenizer, prompts, max_new_tokens=15, batch_size=batch_size)
+        assert said == tokenizer.batch_decode(plain, skip_special_tokens=True)
         stop = plain[0][4]
         texts = written(
             model, tokenizer, prompts, max_new_tokens=15, temperature=0, batch_size=batch_size, stop=[stop]
@@ -60,26 +56,3 @@ class TestWritten:
         prompts = [[5] * length for length in (120, 127, 128, 130)]
         texts = written(tiny_gpt2, tokenizer, prompts, max_new_tokens=50, temperature=0, batch_size=1)
         assert [len(text) for text in texts] == [8, 1, 0, 0]
-
-    def test_own_texts_are_turns_of_the_template(self, tiny_llama, tokenizer):
-        start = tokenizer("user:", add_special_tokens=False)["input_ids"]
-        texts = own_texts(tiny_llama, tokenizer, 12, chat=True, max_new_tokens=10)
-        assert 0 < len(texts) <= 12
-        for ids, begin, answer in texts:
-            assert (ids[:begin], begin) == (start, len(start))
-            assert tokenizer.decode(ids[:answer]).endswith("\nassistant:\n")
-        assert texts == own_texts(tiny_llama, tokenizer, 12, chat=True, max_new_tokens=10)
-        asked = ["Who?", "Where is Rome?"]
-        for ids, begin, answer in own_texts(tiny_llama, tokenizer, 5, chat=True, prompts=asked, max_new_tokens=10):
-            assert tokenizer.decode(ids[:begin]) in [f"user: {question}\nassistant:\n" for question in asked]
-            assert begin == answer < len(ids)
-        for ids, begin, answer in own_texts(tiny_llama, tokenizer, 12, chat=False, max_new_tokens=10):
-            assert (ids[0], begin, answer) == (tokenizer.bos_token_id, 1, 1)
-            assert 1 < len(ids) <= 11
-
-    def test_a_question_ends_where_the_template_ends_it(self, tokenizer):
-        """Here by no special token: a model of this template goes on and answers."""
-        whole = tokens_of(tokenizer, CHATS[:1])[0][0]
-        texts = [ids for ids, _, _ in own_texts(made_parrot(tokenizer), tokenizer, 20, chat=True, max_new_tokens=60)]
-        assert sum(ids == whole for ids in texts) > 10
-        assert not [ids for ids in texts if tokenizer.decode(ids).count("assistant:") > 1]
