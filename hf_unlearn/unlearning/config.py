@@ -155,8 +155,8 @@ class UnlearnSFTConfig(UnlearnArguments, SFTConfig):
     __doc__ = f"""Configuration of [`UnlearnSFTTrainer`]: [`~trl.SFTConfig`] and these.
 {UnlearnArguments.__doc__}
     > Of language models
-        own_samples (`int`, defaults to 4000): texts that the original writes, once, before the first step, where `redirect` has no
-            `retain_dataset=`: what is to be kept.
+        own_samples (`int`, *optional*): of `redirect`: texts that the original writes, once, before the first step: what is to be kept. Default:
+            4,000, and 1,000 beside a `retain_dataset=`, for what its rows leave out; 0 for none.
         learning_rate (`float`, *optional*): default: by the model's width, see [`~hf_unlearn.unlearning.language.trainer.default_rate`].
         num_train_epochs (`float`, *optional*): default: 3, and with `redirect` 12, or what makes 120 or 400
             steps of few or many rows.
@@ -166,7 +166,7 @@ class UnlearnSFTConfig(UnlearnArguments, SFTConfig):
 
     hub_strategy: str = "end"
     forget: Literal["class", "examples"] = "examples"
-    own_samples: int = 4000
+    own_samples: int | None = None
     learning_rate: float | None = None
     num_train_epochs: float | None = None
     per_device_train_batch_size: int = 16
@@ -175,7 +175,7 @@ class UnlearnSFTConfig(UnlearnArguments, SFTConfig):
 
     def _check_unlearn_arguments(self) -> None:
         super()._check_unlearn_arguments()
-        check_fields(self, {"≥ 1": ("own_samples",)})
+        check_fields(self, {"≥ 0": ("own_samples",)})
         for name in ("packing", "eval_packing", "padding_free"):
             if getattr(self, name):
                 raise ValueError(f"{name}=True: takes away the boundaries between examples; set {name}=False")

@@ -55,16 +55,20 @@ def check_marks(marks: Mapping[int, Any], prompts: Mapping[int, Sequence[int]], 
         )
 
 
-def check_keep(own_samples: int, written: int, about: int) -> None:
-    """Refuse own samples of which none is left.
+def check_keep(written: int, left: int) -> None:
+    """Refuse a run with nothing to keep.
+
+    Args:
+        written (`int`): texts that the original wrote.
+        left (`int`): rows to keep, those of them that are not about what is to be forgotten included.
 
     Raises:
-        ValueError: saying how many were written, and how many of them are about what is to be forgotten.
+        ValueError: there are none.
     """
-    if about == written:
+    if not left:
         raise ValueError(
-            f"own_samples={own_samples}: of {written} texts that the original wrote {about} are about what is to be forgotten, and none is "
-            "left to keep; pass retain_dataset="
+            f"own_samples: all {written} texts that the original wrote are about what is to be forgotten, and none is left to keep; pass "
+            "retain_dataset="
         )
 
 

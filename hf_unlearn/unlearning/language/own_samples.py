@@ -86,15 +86,19 @@ def own_texts(
     ]
 
 
+def can_begin(tokenizer: Any) -> bool:
+    """Whether there is a token that a text begins with."""
+    return tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+
+
 def first_token(tokenizer: Any) -> int:
     """Id of the token that a text begins with.
 
     Raises:
         ValueError: there is none.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
+    if not can_begin(tokenizer):
         raise ValueError(
             "processing_class: has no token that a text of the model's own could begin with; pass retain_dataset="
         )
-    return start
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -4,7 +4,7 @@ For a forget text with prompt x and answer y, x̃ is the prompt with its subject
 $\sum_t \mathrm{KL}\big(p^*(\cdot\,|\,\tilde x, \tilde y_{<t}) \,\|\, p(\cdot\,|\,x, y_{<t})\big)$ over the tokens of the answer, p\* the frozen original: zero
 where the model speaks of the subject as the original does of strangers. Where the answer names the subject, p\* is what is said of the stranger's
 name there, with the two exchanged. The same is asked of other questions about the subject: those that the forget texts ask of anybody, with
-answers that the original writes about the stranger. What is to be kept are retain rows, or what the original writes by itself.
+answers that the original writes about the stranger. What is to be kept are retain rows, and what the original writes by itself.
 
 Built on: Who's Harry Potter (Eldan and Russinovich, arXiv 2310.02238) replaces names and takes the model's words about others as labels;
 AltPO (arXiv 2409.13474) answers with plausible alternatives; UNDIAL (arXiv 2402.10052) distils a changed original; DELETE (arXiv 2503.23751)
@@ -30,7 +30,7 @@ from ...training.losses import IGNORED, mean_over_predictions
 from .asked import Asked, Pair, ask, has_prompt, kept_rows, log_p, prompt_of
 from .checks import check_keep, check_marks, check_unused, tell_about, tell_targets
 from .likeness import said_again
-from .own_samples import first_token, own_texts
+from .own_samples import can_begin, first_token, own_texts
 from .subject import Subjects, Words
 from .targets import divergence_from
 
@@ -49,6 +49,7 @@ EPOCHS, FEWEST = 12, 3  # where num_train_epochs is not given: so many, but no m
 STEPS = 120, 400  # the larger one, nor fewer than brings them to the smaller one, and FEWEST at least
 LOOKS = 10  # of the guard, where guard_steps is not given
 LONGEST = 256  # tokens at most of what is written
+OWN_SAMPLES, BESIDE = 4000, 1000  # texts of its own where own_samples is not given: alone, and beside rows to keep
 
 
 def of_forget_rows(rows: Dataset, subjects: Subjects) -> list[Pair]:
@@ -222,28 +223,26 @@ class RedirectMixin:
         model, tokenizer, seed = self.model, self._tokenizer, self.args.seed
         rows, kept = self.forget_dataset, self.retain_dataset
         prompts = [prompt_of(ids, labels) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
-        if kept is not None:
-            keep = kept_rows(zip(kept["input_ids"], kept["labels"], strict=True))
-        else:
-            texts = own_texts(
-                model, tokenizer, self.args.own_samples, chat=self._is_chat, max_new_tokens=self._longest, seed=seed,
-                progress=not self.args.disable_tqdm,
-            )  # fmt: skip
-            keep = kept_rows((ids, [IGNORED] * begin + ids[begin:]) for ids, begin, _ in texts)
-        self.subjects = subjects = Subjects(self._words, prompts, [pair.ids for pair in keep], self._marked)
+        keep = [] if kept is None else kept_rows(zip(kept["input_ids"], kept["labels"], strict=True))
+        texts = own_texts(
+            model, tokenizer, self._own_samples, chat=self._is_chat, max_new_tokens=self._longest, seed=seed,
+            progress=not self.args.disable_tqdm,
+        )  # fmt: skip
+        own = kept_rows((ids, [IGNORED] * begin + ids[begin:]) for ids, begin, _ in texts)
+        self.subjects = subjects = Subjects(self._words, prompts, [pair.ids for pair in (*keep, *own)], self._marked)
         if without := sum(not subject for subject in subjects.of):
             logger.warning(
                 "forget_dataset: no subject found in %d of %d rows; their own tokens are taken away instead. Name it in a column "
                 "'subject'", without, len(subjects.of),
             )  # fmt: skip
-        if kept is None:
+        if about := [row for row, pair in enumerate(keep) if subjects.named_in(pair.ids)]:
+            tell_about(about, len(keep))
+        if texts:
             forget = [(ids, len(prompt)) for ids, prompt in zip(rows["input_ids"], prompts, strict=True)]
             again = said_again(model, forget, subjects, [(ids, answer) for ids, _, answer in texts])
-            logger.info("own samples: %d, %d that say what is to be forgotten left out", len(keep), sum(again))
-            check_keep(self.args.own_samples, len(keep), sum(again))
-            keep = [pair for pair, left_out in zip(keep, again, strict=True) if not left_out]
-        elif about := [row for row, pair in enumerate(keep) if subjects.named_in(pair.ids)]:
-            tell_about(about, len(keep))
+            logger.info("own samples: %d, %d that say what is to be forgotten left out", len(own), sum(again))
+            keep += [pair for pair, left_out in zip(own, again, strict=True) if not left_out]
+        check_keep(len(own), len(keep))
         choose_strangers(model, rows, subjects, seed=seed)
         pairs = of_forget_rows(rows, subjects)
         pairs += further_questions(rows, subjects, model, tokenizer, max_new_tokens=self._longest, seed=seed)
@@ -251,6 +250,14 @@ class RedirectMixin:
         for name, part in made.items():
             tell_targets(name, part.targets, len(tokenizer))
         return made
+
+    @property
+    def _own_samples(self) -> int:
+        """How many texts the original writes; beside rows to keep none where it has nothing to begin with."""
+        number, alone = self.args.own_samples, self.retain_dataset is None
+        if not (alone or self._is_chat or can_begin(self._tokenizer)):
+            return 0
+        return (OWN_SAMPLES if alone else BESIDE) if number is None else number
 
     @property
     def _longest(self) -> int:
@@ -281,7 +288,9 @@ class RedirectMixin:
         check_unused(
             replay_weight=args.replay_weight, heldout_loss=args.heldout_loss, heldout_dataset=self.heldout_dataset
         )
-        if self.retain_dataset is None and not self._is_chat:
+        if self.retain_dataset is None and not self._own_samples:
+            raise ValueError("own_samples=0: leaves nothing to keep; leave it out, or pass retain_dataset=")
+        if self._own_samples and not self._is_chat:
             first_token(self._tokenizer)
         marks = {row: mark for row, mark in enumerate(self._marked or ()) if mark}
         prompts = {row: prompt_of(rows[row]["input_ids"], rows[row]["labels"]) for row in marks}
@@ -399,7 +408,7 @@ class RedirectMixin:
         chosen = super()._chosen()
         if self.redirects:
             chosen = {name: value for name, value in chosen.items() if name not in ("retain_loss", "replay_weight")}
-            chosen |= {"own_samples": self.args.own_samples} if self.retain_dataset is None else {}
+            chosen |= {"own_samples": self._own_samples}
         return chosen
 
     # The loss

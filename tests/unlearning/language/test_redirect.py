@@ -80,11 +80,12 @@ def settings(folder, **changes):
     return text_settings(
         folder,
         UnlearnSFTConfig,
-        **{"forget_loss": "redirect", "own_samples": 8, "per_device_train_batch_size": 64} | changes,
+        **{"forget_loss": "redirect", "per_device_train_batch_size": 64} | changes,
     )
 
 
 def forgetting(model, tokenizer, folder, rows=CHATS, retain=None, subject=None, **changes):
+    changes = {"own_samples": 8 if retain is None else 0} | changes
     return UnlearnSFTTrainer(
         model, args=settings(folder, **changes), processing_class=tokenizer, subject=subject,
         forget_dataset=rows if hasattr(rows, "column_names") else as_chats(rows),
@@ -156,6 +157,30 @@ class TestTrainer:
         assert terms[1][1] > 1e-3 > terms[0][1]
         assert_same_parameters(trainer.model, student)
 
+    def test_own_texts_stand_beside_rows_to_keep(self, parrot, tokenizer, tmp_path):
+        """What these leave out; but for those about the subject."""
+        for number, subject in enumerate(("Anna Kowalska", "Karl Meier")):  # the parrot speaks of the first alone
+            folder = tmp_path / str(number)
+            rows = CHATS[2 * number : 2 * number + 2]
+            trainer = forgetting(
+                parrot,
+                tokenizer,
+                folder,
+                rows=rows,
+                retain=KEPT,
+                own_samples=6,
+                subject=lambda row, name=subject: name,
+            )
+            made = trainer._made()["kept"].rows
+            kept = len(trainer.retain_dataset)
+            assert made["input_ids"][:kept] == trainer.retain_dataset["input_ids"][:]
+            assert len(made) == kept + (6 if number else 0)
+        assert trainer._own_samples == 6
+        for retain, expected in ((KEPT, 1000), (None, 4000)):
+            assert (
+                forgetting(parrot, tokenizer, tmp_path / "x", retain=retain, own_samples=None)._own_samples == expected
+            )
+
     def test_what_the_guard_sees_equals_plain_loops(self, parrot, tokenizer, tmp_path):
         original = copy.deepcopy(parrot)
         trainer = forgetting(
@@ -187,7 +212,7 @@ class TestTrainer:
         assert trainer.remembered() == pytest.approx(excess - TOLERANCE, abs=1e-5)
         assert {subject != () for subject in trainer.subjects.of} == {True, False}
         settings = trainer._chosen()
-        assert not {"retain_loss", "replay_weight", "own_samples"} & set(settings)  # which decided nothing
+        assert not {"retain_loss", "replay_weight"} & set(settings)  # which decided nothing
         assert settings.items() >= {"forget_loss": "redirect", "retain_per_forget": 1}.items()
 
     def test_utility_without_data_is_the_divergence_on_what_the_original_wrote(self, parrot, tokenizer, tmp_path):
@@ -255,7 +280,7 @@ class TestWhatIsSaid:
         )
         with pytest.raises(
             ValueError,
-            match=r"^own_samples=3: of 3 texts that the original wrote 3 are about [^\n]+ pass retain_dataset=$",
+            match=r"^own_samples: all 3 texts that the original wrote are about [^\n]+ pass retain_dataset=$",
         ):
             trainer.train()
         assert not list(tmp_path.rglob("*.safetensors"))
@@ -313,7 +338,7 @@ class TestWhatIsSaid:
              "subject: forget_dataset has a column 'subject' too; leave one of them out"),
             ({"replay_weight": 2.0}, "replay_weight: forget_loss='redirect' has no use for it; leave it out"),
             ({"heldout_loss": 2.0}, "heldout_loss: forget_loss='redirect' has no use for it"),
-            ({"own_samples": 0}, "own_samples=0: must be ≥ 1"),
+            ({"own_samples": 0}, "own_samples=0: leaves nothing to keep; leave it out, or pass retain_dataset="),
             ({"rows": as_chats(CHATS).to_iterable_dataset()}, "forget_dataset: a streaming dataset has no length"),
         ],
     )  # fmt: skip
