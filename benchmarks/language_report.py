@@ -149,6 +149,12 @@ def goals(cells: dict, mode: str, method: str = "redirect") -> str:
     return "\n".join(lines)
 
 
+def _how_many(seeds: set[int], sets: set[str]) -> str:
+    if len(seeds) * len(sets) == 1:
+        return "One training seed: of 160 questions a share of 5 % is known to ± 3.4 points only, so small differences say nothing."
+    return f"Means over {len(seeds)} training seeds{' and both sets' if len(sets) > 1 else ''}, as far as they are measured, but p, which is a median."
+
+
 MODES = {"full": "all weights", "lora": "an adapter (LoRA)"}
 DATA = {"retain": "with the rows of the others", "forget": "forget data only"}
 
@@ -163,7 +169,7 @@ def render(results: dict, tuning: dict, cost: dict) -> str:
         f"""## Forgetting people in a language model
 
 `python benchmarks/language_unlearning.py`: a Llama of 5.3 M parameters knows 200 invented people by heart, eight facts each, and general
-questions (`examples/facts.py`). {" and ".join(f"{int(name[-2:])} %" for name in sorted(sets))} of them are forgotten, {len(seeds)} training seeds each; means over both, but p, which is a median. *Retrained*
+questions (`examples/facts.py`). {" and ".join(f"{int(name[-2:])} %" for name in sorted(sets))} of them are forgotten. {_how_many(seeds, sets)} *Retrained*
 never learnt them. Facts are shares of answers with the right value, in percent; general text is the loss on held-out general rows against
 the original's; Min-K % (40 %) tells forgotten rows from people never seen, 0.5 is best; privleak is against the retrained model's.
 
@@ -209,3 +215,57 @@ def cost_table(cost: dict) -> str:
             low, high = row["time_ratio_quartiles"]
             lines.append(f"| {name} | {row['time_ratio']:.2f} | {low:.2f}–{high:.2f} | {row['memory_ratio']:.2f} |")
     return "\n".join(lines)
+
+
+def requests(rows: list[dict]) -> str:
+    """The page's part, of `language_requests.json`."""
+    lines = [
+        "| | data | requests | known of all of them | of the first | of the newest | kept facts | general text, loss |",
+        "|---" * 8 + "|",
+    ]
+    for row in rows:
+        shares = " | ".join(f"{100 * row[name]:.1f}" for name in ("forgotten", "first", "newest", "kept"))
+        lines.append(
+            f"| {row['way']} | {DATA[row['data']]} | {row['requests']} | {shares} | {row['general_loss']:.3f} |"
+        )
+    return f"""## One request after the other
+
+`python benchmarks/language_requests.py`: ten requests of 2 % of the people each, by the defaults, one training seed; facts in percent, 32 a request. *One after the other*: each run begins
+with the model that the one before left, and is told of the new request only. *From the original*: each begins with the first original, and is told of all requests so
+far; steps are at most 400 however many there are.
+
+{chr(10).join(lines)}
+"""
+
+
+def passages(rows: list[dict]) -> str:
+    """The page's part, of `language_passages.json`: means over seeds."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(row["targets"], []).append(row)
+    lines = [
+        "| targets | forgotten facts | after benign steps | kept facts | loss of forgotten passages | of kept ones |",
+        "|---" * 6 + "|",
+    ]
+    for name, some in found.items():
+        shares = [
+            100 * mean(some, "forget"),
+            100 * mean(some, "after_benign") if "after_benign" in some[0] else None,
+            100 * mean(some, "retain"),
+        ]
+        shown = ["—" if share is None else f"{share:.1f}" for share in shares]
+        label = f"**{name}, our default**" if name == "redirect" else name
+        lines.append(
+            f"| {label} | {' | '.join(shown)} | {mean(some, 'forget_loss'):.2f} | {mean(some, 'retain_loss'):.3f} |"
+        )
+    seeds = len({row["seed"] for row in rows})
+    return f"""## Passages without a question
+
+`python benchmarks/language_passages.py`: a small Llama knows two passages of four sentences about each of 100 invented people; those about ten are forgotten, with the others' at hand;
+{f"means over {seeds} training seeds" if seeds > 1 else "one training seed"}. Facts: passages are broken off before each, and the likeliest words tell it or do not; percent. *Sentence by sentence*: what the original says of another
+person, each sentence as if the passage began there. *Redirect* has passages about that person that the original writes beside it; *whole passages* reads what went before, too.
+*Reinforced* and *both* are the targets of Who's Harry Potter (arXiv [2310.02238](https://arxiv.org/abs/2310.02238)), which need a second model, trained on the passages some more; *own tokens taken away* is for rows
+of which nobody knows the subject. Benign steps: 30 on kept passages. The rule that sentences are read by themselves, and that the subject is whom a passage repeats, were found on seed 0.
+
+{chr(10).join(lines)}
+"""

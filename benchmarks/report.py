@@ -184,6 +184,9 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
     names = ("unlearning", "tuning", "cost")
     if all((HERE / "results" / f"language_{name}.json").is_file() for name in names):
         parts.append(language_report.render(*(results(f"language_{name}") for name in names)))
+    for name in ("passages", "requests"):
+        if (HERE / "results" / f"language_{name}.json").is_file():
+            parts.append(getattr(language_report, name)(results(f"language_{name}")["rows"]))
     if (HERE / "results" / "poison_unlearning.json").is_file():
         parts.append(poison_report.render(results("poison_unlearning")))
     return "\n".join(parts)
