@@ -234,7 +234,9 @@ def main() -> None:
     rows = [] if given.quick or not RESULTS.is_file() else json.loads(RESULTS.read_text())["rows"]
     for seed in [0] if given.quick else given.seeds:
         recipe = PassagesRecipe(people=20, epochs=1) if given.quick else PassagesRecipe(seed=seed)
-        found = rounded(measure(recipe, tuple(given.only), **({"max_steps": 2} if given.quick else {})))
+        found = rounded(
+            measure(recipe, tuple(given.only), **({"max_steps": 2, "own_samples": 16} if given.quick else {}))
+        )
         made = {(row["seed"], row["targets"]) for row in found}
         rows = [row for row in rows if (row["seed"], row["targets"]) not in made] + found
         if not given.quick:

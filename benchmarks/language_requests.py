@@ -120,7 +120,7 @@ def main() -> None:
     if given.quick:
         case = Requests(1, "retain", 2, people=50, general=40, epochs=1)
         with tempfile.TemporaryDirectory() as folder:
-            return measure(case, Path(folder), print, steps=(2,), max_steps=2)
+            return measure(case, Path(folder), print, steps=(2,), max_steps=2, own_samples=16)
     for data in given.data:
         for seed in given.seed:
             case = Requests(seed, data)

@@ -381,7 +381,7 @@ def quick() -> None:
         ("npo", "lora", "forget"), *((method, "full", "retain") for method in OURS),
     ):  # fmt: skip
         settings = OURS.get(method) or (PLAIN | {"learning_rate": 1e-3} | PEERS[method] if method in PEERS else None)
-        settings = settings and settings | {"max_steps": 2}
+        settings = settings and settings | {"max_steps": 2} | ({"own_samples": 16} if method in OURS else {})
         rows.append(measure(Cell(method, mode, data, "forget10", 1), recipe, settings, figures, (1, 2), 2))
         rows[-1] |= against(rows[-1], rows[min(1, len(rows) - 1)], rows[0])
         print(json.dumps(rounded({key: value for key, value in rows[-1].items() if key != "ratios"})), flush=True)
