@@ -171,7 +171,9 @@ def denoiser_of(pipe):
 def latents(pipe, prompts, *, steps=2, guidance=3.0, seed=0):
     """What a pipeline draws, before its VAE."""
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
-    size = {"height": 8, "width": 8} | ({"use_resolution_binning": False} if "PixArt" in type(pipe).__name__ else {})
+    size = {"height": 8, "width": 8} | (
+        {"use_resolution_binning": False, "clean_caption": False} if "PixArt" in type(pipe).__name__ else {}
+    )
     return pipe(
         prompt=list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="latent", **size
     ).images  # fmt: skip

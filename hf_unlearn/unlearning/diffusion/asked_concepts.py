@@ -122,6 +122,8 @@ def _read(side: TextSide, concept: str, pairs: list[tuple[str, str]]) -> list[tu
 
 
 def _tell_of_length(argument: str, side: TextSide, prompts: Sequence[str]) -> None:
+    if not prompts:
+        return
     for (_, length), ids in zip(side.segments(), side.ids(prompts, whole=True), strict=True):
         if long := [len(tokens) for tokens in ids if len(tokens) > length]:
             logger.warning(

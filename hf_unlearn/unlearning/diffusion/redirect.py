@@ -29,7 +29,7 @@ from ...training.checks import check_number
 from .anchor_words import AnchorWords
 from .asked_concepts import anchors_for, kept_without, wordings_for
 from .prompt_effect import measured
-from .text_moments import TextMoments, moments_between, moments_of
+from .text_moments import TextMoments, moments_between, moments_of, weighted
 from .text_side import TextLayer, TextSide, text_side_of
 from .wordings import kept_prompts
 
@@ -97,7 +97,7 @@ class ConceptRedirection:
         kept = _kept(side, keep, anchors, batch_size)
         forgotten = [_asked(side, name, anchors[name], pairs, batch_size) for name, pairs in by_concept.items()]
         here, change = ({s: sum(one[part][s] for one in forgotten) for s in forgotten[0][part]} for part in (0, 1))
-        instead = list(dict.fromkeys(other for pairs in by_concept.values() for _, other in pairs))
+        instead = {other: 1.0 for pairs in by_concept.values() for _, other in pairs}
         kept = kept.plus(moments_of(side, instead, batch_size))  # the anchors stay what they are
         solve = _in_null_space if null_space else _regression
         changes, second = {}, {}
@@ -253,7 +253,7 @@ def _kept(side: TextSide, keep: Any, anchors: Mapping[str, str], batch_size: int
         keep.check_fits(side)
         return keep
     prompts = kept_prompts(anchors) if keep is None else kept_without(side, keep, anchors)
-    return moments_of(side, prompts, batch_size)
+    return moments_of(side, weighted(prompts), batch_size)
 
 
 def _asked(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -57,7 +57,7 @@ class TextMoments:
         Raises:
             ValueError: the pipeline is not supported.
         """
-        return moments_of(text_side_of(pipe), kept_prompts() if prompts is None else list(prompts), batch_size)
+        return moments_of(text_side_of(pipe), weighted(kept_prompts() if prompts is None else prompts), batch_size)
 
     def save(self, path: str | Path) -> None:
         """Write to one `.safetensors` file, complete or not at all.
@@ -121,13 +121,17 @@ class TextMoments:
                 )
 
 
+def weighted(prompts: Iterable[str]) -> dict[str, float]:
+    """Each different prompt with its weight of one, and the empty one with a share of all."""
+    weights = dict.fromkeys(prompts, 1.0)
+    return weights | {"": max(1.0, EMPTY_SHARE * len(weights))}
+
+
 @torch.no_grad()
-def moments_of(side: TextSide, prompts: Sequence[str], batch_size: int) -> TextMoments:
-    """[`TextMoments.of`], of a text side."""
+def moments_of(side: TextSide, weights: Mapping[str, float], batch_size: int) -> TextMoments:
+    """[`TextMoments.of`] a text side, for prompts with weights."""
     sums: dict[str, Tensor] = {}
     rows: dict[str, float] = {}
-    different = dict.fromkeys(prompts) or {"": None}
-    weights = dict.fromkeys(different, 1.0) | {"": max(1.0, EMPTY_SHARE * len(different))}
     for batch in _batches(list(weights), batch_size):
         told = side.told(batch)
         weight = torch.tensor([weights[prompt] for prompt in batch], dtype=torch.float64)

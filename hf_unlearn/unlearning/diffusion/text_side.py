@@ -225,11 +225,18 @@ class PixArtText(TextSide):
         return [(self.pipe.tokenizer, self._longest())]
 
     def written(self, prompts: Sequence[str]) -> list[str]:
-        return self.pipe._text_preprocessing(list(prompts), clean_caption=False)
+        return self.pipe._text_preprocessing(list(prompts), clean_caption=self._cleans)
+
+    @property
+    def _cleans(self) -> bool:
+        """Whether the pipeline cleans captions when it draws: by default, where these libraries are there."""
+        from diffusers.utils import is_bs4_available, is_ftfy_available
+
+        return is_bs4_available() and is_ftfy_available()
 
     def told(self, prompts: Sequence[str]) -> Told:
         states, mask, *_ = self.pipe.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, device=self.device
+            list(prompts), do_classifier_free_guidance=False, device=self.device, clean_caption=self._cleans
         )
         states = states.to(self.device, self.denoiser.dtype)
         projection = self.denoiser.caption_projection

@@ -64,11 +64,12 @@ SCENES = (
 EMPTY_SHARE = 0.05  # of what is kept is the empty prompt, which every guided image is drawn with
 
 
-def kind_of(word: str) -> str | None:
-    """The kind that lists a word, or its singular; None where none does."""
-    for kind, words in KINDS.items():
-        if any(word.casefold() in (known.casefold(), plural(known).casefold()) for known in words):
-            return kind
+def kind_of(phrase: str) -> str | None:
+    """The kind that lists a phrase or its last word, or the singular of them; None where none does."""
+    for text in (phrase.casefold(), phrase.casefold().split()[-1]):
+        for kind, words in KINDS.items():
+            if any(text in (known.casefold(), plural(known).casefold()) for known in words):
+                return kind
     return None
 
 
