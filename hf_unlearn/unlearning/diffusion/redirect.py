@@ -282,11 +282,12 @@ def _in_null_space(change: Tensor, here: Tensor, kept: Tensor, ridge: Tensor) ->
     """
     strengths, directions = torch.linalg.eigh(kept)
     free = directions[:, strengths <= ridge]
-    if not free.shape[1]:
+    inside = free.T @ here @ free
+    if inside.diagonal().sum() <= ridge:  # nothing of the concept is there, or there are no such directions
         raise ValueError(
-            f"null_space: what is kept fills all {len(kept)} directions of the text states; keep less, raise ridge or set null_space=False"
+            "null_space: what is kept fills every direction that the concept's wordings have; keep less, raise ridge or set null_space=False"
         )
-    return _regression(change @ free, free.T @ here @ free, torch.zeros_like(free.T @ free), ridge) @ free.T
+    return _regression(change @ free, inside, torch.zeros_like(inside), ridge) @ free.T
 
 
 @torch.no_grad()

@@ -171,7 +171,7 @@ class TestNullSpace:
         assert (change @ kept.T).abs().max() < 1e-12
 
     def test_is_refused_where_nothing_is_left(self):
-        with pytest.raises(ValueError, match="^null_space: what is kept fills all 64 directions"):
+        with pytest.raises(ValueError, match="^null_space: what is kept fills every direction that the concept"):
             redirect_concept(tiny("sd"), "cat", anchor="horse", null_space=True, ridge=1e-9)
 
 
