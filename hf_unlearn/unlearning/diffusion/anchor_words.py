@@ -29,6 +29,7 @@ class AnchorWords:
 
     def __init__(self, side: TextSide, concepts: Sequence[str], batch_size: int = 16):
         self.side, self.concepts, self.batch_size = side, list(concepts), batch_size
+        self._known: dict[str, Tensor] = {}
 
     def of(self, concept: str) -> str:
         """The anchor of a concept: of the words of its kind that are not the same thing, the nearest few, and of these the one whose own
@@ -63,14 +64,14 @@ class AnchorWords:
     @torch.no_grad()
     def states(self, words: Sequence[str]) -> Tensor:
         """Mean state over the tokens of a prompt with each word, `[words, width]`, float64, on the CPU."""
-        found = []
-        for begin in range(0, len(words), self.batch_size):
-            prompts = [filled(TEMPLATE, word) for word in words[begin : begin + self.batch_size]]
-            told = self.side.told(prompts)
-            lengths = torch.tensor([len(ids) for ids in self.side.ids(prompts)[0]], device=told.tokens.device)
-            spoken = (torch.arange(told.tokens.shape[1], device=lengths.device) < lengths[:, None])[..., None]
-            found.append(((told.tokens * spoken).sum(1) / lengths[:, None]).double().cpu())
-        return torch.cat(found)
+        new = [word for word in dict.fromkeys(words) if word not in self._known]
+        for begin in range(0, len(new), self.batch_size):
+            some = new[begin : begin + self.batch_size]
+            prompts = [filled(TEMPLATE, word) for word in some]
+            tokens = self.side.told(prompts).tokens
+            for word, states, ids in zip(some, tokens, self.side.ids(prompts)[0], strict=True):
+                self._known[word] = states[: len(ids)].double().mean(0).cpu()
+        return torch.stack([self._known[word] for word in words])
 
 
 def _within(word: str, concept: str) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SHARES = (0.95, 0.75, 0.5)  # of the way to noise; what is drawn is decided early
 BATCH = 4
+LASTING = 0.5  # of a prompt's effect without guidance: half of it is still drawn
 UNKNOWN = 0.01  # of the squared effect of a wording: what makes less of a difference is not followed
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from ...training.checks import check_number
 from .anchor_words import AnchorWords
 from .asked_concepts import anchors_for, kept_without, wordings_for
-from .prompt_effect import measured
+from .prompt_effect import LASTING, measured
 from .text_moments import TextMoments, moments_between, moments_of, weighted
 from .text_side import TextLayer, TextSide, text_side_of
 from .wordings import kept_prompts
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LASTING = 0.5  # of a prompt's effect without guidance: half of it is still drawn
 PAIRS = 4, 16  # wordings at least and at most by which the effect is measured
 
 
@@ -193,9 +192,12 @@ def redirect_concept(
     ```
 
     Text enters by keys and values of every cross-attention (Stable Diffusion 1 and 2, SDXL, PixArt), or by `context_embedder` where text and
-    image attend to each other (Stable Diffusion 3, Flux); the pooled vector of SDXL, Stable Diffusion 3 and Flux by the first layer that reads
-    it. Padding is treated as the denoiser does: it counts where it is attended to. What the method does not do: images drawn without a prompt
-    are as before, and whoever searches for an embedding finds the concept again (docs/methods/redirect.md).
+    image attend to each other (Stable Diffusion 3, Flux): behind it the text states depend on image and time (tried at `add_k_proj` and
+    `add_v_proj`, with states recorded over both: much of the effect stayed, and what was kept changed). The pooled vector of SDXL, Stable
+    Diffusion 3 and Flux is redirected in the first layer that reads it. Padding counts where the denoiser attends to it.
+
+    What the method does not do: images drawn without a prompt are as before, and whoever searches for an embedding finds the concept again
+    (docs/methods/redirect.md).
 
     Args:
         pipe (`DiffusionPipeline`): changed in place; any float dtype, on any device, also with `enable_model_cpu_offload()`.
@@ -232,10 +234,9 @@ def redirect_concept(
         effect = measured(text_side_of(pipe), few)
         _warn_of_unknown(effect.unknown)
     redirection.apply(pipe, strength)
-    if hasattr(pipe, "maybe_free_model_hooks"):
-        pipe.maybe_free_model_hooks()
     if effect is not None:
         _tell(effect.guidance, effect.remaining(pipe))
+    pipe.maybe_free_model_hooks()  # what is offloaded goes back
     return pipe
 
 
@@ -272,7 +273,10 @@ def _regression(change: Tensor, here: Tensor, kept: Tensor, ridge: Tensor) -> Te
     """D = (Σ_ap − Σ_pp)(Σ_pp + w K + λ I)⁻¹."""
     system = here + kept
     system.diagonal().add_(ridge)
-    return torch.cholesky_solve(change.T, torch.linalg.cholesky(system)).T
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:
+        raise ValueError("ridge: is too small for these text states, whose directions depend on each other; raise it")
+    return torch.cholesky_solve(change.T, factor).T
 
 
 @torch.no_grad()
@@ -320,7 +324,7 @@ def _tell(before: float, after: float) -> None:
     if after > LASTING:
         logger.warning(
             "the concept's wordings still have %.2g times the effect that they had without guidance (%.3g before), so it is probably still "
-            "drawn; raise strength, lower keep_weight or keep fewer prompts that are like it",
+            "drawn; lower ridge or keep_weight, raise strength, or keep fewer prompts that are like it",
             after,
             before,
         )

@@ -27,7 +27,8 @@ PROBE = "a photo of a dog on a table"  # tells one text encoder from another
 @dataclass(frozen=True)
 class TextMoments:
     r"""The second moment $\frac{1}{|K|} \sum h h^\top$ of the text states of prompts, for each stream in which text reaches the denoiser:
-    what is kept of a pipeline, computed once. It knows of prompts no more than their sum.
+    what is kept of a pipeline, computed once. It holds no prompts, only their sum: a few that name what is to be forgotten do no harm, many
+    would keep it.
 
     ```python
     TextMoments.of(pipe, captions).save("kept.safetensors")

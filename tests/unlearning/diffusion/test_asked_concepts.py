@@ -6,7 +6,7 @@ import logging
 import diffusers
 import pytest
 import torch
-from text_to_image_data import KIND_NAMES, denoiser_of, tiny
+from text_to_image_data import KIND_NAMES, denoiser_of, tiny, unet
 
 from hf_unlearn import ConceptRedirection, PromptEffect, redirect_concept
 from hf_unlearn.unlearning.diffusion.anchor_words import AnchorWords
@@ -255,6 +255,11 @@ class TestRefused:
             ("cat", {"strength": float("nan")}, "^strength=nan: must be > 0"),
             ("cat", {"ridge": 0.0}, "^ridge=0.0: must be > 0"),
             ("cat", {"keep_weight": -1}, "^keep_weight=-1: must be ≥ 0"),
+            (
+                "cat",
+                {"keep_weight": 0, "ridge": 1e-30, "wordings": ["a {}"]},
+                "^ridge: is too small for these text states",
+            ),
         ],
     )
     def test_what_makes_no_sense(self, concept, given, match):
@@ -368,7 +373,7 @@ class TestEffect:
     def test_what_is_still_drawn_is_said(self, caplog):
         pipe = tiny("pixart")
         redirected(pipe, measure=True, strength=0.01)
-        assert "it is probably still drawn; raise strength" in caplog.text
+        assert "it is probably still drawn; lower ridge" in caplog.text
 
     def test_measuring_leaves_no_trace(self):
         pipe = tiny("sd")
@@ -387,6 +392,20 @@ class TestEffect:
         redirected(pipe, measure=True)
         assert "so it does not know the concept, or as the same" in caplog.text
         assert PromptEffect.of(pipe, [("a cat", "a horse")]).remaining(pipe) == 0
+
+    def test_a_denoiser_that_is_told_the_guidance(self):
+        """Latent consistency: the scale multiplies nothing when it draws."""
+        from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+
+        parts = tiny("sd").components | {
+            "unet": unet(cross_attention_dim=64, time_cond_proj_dim=8),
+            "scheduler": LCMScheduler(),
+        }
+        pipe = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+        effect = PromptEffect.of(pipe, [("a cat", "a horse")])
+        assert effect.remaining(pipe) == pytest.approx(1)
+        redirected(pipe, ridge=1e-6, wordings=["a {}"])
+        assert abs(effect.remaining(pipe)) < 0.05
 
     def test_of_nothing(self):
         with pytest.raises(ValueError, match="^pairs: there are none"):
