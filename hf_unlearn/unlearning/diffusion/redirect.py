@@ -1,16 +1,5 @@
-r"""Redirect: a concept of a text-to-image pipeline is asked for in vain, in closed form.
-
-A denoiser reads words by linear layers. For every wording p that names the concept there is one, a(p), that names an anchor in its place. At
-every token position a layer is to answer the one as it answered the other, W' h_p = W h_a, and all that is kept as before, W' h = W h:
-
-$$ W' = \Big(W\,\big[\Sigma_{ap} + w K + \lambda I\big]\Big)\big[\Sigma_{pp} + w K + \lambda I\big]^{-1}
-      = W + W\,\underbrace{(\Sigma_{ap} - \Sigma_{pp})\,\big[\Sigma_{pp} + w K + \lambda I\big]^{-1}}_{D} $$
-
-with $\Sigma_{pp} = \frac{1}{|F|} \sum h_p h_p^\top$, $\Sigma_{ap} = \frac{1}{|F|} \sum h_a h_p^\top$ and $K = \frac{1}{|K|} \sum h h^\top$ over the
-kept. D is one matrix for all layers that read the same text. Of several concepts the $\Sigma$ are added: one does not weaken another.
-
-Kin: TIME (arXiv 2303.08084) and UCE (arXiv 2308.14761) edit keys and values of cross-attention in this form, MACE (arXiv 2403.06135) many
-concepts at once and at each token, SPEED (arXiv 2503.07392) in the null space of what is kept; anchors are of concept ablation (arXiv 2303.13516).
+"""Redirect: a concept of a text-to-image pipeline is asked for in vain. For every wording that names it there is one that names an anchor, and the
+layers that read words are made to answer the one as they answered the other, in closed form ([`hf_unlearn.unlearning.diffusion.closed_form`]).
 """
 
 from __future__ import annotations
@@ -28,6 +17,7 @@ from torch import Tensor
 from ...training.checks import check_number
 from .anchor_words import AnchorWords
 from .asked_concepts import anchors_for, kept_without, wordings_for
+from .closed_form import in_null_space, low_rank, regression
 from .prompt_effect import LASTING, measured
 from .text_moments import TextMoments, moments_between, moments_of, weighted
 from .text_side import TextLayer, TextSide, text_side_of
@@ -45,7 +35,7 @@ PAIRS = 4, 16  # wordings at least and at most by which the effect is measured
 
 @dataclass(frozen=True)
 class ConceptRedirection:
-    r"""A redirection, found and not yet applied: D of the module's docstring for each stream of text.
+    r"""A redirection, found and not yet applied: D of the closed form for each stream of text.
 
     ```python
     redirection = ConceptRedirection.of(pipe, "three", anchor="seven")
@@ -98,7 +88,7 @@ class ConceptRedirection:
         here, change = ({s: sum(one[part][s] for one in forgotten) for s in forgotten[0][part]} for part in (0, 1))
         instead = {other: 1.0 for pairs in by_concept.values() for _, other in pairs}
         kept = kept.plus(moments_of(side, instead, batch_size))  # the anchors stay what they are
-        solve = _in_null_space if null_space else _regression
+        solve = in_null_space if null_space else regression
         changes, second = {}, {}
         for stream, moment in here.items():
             known = kept.second[stream].to(moment)
@@ -148,7 +138,7 @@ class ConceptRedirection:
             )
         factors = {}
         for layer in layers:
-            out, down = _low_rank(strength * self._change(layer).double(), self.second[layer.stream], int(rank))
+            out, down = low_rank(strength * self._change(layer).double(), self.second[layer.stream], int(rank))
             more = layer.linear.in_features - layer.width
             dtype = layer.linear.weight.dtype
             factors[f"{layer.name}.lora_A.weight"] = torch.nn.functional.pad(down, (0, more)).to(dtype).contiguous()
@@ -266,41 +256,6 @@ def _asked(
             f"concept={concept!r}: the text encoder knows no difference to {anchor!r}; choose another anchor="
         )
     return here, change
-
-
-@torch.no_grad()
-def _regression(change: Tensor, here: Tensor, kept: Tensor, ridge: Tensor) -> Tensor:
-    """D = (Σ_ap − Σ_pp)(Σ_pp + w K + λ I)⁻¹."""
-    system = here + kept
-    system.diagonal().add_(ridge)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if failed:
-        raise ValueError("ridge: is too small for these text states, whose directions depend on each other; raise it")
-    return torch.cholesky_solve(change.T, factor).T
-
-
-@torch.no_grad()
-def _in_null_space(change: Tensor, here: Tensor, kept: Tensor, ridge: Tensor) -> Tensor:
-    """The same, of what is orthogonal to all directions Q in which what is kept is stronger than the ridge (SPEED, arXiv 2503.07392, without
-    its choice and augmentation of kept prompts): D = (Σ_ap − Σ_pp) Q (Qᵀ Σ_pp Q + λ I)⁻¹ Qᵀ.
-    """
-    strengths, directions = torch.linalg.eigh(kept)
-    free = directions[:, strengths <= ridge]
-    inside = free.T @ here @ free
-    if inside.diagonal().sum() <= ridge:  # nothing of the concept is there, or there are no such directions
-        raise ValueError(
-            "null_space: what is kept fills every direction that the concept's wordings have; keep less, raise ridge or set null_space=False"
-        )
-    return _regression(change @ free, inside, torch.zeros_like(inside), ridge) @ free.T
-
-
-@torch.no_grad()
-def _low_rank(change: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`(out [outputs, rank], down [rank, width])`, the product nearest to `change` on states with this second moment."""
-    rank = min(rank, *change.shape)
-    answers = change @ second.to(change) @ change.T
-    directions = torch.linalg.eigh(answers)[1][:, -rank:]
-    return directions, directions.T @ change
 
 
 def _in_turn(lists: Sequence[Sequence[tuple[str, str]]]) -> list[tuple[str, str]]:

@@ -156,12 +156,12 @@ class TestNullSpace:
         assert max(left.values()) < 0.02
 
     def test_is_least_squares_in_that_space(self):
-        from hf_unlearn.unlearning.diffusion.redirect import _in_null_space
+        from hf_unlearn.unlearning.diffusion.closed_form import in_null_space
 
         generator = torch.Generator().manual_seed(0)
         asked, instead, kept = (torch.randn(n, 12, generator=generator).double() for n in (3, 3, 5))
         ridge = torch.tensor(1e-3).double()
-        change = _in_null_space((instead - asked).T @ asked, asked.T @ asked, kept.T @ kept, ridge)
+        change = in_null_space((instead - asked).T @ asked, asked.T @ asked, kept.T @ kept, ridge)
         free = torch.linalg.svd(kept)[2][5:].T
         rows = torch.cat([asked @ free, ridge.sqrt() * torch.eye(7).double()])
         expected = (
@@ -246,14 +246,14 @@ class TestSaved:
         assert far(latents(other, [ASKED]), wanted) < 1e-4 * far(before, wanted)
 
     def test_a_lora_of_low_rank_is_the_best_on_the_states(self):
-        from hf_unlearn.unlearning.diffusion.redirect import _low_rank
+        from hf_unlearn.unlearning.diffusion.closed_form import low_rank
 
         generator = torch.Generator().manual_seed(0)
         states, change = (torch.randn(n, 12, generator=generator).double() for n in (40, 7))
         states = states * torch.linspace(0.1, 5, 12)
         errors = []
         for rank in (1, 3, 7):
-            out, down = _low_rank(change, states.T @ states, rank)
+            out, down = low_rank(change, states.T @ states, rank)
             assert out.shape == (7, rank)
             errors.append((states @ (change - out @ down).T).square().sum().item())
             # Eckart and Young: what is left are the squared singular values of the answers behind the first ones
