@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...training.checks import shown
@@ -15,13 +15,12 @@ from .wordings import exchanged, filled, kind_of, naming, templates_for
 logger = logging.getLogger(__name__)
 
 
-def anchors_for(concept: Any, anchor: Any, words: AnchorWords) -> dict[str, str]:
-    """`{concept: anchor}`.
+def anchors_for(side: TextSide, concept: Any, anchor: Any, batch_size: int) -> dict[str, str]:
+    """`{concept: anchor}`, of which those that are not given are chosen by [`AnchorWords`] and told by the logger.
 
     Args:
         concept (`str` | `Sequence[str]` | `Mapping[str, str]`): as the user gave it.
         anchor (`str` | `Sequence[str]` | `Mapping[str, str]`, *optional*): as the user gave it.
-        words ([`AnchorWords`]): chooses where none is given.
 
     Raises:
         ValueError: one is missing, empty or given twice, or an anchor names a concept.
@@ -29,36 +28,50 @@ def anchors_for(concept: Any, anchor: Any, words: AnchorWords) -> dict[str, str]
     if isinstance(concept, Mapping):
         if anchor is not None:
             raise ValueError("anchor: given beside a dict of concepts and anchors; keep one of them")
-        concept, anchor = list(concept), dict(concept)
-    concepts = [concept] if isinstance(concept, str) else list(concept)
+        anchor = concept
+    concepts = _texts("concept", [concept] if isinstance(concept, str) else concept)
     if not concepts:
         raise ValueError("concept: there is none; name a word or a phrase")
-    _check_texts("concept", concepts)
-    folded = [name.strip().casefold() for name in concepts]
+    folded = [name.casefold() for name in concepts]
     if twice := [name for name in folded if folded.count(name) > 1]:
         raise ValueError(f"concept: {twice[0]!r} is given twice; leave one out")
+    anchors = _given_anchors(concepts, anchor)
+    _check_anchors(concepts, anchors)
+    words = AnchorWords(side, concepts, batch_size)
+    for name in concepts:
+        if name not in anchors:
+            anchors[name] = words.of(name)
+            logger.info("anchor: %r is redirected to %r", name, anchors[name])
+    _check_anchors(concepts, anchors)
+    return {name: anchors[name] for name in concepts}
+
+
+def _given_anchors(concepts: Sequence[str], anchor: Any) -> dict[str, str]:
+    """The anchors that were given, by concept."""
+    if anchor is None:
+        return {}
+    if isinstance(anchor, str):
+        (one,) = _texts("anchor", [anchor])
+        return dict.fromkeys(concepts, one)
     if isinstance(anchor, Mapping):
-        if strange := [name for name in anchor if name not in concepts]:
+        given = {name: other for name, other in anchor.items() if other is not None}
+        given = dict(zip(_texts("anchor", given), _texts("anchor", given.values()), strict=True))
+        if strange := [name for name in given if name not in concepts]:
             raise ValueError(f"anchor: {shown(strange[0])} is no concept; use the concepts as keys")
-        given = [anchor.get(name) for name in concepts]
-    elif anchor is None or isinstance(anchor, str):
-        given = [anchor] * len(concepts)
-    else:
-        given = list(anchor)
-        if len(given) != len(concepts):
-            raise ValueError(f"anchor: {len(given)} for {len(concepts)} concepts; give one for all, or one for each")
-    _check_texts("anchor", [other for other in given if other is not None])
+        return given
+    given = _texts("anchor", anchor)
+    if len(given) != len(concepts):
+        raise ValueError(f"anchor: {len(given)} for {len(concepts)} concepts; give one for all, or one for each")
+    return dict(zip(concepts, given, strict=True))
+
+
+def _check_anchors(concepts: Sequence[str], anchors: Mapping[str, str]) -> None:
     named = naming(concepts)
-    for name, other in zip(concepts, given, strict=True):
-        if other is not None and (found := named.search(other)):
-            same = other.strip().casefold() == name.strip().casefold()
+    for name, other in anchors.items():
+        if found := named.search(other):
+            same = other.casefold() == name.casefold()
             why = "is the concept itself" if same else f"names {found[1]!r}, which is to be forgotten"
             raise ValueError(f"anchor={other!r}: {why}; choose another")
-    anchors = {name: words.of(name) if other is None else other for name, other in zip(concepts, given, strict=True)}
-    for name, other in zip(concepts, given, strict=True):
-        if other is None:
-            logger.info("anchor: %r is redirected to %r", name, anchors[name])
-    return anchors
 
 
 def wordings_for(
@@ -72,8 +85,7 @@ def wordings_for(
     if wordings is not None:
         if isinstance(wordings, str):
             raise ValueError(f"wordings={shown(wordings)}: is one text; pass a list")
-        wordings = list(wordings)
-        _check_texts("wordings", wordings)
+        wordings = _texts("wordings", wordings)
         named = naming(list(anchors))
         if odd := [text for text in wordings if "{}" not in text and not named.search(text)]:
             raise ValueError(f"wordings: {shown(odd[0])} has no {{}} and names no concept; it belongs to keep")
@@ -94,8 +106,7 @@ def wordings_for(
 
 def kept_without(side: TextSide, keep: Sequence[str], concepts: Sequence[str]) -> list[str]:
     """Prompts to keep, without those that name a concept, which is said."""
-    prompts = list(keep)
-    _check_texts("keep", prompts, may_be_empty=True)
+    prompts = _texts("keep", keep, may_be_empty=True)
     named = naming(list(concepts))
     kept = [prompt for prompt in prompts if not named.search(prompt)]
     if len(kept) < len(prompts):
@@ -135,7 +146,10 @@ def _tell_of_length(argument: str, side: TextSide, prompts: Sequence[str]) -> No
             )
 
 
-def _check_texts(argument: str, texts: Sequence[Any], *, may_be_empty: bool = False) -> None:
-    for text in texts:
+def _texts(argument: str, texts: Iterable[Any], *, may_be_empty: bool = False) -> list[str]:
+    """Texts without white space around them; anything else is refused."""
+    found = list(texts)
+    for text in found:
         if not isinstance(text, str) or not (may_be_empty or text.strip()):
             raise ValueError(f"{argument}: {shown(text)} is no text; give words")
+    return [text.strip() for text in found]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ...training.checks import check_number
-from .anchor_words import AnchorWords
 from .asked_concepts import anchors_for, kept_without, wordings_for
 from .closed_form import in_null_space, low_rank, regression
 from .prompt_effect import LASTING, measured
@@ -80,8 +79,7 @@ class ConceptRedirection:
         for name, value, rule in (("keep_weight", keep_weight, "≥ 0"), ("ridge", ridge, "> 0")):
             check_number(name, value, rule)
         side = text_side_of(pipe)
-        words = AnchorWords(side, _listed(concept), batch_size)
-        anchors = anchors_for(concept, anchor, words)
+        anchors = anchors_for(side, concept, anchor, batch_size)
         by_concept = wordings_for(side, anchors, wordings)
         kept = _kept(side, keep, anchors, batch_size)
         forgotten = [_asked(side, name, anchors[name], pairs, batch_size) for name, pairs in by_concept.items()]
@@ -228,10 +226,6 @@ def redirect_concept(
         _tell(effect.guidance, effect.remaining(pipe))
     pipe.maybe_free_model_hooks()  # what is offloaded goes back
     return pipe
-
-
-def _listed(concept: str | Sequence[str] | Mapping[str, str]) -> list[str]:
-    return [concept] if isinstance(concept, str) else list(concept)
 
 
 def _kept(side: TextSide, keep: Any, anchors: Mapping[str, str], batch_size: int) -> TextMoments:

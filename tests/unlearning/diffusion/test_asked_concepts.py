@@ -175,13 +175,18 @@ class TestAnchors:
         pipe = tiny("sd")
         for given in (
             {"concept": {"cat": "horse", "dog": "cow"}},
-            {"concept": ["cat", "dog"], "anchor": ["horse", "cow"]},
+            {"concept": ["cat ", "dog"], "anchor": ["horse", " cow"]},
             {"concept": ["cat", "dog"], "anchor": {"dog": "cow", "cat": "horse"}},
         ):
             assert ConceptRedirection.of(pipe, keep=[], **given).anchors == {"cat": "horse", "dog": "cow"}
         one = ConceptRedirection.of(pipe, ["cat", "dog"], anchor="horse", keep=[])
         assert one.anchors == {"cat": "horse", "dog": "horse"}
         assert {first for first, _ in one.pairs[:2]} == {"cat", "dog"}  # in turn
+
+    def test_some_given_and_some_chosen(self):
+        found = ConceptRedirection.of(tiny("sd"), ["red", "dog"], anchor={"dog": "cow"}, keep=[]).anchors
+        assert found["dog"] == "cow"
+        assert found["red"] in KINDS["colour"]
 
     def test_a_chosen_anchor_is_no_concept(self):
         animals = KINDS["animal"]
