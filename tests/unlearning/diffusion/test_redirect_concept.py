@@ -111,6 +111,15 @@ class TestClosedForm:
         assert left[1] < 0.3
         assert set(among.changes) == {"tokens"}  # one solution for all layers
 
+    def test_moments_of_concepts_are_added(self):
+        """Not averaged: a second concept takes nothing from the weight of the first."""
+        cat, dog, both = (
+            ConceptRedirection.of(tiny("sd"), some, anchor="horse", wordings=["a {}"], keep=[], keep_weight=0)
+            for some in ("cat", "dog", ["cat", "dog"])
+        )
+        total = cat.second["tokens"] + dog.second["tokens"]
+        torch.testing.assert_close(both.second["tokens"], total, rtol=0, atol=1e-9)
+
     def test_strength_is_a_dial(self):
         pipe, half, whole = (tiny("sd") for _ in range(3))
         for edited, strength in ((half, 0.5), (whole, 1.0)):
