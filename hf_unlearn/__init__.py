@@ -10,6 +10,7 @@ _EXPORTS = {
     "AdaptThenUnlearnTrainer": "unlearning.gan.adapt_then_unlearn",
     "ChoiceEvaluation": "training.choices",
     "ChoiceScores": "training.choices",
+    "ConceptRedirection": "unlearning.diffusion.redirect",
     "DCGANDiscriminator": "gan.dcgan",
     "DCGANGenerator": "gan.dcgan",
     "FASTConfig": "filtering.checker",
@@ -34,6 +35,8 @@ _EXPORTS = {
     "LanguageScores": "training.evaluation",
     "PBUConfig": "unlearning.classifiers.pbu",
     "PBUTrainer": "unlearning.classifiers.pbu",
+    "PromptEffect": "unlearning.diffusion.prompt_effect",
+    "TextMoments": "unlearning.diffusion.text_moments",
     "UnlearnConfig": "unlearning.config",
     "UnlearnMixin": "unlearning.trainer",
     "UnlearnSFTConfig": "unlearning.config",
@@ -41,6 +44,7 @@ _EXPORTS = {
     "UnlearnTrainer": "unlearning.trainer",
     "VDUConfig": "unlearning.diffusion.vdu",
     "VDUTrainer": "unlearning.diffusion.vdu",
+    "redirect_concept": "unlearning.diffusion.redirect",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -149,10 +149,12 @@ class TestDocuments:
     @pytest.mark.parametrize("name", sorted(set(hf_unlearn.__all__) - {"__version__"}))
     def test_public_names_say_what_they_take(self, name):
         public = getattr(hf_unlearn, name)
-        assert vars(public).get("__doc__"), name
-        for member, found in vars(public).items():
+        is_function = inspect.isfunction(public)
+        assert public.__doc__ if is_function else vars(public).get("__doc__"), name
+        for member, found in ({name: public} if is_function else vars(public)).items():
             function = getattr(found, "__func__", getattr(found, "fget", found))
-            inherited = hasattr(Trainer, member) or any(member in vars(base) for base in public.__mro__[1:])
+            bases = () if is_function else public.__mro__[1:]
+            inherited = hasattr(Trainer, member) or any(member in vars(base) for base in bases)
             if member.startswith("_") or not inspect.isfunction(function) or inherited:
                 continue
             given = set(inspect.signature(function).parameters) - {

@@ -20,12 +20,11 @@ from .config import DiffusionUnlearnConfig
 from .denoiser import is_prompted
 from .encoded import EncodedImages, encode_prompts
 from .posterior import ForgottenPosterior
+from .prompt_effect import LASTING
 from .trainer import DiffusionUnlearnTrainer
 
 
 logger = logging.getLogger(__name__)
-
-LASTING = 0.5  # of a prompt's effect without guidance: half of it is still drawn
 
 RANGES = {
     "> 0": ("variance_floor", "caution"),

@@ -1,0 +1,155 @@
+"""What a user asks [`redirect_concept`] for, made sense of: concepts and anchors, wordings, and what is kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ...training.checks import shown
+from .anchor_words import AnchorWords
+from .text_side import TextSide
+from .wordings import exchanged, filled, kind_of, naming, templates_for
+
+
+logger = logging.getLogger(__name__)
+
+
+def anchors_for(side: TextSide, concept: Any, anchor: Any, batch_size: int) -> dict[str, str]:
+    """`{concept: anchor}`, of which those that are not given are chosen by [`AnchorWords`] and told by the logger.
+
+    Args:
+        concept (`str` | `Sequence[str]` | `Mapping[str, str]`): as the user gave it.
+        anchor (`str` | `Sequence[str]` | `Mapping[str, str]`, *optional*): as the user gave it.
+
+    Raises:
+        ValueError: one is missing, empty or given twice, or an anchor names a concept.
+    """
+    if isinstance(concept, Mapping):
+        if anchor is not None:
+            raise ValueError("anchor: given beside a dict of concepts and anchors; keep one of them")
+        anchor = concept
+    concepts = _texts("concept", [concept] if isinstance(concept, str) else concept)
+    if not concepts:
+        raise ValueError("concept: there is none; name a word or a phrase")
+    folded = [name.casefold() for name in concepts]
+    if twice := [name for name in folded if folded.count(name) > 1]:
+        raise ValueError(f"concept: {twice[0]!r} is given twice; leave one out")
+    anchors = _given_anchors(concepts, anchor)
+    _check_anchors(concepts, anchors)
+    words = AnchorWords(side, concepts, batch_size)
+    for name in concepts:
+        if name not in anchors:
+            anchors[name] = words.of(name)
+            logger.info("anchor: %r is redirected to %r", name, anchors[name])
+    _check_anchors(concepts, anchors)
+    return {name: anchors[name] for name in concepts}
+
+
+def _given_anchors(concepts: Sequence[str], anchor: Any) -> dict[str, str]:
+    """The anchors that were given, by concept."""
+    if anchor is None:
+        return {}
+    if isinstance(anchor, str):
+        (one,) = _texts("anchor", [anchor])
+        return dict.fromkeys(concepts, one)
+    if isinstance(anchor, Mapping):
+        given = {name: other for name, other in anchor.items() if other is not None}
+        given = dict(zip(_texts("anchor", given), _texts("anchor", given.values()), strict=True))
+        if strange := [name for name in given if name not in concepts]:
+            raise ValueError(f"anchor: {shown(strange[0])} is no concept; use the concepts as keys")
+        return given
+    given = _texts("anchor", anchor)
+    if len(given) != len(concepts):
+        raise ValueError(f"anchor: {len(given)} for {len(concepts)} concepts; give one for all, or one for each")
+    return dict(zip(concepts, given, strict=True))
+
+
+def _check_anchors(concepts: Sequence[str], anchors: Mapping[str, str]) -> None:
+    named = naming(concepts)
+    for name, other in anchors.items():
+        if found := named.search(other):
+            same = other.casefold() == name.casefold()
+            why = "is the concept itself" if same else f"names {found[1]!r}, which is to be forgotten"
+            raise ValueError(f"anchor={other!r}: {why}; choose another")
+
+
+def wordings_for(
+    side: TextSide, anchors: Mapping[str, str], wordings: Sequence[str] | None
+) -> dict[str, list[tuple[str, str]]]:
+    """For each concept its wordings, each beside the same with every concept exchanged for its anchor.
+
+    Raises:
+        ValueError: a wording has neither a `{}` nor a concept, or a concept has no wording that the encoder reads.
+    """
+    if wordings is not None:
+        if isinstance(wordings, str):
+            raise ValueError(f"wordings={shown(wordings)}: is one text; pass a list")
+        wordings = _texts("wordings", wordings)
+        named = naming(list(anchors))
+        if odd := [text for text in wordings if "{}" not in text and not named.search(text)]:
+            raise ValueError(f"wordings: {shown(odd[0])} has no {{}} and names no concept; it belongs to keep")
+    found = {}
+    for name in anchors:
+        own, named = wordings, naming([name])
+        if own is None:
+            own = templates_for(name, kind_of(name))
+        prompts = [filled(text, name) for text in own if "{}" in text or named.search(text)]
+        if not prompts:
+            raise ValueError(f"wordings: none asks for {name!r}; add one, or a template with {{}}")
+        found[name] = [(prompt, exchanged(prompt, anchors)) for prompt in dict.fromkeys(prompts)]
+    if wordings is not None:
+        _tell_of_length("wordings", side, wordings)
+        found = {name: _read(side, name, pairs) for name, pairs in found.items()}
+    return found
+
+
+def kept_without(side: TextSide, keep: Sequence[str], concepts: Sequence[str]) -> list[str]:
+    """Prompts to keep, without those that name a concept, which is said."""
+    prompts = _texts("keep", keep, may_be_empty=True)
+    named = naming(list(concepts))
+    kept = [prompt for prompt in prompts if not named.search(prompt)]
+    if len(kept) < len(prompts):
+        first = next(prompt for prompt in prompts if named.search(prompt))
+        logger.warning(
+            "keep: %d of %d prompts name what is to be forgotten (%s), and are left out",
+            len(prompts) - len(kept),
+            len(prompts),
+            shown(first),
+        )
+    _tell_of_length("keep", side, kept)
+    return kept
+
+
+def _read(side: TextSide, concept: str, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those wordings whose concept the encoder still reads."""
+    asked, instead = (side.ids(prompts) for prompts in zip(*pairs, strict=True))
+    differs = [any(a[row] != b[row] for a, b in zip(asked, instead, strict=True)) for row in range(len(pairs))]
+    if not any(differs):
+        raise ValueError(
+            f"wordings: the encoder reads none as far as {concept!r}, or as the same as the anchor; shorten them"
+        )
+    return [pair for pair, does in zip(pairs, differs, strict=True) if does]
+
+
+def _tell_of_length(argument: str, side: TextSide, prompts: Sequence[str]) -> None:
+    if not prompts:
+        return
+    for (_, length), ids in zip(side.segments(), side.ids(prompts, whole=True), strict=True):
+        if long := [len(tokens) for tokens in ids if len(tokens) > length]:
+            logger.warning(
+                "%s: %d of %d have more than the encoder's %d tokens; what stands behind is not read",
+                argument,
+                len(long),
+                len(prompts),
+                length,
+            )
+
+
+def _texts(argument: str, texts: Iterable[Any], *, may_be_empty: bool = False) -> list[str]:
+    """Texts without white space around them; anything else is refused."""
+    found = list(texts)
+    for text in found:
+        if not isinstance(text, str) or not (may_be_empty or text.strip()):
+            raise ValueError(f"{argument}: {shown(text)} is no text; give words")
+    return [text.strip() for text in found]

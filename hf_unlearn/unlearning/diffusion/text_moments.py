@@ -1,0 +1,241 @@
+"""Second moments of text states: of what is kept, and from what is asked to what is asked instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ...files import save_tensors, undamaged
+from .text_side import TOKENS, TextSide, Told, text_side_of
+from .wordings import EMPTY_SHARE, kept_prompts
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+PROBE = "a photo of a dog on a table"  # tells one text encoder from another
+
+
+@dataclass(frozen=True)
+class TextMoments:
+    r"""The second moment $\frac{1}{|K|} \sum h h^\top$ of the text states of prompts, for each stream in which text reaches the denoiser:
+    what is kept of a pipeline, computed once. It holds no prompts, only their sum: a few that name what is to be forgotten do no harm, many
+    would keep it.
+
+    ```python
+    TextMoments.of(pipe, captions).save("kept.safetensors")
+    redirect_concept(pipe, "three", keep="kept.safetensors")
+    ```
+
+    Attributes:
+        second (`dict[str, Tensor]`): `[width, width]` by stream (`tokens`, `pooled`), float64, a mean over rows.
+        rows (`dict[str, float]`): how many rows each is the mean of.
+        probe (`dict[str, Tensor]`): mean state of one fixed prompt by stream, by which another text encoder is noticed.
+    """
+
+    second: dict[str, Tensor]
+    rows: dict[str, float]
+    probe: dict[str, Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, pipe: DiffusionPipeline, prompts: Sequence[str] | None = None, *, batch_size: int = 16) -> TextMoments:
+        """The moments of prompts, of which a twentieth are the empty prompt, with which every guided image is drawn.
+
+        Args:
+            pipe (`DiffusionPipeline`): see [`redirect_concept`].
+            prompts (`Sequence[str]`, *optional*): what is kept. Default: some thousand made from short lists of words.
+            batch_size (`int`, defaults to 16): prompts encoded at once.
+
+        Raises:
+            ValueError: the pipeline is not supported.
+        """
+        return moments_of(text_side_of(pipe), weighted(kept_prompts() if prompts is None else prompts), batch_size)
+
+    def save(self, path: str | Path) -> None:
+        """Write to one `.safetensors` file, complete or not at all.
+
+        Args:
+            path (`str` | `Path`): of the file.
+        """
+        parts = {"second": self.second, "probe": self.probe}
+        tensors = {f"{part}/{stream}": tensor for part, found in parts.items() for stream, tensor in found.items()}
+        save_tensors(tensors, path, {stream: str(count) for stream, count in self.rows.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> TextMoments:
+        """Read what [`~TextMoments.save`] wrote.
+
+        Args:
+            path (`str` | `Path`): of the file.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"second": {}, "probe": {}}
+        with undamaged(path), safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                part, _, stream = key.partition("/")
+                if part not in parts:
+                    raise ValueError("holds no text moments")
+                parts[part][stream] = file.get_tensor(key)
+            rows = {stream: float((file.metadata() or {})[stream]) for stream in parts["second"]}
+        return cls(parts["second"], rows, parts["probe"])
+
+    def plus(self, other: TextMoments) -> TextMoments:
+        """The moments of both sets of prompts together.
+
+        Args:
+            other ([`TextMoments`]): of the same pipeline.
+        """
+        rows = {stream: self.rows[stream] + other.rows[stream] for stream in self.rows}
+        second = {
+            stream: (self.second[stream] * self.rows[stream] + other.second[stream].to(self.second[stream]) * other.rows[stream])
+            / rows[stream]
+            for stream in rows
+        }  # fmt: skip
+        return TextMoments(second, rows, self.probe)
+
+    def check_fits(self, side: TextSide) -> None:
+        """Refuse a pipeline that encodes text in another way.
+
+        Args:
+            side (`TextSide`): of the pipeline.
+
+        Raises:
+            ValueError: other widths, or other states of the same prompt.
+        """
+        probe = _probe(side)
+        for stream in {*probe, *self.second}:
+            mine, its = (found.get(stream) for found in (self.probe, probe))
+            if mine is None or its is None or mine.shape != its.shape or not _alike(mine, its):
+                raise ValueError(
+                    "keep: these moments are of another text encoder; compute them with TextMoments.of(pipe)"
+                )
+
+
+def weighted(prompts: Iterable[str]) -> dict[str, float]:
+    """Each different prompt with its weight of one, and the empty one with a share of all."""
+    weights = dict.fromkeys(prompts, 1.0)
+    return weights | {"": max(1.0, EMPTY_SHARE * len(weights))}
+
+
+@torch.no_grad()
+def moments_of(side: TextSide, weights: Mapping[str, float], batch_size: int) -> TextMoments:
+    """[`TextMoments.of`] a text side, for prompts with weights."""
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, float] = {}
+    for batch in _batches(list(weights), batch_size):
+        told = side.told(batch)
+        weight = torch.tensor([weights[prompt] for prompt in batch], dtype=torch.float64)
+        for stream, (states, owner) in _rows(told).items():
+            w = weight.to(owner.device)[owner]
+            _add(sums, stream, (states * w[:, None]).T @ states)
+            rows[stream] = rows.get(stream, 0.0) + w.sum().item()
+    second = {stream: total / rows[stream] for stream, total in sums.items()}
+    for stream, moment in second.items():
+        if not moment.isfinite().all():
+            raise ValueError(
+                f"pipe: its text encoder gives NaN or infinity ({stream}); load it in float32 or bfloat16"
+            )
+    return TextMoments(second, rows, _probe(side))
+
+
+@torch.no_grad()
+def moments_between(
+    side: TextSide, pairs: Sequence[tuple[str, str]], batch_size: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    r"""What a redirection asks for, as means over rows: $\sum h_p h_p^\top$ and $\sum (h_a - h_p) h_p^\top$ by stream, and the largest
+    $|h_a - h_p|$.
+
+    Which position of the anchor's wording stands for which of the concept's, see [`aligned`].
+
+    Args:
+        pairs (`Sequence[tuple[str, str]]`): a wording that names the concept, and the same with the anchor.
+    """
+    sums: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    rows: dict[str, int] = {}
+    largest = 0.0
+    for batch in _batches(list(pairs), batch_size):
+        asked, instead = (side.told(prompts) for prompts in zip(*batch, strict=True))
+        places = aligned_places(side, batch, asked.tokens.shape[1]).to(asked.tokens.device)
+        moved = instead.tokens.gather(1, places[..., None].expand(*places.shape, instead.tokens.shape[2]))
+        instead = Told(moved, asked.attended, instead.pooled)
+        targets = _rows(instead)
+        for stream, (states, _) in _rows(asked).items():
+            change = targets[stream][0] - states
+            largest = max(largest, change.abs().max().item())
+            for total, product in zip(sums, (states.T @ states, change.T @ states), strict=True):
+                _add(total, stream, product)
+            rows[stream] = rows.get(stream, 0) + len(states)
+    here, change = ({stream: total / rows[stream] for stream, total in found.items()} for found in sums)
+    return here, change, largest
+
+
+def aligned_places(side: TextSide, pairs: Sequence[tuple[str, str]], positions: int) -> Tensor:
+    """[`aligned`] for each pair of prompts and each segment: `[pairs, positions]`; positions behind the last segment stay."""
+    places = torch.arange(positions).repeat(len(pairs), 1)
+    asked, instead = (side.ids(prompts) for prompts in zip(*pairs, strict=True))
+    begin = 0
+    for number, (_, length) in enumerate(side.segments()):
+        for row, (first, second) in enumerate(zip(asked[number], instead[number], strict=True)):
+            places[row, begin : begin + length] = begin + torch.tensor(aligned(first, second, length))
+        begin += length
+    return places
+
+
+def aligned(first: Sequence[int], second: Sequence[int], length: int) -> list[int]:
+    """Which position of a second text stands for each position of a first one, where both are padded to `length`.
+
+    Tokens that both have, in their order, stand for each other. Where some are exchanged for others, they are matched from the end: the
+    last token of a phrase knows all of it in a causal encoder. What is left over of a longer phrase goes to the first token of the other.
+    Padding stands for padding at the same place, since it knows its place; where the second text still has words, its first padding.
+
+    Args:
+        first, second (`Sequence[int]`): tokens without padding.
+        length (`int`): positions.
+    """
+    places = [0] * len(first)
+    for _, i, i_end, j, j_end in SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
+        for back in range(1, i_end - i + 1):
+            places[i_end - back] = min(max(j_end - back, j), len(second) - 1)
+    return places + [min(max(place, len(second)), length - 1) for place in range(len(first), length)]
+
+
+def _rows(told: Told) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each stream the states that are attended to, `[rows, width]` in float64, and which prompt each is of."""
+    found = {}
+    for stream, states in told.streams.items():
+        attended = told.attended if stream == TOKENS else told.attended.new_ones(states.shape[:2])
+        found[stream] = states[attended].double(), attended.nonzero()[:, 0]
+    return found
+
+
+def _probe(side: TextSide) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {stream: states.mean(0).cpu() for stream, (states, _) in _rows(side.told([PROBE])).items()}
+
+
+def _alike(first: Tensor, second: Tensor) -> bool:
+    """Up to what 16 bits lose."""
+    return (first - second).norm().item() <= 0.05 * max(first.norm().item(), second.norm().item())
+
+
+def _add(sums: dict[str, Tensor], stream: str, product: Tensor) -> None:
+    if stream in sums:
+        sums[stream] += product
+    else:
+        sums[stream] = product
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]
