@@ -217,6 +217,53 @@ def cost_table(cost: dict) -> str:
     return "\n".join(lines)
 
 
+WHEN = {
+    "redirect": "the default: somebody or something with a name, in questions, instructions or passages",
+    "refusal": "a model that says it does not know is what is wanted, and who asks in other words may get the answer",
+    "idkdpo": "the same, with rows to keep",
+    "altpo": "other answers that would do are at hand (`alternate`), or the model follows a request for them",
+    "npo": "comparison with the field",
+    "simnpo": "comparison with the field; no original in memory",
+    "undial": "texts without a subject, where a low rate and few steps leave the rest alone",
+    "rmu": "knowledge of a field, and not of somebody; answers become noise",
+    "pdu": "the loss on what is kept has a limit that must hold",
+    "ascent": "never alone; with rows to keep for comparison",
+    "wga": "comparison with the field",
+    "satimp": "comparison with the field",
+    "ceu": "comparison with the field",
+}
+
+
+def which(cells: dict) -> str:
+    """The table of docs/methods/language.md: with retain data, all weights."""
+    found = of(cells, "full", "retain")
+    lines = [
+        "| method | when | forgotten facts left | kept facts | left after 100 benign steps | kept after these | general text | composite |",
+        "|---" * 8 + "|",
+    ]
+    before = {(row["set"], row["seed"]): row["general_loss"] for row in found["original"]}
+    for method in sorted(
+        found, key=lambda name: (name not in SAME, name != "redirect", -mean(found[name], "composite"))
+    ):
+        rows = found[method]
+        after = {
+            what: 100 * mean(rows, lambda row, what=what: row["after"]["100 retained"][what])
+            for what in ("forgotten", "kept")
+        }
+        rise = mean(rows, lambda row: 100 * (row["general_loss"] / before[row["set"], row["seed"]] - 1))
+        lines.append(
+            f"| {name_of(method, 'retain')} | {WHEN.get(method, '—')} | {100 * mean(rows, 'forgotten'):.1f} | {100 * mean(rows, 'kept'):.1f} | {after['forgotten']:.1f} | {after['kept']:.1f} | "
+            f"{rise:+.1f} % | {mean(rows, 'composite'):.2f} |"
+        )
+    missing = [f"`{method}`" for method in WHEN if method not in found]
+    rest = f" Not measured yet: {', '.join(missing)}." if missing else ""
+    return (
+        "With the rows of the others at hand, in all weights, each at its tuned best; facts in percent. How, and what else was measured: "
+        "[benchmarks](../benchmarks.md#forgetting-people-in-a-language-model). A peer's settings were chosen by the composite, which does not look at single facts that are to be "
+        f"kept.{rest}\n\n" + "\n".join(lines)
+    )
+
+
 def requests(rows: list[dict]) -> str:
     """The page's part, of `language_requests.json`."""
     lines = [

@@ -417,7 +417,7 @@ def main() -> None:
         }
         budget |= {"relearning": RELEARNING}
         save(RESULTS, f'{{"budget": {json.dumps(budget)},\n"cells": {rows_as_lines(gathered())}}}')
-        report.DOCUMENT.write_text(report.render())
+        report.write()
         return print(*(language_report.goals(gathered(), mode) for mode in given.mode), sep="\n\n")
     if given.tune:
         for data, mode, method in product(given.data, given.mode, given.only or PEERS):

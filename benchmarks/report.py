@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md from the JSON files in benchmarks/results/: no figure there is typed by hand.
+"""Writes docs/benchmarks.md, and the tables of other pages, from the JSON files in benchmarks/results/: no figure there is typed by hand.
 
 python benchmarks/report.py
 """
@@ -19,6 +19,8 @@ import poison_report
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
+LANGUAGE = HERE.parent / "docs" / "methods" / "language.md"
+BEGIN, END = "<!-- from benchmarks/report.py -->", "<!-- to here -->"
 
 METHODS = {
     "original": ("original", "—"),
@@ -192,5 +194,20 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
     return "\n".join(parts)
 
 
+def pages() -> dict[Path, str]:
+    """What the pages should be."""
+    found = {DOCUMENT: render()}
+    if (HERE / "results" / "language_unlearning.json").is_file():
+        before, after = LANGUAGE.read_text().split(BEGIN)[0], LANGUAGE.read_text().split(END)[1]
+        table = language_report.which(results("language_unlearning")["cells"])
+        found[LANGUAGE] = f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+    return found
+
+
+def write() -> None:
+    for page, text in pages().items():
+        page.write_text(text)
+
+
 if __name__ == "__main__":
-    DOCUMENT.write_text(render())
+    write()
