@@ -28,7 +28,7 @@ from hf_unlearn.examples.facts import kinds, known_share
 
 RESULTS = Path(__file__).parent / "results" / "language_requests.json"
 REQUESTS, SHARE = 10, 0.02
-FROM_ORIGINAL = (2, 5, 10)  # after so many requests: a run costs the same whatever came before
+FROM_ORIGINAL = (10,)  # after so many requests: a run costs the same whatever came before
 COLUMNS = ["id", "prompt", "completion"]
 
 
