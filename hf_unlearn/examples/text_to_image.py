@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BATCH = 64
 DROPPED = 0.10  # share of captions that are not said, for classifier-free guidance (arXiv 2207.12598)
-VAE_LEARNING_RATE, KL_WEIGHT = 2e-3, 1e-3
+VAE_LEARNING_RATE, KL_WEIGHT = 2e-3, 1e-4
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class TextToImageRecipe:
         if self.without is not None:
             meaning(self.without)
         if self.checkpoints > self.steps // 2:
-            raise ValueError(f"checkpoints={self.checkpoints}: more than the {self.steps // 2} steps they are taken from")
+            raise ValueError(
+                f"checkpoints={self.checkpoints}: more than the {self.steps // 2} steps they are taken from"
+            )
 
     def data(self) -> DatasetDict:
         """The pictures it is trained on, and those held out."""
@@ -82,7 +84,9 @@ def text_to_image_model(recipe: TextToImageRecipe | None = None, *, progress: bo
         progress (`bool`, defaults to `True`): say how long it takes.
     """
     recipe = recipe or TextToImageRecipe()
-    return cache.cached(recipe.name, recipe, lambda folder: train(recipe, folder, progress=progress), progress=progress)
+    return cache.cached(
+        recipe.name, recipe, lambda folder: train(recipe, folder, progress=progress), progress=progress
+    )
 
 
 def train(recipe: TextToImageRecipe, folder: str | Path, *, progress: bool = True) -> Path:
