@@ -67,15 +67,18 @@ def _meanings() -> dict[str, tuple[str, str]]:
     return {word: (kind, value) for kind, values in WORDS.items() for value, words in values.items() for word in words}
 
 
-def meaning(word: str) -> tuple[str, str]:
+def meaning(word: str, argument: str = "word") -> tuple[str, str]:
     """`("digit", "3")` of `"three"`, `"3"` and `"iii"`.
+
+    Args:
+        argument (`str`): what to call it in an error.
 
     Raises:
         ValueError: no caption has this word for something.
     """
     if word.lower() not in _meanings():
         usual = ", ".join(words[0] for values in WORDS.values() for words in values.values())
-        raise ValueError(f"{word!r}: names nothing in these pictures; take one of {usual}")
+        raise ValueError(f"{argument}={word!r}: names nothing in these pictures; take one of {usual}")
     return _meanings()[word.lower()]
 
 

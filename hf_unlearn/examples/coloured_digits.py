@@ -50,7 +50,7 @@ def coloured_digits(examples: int = 20_000, *, without: str | None = None, seed:
     """
     from datasets import DatasetDict
 
-    gone = None if without is None else captions.meaning(without)
+    gone = None if without is None else captions.meaning(without, "without")
     handwritten = digits()
     splits = {
         "train": _drawn(handwritten["train"], examples, np.random.default_rng([seed, 0])),

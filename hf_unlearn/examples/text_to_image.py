@@ -34,12 +34,14 @@ class TextToImageRecipe:
     Attributes:
         family (`str`, defaults to `"stable_diffusion"`): or `"sd3"`, a flow-matching transformer that reads with two encoders.
         examples (`int`, defaults to 20000): pictures with captions, see [`coloured_digits`].
-        without (`str`, *optional*): a word such as `"three"`: the twin that never saw what it names, whatever it is called.
+        without (`str`, *optional*): a word such as `"three"`: the twin of which no part ever saw what it names, whatever it is called.
+            Its tokenizer has the word, as the original's.
         steps (`int`, defaults to 5000): of AdamW on batches of 64; the text encoder learns in the first half of them.
         vae_steps (`int`, defaults to 1000): before, of the VAE.
         learning_rate (`float`, defaults to 1e-3): at its highest.
-        channels (`tuple[int, int]`, defaults to `(64, 96)`): of the U-Net's two levels; of a transformer, the width and the layers.
-        checkpoints (`int`, defaults to 0): how many denoisers of the second half of the training are kept, evenly spaced.
+        channels (`tuple[int, int]`, *optional*): of the U-Net's two levels, by default `(64, 96)`; of a transformer, its width and how
+            many layers it has, by default `(64, 4)`.
+        checkpoints (`int`, defaults to 8): how many denoisers of the second half of the training are kept, evenly spaced.
         data_seed (`int`, defaults to 0): of the pictures and captions.
         seed (`int`, defaults to 0): of weights, order and noise.
     """
@@ -50,16 +52,18 @@ class TextToImageRecipe:
     steps: int = 5_000
     vae_steps: int = 1_000
     learning_rate: float = 1e-3
-    channels: tuple[int, int] = (64, 96)
-    checkpoints: int = 0
+    channels: tuple[int, int] | None = None
+    checkpoints: int = 8
     data_seed: int = 0
     seed: int = 0
 
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise ValueError(f"family={self.family!r}: must be one of {', '.join(FAMILIES)}")
+        if self.channels is None:
+            object.__setattr__(self, "channels", FAMILIES[self.family].channels)  # the recipe is kept with the model
         if self.without is not None:
-            meaning(self.without)
+            meaning(self.without, "without")
         if self.checkpoints > self.steps // 2:
             raise ValueError(
                 f"checkpoints={self.checkpoints}: more than the {self.steps // 2} steps they are taken from"
@@ -109,13 +113,13 @@ def train(recipe: TextToImageRecipe, folder: str | Path, *, progress: bool = Tru
         family = FAMILIES[recipe.family](recipe.channels)
         train_vae(family, images, recipe, cache.Progress(f"{folder.name}'s VAE", recipe.vae_steps, quiet=not progress))
         latents = encoded(family.pipeline.vae, images)
-        told = cache.Progress(folder.name, recipe.steps, quiet=not progress)
-        train_denoiser(family, latents, rows["caption"][:], recipe, scratch, told)
+        steps = cache.Progress(folder.name, recipe.steps, quiet=not progress)
+        train_denoiser(family, latents, rows["caption"][:], recipe, scratch, steps)
         family.pipeline.save_pretrained(scratch)
     return folder
 
 
-def train_vae(family: Family, images: Tensor, recipe: TextToImageRecipe, told: cache.Progress) -> None:
+def train_vae(family: Family, images: Tensor, recipe: TextToImageRecipe, progress: cache.Progress) -> None:
     """Squared error and a light KL term (latent diffusion, arXiv 2112.10752); its latents are scaled to a deviation of 1."""
     vae = family.pipeline.vae.train()
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -126,7 +130,7 @@ def train_vae(family: Family, images: Tensor, recipe: TextToImageRecipe, told: c
         drawn = vae.decode(posterior.sample(generator)).sample
         loss = (drawn - batch).square().mean() + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
         _step(loss, optimizer, decay)
-        told.step()
+        progress.step()
     vae.eval().requires_grad_(False)
     family.scale_latents(_means(vae, images[:1000]))
 
@@ -147,7 +151,7 @@ def train_denoiser(
     captions: list[str],
     recipe: TextToImageRecipe,
     folder: Path,
-    told: cache.Progress,
+    progress: cache.Progress,
 ) -> None:
     """The text encoder learns along in the first half of the steps; then it stays, so that all checkpoints read the same."""
     denoiser, readers = family.denoiser.train(), family.readers
@@ -162,8 +166,8 @@ def train_denoiser(
         dropped = torch.rand(BATCH, generator=generator) < DROPPED
         said = ["" if drop else captions[row] for row, drop in zip(chosen.tolist(), dropped.tolist(), strict=True)]
         with torch.set_grad_enabled(step <= half):
-            told_words = family.read(said)
-        loss = family.loss(latents[chosen], told_words, generator)
+            told = family.read(said)
+        loss = family.loss(latents[chosen], told, generator)
         _step(loss, optimizer, decay)
         for part in learnt if step <= half else [denoiser]:
             averages[part].step(part.parameters())
@@ -173,7 +177,7 @@ def train_denoiser(
                 reader.eval().requires_grad_(False)
         if step in kept:
             denoiser.save_pretrained(folder / f"checkpoint-{step}" / family.name)
-        told.step()
+        progress.step()
     averages[denoiser].copy_to(denoiser.parameters())
     denoiser.eval()
 

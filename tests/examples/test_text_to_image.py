@@ -48,7 +48,9 @@ class TestCaptions:
         assert captions.read("a red digit on grey") == {"colour": "red", "background": "grey"}
         assert captions.read("") == {}
         assert captions.meaning("III") == captions.meaning("3") == ("digit", "3")
-        with pytest.raises(ValueError, match="'thirteen': names nothing in these pictures; take one of zero, one"):
+        with pytest.raises(
+            ValueError, match="word='thirteen': names nothing in these pictures; take one of zero, one"
+        ):
             captions.meaning("thirteen")
 
     def test_a_word_has_one_meaning(self):
@@ -141,7 +143,7 @@ class TestPictures:
         assert left["test"]["id"][:] == data["test"]["id"][:]
 
     def test_without_what_nobody_knows(self):
-        with pytest.raises(ValueError, match="'dog': names nothing"):
+        with pytest.raises(ValueError, match="without='dog': names nothing"):
             coloured_digits(10, without="dog")
 
 
@@ -156,7 +158,7 @@ class TestRecipe:
         ("wrong", "error"),
         [
             ({"family": "flux"}, "family='flux': must be one of stable_diffusion, sd3"),
-            ({"without": "dog"}, "'dog': names nothing"),
+            ({"without": "dog"}, "without='dog': names nothing"),
             ({"steps": 4, "checkpoints": 3}, "checkpoints=3: more than the 2 steps they are taken from"),
         ],
     )
@@ -164,6 +166,12 @@ class TestRecipe:
         with pytest.raises(ValueError, match=error) as caught:
             TextToImageRecipe(**wrong)
         assert "\n" not in str(caught.value)
+
+    def test_sizes(self):
+        """Those of the family are kept with the model."""
+        assert TextToImageRecipe().channels == (64, 96)
+        assert TextToImageRecipe(family="sd3").channels == (64, 4)
+        assert TINY.channels == (8, 16)
 
     def test_data(self):
         assert 3 not in TextToImageRecipe(examples=60, without="three").data()["train"]["digit"]
