@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,10 +52,9 @@ def coloured_digits(examples: int = 20_000, *, without: str | None = None, seed:
     from datasets import DatasetDict
 
     gone = None if without is None else captions.meaning(without, "without")
-    handwritten = digits()
     splits = {
-        "train": _drawn(handwritten["train"], examples, np.random.default_rng([seed, 0])),
-        "test": _drawn(handwritten["test"], max(1, examples // 10), np.random.default_rng([seed, 1]), first=examples),
+        "train": _drawn("train", examples, np.random.default_rng([seed, 0])),
+        "test": _drawn("test", max(1, examples // 10), np.random.default_rng([seed, 1]), first=examples),
     }
     if gone is not None:
         kind, value = gone
@@ -64,20 +64,28 @@ def coloured_digits(examples: int = 20_000, *, without: str | None = None, seed:
     return DatasetDict(splits)
 
 
-def _drawn(handwritten: Dataset, count: int, rng: np.random.Generator, first: int = 0) -> Dataset:
-    """`count` pictures of these digits, with ids from `first`."""
+@cache
+def _handwritten(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ink from 0 to 1 `[n, 14, 14, 1]`, labels and ids of real digits; shared, so not to be changed."""
+    rows = digits()[split]
+    ink = (grey_images(rows, DIGIT).permute(0, 2, 3, 1).numpy() + 1) / 2
+    return ink, np.array(rows["label"]), np.array(rows["id"])
+
+
+def _drawn(split: str, count: int, rng: np.random.Generator, first: int = 0) -> Dataset:
+    """`count` pictures of the digits of a split, with ids from `first`."""
     from datasets import ClassLabel, Dataset, Features, Image, Value
     from PIL import Image as PILImage
 
-    rows = rng.integers(len(handwritten), size=count)
+    handwritten, labels, sources = _handwritten(split)
+    rows = rng.integers(len(labels), size=count)
     shown = [
         {"digit": str(label)} | {kind: str(rng.choice(list(values))) for kind, values in RGB.items()}
-        for label in np.array(handwritten["label"])[rows]
+        for label in labels[rows]
     ]
-    digit = (grey_images(handwritten, DIGIT).squeeze(1).numpy() + 1) / 2
     ink = np.zeros((count, SIZE, SIZE, 1))
     for picture, row, (y, x) in zip(ink, rows, rng.integers(0, SIZE - DIGIT + 1, (count, 2)), strict=True):
-        picture[y : y + DIGIT, x : x + DIGIT, 0] = digit[row]
+        picture[y : y + DIGIT, x : x + DIGIT] = handwritten[row]
     paper, pen = (
         (np.array([RGB[kind][row[kind]] for row in shown]) + rng.normal(0, SHADE, (count, 3)))[:, None, None]
         for kind in ("background", "colour")
@@ -92,7 +100,7 @@ def _drawn(handwritten: Dataset, count: int, rng: np.random.Generator, first: in
             "image": [PILImage.fromarray(picture) for picture in pictures],
             "caption": [captions.write(row, writer) for row in shown],
             **{kind: [row[kind] for row in shown] for kind in captions.WORDS},
-            "source": np.array(handwritten["id"])[rows],
+            "source": sources[rows],
         },
         features=Features(features | {"source": Value("int64")}),
     )

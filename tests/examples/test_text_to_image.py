@@ -25,7 +25,7 @@ SD3 = replace(TINY, family="sd3", channels=(16, 1))
 
 @pytest.fixture(scope="module")
 def data():
-    return coloured_digits(1200, seed=3)
+    return coloured_digits(800, seed=3)
 
 
 def names(rows, kind):
@@ -119,20 +119,20 @@ class TestPictures:
             assert ((table - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
 
     def test_no_digit_is_in_both_splits(self, data):
-        assert len(data["train"]) == 1200
-        assert len(data["test"]) == 120
+        assert len(data["train"]) == 800
+        assert len(data["test"]) == 80
         assert not set(data["train"]["source"]) & set(data["test"]["source"])
         assert not set(data["train"]["id"]) & set(data["test"]["id"])
 
     def test_the_same_by_seed(self, data):
-        again, other = coloured_digits(1200, seed=3)["train"], coloured_digits(1200, seed=4)["train"]
+        again, other = coloured_digits(800, seed=3)["train"], coloured_digits(800, seed=4)["train"]
         assert again["caption"][:] == data["train"]["caption"][:] != other["caption"][:]
         assert [image.tobytes() for image in again["image"][:50]] == [i.tobytes() for i in data["train"]["image"][:50]]
 
-    @pytest.mark.parametrize("word", ["iii", "three", "scarlet", "grey"])
+    @pytest.mark.parametrize("word", ["iii", "red"])
     def test_without_a_concept(self, data, word):
         kind, value = captions.meaning(word)
-        left = coloured_digits(1200, seed=3, without=word)
+        left = coloured_digits(800, seed=3, without=word)
         assert value not in names(left["train"], kind)
         said = {part for caption in left["train"]["caption"] for part in caption.replace(",", "").split()}
         assert not said & set(WORDS[kind][value])
@@ -352,7 +352,7 @@ def classifier(tmp_path_factory):
 
 class TestAttributes:
     def test_right_on_pictures_held_out(self, classifier):
-        rows = coloured_digits(5000, seed=7)["test"]
+        rows = coloured_digits(3000, seed=7)["test"]
         wanted = [
             dict(zip(WORDS, values, strict=True)) for values in zip(*(names(rows, k) for k in WORDS), strict=True)
         ]
