@@ -32,7 +32,7 @@ class TextToImageRecipe:
     """What a small text-to-image pipeline depends on.
 
     Attributes:
-        family (`str`, defaults to `"stable_diffusion"`): or `"sd3"`, a flow-matching transformer that reads with two encoders.
+        family (`str`, defaults to `"stable_diffusion"`): or `"sd3"`, a flow-matching transformer that reads with three encoders.
         examples (`int`, defaults to 20000): pictures with captions, see [`coloured_digits`].
         without (`str`, *optional*): a word such as `"three"`: the twin of which no part ever saw what it names, whatever it is called.
             Its tokenizer has the word, as the original's.

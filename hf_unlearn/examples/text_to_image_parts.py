@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from ..unlearning.diffusion.noise import NoiseSchedule
 from .captions import all_words
@@ -27,6 +36,7 @@ from .coloured_digits import SIZE
 WIDTH, LENGTH = 64, 16  # numbers a token, tokens a caption
 LATENTS, DOWN = 4, 2  # channels of a latent, pixels in a row of one
 MIN_SNR = 5.0
+END, SIGNS = "</w>", string.ascii_lowercase + string.digits + string.punctuation
 
 
 class Family(Protocol):
@@ -111,8 +121,8 @@ class StableDiffusion:
 
 
 class StableDiffusion3:
-    """A transformer that guesses the velocity from picture to noise, told by two CLIP text encoders (Stable Diffusion 3, arXiv
-    2403.03206). In the place of T5, which it has not, stock diffusers 0.42 tells it 256 tokens of zeros: most of what a step costs.
+    """A transformer that guesses the velocity from picture to noise, told by two CLIP text encoders and T5 (Stable Diffusion 3, arXiv
+    2403.03206). Without T5 stock diffusers 0.42 loads no such pipeline from a folder; it always reads 256 tokens: most of what a step costs.
 
     Args:
         channels (`tuple[int, int]`): its width, in heads of 16, and how many layers it has.
@@ -137,15 +147,15 @@ class StableDiffusion3:
             pos_embed_max_size=SIZE // DOWN // 2,
         )
         words = [tokenizer(), tokenizer()]
-        self.readers = [CLIPTextModelWithProjection(reader_config(word)) for word in words]
+        self.readers = [*(CLIPTextModelWithProjection(reader_config(word)) for word in words), t5_encoder()]
         self.pipeline = StableDiffusion3Pipeline(
             vae=autoencoder(),
             text_encoder=self.readers[0],
             text_encoder_2=self.readers[1],
-            text_encoder_3=None,
+            text_encoder_3=self.readers[2],
             tokenizer=words[0],
             tokenizer_2=words[1],
-            tokenizer_3=None,
+            tokenizer_3=t5_tokenizer(),
             transformer=self.denoiser,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         )
@@ -185,9 +195,40 @@ def autoencoder() -> AutoencoderKL:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """CLIP's, with every word of the captions as one token; others are spelt with parts of them and letters."""
-    words = [*all_words(), *string.ascii_lowercase]
-    return CLIPTokenizer(model_max_length=LENGTH).train_new_from_iterator([words], 2**16, min_frequency=0)
+    """CLIP's, with every word of the captions as one token; others are spelt with parts of them, letters and signs.
+
+    Made here and not by the `tokenizers` library's trainer, which gives other tokens at each call where pairs are equally frequent. What
+    is merged for one word stays merged, as later merges come after.
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    for word in all_words():
+        while len(parts := _parts(word, ranks)) > 1:
+            ranks[parts[0], parts[1]] = len(ranks)
+    pieces = ["<|startoftext|>", "<|endoftext|>", *SIGNS, *(sign + END for sign in SIGNS), *map("".join, ranks)]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    return CLIPTokenizer(vocabulary, list(ranks), model_max_length=LENGTH)
+
+
+def _parts(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """As byte-pair encoding takes a word apart: of the pairs that may be merged always the one with the lowest rank, from the left."""
+    parts = [*word[:-1], word[-1] + END]
+    while known := [pair for pair in pairwise(parts) if pair in ranks]:
+        place = list(pairwise(parts)).index(min(known, key=ranks.__getitem__))
+        parts[place : place + 2] = ["".join(parts[place : place + 2])]
+    return parts
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """T5's, with the same words."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in all_words())]
+    return T5Tokenizer([*pieces, *((sign, -10.0) for sign in ("▁", *SIGNS))], extra_ids=0, model_max_length=256)
+
+
+def t5_encoder() -> T5EncoderModel:
+    """One layer, as wide as two CLIP encoders together."""
+    return T5EncoderModel(
+        T5Config(vocab_size=len(t5_tokenizer()), d_model=2 * WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=1, num_heads=4)
+    )
 
 
 def reader_config(words: CLIPTokenizer) -> CLIPTextConfig:
