@@ -163,7 +163,7 @@ def followed(
     """Share of drawn pictures that show what was asked for, as [`shown_as_wanted`].
 
     Args:
-        pipeline (`DiffusionPipeline`): draws 16 × 16 pictures of prompts.
+        pipeline (`DiffusionPipeline`): with a U-Net, as [`generate`] takes it; draws 16 × 16 pictures of prompts.
         prompts (`Sequence[str]`): one picture each.
         wanted (*optional*): what each should show. Default: what the prompt says.
         classifier ([`AttributeClassifier`], *optional*): default [`attribute_classifier`].
