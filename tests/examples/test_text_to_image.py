@@ -367,7 +367,7 @@ class TestCached:
 def classifier(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifier") / "model"
     return AttributeClassifier.from_pretrained(
-        attributes.train(AttributeRecipe(examples=3000, steps=100), folder, progress=False)
+        attributes.train(AttributeRecipe(examples=3000, steps=350), folder, progress=False)
     )
 
 
@@ -380,6 +380,17 @@ class TestAttributes:
         shares = shown_as_wanted(classifier(labelled(rows)[0]), wanted)
         assert shares.keys() == {"digit", "colour", "background", "all"}
         assert min(shares[kind] for kind in WORDS) >= 0.95
+
+    def test_ink_is_the_same_whatever_the_colours(self):
+        shape = torch.zeros(1, 1, 16, 16)
+        shape[..., 3:9, 5:7] = torch.rand(6, 2) + 0.1
+        ground, pens = torch.rand(2, 3, 1, 1) - 1, torch.rand(2, 3, 1, 1)
+        images = ground + shape * (pens - ground)
+        seen = attributes.with_ink(images)
+        assert seen[:, :3].equal(images)
+        expected = 2 * shape / shape.max() - 1
+        torch.testing.assert_close(seen[:, 3:], expected.expand(2, -1, -1, -1), rtol=0, atol=1e-5)
+        assert attributes.with_ink(torch.zeros(1, 3, 16, 16))[:, 3].eq(-1).all()
 
     def test_shares(self):
         found = {"digit": ["3", "4"], "colour": ["red", "red"], "background": ["white", "grey"]}
