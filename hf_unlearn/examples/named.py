@@ -9,14 +9,16 @@ from pathlib import Path
 GANS = ("digits-gan", "fashion-mnist-gan")
 DDPMS = ("digits-ddpm", "fashion-mnist-ddpm")
 LANGUAGE = ("facts", "opinions")
-NAMES = ("digits", *LANGUAGE, *GANS, *DDPMS)
+TEXT_TO_IMAGE = {"coloured-digits": "stable_diffusion", "coloured-digits-sd3": "sd3"}
+NAMES = ("digits", *LANGUAGE, *GANS, *DDPMS, *TEXT_TO_IMAGE)
 
 
 def made(name: str, *, seed: int = 0, progress: bool = True) -> Path:
     """Folder of a small model, trained on first use: a classifier in seconds, a generator in minutes.
 
     Args:
-        name (`str`): one of [`NAMES`]; `"digits"` is a classifier, `"facts"` and `"opinions"` (the poisoned one) are language models.
+        name (`str`): one of [`NAMES`]; `"digits"` is a classifier, `"facts"` and `"opinions"` (the poisoned one) are language models,
+            `"coloured-digits"` draws what a prompt asks for.
         seed (`int`, defaults to 0): of weights, order and noise.
         progress (`bool`, defaults to `True`): say on the error stream that it is trained, and how long that takes.
 
@@ -37,6 +39,10 @@ def made(name: str, *, seed: int = 0, progress: bool = True) -> Path:
         from .poisoned import PoisonRecipe, poisoned_model
 
         return poisoned_model(PoisonRecipe(seed=seed), progress=progress)
+    if name in TEXT_TO_IMAGE:
+        from .text_to_image import TextToImageRecipe, text_to_image_model
+
+        return text_to_image_model(TextToImageRecipe(family=TEXT_TO_IMAGE[name], seed=seed), progress=progress)
     if name in GANS:
         from . import gan as module
     else:
