@@ -77,7 +77,7 @@ PLAIN = {
 }  # fmt: skip
 GRID = {"learning_rate": (3e-4, 1e-3), "retain_weight": (1.0, 5.0)}
 GRIDS = {"rmu": {"rmu_layer": (1, 3)}}  # what else there is to choose
-RATES = {"full": (5e-4, 1e-3, 2e-3), "lora": (1e-3, 2e-3, 4e-3)}  # for our default, which is one for all models
+RATES = {"full": (5e-4, 1e-3, 2e-3), "lora": (4e-3, 2e-3, 1e-3)}  # for our default, which is one for all models
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ADAPTER_RATES = 5  # times the learning rates of GRID
 REFUSALS = (
