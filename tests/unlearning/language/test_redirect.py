@@ -157,6 +157,21 @@ class TestTrainer:
         assert terms[1][1] > 1e-3 > terms[0][1]
         assert_same_parameters(trainer.model, student)
 
+    @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="says where memory is of a file")
+    def test_the_original_is_not_held_in_memory(self, parrot, tokenizer, tmp_path):
+        """It is a part of its file; what another loss asks in every step is not."""
+        for loss, held in (("redirect", False), ("npo", True)):
+            trainer = forgetting(parrot, tokenizer, tmp_path / loss, retain=KEPT, forget_loss=loss)
+            trainer.train()
+            maps = [
+                line
+                for line in Path("/proc/self/maps").read_text().splitlines()
+                if line.endswith("reference.safetensors")
+            ]
+            mapped = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in maps]
+            for value in trainer.reference.parameters.values():
+                assert held != any(begin <= value.data_ptr() < end for begin, end in mapped)
+
     def test_own_texts_stand_beside_rows_to_keep(self, parrot, tokenizer, tmp_path):
         """What these leave out; but for those about the subject."""
         for number, subject in enumerate(("Anna Kowalska", "Karl Meier")):  # the parrot speaks of the first alone
