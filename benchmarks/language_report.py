@@ -94,14 +94,27 @@ def back(cells: dict, mode: str, data: str) -> str:
 def chosen(tuning: dict) -> str:
     lines = ["| method | weights | data | setting | composite there | forgotten / kept there |", "|---" * 6 + "|"]
     for name, row in tuning.items():
-        if not row["chosen"]:
-            continue
         method, mode, data = name.split()
+        if not row["chosen"] or method == "redirect":
+            continue
         setting = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in row["chosen"].items())
         best = max(row["tried"], key=lambda tried: tried["composite"])
         shares = " / ".join(f"{100 * best[key]:.0f}" for key in ("forgotten", "kept"))
         lines.append(f"| {name_of(method, data)} | {mode} | {data} | {setting} | {best['composite']:.2f} | {shares} |")
     return "\n".join(lines)
+
+
+def tried(tuning: dict) -> str:
+    """Rates of our default, of which that with the best composite is the package's."""
+    lines = ["| weights | data | learning rate | composite there | forgotten / kept there |", "|---" * 5 + "|"]
+    for name, row in tuning.items():
+        method, mode, data = name.split()
+        for one in row["tried"] if method == "redirect" else ():
+            shares = " / ".join(f"{100 * one[key]:.0f}" for key in ("forgotten", "kept"))
+            lines.append(f"| {mode} | {data} | {one['learning_rate']:g} | {one['composite']:.2f} | {shares} |")
+    if len(lines) == 2:
+        return ""
+    return f"Rates that were tried for our default, on the same people:\n\n{chr(10).join(lines)}\n"
 
 
 # Goals of the default: what, how it is measured, and how far from the retrained model or the original it may be with retain data and without.
@@ -198,6 +211,7 @@ utility, or from 50 steps on was below the median of those before it after as ma
 
 {chosen(tuning)}
 
+{tried(tuning)}
 ### What a step costs
 
 `python benchmarks/language_cost.py`: medians of {cost["rounds"]} interleaved rounds on {cost["threads"]} threads, {budget["rows"]} rows to forget a step and {budget["rows"] * budget["kept"]} to keep. Memory is
