@@ -156,7 +156,7 @@ def goals(cells: dict, mode: str, method: str = "redirect") -> str:
             there = {(row["set"], row["seed"]) for row in found[method]}
             others = {other: [row for row in found[other] if (row["set"], row["seed"]) in there] for other in SAME}
             value = measured(found[method], others)
-            met = value <= bound if at_most else value >= bound
+            met = value <= bound + 1e-9 if at_most else value >= bound - 1e-9
             shown.append(f"{value:.2g}" if met else f"**{value:.2g}**")
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
