@@ -23,14 +23,14 @@ from .redirect import FEWEST, RedirectMixin
 
 
 def default_rate(model: Any, adapter: bool) -> float:
-    """The learning rate where none is given: 10⁻³ · (320 / width)² for a model as a whole, as wide models are trained in smaller steps, and
-    4 · 10⁻³ · 320 / width for a LoRA. Chosen at a width of 320; at others it is a rule of thumb.
+    """The learning rate where none is given: 10⁻³ for a model as a whole, and 4 · 10⁻³ for a LoRA, up to a width of 320, at which they were
+    chosen. Wider models are trained in smaller steps, by a rule of thumb: 10⁻³ · (320 / width)², and 4 · 10⁻³ · 320 / width.
 
     Args:
         model (`PreTrainedModel`): its config says how wide it is.
         adapter (`bool`): whether only an adapter is trained.
     """
-    narrower = 320 / model.config.get_text_config().hidden_size
+    narrower = min(1.0, 320 / model.config.get_text_config().hidden_size)
     return 4e-3 * narrower if adapter or hasattr(model, "peft_config") else 1e-3 * narrower**2
 
 
