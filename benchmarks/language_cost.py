@@ -38,8 +38,8 @@ VARIANTS = {  # settings beside COMMON, and whether retained rows are at hand
 
 
 def alive() -> int:
-    """Bytes of all tensors that Python holds, but for those that are read from a mapped file when they are asked for."""
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors")]
+    """Bytes of all tensors that Python holds, but for those that a run keeps in files and reads from there when they are asked for."""
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/_private/" in line]
     mapped = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     return sum(

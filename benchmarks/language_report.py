@@ -195,6 +195,8 @@ downloaded classifier of gibberish. Memorisation does not know where to stop: wh
 
 Peers have the budget of our defaults: at most {steps} steps of {budget["rows"]} rows to forget and, where there are any, {budget["rows"] * budget["kept"]} to keep, at a constant rate,
 with nothing of ours beside their loss. Settings were chosen for each by the composite on other people and another seed (below).
+Texts of its own beside rows to keep came to the default after a first look at this very seed, where general text had suffered without them, as it did on the
+tuning people; the rest of the default was not chosen here.
 Attacks: stock SFT at rate {relearning["learning_rate"]:g}, {relearning["per_device_train_batch_size"]} rows a step, on retained rows, on general ones, and on five forgotten rows, which are not asked then; 4-bit
 weights, rounded to nearest in groups of 32; the smallest weights of all linear layers pruned together.
 """
