@@ -293,9 +293,9 @@ def requests(rows: list[dict]) -> str:
         )
     return f"""## One request after the other
 
-`python benchmarks/language_requests.py`: ten requests of 2 % of the people each, by the defaults, one training seed; facts in percent, 32 a request. *One after the other*: each run begins
+`python benchmarks/language_requests.py`: requests of 2 % of the people each (the script goes to ten), by the defaults, one training seed; facts in percent, 32 a request. *One after the other*: each run begins
 with the model that the one before left, and is told of the new request only. *From the original*: each begins with the first original, and is told of all requests so
-far; steps are at most 400 however many there are.
+far, in about 400 steps however many there are; five of these requests are the 10 % of the tables above.
 
 {chr(10).join(lines)}
 """
