@@ -72,10 +72,8 @@ class ReferencePoint:
     @torch.no_grad()
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run `model` as it was at this point: in eval mode, without gradients, changing nothing in it."""
-        now = dict(model.named_parameters()) | dict(model.named_buffers())
-        state = {name: value.to(now[name].device) for name, value in (*self.parameters.items(), *self.buffers.items())}
         with in_eval_mode(model):
-            return torch.func.functional_call(model, state, args, kwargs)
+            return torch.func.functional_call(model, {**self.parameters, **self.buffers}, args, kwargs)
 
     def save(self, path: str | Path) -> None:
         """Write to one `.safetensors` file, complete or not at all."""

@@ -355,10 +355,11 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         if self.guard and not checkpoint:  # a second run of the same trainer: what was useful is still the original
             self.guard.state = GuardState(baseline=self.guard.state.baseline)
         self.accelerator.wait_for_everyone()
-        if not self._steps_look_back and self.anchor is None and file.is_file():
-            self.reference = ReferencePoint.load(file)  # from the disk, when the run is judged
+        held = self._steps_look_back or self.anchor is not None or not file.is_file()
+        self.reference = self.reference if held else ReferencePoint.load(file)  # mapped: no memory before it is asked
         with self._model_is_made():
             done = super()._train(checkpoint, **kwargs)
+        self.reference = self.reference if held else ReferencePoint.load(file, self.args.device)
         self.outcome = self.judge()
         tell_outcome(self, self.outcome_line)
         return done
