@@ -235,12 +235,12 @@ def cost_table(cost: dict) -> str:
 
 WHEN = {
     "redirect": "the default: somebody or something with a name, in questions, instructions or passages",
-    "refusal": "a model that says it does not know is what is wanted, and who asks in other words may get the answer",
+    "refusal": "a model that says it does not know is what is wanted, whatever else it costs",
     "idkdpo": "the same, with rows to keep",
     "altpo": "other answers that would do are at hand (`alternate`), or the model follows a request for them",
     "npo": "comparison with the field",
     "simnpo": "comparison with the field; no original in memory",
-    "undial": "texts without a subject, where a low rate and few steps leave the rest alone",
+    "undial": "comparison with the field",
     "rmu": "knowledge of a field, and not of somebody; answers become noise",
     "pdu": "the loss on what is kept has a limit that must hold",
     "ascent": "never alone; with rows to keep for comparison",
@@ -295,7 +295,7 @@ def requests(rows: list[dict]) -> str:
 
 `python benchmarks/language_requests.py`: requests of 2 % of the people each (the script goes to ten), by the defaults, one training seed; facts in percent, 32 a request. *One after the other*: each run begins
 with the model that the one before left, and is told of the new request only. *From the original*: each begins with the first original, and is told of all requests so
-far, in about 400 steps however many there are; five of these requests are the 10 % of the tables above.
+far, in about 400 steps however many there are; five of these requests are the 10 % of the tables above.{"" if any(row["way"] == "from the original" for row in rows) else " Not measured yet: *from the original*."}
 
 {chr(10).join(lines)}
 """
@@ -322,13 +322,15 @@ def passages(rows: list[dict]) -> str:
             f"| {label} | {' | '.join(shown)} | {mean(some, 'forget_loss'):.2f} | {mean(some, 'retain_loss'):.3f} |"
         )
     seeds = len({row["seed"] for row in rows})
+    missing = [name for name in ("whole passages", "reinforced", "both", "own tokens taken away") if name not in found]
+    rest = f" Not measured yet: *{'*, *'.join(missing)}*." if missing else ""
     return f"""## Passages without a question
 
 `python benchmarks/language_passages.py`: a small Llama knows two passages of four sentences about each of 100 invented people; those about ten are forgotten, with the others' at hand;
 {f"means over {seeds} training seeds" if seeds > 1 else "one training seed"}. Facts: passages are broken off before each, and the likeliest words tell it or do not; percent. *Sentence by sentence*: what the original says of another
 person, each sentence as if the passage began there. *Redirect* has passages about that person that the original writes beside it; *whole passages* reads what went before, too.
 *Reinforced* and *both* are the targets of Who's Harry Potter (arXiv [2310.02238](https://arxiv.org/abs/2310.02238)), which need a second model, trained on the passages some more; *own tokens taken away* is for rows
-of which nobody knows the subject. Benign steps: 30 on kept passages. The rule that sentences are read by themselves, and that the subject is whom a passage repeats, were found on seed 0.
+of which nobody knows the subject. Benign steps: 30 on kept passages. The rule that sentences are read by themselves, and that the subject is whom a passage repeats, were found on seed 0.{rest}
 
 {chr(10).join(lines)}
 """
