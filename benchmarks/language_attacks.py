@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from torch import nn
 from torch.nn.utils import prune
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn.examples.facts import TRAINING
@@ -31,6 +32,13 @@ RELEARNING = {
     "lr_scheduler_type": "constant",
     "per_device_train_batch_size": 8,
 }
+
+
+def silence() -> None:
+    """Neither bars nor what the libraries tell beside a benchmark's own rows."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
 
 
 class At(TrainerCallback):

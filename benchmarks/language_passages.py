@@ -25,12 +25,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from datasets import Dataset, disable_progress_bars
-from language_attacks import QUIET
+from datasets import Dataset
+from language_attacks import QUIET, silence
 from language_unlearning import rounded, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn import LanguageEvaluation, UnlearnSFTConfig, UnlearnSFTTrainer
@@ -228,9 +227,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=TARGETS, default=TARGETS, help="targets")
     parser.add_argument("--quick", action="store_true", help="few people, two steps; writes nothing")
     given = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
+    silence()
     rows = [] if given.quick or not RESULTS.is_file() else json.loads(RESULTS.read_text())["rows"]
     for seed in [0] if given.quick else given.seeds:
         recipe = PassagesRecipe(people=20, epochs=1) if given.quick else PassagesRecipe(seed=seed)

@@ -16,11 +16,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from datasets import Dataset, concatenate_datasets, disable_progress_bars
-from language_attacks import QUIET
+from datasets import Dataset, concatenate_datasets
+from language_attacks import QUIET, silence
 from language_unlearning import CELLS, DATA, RECIPE, REFUSALS, Figures, data_of, folder_of, loaded, rounded, save
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from hf_unlearn import UnlearnSFTConfig, UnlearnSFTTrainer
 from hf_unlearn.examples.facts import kinds, known_share
@@ -114,9 +113,7 @@ def main() -> None:
     parser.add_argument("--seed", nargs="+", type=int, default=[1], help="of training")
     parser.add_argument("--quick", action="store_true", help="two requests of two steps on few people; writes nothing")
     given = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
+    silence()
     if given.quick:
         case = Requests(1, "retain", 2, people=50, general=40, epochs=1)
         with tempfile.TemporaryDirectory() as folder:

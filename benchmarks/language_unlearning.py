@@ -27,13 +27,12 @@ from pathlib import Path
 
 import language_report
 import report
-from datasets import Dataset, DatasetDict, disable_progress_bars, interleave_datasets
+from datasets import Dataset, DatasetDict, interleave_datasets
 from generators import grid_of
-from language_attacks import QUIET, RELEARNING, At, pruned, quantise, sft
+from language_attacks import QUIET, RELEARNING, At, pruned, quantise, sft, silence
 from language_figures import Figures, against, composite
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from hf_unlearn import UnlearnSFTConfig, UnlearnSFTTrainer
 from hf_unlearn.examples.cache import cache_dir
@@ -401,9 +400,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="write results and page from the cells in the cache")
     parser.add_argument("--quick", action="store_true", help="two steps on few people: two minutes; writes nothing")
     given = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
+    silence()
     if given.quick:
         return quick()
     if given.report:

@@ -55,13 +55,9 @@ def printed(name: str, shares: dict[str, float]) -> dict[str, float]:
 def classifier_shares(examples: int) -> dict[str, float]:
     """Of real pictures of digits that the classifier never saw."""
     rows = coloured_digits(examples, seed=100)["test"]
-    images, labels = labelled(rows)
-    wanted = [dict(zip(WORDS, _values(row), strict=True)) for row in labels.tolist()]
-    return shown_as_wanted(attribute_classifier()(images), wanted)
-
-
-def _values(row: list[int]) -> list[str]:
-    return [list(values)[place] for values, place in zip(WORDS.values(), row, strict=True)]
+    names = {kind: rows.features[kind].int2str(rows[kind][:]) for kind in WORDS}
+    wanted = [dict(zip(names, values, strict=True)) for values in zip(*names.values(), strict=True)]
+    return shown_as_wanted(attribute_classifier()(labelled(rows)[0]), wanted)
 
 
 def main() -> None:
