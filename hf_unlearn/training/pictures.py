@@ -45,7 +45,8 @@ class _DrawsAtTimes(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            self.look(0, "before")
+            with self.trainer.as_original():  # a run may begin as something else
+                self.look(0, "before")
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.steps and state.global_step % self.steps == 0:

@@ -116,7 +116,7 @@ class OutcomeMixin:
             return []
         figures: list[dict[str, Any]] = [
             {"metric": metric, "name": name, "unit": unit, "before": scale * outcome.original[key], "after": scale * outcome.now[key]}
-            for key, (metric, name, unit, scale) in self._figure_names.items()
+            for key, (metric, name, unit, scale) in self._figure_names.items() if key in outcome.original
         ]  # fmt: skip
         total, looked = len(self.forget_dataset), min(self.args.guard_examples, len(self.forget_dataset))
         split = "forget set" if looked == total else f"forget set, {looked:,} of {total:,}"
@@ -180,7 +180,8 @@ class OutcomeMixin:
             failed.append("; ".join(missed)[0].upper() + "; ".join(missed)[1:] + ".")
         later = guard.looks[1:] if best else []
         if best and best.step == 0 and later and not any(look.kept for look in later):
-            failed.append("Nothing was unlearned: every state but the original lost more utility than the tolerance.")
+            nothing = "Nothing was unlearned" if self._begins_as_original else "Nothing more was unlearned by training"
+            failed.append(f"{nothing}: every state after the first step lost more utility than the tolerance.")
         drop = outcome.utility_drop
         if drop is not None and not drop <= self.utility_tolerance:
             failed.append(f"Utility fell by {drop:.3g}, more than the tolerance of {self.utility_tolerance:g}.")

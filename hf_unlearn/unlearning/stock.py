@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, enable_full_determinism, set_seed
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, enable_full_determinism, set_seed
 from transformers.trainer_utils import align_special_tokens
 
 from ..files import first_line
@@ -82,12 +82,15 @@ class StockFeaturesMixin:
 
     # A run that begins again
 
+    _begins_as_original = True  # a method may have done something before the first step
+
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs):
         """With `auto_find_batch_size` it is called again when memory was short, maybe after steps that have moved the model."""
         self._micro_step, self._terms, self._terms_count = 0, {}, 0
         if self.args.auto_find_batch_size:
             if self._begun is None:
-                point = ReferencePoint.capture(self.model) if kwargs.get("resume_from_checkpoint") else self.reference
+                moved = kwargs.get("resume_from_checkpoint") or not self._begins_as_original
+                point = ReferencePoint.capture(self.model) if moved else self.reference
                 self._begun = point, copy.deepcopy((self.guard.state if self.guard else None, self.dual))
             else:
                 self._begun[0].restore(self.model)
@@ -146,6 +149,15 @@ class StockFeaturesMixin:
         if self.forget_dataset is None:
             raise ValueError("forget_dataset: missing, so nothing was unlearned and there is nothing to save")
         super().save_model(*args, **kwargs)
+
+
+class NewPairs(TrainerCallback):
+    """Tells the training data which epoch it is. accelerate 1.15 does so in one process only, and not where a resumed run
+    skips batches.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.dataset.set_epoch(int(state.epoch))
 
 
 class Routed:

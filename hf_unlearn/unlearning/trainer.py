@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, set_seed
 
 from ..data import LABEL_COLUMNS
 from ..metrics.classification import Accuracy
@@ -33,7 +33,7 @@ from .language.pdu import Dual
 from .objective import Batch, ObjectiveMixin
 from .outcome import OutcomeMixin
 from .saving import SavingMixin
-from .stock import Routed, StockFeaturesMixin
+from .stock import NewPairs, Routed, StockFeaturesMixin
 
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         if self.compute_metrics is None and self.is_classifier:
             self.compute_metrics = Accuracy()
         self.guard = Guard(self) if args.guard else None
-        self.add_callback(_NewPairs())
+        self.add_callback(NewPairs())
         if self.guard:
             self.add_callback(self.guard)
 
@@ -331,6 +331,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
     def _train(self, checkpoint: str | None, **kwargs):
         self._resuming = checkpoint is not None
         file = self.private_dir / "reference.safetensors"
+        first = not checkpoint and self.reference is None
         if checkpoint:
             if not file.is_file():
                 raise ValueError(
@@ -341,7 +342,6 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
             if self.guard and self._resumed["guard"]:
                 self.guard.state = GuardState.from_json(self._resumed["guard"])
         else:
-            first = self.reference is None
             if first:
                 self.reference = ReferencePoint.capture(self.model)
             if self.args.should_save:
@@ -354,6 +354,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
             self.anchor = self.build_anchor()
         if self.guard and not checkpoint:  # a second run of the same trainer: what was useful is still the original
             self.guard.state = GuardState(baseline=self.guard.state.baseline)
+        if first:
+            self._before_steps()
         self.accelerator.wait_for_everyone()
         held = self._steps_look_back or self.anchor is not None or not file.is_file()
         self.reference = self.reference if held else ReferencePoint.load(file)  # mapped: no memory before it is asked
@@ -363,6 +365,9 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         self.outcome = self.judge()
         tell_outcome(self, self.outcome_line)
         return done
+
+    def _before_steps(self) -> None:
+        """What a method does to the model before the first step of a run, once the original is known."""
 
     _steps_look_back = True  # whether the loss asks the original
 
@@ -384,15 +389,6 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
     @property
     def _is_over(self) -> bool:
         return super()._is_over or bool(self.guard and self.guard.exhausted)
-
-
-class _NewPairs(TrainerCallback):
-    """Tells the training data which epoch it is. accelerate 1.15 does so in one process only, and not where a resumed run
-    skips batches.
-    """
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        train_dataloader.dataset.set_epoch(int(state.epoch))
 
 
 class UnlearnTrainer(UnlearnMixin, Trainer):

@@ -37,7 +37,8 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
         ema_decay (`float`, defaults to 0.0): decay of an average of the weights, which replaces them at the end; 0 for none.
 
     > What is trained
-        trainable (`list[str]`, defaults to `["all"]`): `all`, `cross_attention`, `lora`, or patterns of parameter names (`*` and `?`).
+        trainable (`list[str]`, *optional*): `all`, `cross_attention`, `lora`, or patterns of parameter names (`*` and `?`). Default: `all`,
+            and where a method redirects prompts `cross_attention`, by which other images are changed the least.
         lora_rank, lora_alpha (`int`, default to 8): of `lora`, on the attention's projections.
 
     > What to forget, where there are no images
@@ -87,7 +88,7 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     snr_gamma: float = 1.0
     t_range: list[float] = field(default_factory=lambda: [0.0, 1.0])
     ema_decay: float = 0.0
-    trainable: list[str] = field(default_factory=lambda: ["all"])
+    trainable: list[str] | None = None
     lora_rank: int = 8
     lora_alpha: int = 8
     forget_prompts: list[str] | None = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
@@ -151,6 +152,19 @@ def encode_prompts(
         scales = torch.full((len(different),), guidance_of(pipeline, guidance_scale) - 1.0)
         told["timestep_cond"] = pipeline.get_guidance_scale_embedding(scales, embedding_dim=size)
     return told, torch.tensor([place[prompt] for prompt in prompts])
+
+
+def prompts_of(dataset: Any) -> list[str]:
+    """The different prompts of a dataset, in their order; none where it has no column of them."""
+    if dataset is None or len(dataset) == 0:
+        return []
+    if isinstance(dataset, EncodedImages):
+        return dataset.prompts
+    column = next((name for name in PROMPT_COLUMNS if name in dataset[0]), None)
+    if column is None:
+        return []
+    rows = dataset[column] if isinstance(dataset, Dataset) else (row[column] for row in dataset)
+    return list(dict.fromkeys(str(prompt) for prompt in rows if prompt is not None))
 
 
 def some_prompts(dataset: Any, count: int) -> list[str]:

@@ -200,10 +200,16 @@ class OwnSamplesMixin:
         Returns:
             `Tensor`: `[count, channels, height, width]` in [−1, 1], on the CPU.
         """
-        args, prompts = self.args, self.sample_prompts
+        prompts = self.sample_prompts
+        return self._drawn(
+            [prompts[i % len(prompts)] for i in range(count)] if is_prompted(self.pipeline) else count, seed
+        )
+
+    def _drawn(self, what: int | list[str], seed: int) -> Tensor:
+        args = self.args
         return generate(
             self.pipeline.to(args.device),
-            [prompts[i % len(prompts)] for i in range(count)] if is_prompted(self.pipeline) else count,
+            what,
             seed=1000 * args.seed + seed,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,

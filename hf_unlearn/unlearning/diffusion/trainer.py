@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -99,6 +100,7 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
         self.pipeline, self.name = as_pipeline(model, pipeline, noise_scheduler)
         keep_origins(self.pipeline)
         check_is_not_original(args.output_dir, self.name)
+        args = self._settled(args, forget_dataset)
         self.schedule = NoiseSchedule.of(self.pipeline.scheduler).to(args.device)
         self.marker = marker
         if both := set(args.forget_prompts or ()) & set(args.replay_prompts or ()):
@@ -165,6 +167,12 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
                 self.add_callback(self.pop_callback(self.guard))
         if args.grid_images:
             self.add_callback(SampleGrids(self))
+
+    def _settled(self, args: DiffusionUnlearnConfig, forget_dataset) -> DiffusionUnlearnConfig:
+        """The config with what follows from the pipeline and the data; the user's own stays as it was."""
+        args = copy.copy(args)
+        args.trainable = args.trainable or ["all"]
+        return args
 
     def _check_without_anything_to_keep(self, args, heldout_dataset) -> None:
         to_target = args.heldout_loss is not None or heldout_dataset is not None

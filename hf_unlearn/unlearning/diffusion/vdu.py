@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ...parameters.anchors import Anchor, QuadraticAnchor, SumOfAnchors
-from ...parameters.fisher import scaled_to_mean_one
-from ...parameters.moments import ParameterMoments
+from ...parameters.reference import trainable_parameters
 from ...training.checks import check_fields
+from ...training.pictures import METRIC_SEED
 from ..objective import Batch
+from .concept import settled
 from .config import DiffusionUnlearnConfig
 from .denoiser import is_prompted
-from .encoded import EncodedImages, encode_prompts
+from .encoded import EncodedImages, encode_prompts, prompts_of
 from .posterior import ForgottenPosterior
 from .prompt_effect import LASTING
+from .redirect import redirect_concept
+from .stability import StabilityMixin
+from .text_side import text_side_of
 from .trainer import DiffusionUnlearnTrainer
+from .wordings import exchanged, kind_of, templates_for
 
 
 logger = logging.getLogger(__name__)
 
+HANDFUL = 32  # images that are drawn for a marker when a run is judged
 RANGES = {
     "> 0": ("variance_floor", "caution"),
     "≥ 0": ("stability_weight", "negative_guidance"),
@@ -54,13 +62,22 @@ class VDUConfig(DiffusionUnlearnConfig):
             `"isotropic"` (both scaled to a mean of one). `"auto"` is the first where K ≥ 2, else the second.
         anchor (`"original"` | `"checkpoint_mean"`, defaults to `"original"`): what B attracts to.
 
-    > `redirect`
-        negative_guidance (`float`, defaults to 0.0): with prompts: how far beyond the neutral prompt `redirect` goes.
-        caution (`float`, defaults to 3.0): without prompts: how many times the odds of the forgotten kind are raised in
-            `redirect`: 1 is Bayes' rule itself; above, what is in doubt is forgotten.
-        redirect_prompt (`list[str]` | `str` | `dict[str, str]`, defaults to `""`): with prompts: the neutral prompt. One for all takes
-            everything else that a prompt asks for with it; better is the same wording without the forgotten concept: one for each
-            of `forget_prompts`, in their order, or for prompts of a dataset a dict from prompt to neutral prompt.
+    > `redirect`, with prompts
+        concept (`str` | `list[str]` | `dict[str, str | None]`, *optional*): the word or phrase that is to be forgotten, several, or a dict
+            from each to what is drawn instead, its anchor, as in `{"three": "seven"}`; where none is given it is chosen as by
+            [`redirect_concept`], and told. Default: the longest phrase that all prompts have in common, told, too; it is not looked
+            for where there is a `redirect_prompt`. Without forget images and `forget_prompts` it is asked for in a dozen wordings.
+        closed_form (`bool`, *optional*): begin with [`redirect_concept`], by which the words lead elsewhere before the first step.
+            Default: where there is a concept, and the layers that read words are trained.
+        redirect_prompt (`list[str]` | `str` | `dict[str, str]`, *optional*): the neutral prompt. Default: with a concept the same wording
+            with its anchor, else the empty prompt, which takes everything else that a prompt asks for with it. One for all, one for each
+            of `forget_prompts` in their order, or for prompts of a dataset a dict from prompt to neutral prompt.
+        negative_guidance (`float`, *optional*): how far beyond the neutral prompt `redirect` goes. Default: by the guidance scale that
+            the pipeline draws with, 1 at 7.5 ([`~hf_unlearn.unlearning.diffusion.concept.negative_guidance_for`]).
+
+    > `redirect`, without prompts
+        caution (`float`, defaults to 3.0): how many times the odds of the forgotten kind are raised: 1 is Bayes' rule itself; above, what
+            is in doubt is forgotten.
     """
 
     anchors_on_parameters: ClassVar[tuple[str, ...]] = ("stability_weight",)
@@ -73,9 +90,11 @@ class VDUConfig(DiffusionUnlearnConfig):
     variance_floor: float = 0.01
     stability: Literal["auto", "inverse_variance", "fisher", "isotropic"] = "auto"
     anchor: Literal["original", "checkpoint_mean"] = "original"
-    negative_guidance: float = 0.0
+    concept: list[str] | str | dict[str, str | None] | None = None
+    closed_form: bool | None = None
+    redirect_prompt: list[str] | str | dict[str, str] | None = None
+    negative_guidance: float | None = None
     caution: float = 3.0
-    redirect_prompt: list[str] | str | dict[str, str] = ""
 
     def _check_unlearn_arguments(self) -> None:
         super()._check_unlearn_arguments()
@@ -85,10 +104,6 @@ class VDUConfig(DiffusionUnlearnConfig):
             if weights not in ((1.0, 0.0), (1 - self.gamma, self.gamma)):
                 raise ValueError("gamma: sets forget_weight and stability_weight; leave those out, or set gamma=None")
             self.forget_weight, self.stability_weight = 1 - self.gamma, self.gamma
-        if isinstance(self.redirect_prompt, list | tuple):
-            self.redirect_prompt = self._in_order(list(self.redirect_prompt))
-        if odd := [prompt for prompt in self.neutral_prompts if not isinstance(prompt, str)]:
-            raise ValueError(f"redirect_prompt: {odd[0]!r} is no text; give prompts")
         self._check_redirection()
         if self.checkpoints is not None and not self.checkpoints:
             raise ValueError(
@@ -116,8 +131,16 @@ class VDUConfig(DiffusionUnlearnConfig):
         return dict(zip(prompts, neutral, strict=True))
 
     def _check_redirection(self) -> None:
+        if isinstance(self.redirect_prompt, list | tuple):
+            self.redirect_prompt = self._in_order(list(self.redirect_prompt))
+        if odd := [prompt for prompt in self.neutral_prompts if not isinstance(prompt, str)]:
+            raise ValueError(f"redirect_prompt: {odd[0]!r} is no text; give prompts")
         prompts = self.forget_prompts or []
         if self.forget_loss not in ("bounded", "redirect"):
+            if set_ := [name for name in ("concept", "closed_form", "redirect_prompt") if getattr(self, name)]:
+                raise ValueError(f"{set_[0]}: is of forget_loss='redirect', not of {self.forget_loss!r}; leave it out")
+            return
+        if self.redirect_prompt is None:
             return
         if same := [prompt for prompt in self.redirected(prompts) if prompt in prompts]:
             raise ValueError(
@@ -130,14 +153,14 @@ class VDUConfig(DiffusionUnlearnConfig):
         Raises:
             ValueError: there is none for it.
         """
-        given = self.redirect_prompt
+        given = "" if self.redirect_prompt is None else self.redirect_prompt
         if isinstance(given, dict) and (missing := [prompt for prompt in prompts if prompt not in given]):
             raise ValueError(f"redirect_prompt: has none for {missing[0]!r}; add it")
         return [given[prompt] if isinstance(given, dict) else given for prompt in prompts]
 
     @property
     def neutral_prompts(self) -> list[str]:
-        given = self.redirect_prompt
+        given = "" if self.redirect_prompt is None else self.redirect_prompt
         return list(dict.fromkeys(given.values())) if isinstance(given, dict) else [given]
 
     @classmethod
@@ -165,7 +188,7 @@ class VDUConfig(DiffusionUnlearnConfig):
         return cls(output_dir=output_dir, **(preset | overrides))
 
 
-class VDUTrainer(DiffusionUnlearnTrainer):
+class VDUTrainer(StabilityMixin, DiffusionUnlearnTrainer):
     r"""Makes a diffusion model forget the kind of images that its forget examples show, from these alone.
 
     ```python
@@ -182,8 +205,11 @@ class VDUTrainer(DiffusionUnlearnTrainer):
     _title = "Variational diffusion unlearning"
     _paper = "2510.04058"
     _config_class = VDUConfig
-    _told = ("caution", "negative_guidance", "stability_weight")
-    _precision_name: str | None = None
+    _told = ("caution", "closed_form", "negative_guidance", "stability_weight")
+    _figure_names = DiffusionUnlearnTrainer._figure_names | {
+        "effect": ("prompt_effect", "Effect of the forget prompts, times guidance", "", 1),
+        "shown": ("marked", "Images drawn for the forget prompts that the marker marks", "%", 100),
+    }
 
     def forget_loss(self, model: Callable, batch: Batch) -> Tensor:
         value = super().forget_loss(model, batch)
@@ -196,10 +222,12 @@ class VDUTrainer(DiffusionUnlearnTrainer):
 
     @property
     def _stands_on(self) -> dict[str, str]:
-        if self.forget_loss_name != "redirect" or not is_prompted(self.pipeline):
+        if not self._redirects_prompts:
             return {}
         kin = {"concept ablation": "2303.13516"}
-        return kin | {"ESD's negative guidance": "2303.07345"} if self.args.negative_guidance else kin
+        if self.args.negative_guidance:
+            kin |= {"ESD's negative guidance": "2303.07345"}
+        return kin | {"TIME": "2303.08084", "UCE": "2308.14761"} if self.args.closed_form else kin
 
     @torch.no_grad()
     def answer_without(self, batch: Batch) -> Tensor:
@@ -230,35 +258,111 @@ class VDUTrainer(DiffusionUnlearnTrainer):
         return encoded
 
     @torch.no_grad()
-    def remaining_effect(self) -> float:
+    def remaining_effect(self, model: Callable | None = None) -> float:
         """With prompts: what is left of the effect of the forget prompts on the answer, ε(c) − ε(∅) along that of the original, as the
         sampler sees it: times the guidance scale. The original has the scale itself, 0 is forgotten.
+
+        Args:
+            model (callable, *optional*): whose; by default that of the trainer, as it is now.
         """
+        model = self.model if model is None else model
         left, whole = 0.0, 0.0
         with self._looking():
             for batch in self._batches(self.forget_dataset, self.args.guard_examples):
                 neutral = {**batch, "conditioning": batch["neutral"]}
                 now, before = (
                     self.predictions(forward, batch)[0] - self.predictions(forward, neutral)[0]
-                    for forward in (self.model, self.reference_forward)
+                    for forward in (model, self.reference_forward)
                 )
                 left, whole = left + (now * before).sum().item(), whole + before.square().sum().item()
         return self.guidance * left / whole if whole else 0.0
 
+    def _settled(self, args: VDUConfig, forget_dataset) -> VDUConfig:
+        redirects, prompted = args.forget_loss in ("bounded", "redirect"), is_prompted(self.pipeline)
+        if not prompted and (args.concept is not None or args.closed_form):
+            name = "closed_form" if args.concept is None else "concept"
+            raise ValueError(f"{name}: this model takes no prompts; leave it out, and pass forget_dataset=")
+        if redirects and prompted:
+            args = settled(args, self.pipeline, forget_dataset)
+            args.trainable = args.trainable or ["cross_attention"]
+        else:
+            args = copy.copy(args)
+            args.redirect_prompt, args.closed_form = args.redirect_prompt or "", False
+            args.negative_guidance = args.negative_guidance or 0.0
+        return super()._settled(args, forget_dataset)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.args.closed_form and not self._words_are_trained:
+            raise ValueError(
+                "closed_form: changes the layers that read words, which are not trained here; set trainable to cross_attention or all, or "
+                "closed_form=False"
+            )
+        if self.args.closed_form is None:
+            self.args.closed_form = self._words_are_trained
+
+    @property
+    def _words_are_trained(self) -> bool:
+        """Whether all layers that read words are trained, as they are and not by an adapter."""
+        if self.is_adapter:
+            return False
+        trained = set(trainable_parameters(self.model))
+        return all(f"{layer.name}.weight" in trained for layer in text_side_of(self.pipeline).layers)
+
+    def _before_steps(self) -> None:
+        """The first act: words lead elsewhere before the first step. What is useful stays what the original does."""
+        if not self.args.closed_form:
+            return
+        if self.guard:
+            self.guard.state.baseline = self.utility(self.reference_forward)
+        anchors = self.args.concept
+        own = [prompt for prompt in prompts_of(self.forget_dataset) if exchanged(prompt, anchors) != prompt]
+        templates = chain.from_iterable(templates_for(name, kind_of(name)) for name in anchors)
+        redirect_concept(self.pipeline, anchors, wordings=[*dict.fromkeys(templates), *own])
+        self._begins_as_original = False
+
+    # How it came out
+
+    def forget_figures(self, model: Callable) -> dict[str, float]:
+        """As of [`~hf_unlearn.unlearning.diffusion.objective.DenoisingMixin`]; where prompts are redirected also `effect`, what is left of
+        theirs ([`~VDUTrainer.remaining_effect`]), and with a `marker` `shown`, the share it marks of what they draw.
+        """
+        figures = super().forget_figures(model)
+        if not self._redirects_prompts:
+            return figures
+        figures["effect"] = self.remaining_effect(model)
+        prompts = prompts_of(self.forget_dataset)
+        if self.marker is not None and prompts:
+            with nullcontext() if model is self.model else self.as_original():
+                drawn = self._drawn([prompts[i % len(prompts)] for i in range(HANDFUL)], METRIC_SEED)
+            figures["shown"] = torch.as_tensor(self.marker(drawn)).float().mean().item()
+        return figures
+
+    @property
+    def failed_checks(self) -> list[str]:
+        failed, effect = super().failed_checks, self._effect
+        if effect is not None and effect > LASTING:
+            failed.append(
+                f"What was to be forgotten is probably still drawn: its prompts still have {effect:.2g} times the effect on an answer that they "
+                f"had without guidance (guidance_scale={self.guidance:g})."
+            )
+        return failed
+
+    @property
+    def _effect(self) -> float | None:
+        return None if self.outcome is None else self.outcome.now.get("effect")
+
+    @property
+    def _redirects_prompts(self) -> bool:
+        return self.forget_loss_name == "redirect" and is_prompted(self.pipeline)
+
     def train(self, *args: Any, **kwargs: Any):
-        """As [`~hf_unlearn.unlearning.diffusion.trainer.DiffusionUnlearnTrainer.train`]; says at the end whether prompts still have effect."""
+        """As [`~hf_unlearn.unlearning.diffusion.trainer.DiffusionUnlearnTrainer.train`]; says how to go on where prompts still have effect."""
         output = super().train(*args, **kwargs)
-        if is_prompted(self.pipeline) and self.forget_loss_name == "redirect":
-            effect = self.remaining_effect()
-            logger.info("remaining effect of the forget prompts, times guidance: %.3g", effect)
-            if effect > LASTING:
-                logger.warning(
-                    "the forget prompts still have %.2g times the effect on an answer that they had without guidance (guidance_scale=%g), "
-                    "so what was to be forgotten is probably drawn; set a redirect_prompt for each and negative_guidance to about 1, or "
-                    "raise learning_rate or max_steps",
-                    effect,
-                    self.guidance,
-                )
+        if self._effect is not None and self._effect > LASTING:
+            logger.warning(
+                "to take more of it, leave closed_form and negative_guidance at their defaults, name a concept=, or raise learning_rate or max_steps"
+            )
         return output
 
     @cached_property
@@ -279,65 +383,3 @@ class VDUTrainer(DiffusionUnlearnTrainer):
         if self.forget_loss_name == "redirect" and self.posterior is not None:
             return self.answer_without(batch)
         return super().kept_answer(batch)
-
-    # The term B
-
-    def build_anchor(self) -> Anchor | None:
-        anchors = [super().build_anchor(), self._stability()]
-        anchors = [anchor for anchor in anchors if anchor is not None]
-        return SumOfAnchors(*anchors) if anchors else None
-
-    def _stability(self) -> Anchor | None:
-        args, reference = self.args, self.reference.parameters
-        if not args.stability_weight:
-            return None
-        moments = self._moments()
-        precision = self._precision(moments)
-        center = reference
-        if args.anchor == "checkpoint_mean" and moments is not None:
-            center = {name: moments.mean[name].to(value) for name, value in reference.items()}
-        logger.info("stability: precision %s around %s", self.precision_name, args.anchor)
-        return QuadraticAnchor(
-            center, diagonal=precision, diagonal_weight=args.stability_weight, diagonal_name="stability"
-        )
-
-    @property
-    def precision_name(self) -> str | None:
-        """What stands in for 1/v in the term B, as log and card say it; None without the term."""
-        if not self.args.stability_weight:
-            return None
-        return self._precision_name
-
-    def _moments(self) -> ParameterMoments | None:
-        """Mean and variance over the checkpoints; a resumed run reads what the first one computed."""
-        if self.args.checkpoints is None:
-            return None
-        file = self.private_dir / "moments.safetensors"
-        if self._resuming:
-            if not file.is_file():
-                raise ValueError(f"resume_from_checkpoint: {file} is missing; start again, or set stability_weight=0")
-            return ParameterMoments.load(file, self.args.device)
-        moments = ParameterMoments.from_checkpoints(self.args.checkpoints, self.reference.parameters)
-        if self.args.should_save:
-            moments.save(file)
-        return moments
-
-    def _precision(self, moments: ParameterMoments | None) -> dict[str, Tensor]:
-        """P of B = Σ Pᵢ(θᵢ − μᵢ)²: 1/2v, or half a Fisher information or an identity where there is no variance."""
-        kind, count = self.args.stability, 0 if moments is None else moments.count
-        if kind == "auto":
-            kind = "inverse_variance" if count >= 2 else "fisher"
-        if kind == "inverse_variance" and count < 2:
-            raise ValueError(f"checkpoints: K = {count} has no variance; name two or more, or set stability='fisher'")
-        if kind == "inverse_variance":
-            self._precision_name = f"inverse variance over {count} checkpoints"
-            precision = moments.precision(self.args.variance_floor)
-            return {name: value.to(self.args.device) for name, value in precision.items()}
-        self._precision_name = f"{kind}, scaled to a mean of one"
-        if kind == "isotropic":
-            return {name: torch.full_like(value, 0.5) for name, value in self.reference.parameters.items()}
-        if self.args.stability == "auto":
-            logger.warning(
-                "checkpoints: K = %d has no variance; the stability term uses the Fisher information", count
-            )
-        return {name: value / 2 for name, value in scaled_to_mean_one(self._fisher()).items()}

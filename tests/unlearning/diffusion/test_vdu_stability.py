@@ -224,7 +224,7 @@ class TestGuard:
             "max_steps": 1,
             "learning_rate": 0.0,
         }
-        args |= {"replay_prompts": ["hot", "a pot"], "loss_weighting": "simple"}
+        args |= {"replay_prompts": ["hot", "a pot"], "loss_weighting": "simple", "trainable": ["all"]}
         trainer = trainer_of(pipeline, tmp_path, args=PLAIN | args | {"forget_loss": "redirect"}, forget=())
         with caplog.at_level(logging.WARNING, "hf_unlearn"):
             trainer.train()
