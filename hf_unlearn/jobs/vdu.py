@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import data
-from ..examples.named import DDPMS
+from ..examples.named import DDPMS, TEXT_TO_IMAGE
 from ..metrics.features import ClassifierFeatures
 from ..training.checks import check_processes
 from ..unlearning.diffusion.denoiser import resolution
@@ -29,7 +29,7 @@ def run_vdu(job: VDUJob, config: VDUConfig, trainer_class: type[VDUTrainer]) -> 
         FloatingPointError: the loss is not finite.
     """
     check_processes(config)
-    parts = Parts() if config.forget_prompts else select(job, config.id_column)
+    parts = select(job, config.id_column) if job.names_rows else Parts()
     classifier = None if job.classifier is None else classifier_of(job.classifier, config)
     trainer = trainer_class(
         pipeline=_pipeline(job.model, config),
@@ -50,7 +50,7 @@ def _limited(rows: Dataset | None, limit: int | None, seed: int) -> Dataset | No
 
 
 def _pipeline(model: str, config: VDUConfig) -> str:
-    return made_once(config, model) if model in DDPMS else model
+    return made_once(config, model) if model in (*DDPMS, *TEXT_TO_IMAGE) else model
 
 
 def _judge(parts: Parts, trainer: VDUTrainer, classifier: ClassifierFeatures, samples: int) -> Judge:

@@ -113,7 +113,8 @@ class TestCommand:
         path = recipe(learning_rat=1)
         wrong = [
             ["unlern"], ["unlearn"], ["unlearn", path], ["unlearn", "--method", "pbo"], ["filter", "fit"], ["demo", "--seed", "x"],
-            *(["unlearn", "--method", method, "--forget_weight", "a"] for method in UNLEARN),
+            *(["unlearn", "--method", name, "--forget_weight", "a"] for name, method in UNLEARN.items() if method.config),
+            ["unlearn", "--method", "redirect", "--model", "m", "--concept", "cat"],
             *(["influence", "--method", method, "--model", "opinions"] for method in INFLUENCE),
             ["unlearn", "vdu_ddpm_digits", "--caution=-1"], ["unlearn", "pbu_digits", "--output_dir", classifier, "--model", classifier],
         ]  # fmt: skip

@@ -46,8 +46,8 @@ class Method(NamedTuple):
 
     @property
     def about(self) -> str:
-        """What its trainer says of itself."""
-        text = docstring_of(*_exported(self.trainer)) if self.trainer else ""
+        """What its trainer says of itself, or its job where nothing is trained."""
+        text = docstring_of(*(_exported(self.trainer) if self.trainer else self.classes[0]))
         first = " ".join(text.strip().partition("\n\n")[0].split())
         return re.sub(r"\[`~?(?:\w+\.)*(\w+)`\]", r"\1", first)
 
@@ -94,6 +94,7 @@ UNLEARN = {
     "unlearn": Method("unlearn.UnlearnJob", "unlearn.run_unlearn", "UnlearnConfig", "UnlearnTrainer"),
     "sft": Method("language.LanguageJob", "language.run_language", "UnlearnSFTConfig", "UnlearnSFTTrainer"),
     "vdu": Method("vdu.VDUJob", "vdu.run_vdu", "VDUConfig", "VDUTrainer"),
+    "redirect": Method("redirect.RedirectJob", "redirect.run_redirect"),
     "adapt_then_unlearn": Method(
         "adapt_then_unlearn.GANJob",
         "adapt_then_unlearn.run_adapt_then_unlearn",

@@ -15,11 +15,11 @@ class VDUJob(UnlearnJob):
     """Which diffusion model forgets what: the keys of a recipe with `method: vdu` besides those of [`VDUConfig`].
 
     What is forgotten is said as for classifiers, by `forget_column`, `forget_ids` or `forget_dataset`, or by the config's
-    `forget_prompts`, which need no dataset.
+    `concept` or `forget_prompts`, which need no dataset.
 
     Args:
-        model (`str`): `"digits-ddpm"` or `"fashion-mnist-ddpm"` (small models, trained on first use: minutes), the folder or
-            the id of a pipeline.
+        model (`str`): `"digits-ddpm"`, `"fashion-mnist-ddpm"` or `"coloured-digits"` (small models, trained on first use: minutes, the
+            last one, which is prompted, half an hour), the folder or the id of a pipeline.
         classifier (`str`, *optional*): counts what is drawn before and after: `"digits"`, a folder or an id of an image
             classifier. Its classes are those of the dataset.
         forget_limit (`int`, *optional*): use at most so many of the forget rows, drawn by the seed.
@@ -39,14 +39,19 @@ class VDUJob(UnlearnJob):
         check_needs(self, ("retain", "dataset", example), ("eval_split", "dataset", example))
 
     def _needs_forget_rows(self) -> bool:
-        return False  # forget_prompts may stand in: the config knows
+        return False  # a concept or forget_prompts may stand in: the config knows
+
+    @property
+    def names_rows(self) -> bool:
+        """Whether it says which rows are forgotten."""
+        return any((self.forget_column, self.forget_ids, self.forget_dataset))
 
     def check_config(self, given: dict[str, Any]) -> None:
         super().check_config(given)
-        rows = any((self.forget_column, self.forget_ids, self.forget_dataset))
-        if rows == bool(given.get("forget_prompts")):
+        rows = self.names_rows
+        if rows and given.get("forget_prompts"):
+            raise ValueError("forget_prompts: given beside rows to forget; keep one of them")
+        if not rows and not given.get("forget_prompts") and not given.get("concept"):
             raise ValueError(
-                "forget_prompts: given beside rows to forget; keep one of them"
-                if rows
-                else "forget_column: missing; say what to forget by forget_column, forget_ids, forget_dataset or forget_prompts"
+                "forget_column: missing; say what to forget by concept, forget_prompts, forget_column, forget_ids or forget_dataset"
             )

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...training.checks import check_number
 from .asked_concepts import anchors_for, kept_without, wordings_for
 from .closed_form import in_null_space, low_rank, regression
-from .prompt_effect import LASTING, measured
+from .prompt_effect import LASTING, PromptEffect, measured
 from .text_moments import TextMoments, moments_between, moments_of, weighted
 from .text_side import TextLayer, TextSide, text_side_of
 from .wordings import kept_prompts
@@ -94,6 +94,17 @@ class ConceptRedirection:
             changes[stream] = solve(change[stream], moment, keep_weight * known, least)
             second[stream] = moment + keep_weight * known
         return cls(anchors, _in_turn(list(by_concept.values())), changes, second)
+
+    def effect(self, pipe: DiffusionPipeline) -> PromptEffect:
+        """What the wordings do before anything is changed; warns where the pipeline does not know the concept.
+
+        Args:
+            pipe (`DiffusionPipeline`): the pipeline that this was found of.
+        """
+        few = self.pairs[: min(max(PAIRS[0], len(self.anchors)), PAIRS[1])]
+        effect = measured(text_side_of(pipe), few)
+        _warn_of_unknown(effect.unknown)
+        return effect
 
     @torch.no_grad()
     def apply(self, pipe: DiffusionPipeline, strength: float = 1.0) -> None:
@@ -216,11 +227,7 @@ def redirect_concept(
     redirection = ConceptRedirection.of(
         pipe, concept, anchor=anchor, wordings=wordings, keep=keep, batch_size=batch_size, **settings
     )
-    effect = None
-    if measure:
-        few = redirection.pairs[: min(max(PAIRS[0], len(redirection.anchors)), PAIRS[1])]
-        effect = measured(text_side_of(pipe), few)
-        _warn_of_unknown(effect.unknown)
+    effect = redirection.effect(pipe) if measure else None
     redirection.apply(pipe, strength)
     if effect is not None:
         _tell(effect.guidance, effect.remaining(pipe))

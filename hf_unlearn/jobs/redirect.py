@@ -1,0 +1,176 @@
+"""The job of `hf-unlearn unlearn --method redirect`: words lead elsewhere, in closed form, and a picture and a card say so."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..examples.named import TEXT_TO_IMAGE, made
+from ..files import PRIVATE, kept_private, loading
+from ..hub.allowed import LORA
+from ..hub.card import Figure, unlearning_card
+from ..hub.loading import diffusion_task, loading_code
+from ..hub.origin import hub_id, inherited, keep_origins, origin, revision_of, said_of
+from ..hub.provenance import Provenance
+from ..hub.publish import forget_local_paths
+from ..modes import seeded_generator
+from ..plots import image_grid
+from ..unlearning.diffusion.prompt_effect import LASTING
+from ..unlearning.diffusion.redirect import ConceptRedirection
+from ..unlearning.diffusion.wordings import kept_prompts
+from .keys import console, show_code
+
+
+if TYPE_CHECKING:
+    from .recipe.redirect import RedirectJob
+
+
+KIN = {"TIME": "2303.08084", "UCE": "2308.14761", "concept ablation": "2303.13516"}
+
+
+def run_redirect(job: RedirectJob) -> None:
+    """Find the redirection, draw, apply it, draw again, save, and say what is left of the concept's effect.
+
+    Raises:
+        ValueError: something in the recipe does not fit the pipeline; nothing was written.
+    """
+    pipe = _pipeline(job)
+    redirection = ConceptRedirection.of(pipe, job.concept, **job.settings())
+    effect = redirection.effect(pipe)
+    prompts = _shown(job, redirection)
+    before = _drawn(pipe, prompts, job)
+    folder = Path(job.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if job.lora_rank is None:
+        redirection.apply(pipe, job.strength)
+        pipe.save_pretrained(folder)
+        forget_local_paths(folder)
+    else:
+        redirection.save_lora(pipe, folder, job.lora_rank, job.strength)
+        pipe.load_lora_weights(folder, weight_name=LORA)
+        pipe.fuse_lora()  # what is measured are plain weights
+        pipe.unload_lora_weights()
+    left = effect.remaining(pipe)
+    _write_pictures(folder, prompts, before, _drawn(pipe, prompts, job))
+    _card(job, pipe, redirection, effect.guidance, left).save(folder / "README.md")
+    out = console()
+    for concept, anchor in redirection.anchors.items():
+        out.print(f"{concept} is now answered as {anchor}")
+    out.print(f"effect of its wordings, times guidance: {effect.guidance:.3g} before, {left:.3g} after")
+    if left > LASTING:
+        out.print(f"not passed  {_still_drawn(left)}")
+    places = {"pipeline" if job.lora_rank is None else "LoRA": folder, "card": folder / "README.md"}
+    for name, place in (places | {"pictures": folder / PRIVATE / "samples"} if prompts else places).items():
+        out.print(f"{name:9} {place}")
+    out.print("\nLoad it:\n")
+    show_code(_code(job, pipe, str(folder)).splitlines())
+
+
+def _pipeline(job: RedirectJob) -> DiffusionPipeline:
+    name = str(made(job.model)) if job.model in TEXT_TO_IMAGE else job.model
+    given = {"revision": job.model_revision, "torch_dtype": job.dtype and getattr(torch, job.dtype)}
+    with loading("model", job.model, "a pipeline"):
+        pipe = DiffusionPipeline.from_pretrained(name, **{key: value for key, value in given.items() if value})
+    keep_origins(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+# Pictures
+
+
+def _shown(job: RedirectJob, redirection: ConceptRedirection) -> list[str]:
+    """Wordings of the concept, then what is kept, `grid_images` of each."""
+    asked = [prompt for prompt, _ in redirection.pairs]
+    kept = job.prompts or (job.keep if job.keep and not job.keep[0].endswith(".safetensors") else None)
+    kept = kept or kept_prompts(redirection.anchors)
+    return [prompts[i % len(prompts)] for prompts in (asked, kept) for i in range(job.grid_images)]
+
+
+def _drawn(pipe: DiffusionPipeline, prompts: list[str], job: RedirectJob) -> list[Any]:
+    """An image of each prompt, each from noise of its own, which is the same before and after."""
+    given = {"num_inference_steps": job.num_inference_steps, "guidance_scale": job.guidance_scale}
+    given = {name: value for name, value in given.items() if value is not None}
+    images = []
+    for begin in range(0, len(prompts), job.batch_size):
+        part = prompts[begin : begin + job.batch_size]
+        noise = [seeded_generator("cpu", job.seed, begin + place) for place in range(len(part))]
+        images += pipe(part, generator=noise, output_type="pil", **given).images
+    return images
+
+
+def _write_pictures(folder: Path, prompts: list[str], before: list[Any], after: list[Any]) -> None:
+    """Both in `_private/`: prompts stand below the images, and say what was forgotten."""
+    for name, images in (("before", before), ("after", after)) if prompts else ():
+        with kept_private(folder / PRIVATE / "samples" / f"{name}.png") as file:
+            image_grid(images, [_lines(prompt) for prompt in prompts], file, columns=len(prompts) // 2)
+
+
+def _lines(prompt: str, width: int = 16) -> str:
+    return "\n".join(textwrap.wrap(prompt, width)[:3])
+
+
+# The card
+
+
+def _card(job: RedirectJob, pipe: DiffusionPipeline, redirection: ConceptRedirection, before: float, left: float):
+    base = origin(pipe.config.get("_name_or_path") or job.model)
+    count = len(redirection.anchors)
+    chosen = {
+        "strength": job.strength,
+        "keep_weight": job.keep_weight,
+        "ridge": job.ridge,
+        "null_space": job.null_space,
+    }
+    provenance = Provenance(
+        method="redirect",
+        method_title="Redirection of a concept in closed form",
+        forgotten=f"{count} concept{'s' * (count > 1)}, asked for in {len(redirection.pairs)} wordings",
+        forget_examples=len(redirection.pairs),
+        stands_on=KIN,
+        base_model=base,
+        base_revision=revision_of(base),
+        hyperparameters=chosen | ({} if job.lora_rank is None else {"lora_rank": job.lora_rank}),
+        seed=job.seed,
+        steps=0,
+    )
+    figure = Figure(
+        metric="prompt_effect",
+        name="Effect of the concept's wordings, times guidance",
+        before=before,
+        after=left,
+        split="wordings",
+        unit="",
+    )
+    return unlearning_card(
+        provenance,
+        **inherited(said_of(base, revision_of(base)), {}),
+        model_name=Path(job.output_dir).resolve().name,
+        library_name="diffusers",
+        pipeline_tag=diffusion_task(type(pipe)),
+        base_model_relation="finetune" if job.lora_rank is None else "adapter",
+        results=[figure],
+        failed_checks=[_still_drawn(left)] if left > LASTING else [],
+        passed_checks=[]
+        if left > LASTING
+        else [f"The wordings have {left:.2g} times the effect of a prompt without guidance, at most {LASTING:g}."],
+        limitations=[
+            "Words no longer lead to the concept; the denoiser can still draw it, without a prompt, from an image, or from an embedding that is "
+            "searched for."
+        ],
+        load_snippet=_code(job, pipe, Path(job.output_dir).resolve().name),
+    )
+
+
+def _still_drawn(left: float) -> str:
+    return f"The concept is probably still drawn: its wordings still have {left:.2g} times the effect that they had without guidance."
+
+
+def _code(job: RedirectJob, pipe: DiffusionPipeline, name: str) -> str:
+    steps = {} if job.num_inference_steps is None else {"num_inference_steps": job.num_inference_steps}
+    lora = {} if job.lora_rank is None else {"lora_base": hub_id(job.model) or "the original"}
+    return loading_code(type(pipe), name, **steps, **lora)
