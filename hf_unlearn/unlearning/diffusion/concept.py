@@ -33,7 +33,7 @@ AROUND = {
     *["photo", "photograph", "picture", "image", "painting", "drawing", "sketch", "portrait", "illustration", "render", "rendering", "artwork", "close-up", "closeup"],
     *["background", "plain", "small", "big", "high", "quality", "detailed"],
 }  # fmt: skip
-# Of the way to what `redirect` asks for, what training went (docs/methods/text_to_image_benchmark: a U-Net at guidance 7.5, without the closed form).
+# Of the way to what `redirect` asks for, what training went on a small pipeline at guidance 7.5, without the closed form.
 REACHED = 0.467
 
 
