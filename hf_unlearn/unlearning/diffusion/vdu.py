@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from ...parameters.reference import trainable_parameters
 from ...training.checks import check_fields
@@ -209,6 +210,7 @@ class VDUTrainer(StabilityMixin, DiffusionUnlearnTrainer):
     _figure_names = DiffusionUnlearnTrainer._figure_names | {
         "effect": ("prompt_effect", "Effect of the forget prompts, times guidance", "", 1),
         "shown": ("marked", "Images drawn for the forget prompts that the marker marks", "%", 100),
+        "unasked": ("marked", "Images drawn without a prompt that the marker marks", "%", 100),
     }
 
     def forget_loss(self, model: Callable, batch: Batch) -> Tensor:
@@ -300,6 +302,8 @@ class VDUTrainer(StabilityMixin, DiffusionUnlearnTrainer):
             )
         if self.args.closed_form is None:
             self.args.closed_form = self._words_are_trained
+        if self.guard and self.forget_dataset is not None and self._redirects_prompts:
+            self.add_callback(_LogsEffect(self))
 
     @property
     def _words_are_trained(self) -> bool:
@@ -325,7 +329,8 @@ class VDUTrainer(StabilityMixin, DiffusionUnlearnTrainer):
 
     def forget_figures(self, model: Callable) -> dict[str, float]:
         """As of [`~hf_unlearn.unlearning.diffusion.objective.DenoisingMixin`]; where prompts are redirected also `effect`, what is left of
-        theirs ([`~VDUTrainer.remaining_effect`]), and with a `marker` `shown`, the share it marks of what they draw.
+        theirs ([`~VDUTrainer.remaining_effect`]), and with a `marker` the share it marks of what they draw, `shown`, and of what is drawn
+        without a prompt, `unasked`.
         """
         figures = super().forget_figures(model)
         if not self._redirects_prompts:
@@ -333,9 +338,11 @@ class VDUTrainer(StabilityMixin, DiffusionUnlearnTrainer):
         figures["effect"] = self.remaining_effect(model)
         prompts = prompts_of(self.forget_dataset)
         if self.marker is not None and prompts:
+            asked = [prompts[i % len(prompts)] for i in range(HANDFUL)]
             with nullcontext() if model is self.model else self.as_original():
-                drawn = self._drawn([prompts[i % len(prompts)] for i in range(HANDFUL)], METRIC_SEED)
-            figures["shown"] = torch.as_tensor(self.marker(drawn)).float().mean().item()
+                drawn = {"shown": self._drawn(asked, METRIC_SEED), "unasked": self._drawn([""] * HANDFUL, METRIC_SEED)}
+            for name, images in drawn.items():
+                figures[name] = torch.as_tensor(self.marker(images)).float().mean().item()
         return figures
 
     @property
@@ -383,3 +390,14 @@ class VDUTrainer(StabilityMixin, DiffusionUnlearnTrainer):
         if self.forget_loss_name == "redirect" and self.posterior is not None:
             return self.answer_without(batch)
         return super().kept_answer(batch)
+
+
+class _LogsEffect(TrainerCallback):
+    """Logs `prompt_effect`, what is left of the forget prompts' effect, whenever the guard looks."""
+
+    def __init__(self, trainer: VDUTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.guard_steps and state.global_step % self.trainer.guard_steps == 0:
+            self.trainer.log({"prompt_effect": self.trainer.remaining_effect()})

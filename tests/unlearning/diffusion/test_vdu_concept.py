@@ -117,7 +117,7 @@ class TestTheFirstAct:
         """At a rate of nothing the result is that of `redirect_concept`; judged, and restored, against what was there before."""
         pipeline, before = tiny("sd"), tiny("sd")
         trainer = trainer_of(
-            pipeline, tmp_path, forget_prompts=["a photo of a cat"], learning_rate=0.0, guard=True, weight_decay=0.0
+            pipeline, tmp_path, forget_prompts=["a photo of a cat"], learning_rate=0.0, guard=True, guard_steps=1
         )
         trainer.train()
         edited = redirect_concept(
@@ -131,6 +131,8 @@ class TestTheFirstAct:
         assert trainer.guard.looks[0].utility_drop > 1e-6
         outcome = trainer.outcome
         assert outcome.original["effect"] == pytest.approx(7.5)
+        logged = [row["prompt_effect"] for row in trainer.state.log_history if "prompt_effect" in row]
+        assert logged == [pytest.approx(outcome.now["effect"], rel=1e-4)] * 2
         assert abs(outcome.now["effect"]) < 0.9 * outcome.original["effect"]
 
     def test_is_left_out_with_an_adapter_or_when_told(self, tmp_path):
@@ -167,9 +169,12 @@ class TestTheOutcome:
         trainer = trainer_of(tiny("sd"), tmp_path, marker, forget_prompts=ASKED, learning_rate=0.05)
         trainer.train()
         now, before = trainer.outcome.now["shown"], trainer.outcome.original["shown"]
-        assert now == pytest.approx((means[-2] > 0).float().mean().item())
-        assert before == pytest.approx((means[-1] > 0).float().mean().item())
-        assert not torch.allclose(means[-1], means[-2])
+        shown, unasked, shown_before, unasked_before = means[-4:]
+        assert now == pytest.approx((shown > 0).float().mean().item())
+        assert before == pytest.approx((shown_before > 0).float().mean().item())
+        assert trainer.outcome.now["unasked"] == pytest.approx((unasked > 0).float().mean().item())
+        assert not torch.allclose(shown, shown_before)
+        assert not torch.allclose(unasked, unasked_before)
         figures = {figure.name: figure for figure in trainer.outcome_figures}
         shown = figures["Images drawn for the forget prompts that the marker marks"]
         assert (shown.before, shown.after) == (100 * before, 100 * now)
