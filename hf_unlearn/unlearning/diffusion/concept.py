@@ -21,8 +21,6 @@ from .wordings import exchanged, kept_prompts
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from .vdu import VDUConfig
-
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +66,7 @@ def _place(run: Sequence[str], words: Sequence[str]) -> int:
     return next(place for place in range(len(words)) if list(words[place : place + len(run)]) == list(run))
 
 
-def settled(args: VDUConfig, pipeline: DiffusionPipeline, dataset: Any) -> VDUConfig:
+def settled(args: Any, pipeline: DiffusionPipeline, dataset: Any) -> Any:
     """A copy of a config in which everything stands that follows from the concept, the prompts and the pipeline.
 
     Args:
