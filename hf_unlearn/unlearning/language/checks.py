@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...training.checks import shown
+from .own_samples import can_begin, first_token
 from .subject import Words
 from .targets import Targets
 
@@ -52,6 +53,26 @@ def check_marks(marks: Mapping[int, Any], prompts: Mapping[int, Sequence[int]], 
         raise ValueError(
             f"forget_dataset: column 'subject' has {shown(mark)} in row {row}, which is not in its prompt, and so it is in all rows; write "
             "subjects as the prompts do, or remove the column (remove_columns)"
+        )
+
+
+def check_begins(number: int, alone: bool, chat: bool, tokenizer: Any) -> None:
+    """Refuse texts of the original's own that nothing could begin.
+
+    Args:
+        number (`int`): of texts.
+        alone (`bool`): there are no rows to keep beside them.
+        chat (`bool`): they begin as the chat template says.
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: there is no token that a text begins with.
+    """
+    if number and not chat and not can_begin(tokenizer):
+        if alone:
+            first_token(tokenizer)
+        raise ValueError(
+            f"own_samples={number}: the tokenizer has no token that a text could begin with; set its bos_token, or leave it out"
         )
 
 

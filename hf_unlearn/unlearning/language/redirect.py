@@ -28,9 +28,9 @@ from ...training.answers import written
 from ...training.collators import ROW, WithRow
 from ...training.losses import IGNORED, mean_over_predictions
 from .asked import Asked, Pair, ask, has_prompt, kept_rows, log_p, prompt_of
-from .checks import check_keep, check_marks, check_unused, tell_about, tell_targets
+from .checks import check_begins, check_keep, check_marks, check_unused, tell_about, tell_targets
 from .likeness import said_again
-from .own_samples import can_begin, first_token, own_texts
+from .own_samples import can_begin, own_texts
 from .subject import Subjects, Words
 from .targets import divergence_from
 
@@ -253,11 +253,12 @@ class RedirectMixin:
 
     @property
     def _own_samples(self) -> int:
-        """How many texts the original writes; beside rows to keep none where it has nothing to begin with."""
-        number, alone = self.args.own_samples, self.retain_dataset is None
-        if not (alone or self._is_chat or can_begin(self._tokenizer)):
-            return 0
-        return (OWN_SAMPLES if alone else BESIDE) if number is None else number
+        """How many texts the original writes; where nothing is said, none beside rows to keep if it has nothing to begin with."""
+        if self.args.own_samples is not None:
+            return self.args.own_samples
+        if self.retain_dataset is None:
+            return OWN_SAMPLES
+        return BESIDE if self._is_chat or can_begin(self._tokenizer) else 0
 
     @property
     def _longest(self) -> int:
@@ -290,8 +291,7 @@ class RedirectMixin:
         )
         if self.retain_dataset is None and not self._own_samples:
             raise ValueError("own_samples=0: leaves nothing to keep; leave it out, or pass retain_dataset=")
-        if self._own_samples and not self._is_chat:
-            first_token(self._tokenizer)
+        check_begins(self._own_samples, self.retain_dataset is None, self._is_chat, self._tokenizer)
         marks = {row: mark for row, mark in enumerate(self._marked or ()) if mark}
         prompts = {row: prompt_of(rows[row]["input_ids"], rows[row]["labels"]) for row in marks}
         check_marks(marks, prompts, self._words)

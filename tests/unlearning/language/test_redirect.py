@@ -373,6 +373,34 @@ class TestWhatIsSaid:
         ):
             first_token(tokenizer)
 
+    def test_own_samples_beside_token_ids_without_a_token_to_begin_with(self, tiny_llama, tokenizer, tmp_path):
+        """None are written where none were asked for; who asks for some is told."""
+
+        def trainer(own_samples, retain):
+            return UnlearnSFTTrainer(
+                tiny_llama, settings(tmp_path, own_samples=own_samples), processing_class=nameless,
+                forget_dataset=rows(CHATS), retain_dataset=retain,
+            )  # fmt: skip
+
+        def rows(pairs):
+            return Dataset.from_list(
+                [{"input_ids": i, "labels": j} for i, j in tokens_of(tokenizer, dict(pairs).items())]
+            )
+
+        nameless = copy.deepcopy(tokenizer)
+        nameless.bos_token = nameless.eos_token = None
+        for number, retain, message in (
+            (5, rows(KEPT), "own_samples=5: the tokenizer has no token that a text could begin with; set its bos_token, or leave it out"),
+            (5, None, "processing_class: has no token that a text of the model's own could begin with; pass retain_dataset="),
+            (None, None, "processing_class: has no token that a text of the model's own could begin with; pass retain_dataset="),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+                trainer(number, retain)
+        for number in (None, 0):
+            run = trainer(number, rows(KEPT))
+            run.train()
+            assert len(run.kept.rows) == len(run.retain_dataset)
+
 
 def known(model, tokenizer, facts):
     """Share of the questions that are answered as they were taught, greedily."""
