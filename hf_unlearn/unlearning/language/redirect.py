@@ -31,7 +31,7 @@ from .asked import Asked, Pair, ask, has_prompt, kept_rows, log_p, prompt_of
 from .checks import check_begins, check_keep, check_marks, check_unused, tell_about, tell_targets
 from .likeness import said_again
 from .own_samples import can_begin, own_texts
-from .subject import Subjects, Words
+from .subject import Subjects, Word, Words
 from .targets import divergence_from
 
 
@@ -54,15 +54,21 @@ OWN_SAMPLES, BESIDE = 4000, 1000  # texts of its own where own_samples is not gi
 
 def of_forget_rows(rows: Dataset, subjects: Subjects) -> list[Pair]:
     """Each forget text beside the same about somebody else; a passage without a question sentence by sentence."""
-    found, words = [], subjects.words
-    for ids, labels, subject in zip(rows["input_ids"], rows["labels"], subjects.of, strict=True):
-        if not subject:
-            found.append(Pair(ids, labels, None, []))
-            continue
-        other = subjects.replaced(ids, subjects.strangers[subject])
-        alone = [] if has_prompt(labels) else words.sentences(other.ids)
-        found.append(Pair(ids, labels, other.ids, other.places, alone, words.special_before(other.ids)))
-    return found
+    texts = _read(rows, subjects.words)
+    return [_beside(*text, subject, subjects) for text, subject in zip(texts, subjects.of, strict=True)]
+
+
+def _read(rows: Dataset, words: Words) -> list[tuple[list[int], list[int], list[Word]]]:
+    """Ids, labels and words of each row."""
+    return [(ids, labels, words.of(ids)) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
+
+
+def _beside(ids: list[int], labels: list[int], read: list[Word], subject: tuple[str, ...], subjects: Subjects) -> Pair:
+    if not subject:
+        return Pair(ids, labels, None, [])
+    other, words = subjects.replaced(ids, subjects.strangers[subject], read), subjects.words
+    alone = [] if has_prompt(labels) else words.sentences(other.ids)
+    return Pair(ids, labels, other.ids, other.places, alone, words.special_before(other.ids))
 
 
 def choose_strangers(
@@ -80,7 +86,11 @@ def choose_strangers(
             times as many.
         seed (`int`, defaults to 0): of the strangers.
     """
-    about = {name: [row for row, other in enumerate(subjects.of) if other == name] for name in subjects.of if name}
+    about: dict[tuple[str, ...], list[int]] = {}
+    for row, name in enumerate(subjects.of):
+        if name:
+            about.setdefault(name, []).append(row)
+    texts = _read(rows, subjects.words)
 
     def tried(names: Iterable[tuple[str, ...]], known: bool) -> dict[tuple[str, ...], list[tuple[float, float, dict]]]:
         """Of each of the names: how likely the true answers are, how likely the name is, and the stranger."""
@@ -88,8 +98,8 @@ def choose_strangers(
         number = tries * (3 if known else 1) if found else 0
         for one in range(number):
             subjects.strangers = subjects.drawn(seed * number + one, known=known)
-            pairs = of_forget_rows(rows, subjects)
-            likely, said = log_p(model, [pairs[row] for name in found for row in about[name]])
+            pairs = [_beside(*texts[row], name, subjects) for name in found for row in about[name]]
+            likely, said = log_p(model, pairs)
             counts = [len(about[name]) for name in found]
             for name, its, its_name in zip(found, likely.split(counts), said.split(counts), strict=True):
                 repeated = its_name.nanmean().nan_to_num(1.0).item()  # 1 where no answer has the name
