@@ -342,7 +342,10 @@ class Subjects:
         self.surface: dict[str, str] = {}
         for row, mark in zip(rows, marked or [None] * len(rows), strict=True):
             here = {word.text for word in row}
-            wanted = words.in_text(mark) if mark else _repeated(row, here & over & names or here & over)
+            if mark:  # "of" and "the" are a name's own nowhere else in the text
+                wanted = words.in_text(mark) & (over | names) or words.in_text(mark)
+            else:
+                wanted = _repeated(row, here & over & names or here & over)
             if not mark and not wanted & names and 2 * len(wanted) > len(here) > 1:
                 wanted = set()  # nothing tells the subject from the question
             self.of.append(_whole_name(row, wanted, names))
