@@ -38,7 +38,7 @@ from hf_unlearn.examples.facts import facts_data
 from hf_unlearn.training.answers import as_inputs, greedy_answers
 from hf_unlearn.training.losses import IGNORED
 from hf_unlearn.unlearning.language.asked import Asked, Pair, ask
-from hf_unlearn.unlearning.language.redirect import of_forget_rows
+from hf_unlearn.unlearning.language.strangers import of_forget_rows
 from hf_unlearn.unlearning.language.targets import Targets, likeliest
 
 

@@ -17,17 +17,25 @@ logger = logging.getLogger(__name__)
 LOST = 0.02  # of probability, above which it is warned of what the targets leave out
 
 
-def check_unused(**given: Any) -> None:
+def check_unused(given_loss: str, **given: Any) -> None:
     """Refuse arguments that redirect has no use for.
+
+    Args:
+        given_loss (`str`): `forget_loss` of the settings.
+        given: arguments by name.
 
     Raises:
         ValueError: naming the first that is neither None nor 0.
     """
     for argument, value in given.items():
         if value is not None and value != 0:
-            raise ValueError(
-                f"{argument}: forget_loss='redirect' has no use for it; leave it out, or choose another loss"
+            means = ", which 'bounded' means for texts," if given_loss == "bounded" else ""
+            other = (
+                "take forget_loss='match', which aims at it"
+                if argument.startswith("heldout")
+                else "choose another loss"
             )
+            raise ValueError(f"{argument}: forget_loss='redirect'{means} has no use for it; leave it out, or {other}")
 
 
 def check_marks(marks: Mapping[int, Any], prompts: Mapping[int, Sequence[int]], words: Words) -> None:

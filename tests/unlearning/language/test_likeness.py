@@ -12,7 +12,7 @@ from hf_unlearn import UnlearnSFTConfig, UnlearnSFTTrainer
 from hf_unlearn.training.collators import ROW
 from hf_unlearn.unlearning.language.asked import log_p
 from hf_unlearn.unlearning.language.likeness import alike, last_states, said_again
-from hf_unlearn.unlearning.language.redirect import choose_strangers, of_forget_rows
+from hf_unlearn.unlearning.language.strangers import choose_strangers, of_forget_rows
 from hf_unlearn.unlearning.language.subject import Subjects, Words
 
 

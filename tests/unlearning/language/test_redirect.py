@@ -20,7 +20,8 @@ from hf_unlearn import UnlearnConfig, UnlearnSFTConfig, UnlearnSFTTrainer, Unlea
 from hf_unlearn.hub.publish import publishable_files
 from hf_unlearn.unlearning.language.asked import Pair
 from hf_unlearn.unlearning.language.own_samples import first_token
-from hf_unlearn.unlearning.language.redirect import FURTHER, TOLERANCE
+from hf_unlearn.unlearning.language.redirect import TOLERANCE
+from hf_unlearn.unlearning.language.strangers import FURTHER
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +353,8 @@ class TestWhatIsSaid:
             ({"rows": as_chats(CHATS).add_column("subject", ["Anna"] * 6), "subject": lambda row: "Karl"},
              "subject: forget_dataset has a column 'subject' too; leave one of them out"),
             ({"replay_weight": 2.0}, "replay_weight: forget_loss='redirect' has no use for it; leave it out"),
-            ({"heldout_loss": 2.0}, "heldout_loss: forget_loss='redirect' has no use for it"),
+            ({"heldout_loss": 2.0}, "heldout_loss: forget_loss='redirect' has no use for it; leave it out, or take forget_loss='match', which aims "),
+            ({"heldout_loss": 2.0, "forget_loss": "bounded"}, "heldout_loss: forget_loss='redirect', which 'bounded' means for texts, has no "),
             ({"own_samples": 0}, "own_samples=0: leaves nothing to keep; leave it out, or pass retain_dataset="),
             ({"rows": as_chats(CHATS).to_iterable_dataset()}, "forget_dataset: a streaming dataset has no length"),
         ],
