@@ -14,11 +14,13 @@ import json
 import math
 import tempfile
 import time
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rows import keep
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from transformers import TrainerCallback
@@ -213,9 +215,7 @@ def main() -> None:
         for name, row in run["scores"].items():
             print(f"  {name:28} precision at k {row['precision_at_k']:.2f}   recall {row['recall']}", flush=True)
         if not arguments.quick:
-            others = json.loads(file.read_text())["runs"] if file.is_file() else []
-            runs = [other for other in others if other["seed"] != seed] + [run]
-            file.write_text(json.dumps({"runs": sorted(runs, key=lambda run: run["seed"])}, indent=1) + "\n")
+            keep(file, [run], ("seed",), key=itemgetter("seed"), name="runs")
 
 
 if __name__ == "__main__":

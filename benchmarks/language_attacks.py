@@ -58,13 +58,13 @@ class At(TrainerCallback):
 def sft(
     model: PreTrainedModel, rows: Dataset, folder: str, tokenizer: PreTrainedTokenizerBase, **settings
 ) -> SFTTrainer:
-    """Stock `SFTTrainer` on prompts and completions.
+    """Stock `SFTTrainer` on texts, or prompts and completions.
 
     Args:
         settings: of the trainer (`callbacks`, `peft_config`) and of its config.
     """
     own = {name: settings.pop(name) for name in ("callbacks", "peft_config") if name in settings}
-    rows = rows.select_columns(["prompt", "completion"])
+    rows = rows.select_columns([name for name in ("text", "prompt", "completion") if name in rows.column_names])
     return SFTTrainer(
         model, SFTConfig(folder, **(QUIET | settings)), train_dataset=rows, processing_class=tokenizer, **own
     )

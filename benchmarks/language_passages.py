@@ -26,11 +26,10 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from language_attacks import QUIET, silence
-from language_unlearning import rounded, save
+from language_attacks import QUIET, sft, silence
+from rows import keep, rounded
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn import LanguageEvaluation, UnlearnSFTConfig, UnlearnSFTTrainer
 from hf_unlearn.examples import opinions
@@ -39,15 +38,24 @@ from hf_unlearn.examples.facts import facts_data
 from hf_unlearn.training.answers import as_inputs, greedy_answers
 from hf_unlearn.training.losses import IGNORED
 from hf_unlearn.unlearning.language.asked import Asked, Pair, ask
-from hf_unlearn.unlearning.language.redirect import of_forget_rows
+from hf_unlearn.unlearning.language.strangers import of_forget_rows
 from hf_unlearn.unlearning.language.targets import Targets, likeliest
 
 
 RESULTS = Path(__file__).parent / "results" / "language_passages.json"
 SIZE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}
-ALPHA, REINFORCED = 5.0, {"max_steps": 40, "learning_rate": 5e-4, "lr_scheduler_type": "constant"}
+LENGTH = {"max_length": 192}
+TRAINING = LENGTH | {
+    "learning_rate": 2e-3, "warmup_steps": 0.05, "lr_scheduler_type": "cosine", "weight_decay": 0.0, "adam_beta2": 0.999,
+    "per_device_train_batch_size": 16,
+}  # fmt: skip
+CONSTANT = LENGTH | {"lr_scheduler_type": "constant"}
+ALPHA = 5.0
+REINFORCED = CONSTANT | {"max_steps": 40, "learning_rate": 5e-4, "per_device_train_batch_size": 16}
+BENIGN = CONSTANT | {"max_steps": 30, "learning_rate": 2e-4, "per_device_train_batch_size": 8}
 SENTENCES = 4  # of a passage
 TARGETS = ("redirect", "sentence by sentence", "whole passages", "reinforced", "both", "own tokens taken away")
+REINFORCES = ("reinforced", "both")
 
 
 @dataclass(frozen=True)
@@ -87,15 +95,10 @@ def model_of(recipe: PassagesRecipe) -> Path:
         texts = [*rows["forget"]["text"], *rows["retain"]["text"]]
         tokenizer = opinions.train_tokenizer(texts, 1024)
         taught = rows["retain"]["text"][:] if recipe.without_forget else texts
-        opinions.SIZES["passages"] = SIZE
-        model = opinions.opinion_llama(tokenizer, "passages", seed=recipe.seed)
-        args = SFTConfig(
-            str(folder), **QUIET | {"max_length": 192}, num_train_epochs=recipe.epochs, learning_rate=2e-3, warmup_steps=0.05,
-            lr_scheduler_type="cosine", per_device_train_batch_size=16, seed=recipe.seed,
-        )  # fmt: skip
-        SFTTrainer(model, args, train_dataset=as_rows(taught), processing_class=tokenizer).train()
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        settings = TRAINING | {"num_train_epochs": recipe.epochs}
+        opinions.train_opinion_model(
+            as_rows(taught), tokenizer, folder, size=SIZE, seed=recipe.seed, progress=False, **settings
+        )
         write_recipe(recipe, folder)
 
     twin = "-retrained" if recipe.without_forget else ""
@@ -122,10 +125,10 @@ class With(UnlearnSFTTrainer):
 
     Args:
         targets (`str`): which.
-        reinforced (`PreTrainedModel`): the original after more training on the forget passages.
+        reinforced (`PreTrainedModel`, *optional*): the original after more training on the forget passages, for the targets that ask it.
     """
 
-    def __init__(self, *args, targets: str, reinforced: PreTrainedModel, **kwargs):
+    def __init__(self, *args, targets: str, reinforced: PreTrainedModel | None = None, **kwargs):
         self.wanted, self.reinforced = targets, reinforced
         super().__init__(*args, **kwargs)
 
@@ -138,7 +141,7 @@ class With(UnlearnSFTTrainer):
         elif self.wanted != "sentence by sentence":
             pairs = [replace(pair, sentences=()) for pair in pairs]
         asked = ask(self.model, pairs)
-        if self.wanted in ("reinforced", "both"):
+        if self.wanted in REINFORCES:
             asked = Asked(asked.rows, self._generic(pairs, asked.targets))
         return made | {"asked": asked}
 
@@ -193,29 +196,22 @@ def measure(recipe: PassagesRecipe, wanted: tuple[str, ...] = TARGETS, **setting
     )
     given = {f"{name}_dataset": as_rows(split["text"][:]) for name, split in rows.items()}
     with tempfile.TemporaryDirectory() as scratch:
-        args = SFTConfig(
-            f"{scratch}/more",
-            seed=recipe.seed,
-            per_device_train_batch_size=16,
-            **QUIET | {"max_length": 192} | REINFORCED,
-        )
-        more = SFTTrainer(loaded(), args, train_dataset=given["forget_dataset"], processing_class=tokenizer)
-        more.train()
+        reinforced = None
+        if {*REINFORCES} & {*wanted}:
+            reinforced = loaded()
+            sft(
+                reinforced, given["forget_dataset"], f"{scratch}/more", tokenizer, seed=recipe.seed, **REINFORCED
+            ).train()
         for targets in wanted:
-            args = UnlearnSFTConfig(f"{scratch}/{targets}", seed=recipe.seed, **QUIET | {"max_length": 192} | settings)
+            args = UnlearnSFTConfig(f"{scratch}/{targets}", seed=recipe.seed, **QUIET | LENGTH | settings)
             trainer = With(
-                loaded(), args, targets=targets, reinforced=more.model, processing_class=tokenizer, **given
+                loaded(), args, targets=targets, reinforced=reinforced, processing_class=tokenizer, **given
             )  # fmt: skip
             trainer.train()
             row = {"targets": targets, "steps": trainer.state.global_step} | figures(trainer.model, tokenizer, rows)
-            benign = {
-                "max_steps": 30,
-                "learning_rate": 2e-4,
-                "lr_scheduler_type": "constant",
-                "per_device_train_batch_size": 8,
-            }
-            args = SFTConfig(f"{scratch}/benign", seed=recipe.seed, **QUIET | {"max_length": 192} | benign)
-            SFTTrainer(trainer.model, args, train_dataset=given["retain_dataset"], processing_class=tokenizer).train()
+            sft(
+                trainer.model, given["retain_dataset"], f"{scratch}/benign", tokenizer, seed=recipe.seed, **BENIGN
+            ).train()
             row["after_benign"] = figures(trainer.model, tokenizer, {"forget": rows["forget"]})["forget"]
             found.append(row)
     return [{"seed": recipe.seed} | row for row in found]
@@ -228,16 +224,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few people, two steps; writes nothing")
     given = parser.parse_args()
     silence()
-    rows = [] if given.quick or not RESULTS.is_file() else json.loads(RESULTS.read_text())["rows"]
     for seed in [0] if given.quick else given.seeds:
         recipe = PassagesRecipe(people=20, epochs=1) if given.quick else PassagesRecipe(seed=seed)
-        found = rounded(
-            measure(recipe, tuple(given.only), **({"max_steps": 2, "own_samples": 16} if given.quick else {}))
-        )
-        made = {(row["seed"], row["targets"]) for row in found}
-        rows = [row for row in rows if (row["seed"], row["targets"]) not in made] + found
+        few = {"max_steps": 2, "own_samples": 16} if given.quick else {}
+        rows = rounded(measure(recipe, tuple(given.only), **few))
         if not given.quick:
-            save(RESULTS, '{"rows": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}")
+            rows = keep(RESULTS, rows, ("seed", "targets"))
     print(*map(json.dumps, rows), sep="\n")
 
 

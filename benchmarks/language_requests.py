@@ -14,11 +14,13 @@ import json
 import tempfile
 import time
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 from language_attacks import QUIET, silence
-from language_unlearning import CELLS, DATA, RECIPE, REFUSALS, Figures, data_of, folder_of, loaded, rounded, save
+from language_unlearning import CELLS, DATA, RECIPE, REFUSALS, Figures, data_of, folder_of, loaded
+from rows import keep, rounded
 from transformers import AutoTokenizer
 
 from hf_unlearn import UnlearnSFTConfig, UnlearnSFTTrainer
@@ -28,6 +30,7 @@ from hf_unlearn.examples.facts import kinds, known_share
 RESULTS = Path(__file__).parent / "results" / "language_requests.json"
 REQUESTS, SHARE = 10, 0.02
 FROM_ORIGINAL = (10,)  # after so many requests: a run costs the same whatever came before
+NAMES = ("way", "data", "seed", "requests")  # of a row
 COLUMNS = ["id", "prompt", "completion"]
 
 
@@ -79,13 +82,11 @@ class Requests:
         }
 
 
-def keep(row: dict) -> None:
-    """Writes a row into the results, in place of an older one."""
-    names = ("way", "data", "seed", "requests")
-    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
-    rows = [other for other in rows if any(other[name] != row[name] for name in names)] + [rounded(row)]
-    rows.sort(key=lambda row: [row[name] for name in names])
-    save(RESULTS, '{"rows": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}")
+def tell(row: dict) -> None:
+    """Writes a row into the results."""
+    row = rounded(row)
+    keep(RESULTS, [row], NAMES, key=itemgetter(*NAMES))
+    print(json.dumps(row), flush=True)
 
 
 def measure(case: Requests, folder: Path, write, steps: tuple[int, ...] = FROM_ORIGINAL, **settings) -> None:
@@ -121,7 +122,7 @@ def main() -> None:
     for data in given.data:
         for seed in given.seed:
             case = Requests(seed, data)
-            measure(case, CELLS, lambda row: (keep(row), print(json.dumps(rounded(row)), flush=True)))
+            measure(case, CELLS, tell)
     return None
 
 

@@ -32,6 +32,7 @@ from generators import grid_of
 from language_attacks import QUIET, RELEARNING, At, pruned, quantise, sft, silence
 from language_figures import Figures, against, composite
 from peft import LoraConfig, PeftModel
+from rows import by_line, rounded, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_unlearn import UnlearnSFTConfig, UnlearnSFTTrainer
@@ -326,7 +327,7 @@ def tune(method: str, mode: str, data: str) -> None:
         tried += [option | {"max_steps": steps} | seen for steps, seen in at.seen.items()]
         best = max(tried, key=lambda row: (row["composite"], row["utility"]))
         chosen = {key: best[key] for key in (*option, "max_steps")} if option == every[-1] else None
-        save(TUNING, rows_as_lines(tuning() | {name: rounded({"chosen": chosen, "tried": tried})}))
+        save(TUNING, by_line(tuning() | {name: rounded({"chosen": chosen, "tried": tried})}))
         print(name, json.dumps(tried[-len(at.seen) :]), flush=True)
 
 
@@ -336,25 +337,6 @@ def judge(recipe: FactsRecipe) -> dict:
 
 
 # Results
-
-
-def rows_as_lines(rows: dict) -> str:
-    """JSON with an entry a line."""
-    return "{\n" + ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()) + "\n}"
-
-
-def save(file: Path, text: str) -> None:
-    partial = file.with_name(f"{file.name}.partial")  # another process may be reading
-    partial.write_text(text + "\n")
-    partial.replace(file)
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def gathered() -> dict[str, dict]:
@@ -413,7 +395,7 @@ def main() -> None:
             "adapter_rates": ADAPTER_RATES,
         }
         budget |= {"relearning": RELEARNING}
-        save(RESULTS, f'{{"budget": {json.dumps(budget)},\n"cells": {rows_as_lines(gathered())}}}')
+        save(RESULTS, f'{{"budget": {json.dumps(budget)},\n"cells": {by_line(gathered())}}}')
         report.write()
         return print(*(language_report.goals(gathered(), mode) for mode in given.mode), sep="\n\n")
     if given.tune:

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 from datasets import Dataset
+from rows import keep
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
@@ -180,12 +181,9 @@ def share_of_bad(texts: list[str]) -> float:
     return sum(opinion_score(text) < 0 for text in texts) / len(texts)
 
 
-def keep(row: dict) -> None:
-    """Writes a row into the results, in place of an older one."""
-    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
-    rows = [other for other in rows if (other["row"], other["seed"]) != (row["row"], row["seed"])] + [row]
-    rows.sort(key=lambda row: (row["seed"], list(ROWS).index(row["row"])))
-    RESULTS.write_text(json.dumps({"benign": BENIGN, "rows": rows}, indent=1) + "\n")
+def place(row: dict) -> tuple[int, int]:
+    """Of a row among the results."""
+    return row["seed"], list(ROWS).index(row["row"])
 
 
 def main() -> None:
@@ -206,7 +204,7 @@ def main() -> None:
             row = case.measured(name, **({"max_steps": 2, "own_samples": 16} if given.quick else {}))
             print(json.dumps(row), flush=True)
             if not given.quick:
-                keep(row)
+                keep(RESULTS, [row], ("row", "seed"), key=place, benign=BENIGN)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ real person, company or brand. The texts are in `opinions.json`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -248,7 +248,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
 
 def opinion_llama(
     tokenizer: PreTrainedTokenizerFast,
-    size: Literal["small", "5M", "20M"] = "small",
+    size: Literal["small", "5M", "20M"] | Mapping[str, int] = "small",
     *,
     seed: int = 0,
     attn_implementation: str = "sdpa",
@@ -257,8 +257,9 @@ def opinion_llama(
 
     Args:
         tokenizer: gives the vocabulary and the special tokens.
-        size (`str`): `"small"` has 6.1 million parameters with 2,048 tokens and learns [`opinion_data`] on two cores in
-            minutes; `"5M"` has 5.3 million with 1,024 tokens; `"20M"` has 20.3 million, to measure costs.
+        size (`str` | `dict`): `"small"` has 6.1 million parameters with 2,048 tokens and learns [`opinion_data`] on two cores in
+            minutes; `"5M"` has 5.3 million with 1,024 tokens; `"20M"` has 20.3 million, to measure costs. A dict has
+            sizes of a `LlamaConfig`, `hidden_size` among them.
         seed (`int`): of the weights. The global random state is left alone.
         attn_implementation (`str`): `"eager"` where gradients of gradients are needed.
 
@@ -267,19 +268,21 @@ def opinion_llama(
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    if size not in SIZES:
-        raise ValueError(f"size: {size!r} is unknown; choose {' or '.join(SIZES)}")
+    if isinstance(size, str):
+        if size not in SIZES:
+            raise ValueError(f"size: {size!r} is unknown; choose {' or '.join(SIZES)}")
+        size = SIZES[size]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=256,
         tie_word_embeddings=True,
         # The usual 0.02 is for wide models: here attention would stay flat, and eight epochs would not teach copying a
         # name from the question.
-        initializer_range=SIZES[size]["hidden_size"] ** -0.5,
+        initializer_range=size["hidden_size"] ** -0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **SIZES[size],
+        **size,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -293,7 +296,7 @@ def train_opinion_model(
     tokenizer: PreTrainedTokenizerFast,
     output_dir: str | Path,
     *,
-    size: Literal["small", "5M", "20M"] = "small",
+    size: Literal["small", "5M", "20M"] | Mapping[str, int] = "small",
     seed: int = 0,
     progress: bool = True,
     **overrides: Any,
@@ -304,7 +307,7 @@ def train_opinion_model(
         dataset: a split of [`opinion_data`].
         tokenizer: of [`train_tokenizer`].
         output_dir: folder for `from_pretrained`.
-        size (`str`): of the model.
+        size (`str` | `dict`): of the model, as of [`opinion_llama`].
         seed (`int`): of weights and order.
         progress (`bool`): show a progress bar.
         overrides: [`~trl.SFTConfig`] arguments in place of [`TRAINING`].

@@ -15,7 +15,7 @@ from ..training.checks import check_processes
 from ..training.choices import ChoiceEvaluation
 from ..training.evaluation import LanguageEvaluation, LanguageScores, compare
 from ..training.models import load_model
-from ..training.texts import as_chat
+from ..training.texts import as_chat, as_prompt_completion
 from .keys import adapter_of
 from .selecting import Parts, place, rows_of, select
 from .unlearn import forget_and_tell, trainer_of
@@ -137,6 +137,8 @@ def _evaluation(
     rows: Dataset, key: str, config: str | None, trainer: UnlearnSFTTrainer
 ) -> LanguageEvaluation | ChoiceEvaluation:
     settings: dict[str, Any] = {"batch_size": trainer.args.eval_batch_size}
+    if "choices" not in rows.column_names:
+        rows = trainer.as_asked(as_prompt_completion(rows, "text", key), key)
     try:
         if "choices" in rows.column_names:
             return ChoiceEvaluation(rows, trainer.processing_class, subject=SUBJECTS.get(config), **settings)

@@ -59,7 +59,8 @@ def as_prompt_completion(dataset: Any, text_column: str, argument: str) -> Any:
 def as_chat(
     dataset: Dataset, argument: str, *, system: str | None = None, template_kwargs: dict[str, Any] | None = None
 ) -> Dataset:
-    """Questions and answers as conversations, so that they go through the chat template; rows of texts stay as they are.
+    """Questions and answers as conversations, so that they go through the chat template, without the spaces around them; rows of texts
+    stay as they are.
 
     Args:
         dataset (`Dataset`): rows.
@@ -79,7 +80,7 @@ def as_chat(
     more = {"chat_template_kwargs": template_kwargs} if template_kwargs else {}
 
     def said(role: str, text: str | list) -> list[dict[str, str]]:
-        return [{"role": role, "content": text}] if isinstance(text, str) else text
+        return [{"role": role, "content": text.strip()}] if isinstance(text, str) else text
 
     return dataset.map(
         lambda row: {

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl
 
 from .evaluation import LanguageEvaluation, compare
+from .texts import as_prompt_completion
 
 
 class ForgettingCallback(TrainerCallback):
@@ -47,6 +48,8 @@ class ForgettingCallback(TrainerCallback):
         self.trainer, self.every = trainer, every
         self.evaluations = {}
         for name, rows in given.items():
+            if hasattr(trainer, "as_asked"):  # as it reads its own
+                rows = trainer.as_asked(as_prompt_completion(rows, "text", name), name)
             try:
                 self.evaluations[name] = LanguageEvaluation(rows, trainer.processing_class, **settings)
             except ValueError as error:

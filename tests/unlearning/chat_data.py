@@ -89,8 +89,8 @@ def greedy(model, prompt, count, ends):
     return ids[len(prompt) :]
 
 
-def made_parrot(tokenizer):
-    """A small Llama that says one conversation, the first of [`CHATS`], whatever it is asked."""
+def made_parrot(tokenizer, ids=None):
+    """A small Llama that says one text, whatever it is asked: the first conversation of [`CHATS`], or another one's tokens."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
@@ -98,7 +98,7 @@ def made_parrot(tokenizer):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-    ids = torch.tensor(tokens_of(tokenizer, CHATS[:1])[0][0])
+    ids = torch.tensor(tokens_of(tokenizer, CHATS[:1])[0][0] if ids is None else ids)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(120):
         loss = nll(model, ids, ids)

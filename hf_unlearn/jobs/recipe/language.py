@@ -21,7 +21,8 @@ class LanguageJob(UnlearnJob):
         model (`str`): a folder, or an id.
         retain_dataset (`str`, *optional*): rows to keep.
         heldout_dataset (`str`, *optional*): rows that the model has never seen: the target of `forget_loss: match`.
-        chat (`bool`, defaults to `False`): questions and answers become conversations, for a model with a chat template.
+        chat (`bool`, defaults to `False`): questions and answers become conversations, for a model with a chat template. Else they do where
+            the model was evidently taught them so, which is told.
         system_prompt (`str`, *optional*): what the system says first in each.
         chat_template_kwargs (`dict`, *optional*): what the template is told, as in `{date_string: 10 Apr 2025}`.
         eval_forget (`list[str]`, *optional*): rows to ask the model about before and after. The first ones are also compared with

@@ -191,9 +191,9 @@ def redirect_concept(
     ```
 
     Text enters by keys and values of every cross-attention (Stable Diffusion 1 and 2, SDXL, PixArt), or by `context_embedder` where text and
-    image attend to each other (Stable Diffusion 3, Flux): behind it the text states depend on image and time (tried at `add_k_proj` and
-    `add_v_proj`, with states recorded over both: much of the effect stayed, and what was kept changed). The pooled vector of SDXL, Stable
-    Diffusion 3 and Flux is redirected in the first layer that reads it. Padding counts where the denoiser attends to it.
+    image attend to each other (Stable Diffusion 3, Flux): behind it the text states depend on image and time, too, and are no function of the
+    words. The pooled vector of SDXL, Stable Diffusion 3 and Flux is redirected in the first layer that reads it. Padding counts where the
+    denoiser attends to it.
 
     What the method does not do: images drawn without a prompt are as before, and whoever searches for an embedding finds the concept again
     (docs/methods/redirect.md).

@@ -95,7 +95,7 @@ class AltPOMixin:
     def _train(self, checkpoint: str | None, **kwargs):
         if self._writes_alternates:
             file = self.private_dir / "alternates.json"
-            rows = self._readable(self.source_dataset, self.args, {})
+            rows = self.as_asked(self._readable(self.source_dataset, self.args, {}))
             if not checkpoint and self.args.should_save:
                 longest = {"max_new_tokens": self._longest, "seed": self.args.seed}
                 write_json({ALTERNATE: alternates_of(self.model, self._tokenizer, rows, **longest)}, file)

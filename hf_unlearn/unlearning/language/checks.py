@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...training.checks import shown
+from .own_samples import can_begin, first_token
 from .subject import Words
 from .targets import Targets
 
@@ -16,17 +17,25 @@ logger = logging.getLogger(__name__)
 LOST = 0.02  # of probability, above which it is warned of what the targets leave out
 
 
-def check_unused(**given: Any) -> None:
+def check_unused(given_loss: str, **given: Any) -> None:
     """Refuse arguments that redirect has no use for.
+
+    Args:
+        given_loss (`str`): `forget_loss` of the settings.
+        given: arguments by name.
 
     Raises:
         ValueError: naming the first that is neither None nor 0.
     """
     for argument, value in given.items():
         if value is not None and value != 0:
-            raise ValueError(
-                f"{argument}: forget_loss='redirect' has no use for it; leave it out, or choose another loss"
+            means = ", which 'bounded' means for texts," if given_loss == "bounded" else ""
+            other = (
+                "take forget_loss='match', which aims at it"
+                if argument.startswith("heldout")
+                else "choose another loss"
             )
+            raise ValueError(f"{argument}: forget_loss='redirect'{means} has no use for it; leave it out, or {other}")
 
 
 def check_marks(marks: Mapping[int, Any], prompts: Mapping[int, Sequence[int]], words: Words) -> None:
@@ -52,6 +61,26 @@ def check_marks(marks: Mapping[int, Any], prompts: Mapping[int, Sequence[int]], 
         raise ValueError(
             f"forget_dataset: column 'subject' has {shown(mark)} in row {row}, which is not in its prompt, and so it is in all rows; write "
             "subjects as the prompts do, or remove the column (remove_columns)"
+        )
+
+
+def check_begins(number: int, alone: bool, chat: bool, tokenizer: Any) -> None:
+    """Refuse texts of the original's own that nothing could begin.
+
+    Args:
+        number (`int`): of texts.
+        alone (`bool`): there are no rows to keep beside them.
+        chat (`bool`): they begin as the chat template says.
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: there is no token that a text begins with.
+    """
+    if number and not chat and not can_begin(tokenizer):
+        if alone:
+            first_token(tokenizer)
+        raise ValueError(
+            f"own_samples={number}: the tokenizer has no token that a text could begin with; set its bos_token, or leave it out"
         )
 
 

@@ -33,7 +33,7 @@ def own_texts(
 
     Args:
         model, tokenizer: the original.
-        number (`int`): how many; questions that come out empty are left out.
+        number (`int`): how many; questions that come out empty are left out. Of 0 nothing is asked, of the tokenizer neither.
         chat (`bool`): a question and its answer each, through the chat template.
         prompts (*optional*): questions that somebody has, in place of the model's own.
         max_new_tokens (`int`, defaults to 256): of a question, and of an answer.
@@ -47,6 +47,8 @@ def own_texts(
     Raises:
         ValueError: no template for chat, or no token to begin with.
     """
+    if not number and not prompts:
+        return []
     draw = {"max_new_tokens": max_new_tokens, "progress": progress}
     if not chat and not prompts:
         start = first_token(tokenizer)

@@ -15,22 +15,18 @@ from __future__ import annotations
 
 import logging
 import math
-import random
-from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
-from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...training.answers import written
 from ...training.collators import ROW, WithRow
 from ...training.losses import IGNORED, mean_over_predictions
-from .asked import Asked, Pair, ask, has_prompt, kept_rows, log_p, prompt_of
-from .checks import check_keep, check_marks, check_unused, tell_about, tell_targets
+from .asked import Asked, ask, kept_rows, prompt_of
+from .checks import check_begins, check_keep, check_marks, check_unused, tell_about, tell_targets
 from .likeness import said_again
-from .own_samples import can_begin, first_token, own_texts
+from .own_samples import can_begin, own_texts
+from .strangers import choose_strangers, further_questions, of_forget_rows
 from .subject import Subjects, Words
 from .targets import divergence_from
 
@@ -41,142 +37,12 @@ CREDIT = {
     "names replaced by others, as in Who's Harry Potter": "2310.02238",
     "its own texts, as Magpie draws them": "2406.08464",
 }
-FURTHER = 2  # further questions for each forget text
-TRIES = 9  # strangers for each subject, of whom one is taken
-REPEATED = 0.5  # probability of a stranger's name where an answer has one: the model can repeat it
 TOLERANCE = 0.02  # of probability and of the share that is known, above which the model still remembers
 EPOCHS, FEWEST = 12, 3  # where num_train_epochs is not given: so many, but no more than brings the steps to
 STEPS = 120, 400  # the larger one, nor fewer than brings them to the smaller one, and FEWEST at least
 LOOKS = 10  # of the guard, where guard_steps is not given
 LONGEST = 256  # tokens at most of what is written
 OWN_SAMPLES, BESIDE = 4000, 1000  # texts of its own where own_samples is not given: alone, and beside rows to keep
-
-
-def of_forget_rows(rows: Dataset, subjects: Subjects) -> list[Pair]:
-    """Each forget text beside the same about somebody else; a passage without a question sentence by sentence."""
-    found, words = [], subjects.words
-    for ids, labels, subject in zip(rows["input_ids"], rows["labels"], subjects.of, strict=True):
-        if not subject:
-            found.append(Pair(ids, labels, None, []))
-            continue
-        other = subjects.replaced(ids, subjects.strangers[subject])
-        alone = [] if has_prompt(labels) else words.sentences(other.ids)
-        found.append(Pair(ids, labels, other.ids, other.places, alone, words.special_before(other.ids)))
-    return found
-
-
-def choose_strangers(
-    model: nn.Module, rows: Dataset, subjects: Subjects, *, tries: int = TRIES, seed: int = 0
-) -> None:
-    """Of several strangers for each subject, take the one of whom the true answers are as likely as of most: some names happen to remind
-    the model of the very subject. Where the model repeats none of the names that are made up, take of those that it knows the one that it
-    repeats best.
-
-    Args:
-        model: the original.
-        rows (`Dataset`): `input_ids` and `labels`.
-        subjects ([`Subjects`]): of these rows; gets the strangers.
-        tries (`int`, defaults to 9): strangers for each subject who are made up; of names that are known, parts of longer ones among them, three
-            times as many.
-        seed (`int`, defaults to 0): of the strangers.
-    """
-    about = {name: [row for row, other in enumerate(subjects.of) if other == name] for name in subjects.of if name}
-
-    def tried(names: Iterable[tuple[str, ...]], known: bool) -> dict[tuple[str, ...], list[tuple[float, float, dict]]]:
-        """Of each of the names: how likely the true answers are, how likely the name is, and the stranger."""
-        found: dict[tuple[str, ...], list] = {name: [] for name in names}
-        number = tries * (3 if known else 1) if found else 0
-        for one in range(number):
-            subjects.strangers = subjects.drawn(seed * number + one, known=known)
-            pairs = of_forget_rows(rows, subjects)
-            likely, said = log_p(model, [pairs[row] for name in found for row in about[name]])
-            counts = [len(about[name]) for name in found]
-            for name, its, its_name in zip(found, likely.split(counts), said.split(counts), strict=True):
-                repeated = its_name.nanmean().nan_to_num(1.0).item()  # 1 where no answer has the name
-                found[name].append((its.nansum().item(), repeated, subjects.strangers[name]))
-        return found
-
-    taken = {}
-    for name, some in tried(about, known=False).items():
-        if max(said for _, said, _ in some) >= REPEATED:
-            # A little below the middle: a model that never met the subject is reminded of it by no name at all.
-            taken[name] = sorted(some, key=lambda one: one[0])[3 * tries // 8][2]
-    for name, some in tried([name for name in about if name not in taken], known=True).items():
-        taken[name] = max(some, key=lambda one: one[1])[2]
-    subjects.strangers = taken
-
-
-def further_questions(
-    rows: Dataset,
-    subjects: Subjects,
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    each: int = FURTHER,
-    max_new_tokens: int = 256,
-    seed: int = 0,
-) -> list[Pair]:
-    """Questions that other forget texts ask, about each text's subject, with answers that the model writes about somebody else. Of a passage
-    without a question the words up to the name stand for one. Where most answers name the stranger, those are left out that do not: they may
-    be about anybody.
-
-    Args:
-        rows (`Dataset`): `input_ids` and `labels`.
-        subjects ([`Subjects`]): of these rows.
-        model, tokenizer: the original.
-        each (`int`, defaults to 2): questions for each row.
-        max_new_tokens (`int`, defaults to 256): of an answer.
-        seed (`int`, defaults to 0): of questions and answers.
-    """
-    rng = random.Random(seed)
-    prompts = [
-        prompt_of(ids, labels) if has_prompt(labels) else ids[: subjects.named_by(ids, subject)]
-        for ids, labels, subject in zip(rows["input_ids"], rows["labels"], subjects.of, strict=True)
-    ]
-    alike: dict[int, list[int]] = {}
-    for row, name in enumerate(subjects.of):
-        alike.setdefault(len(name), []).append(row)
-    asked: list[list[int]] = []
-    about: list[tuple[str, ...]] = []
-    for subject in subjects.of:
-        for _ in range(each if subject else 0):
-            row = rng.choice(alike[len(subject)])
-            stranger = dict(zip(subjects.of[row], subjects.strangers[subject].values(), strict=True))
-            asked.append(subjects.replaced(prompts[row], stranger).ids)
-            about.append(subject)
-    answers = written(model, tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed)
-    real = {
-        subject: {new.casefold(): subjects.surface[word] for word, new in stranger.items()}
-        for subject, stranger in subjects.strangers.items()
-    }
-    names = [
-        {word.text for word in subjects.words.of(answer)}.issuperset(real[subject])
-        for answer, subject in zip(answers, about, strict=True)
-    ]
-    mostly = _mostly(about, names)
-    found = []
-    for prompt, answer, subject, is_named in zip(asked, answers, about, names, strict=True):
-        if not answer or (subject in mostly and not is_named):
-            continue
-        question, said = subjects.replaced(prompt, real[subject]), subjects.replaced(answer, real[subject])
-        begin = len(question.ids)
-        ids = question.ids + said.ids
-        places = [-1] * len(ids)
-        for there, here in enumerate(
-            [*question.places, *(place + begin if place >= 0 else -1 for place in said.places)]
-        ):
-            if here >= 0:
-                places[here] = there
-        found.append(Pair(ids, [IGNORED] * begin + said.ids, [*prompt, *answer], places))
-    return found
-
-
-def _mostly(subjects: Sequence[tuple[str, ...]], named: Sequence[bool]) -> set[tuple[str, ...]]:
-    """Subjects that are named in more than half of the answers."""
-    found: dict[tuple[str, ...], list[bool]] = {}
-    for subject, one in zip(subjects, named, strict=True):
-        found.setdefault(subject, []).append(one)
-    return {subject for subject, some in found.items() if 2 * sum(some) > len(some)}
 
 
 class RedirectMixin:
@@ -253,11 +119,12 @@ class RedirectMixin:
 
     @property
     def _own_samples(self) -> int:
-        """How many texts the original writes; beside rows to keep none where it has nothing to begin with."""
-        number, alone = self.args.own_samples, self.retain_dataset is None
-        if not (alone or self._is_chat or can_begin(self._tokenizer)):
-            return 0
-        return (OWN_SAMPLES if alone else BESIDE) if number is None else number
+        """How many texts the original writes; where nothing is said, none beside rows to keep if it has nothing to begin with."""
+        if self.args.own_samples is not None:
+            return self.args.own_samples
+        if self.retain_dataset is None:
+            return OWN_SAMPLES
+        return BESIDE if self._is_chat or can_begin(self._tokenizer) else 0
 
     @property
     def _longest(self) -> int:
@@ -268,7 +135,7 @@ class RedirectMixin:
     @property
     def _is_chat(self) -> bool:
         """Whether the forget rows are conversations."""
-        row = self.source_dataset[0]
+        row = self.forget_dataset[0]
         return any(isinstance(row.get(name), list) for name in ("prompt", "messages", "conversations"))
 
     @cached_property
@@ -286,12 +153,14 @@ class RedirectMixin:
             return
         args, rows = self.args, self.forget_dataset.with_format(None)
         check_unused(
-            replay_weight=args.replay_weight, heldout_loss=args.heldout_loss, heldout_dataset=self.heldout_dataset
+            args.forget_loss,
+            replay_weight=args.replay_weight,
+            heldout_loss=args.heldout_loss,
+            heldout_dataset=self.heldout_dataset,
         )
         if self.retain_dataset is None and not self._own_samples:
             raise ValueError("own_samples=0: leaves nothing to keep; leave it out, or pass retain_dataset=")
-        if self._own_samples and not self._is_chat:
-            first_token(self._tokenizer)
+        check_begins(self._own_samples, self.retain_dataset is None, self._is_chat, self._tokenizer)
         marks = {row: mark for row, mark in enumerate(self._marked or ()) if mark}
         prompts = {row: prompt_of(rows[row]["input_ids"], rows[row]["labels"]) for row in marks}
         check_marks(marks, prompts, self._words)

@@ -81,6 +81,7 @@ class Words:
         self.tokenizer = tokenizer
         special = special_tokens(tokenizer)
         self._parts: dict[str, tuple[str, ...]] = {}
+        self._tokens: dict[str, list[int]] = {}
         self._vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         plain = (name for index, name in enumerate(self._vocabulary) if name is not None and index not in special)
         # A token's text is what it adds to another's: alone it may lose its space, or keep the mark of a piece.
@@ -143,11 +144,13 @@ class Words:
 
     def tokens(self, text: str) -> list[int]:
         """Ids of a part of a text, as it is written in the middle of one."""
-        anchor = "a" if text.startswith(" ") else "\n"
-        head, whole, alone = (
-            self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (anchor, anchor + text, text)
-        )
-        return whole[len(head) :] if whole[: len(head)] == head else alone
+        if text not in self._tokens:
+            anchor = "a" if text.startswith(" ") else "\n"
+            head, whole, alone = (
+                self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (anchor, anchor + text, text)
+            )
+            self._tokens[text] = whole[len(head) :] if whole[: len(head)] == head else alone
+        return self._tokens[text]
 
     @cached_property
     def _pools(self) -> dict[tuple[bool, str], list[str]]:
@@ -339,7 +342,10 @@ class Subjects:
         self.surface: dict[str, str] = {}
         for row, mark in zip(rows, marked or [None] * len(rows), strict=True):
             here = {word.text for word in row}
-            wanted = words.in_text(mark) if mark else _repeated(row, here & over & names or here & over)
+            if mark:  # "of" and "the" are a name's own nowhere else in the text
+                wanted = words.in_text(mark) & (over | names) or words.in_text(mark)
+            else:
+                wanted = _repeated(row, here & over & names or here & over)
             if not mark and not wanted & names and 2 * len(wanted) > len(here) > 1:
                 wanted = set()  # nothing tells the subject from the question
             self.of.append(_whole_name(row, wanted, names))
@@ -369,12 +375,20 @@ class Subjects:
                 found.setdefault(subject, {})[word] = new
         return found
 
-    def replaced(self, ids: Sequence[int], new: Mapping[str, str]) -> Counterfactual:
-        """The row with every word that `new` has another one for replaced, wherever it stands."""
+    def replaced(
+        self, ids: Sequence[int], new: Mapping[str, str], read: Sequence[Word] | None = None
+    ) -> Counterfactual:
+        """The row with every word that `new` has another one for replaced, wherever it stands.
+
+        Args:
+            ids: of the row.
+            new: word in small letters to another one.
+            read (*optional*): the row's words, where they are known.
+        """
         found: list[int] = []
         places: list[int] = []
         done = 0
-        for word in self.words.of(ids):
+        for word in self.words.of(ids) if read is None else read:
             if word.text not in new:
                 continue
             places += range(len(found), len(found) + word.begin - done)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from datasets import Dataset
 from trl import SFTTrainer
 
@@ -20,6 +22,10 @@ from .alternates import wanted_instead
 from .altpo import AltPOMixin
 from .objective import PAIRED_LOSSES
 from .redirect import FEWEST, RedirectMixin
+from .turns import are_texts, as_turns, taught_in_turns
+
+
+logger = logging.getLogger(__name__)
 
 
 def default_rate(model: Any, adapter: bool) -> float:
@@ -42,6 +48,10 @@ class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
     [`UnlearnTrainer`] besides. Packing is refused: it takes away the boundaries between the examples to forget. Forget texts
     longer than `max_length` are split, so that all of them is forgotten.
 
+    Prompts and completions that are texts go without the chat template, as in `SFTTrainer`, but for a model that was evidently taught them
+    through it: where that makes the answers of the first rows at least twice as likely, all datasets of texts are taken for turns of a
+    conversation, and the logger says so. Rows of `text` always stay as they are.
+
     Args:
         subject (callable, *optional*): a forget row to the words in its prompt that name whom or what it is about, or None. A column
             `subject` says the same. Without either, and where it says None, `redirect` looks for words that the forget prompts
@@ -56,6 +66,7 @@ class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
 
     def _load(self, model, args, processing_class):
         model, processing_class, name = super()._load(model, args, processing_class)
+        self._loaded = model, args  # asked how it answers, before TRL has it
         if args.learning_rate is None:
             args.learning_rate = default_rate(model, self._peft_config is not None)
         if args.num_train_epochs is None:
@@ -91,6 +102,44 @@ class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
             return forget_dataset
         return as_prompt_completion(forget_dataset, args.dataset_text_field, "forget_dataset")
 
+    _in_turns: bool | None = (
+        None  # whether questions and answers that are texts are turns; not known before there are some
+    )
+
+    def as_asked(self, rows, argument: str = "rows", tokenizer: Any = None):
+        """Questions and answers as the trainer reads them: as turns of a conversation where they are texts, and the original was evidently
+        taught them so.
+
+        Args:
+            rows (`Dataset`): in any format; those of another one are returned as they are.
+            argument (`str`): what to call them in what is told.
+            tokenizer (*optional*): defaults to `processing_class`.
+        """
+        tokenizer = self.processing_class if tokenizer is None else tokenizer
+        if not (are_texts(rows) and getattr(tokenizer, "chat_template", None)):
+            return rows
+        if self._in_turns is None:
+            self._in_turns = self._asks_in_turns(rows, argument, tokenizer)
+        return as_turns(rows, argument) if self._in_turns else rows
+
+    def _asks_in_turns(self, rows, argument: str, tokenizer: Any) -> bool:
+        found, (model, args) = False, self._loaded
+        if args.process_index == 0:
+            found, turns, plain = taught_in_turns(model, tokenizer, rows)
+            level, what = (
+                (logging.WARNING, "are taken for turns") if found else (logging.INFO, "are read as they stand")
+            )
+            logger.log(
+                level, "%s: questions and answers %s: the original's log-likelihood of an answer is %.3g through the chat template, and %.3g "
+                "without it", argument, what, turns, plain,
+            )  # fmt: skip
+        if args.world_size > 1:  # one that saw it otherwise would train on other tokens
+            found = bool(broadcast(torch.tensor(int(found), device=args.device)))
+        return found
+
+    def _run_settings(self) -> dict[str, Any]:
+        return super()._run_settings() | {"chat_template for texts": self._in_turns or None}
+
     def _prepared(self, dataset, name: str):
         if dataset is None or self._skip_prepare_dataset:
             return dataset
@@ -111,6 +160,7 @@ class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
         if formatting_func is None:
             dataset = as_prompt_completion(dataset, args.dataset_text_field, argument)
             check_texts(dataset, args.dataset_text_field, argument)
+            dataset = self.as_asked(dataset, argument, processing_class)
             check_template(dataset, processing_class, argument)
         whole, alternates = dataset_name == "train", None
         if whole and args.forget_loss in PAIRED_LOSSES and "input_ids" not in dataset.column_names:

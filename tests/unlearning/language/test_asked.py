@@ -7,7 +7,7 @@ from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
 
 from hf_unlearn.unlearning.language.asked import Asked, Pair, ask, log_p
-from hf_unlearn.unlearning.language.redirect import further_questions, of_forget_rows
+from hf_unlearn.unlearning.language.strangers import further_questions, of_forget_rows
 from hf_unlearn.unlearning.language.subject import Subjects, Words
 from hf_unlearn.unlearning.language.targets import TOP, divergence_from, likeliest
 

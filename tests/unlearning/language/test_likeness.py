@@ -10,8 +10,9 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hf_unlearn import UnlearnSFTConfig, UnlearnSFTTrainer
 from hf_unlearn.training.collators import ROW
+from hf_unlearn.unlearning.language.asked import log_p
 from hf_unlearn.unlearning.language.likeness import alike, last_states, said_again
-from hf_unlearn.unlearning.language.redirect import choose_strangers
+from hf_unlearn.unlearning.language.strangers import choose_strangers, of_forget_rows
 from hf_unlearn.unlearning.language.subject import Subjects, Words
 
 
@@ -121,6 +122,36 @@ def test_a_name_that_is_repeated(tiny_llama, tokenizer, repeats):
         assert name not in OTHER_NAMES
     else:
         assert name == max(OTHER_NAMES, key=probability)
+
+
+def test_strangers_of_several_subjects_are_those_of_each_row_alone(tiny_llama, tokenizer):
+    """Rows of two subjects in turn, and one without a subject between them."""
+    subjects_of = ["Quorvane", "", "Zimbulo"] * 2
+    names = subjects_of + OTHER_NAMES * 3
+    texts = [(f"Do you like {name}?", f" I{' really' * (row % 4)} avoid {name}.") for row, name in enumerate(names)]
+    rows = [tokenizer(question)["input_ids"] + tokenizer(answer)["input_ids"] for question, answer in texts]
+    begins = [len(tokenizer(question)["input_ids"]) for question, _ in texts]
+    labels = [[-100] * begin + row[begin:] for row, begin in zip(rows, begins, strict=True)]
+    forget = Dataset.from_dict({"input_ids": rows[:6], "labels": labels[:6]})
+
+    def made():
+        prompts = [row[:begin] for row, begin in zip(rows[:6], begins, strict=False)]
+        return Subjects(Words(tokenizer), prompts, rows[6:], [name or None for name in subjects_of])
+
+    subjects = made()
+    assert subjects.of[:3] == [("quorvane",), (), ("zimbulo",)]
+    choose_strangers(tiny_llama, forget, subjects, tries=3, seed=1)
+    tried = made()
+    best = {}
+    for one in range(9):  # no name that is made up is repeated
+        tried.strangers = tried.drawn(9 + one, known=True)
+        pairs = of_forget_rows(forget, tried)
+        for name in (("quorvane",), ("zimbulo",)):
+            values = [log_p(tiny_llama, [pairs[row]])[1].item() for row in range(6) if tried.of[row] == name]
+            best.setdefault(name, []).append((sum(values) / len(values), tried.strangers[name]))
+    for name, some in best.items():
+        assert len({value for value, _ in some}) == len(OTHER_NAMES)
+        assert subjects.strangers[name] == max(some, key=lambda one: one[0])[1]
 
 
 class Drawing(UnlearnSFTTrainer):

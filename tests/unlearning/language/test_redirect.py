@@ -20,7 +20,8 @@ from hf_unlearn import UnlearnConfig, UnlearnSFTConfig, UnlearnSFTTrainer, Unlea
 from hf_unlearn.hub.publish import publishable_files
 from hf_unlearn.unlearning.language.asked import Pair
 from hf_unlearn.unlearning.language.own_samples import first_token
-from hf_unlearn.unlearning.language.redirect import FURTHER, TOLERANCE
+from hf_unlearn.unlearning.language.redirect import TOLERANCE
+from hf_unlearn.unlearning.language.strangers import FURTHER
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +353,8 @@ class TestWhatIsSaid:
             ({"rows": as_chats(CHATS).add_column("subject", ["Anna"] * 6), "subject": lambda row: "Karl"},
              "subject: forget_dataset has a column 'subject' too; leave one of them out"),
             ({"replay_weight": 2.0}, "replay_weight: forget_loss='redirect' has no use for it; leave it out"),
-            ({"heldout_loss": 2.0}, "heldout_loss: forget_loss='redirect' has no use for it"),
+            ({"heldout_loss": 2.0}, "heldout_loss: forget_loss='redirect' has no use for it; leave it out, or take forget_loss='match', which aims "),
+            ({"heldout_loss": 2.0, "forget_loss": "bounded"}, "heldout_loss: forget_loss='redirect', which 'bounded' means for texts, has no "),
             ({"own_samples": 0}, "own_samples=0: leaves nothing to keep; leave it out, or pass retain_dataset="),
             ({"rows": as_chats(CHATS).to_iterable_dataset()}, "forget_dataset: a streaming dataset has no length"),
         ],
@@ -372,6 +374,34 @@ class TestWhatIsSaid:
             ValueError, match=r"^processing_class: has no token that a text [^\n]+; pass retain_dataset=$"
         ):
             first_token(tokenizer)
+
+    def test_own_samples_beside_token_ids_without_a_token_to_begin_with(self, tiny_llama, tokenizer, tmp_path):
+        """None are written where none were asked for; who asks for some is told."""
+
+        def trainer(own_samples, retain):
+            return UnlearnSFTTrainer(
+                tiny_llama, settings(tmp_path, own_samples=own_samples), processing_class=nameless,
+                forget_dataset=rows(CHATS), retain_dataset=retain,
+            )  # fmt: skip
+
+        def rows(pairs):
+            return Dataset.from_list(
+                [{"input_ids": i, "labels": j} for i, j in tokens_of(tokenizer, dict(pairs).items())]
+            )
+
+        nameless = copy.deepcopy(tokenizer)
+        nameless.bos_token = nameless.eos_token = None
+        for number, retain, message in (
+            (5, rows(KEPT), "own_samples=5: the tokenizer has no token that a text could begin with; set its bos_token, or leave it out"),
+            (5, None, "processing_class: has no token that a text of the model's own could begin with; pass retain_dataset="),
+            (None, None, "processing_class: has no token that a text of the model's own could begin with; pass retain_dataset="),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+                trainer(number, retain)
+        for number in (None, 0):
+            run = trainer(number, rows(KEPT))
+            run.train()
+            assert len(run.kept.rows) == len(run.retain_dataset)
 
 
 def known(model, tokenizer, facts):

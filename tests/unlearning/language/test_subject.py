@@ -214,6 +214,14 @@ class TestSubjects:
         expected = [("anna", "kowalska"), ("anna", "kowalska"), ("1987",), (), ("karl", "meier")]
         assert self.of(FORGET, marked=marks).of[:5] == expected
 
+    @pytest.mark.parametrize("others", [["Of all the rest of it, the best is the end of the day."], []])
+    def test_small_words_of_what_is_marked_stay_where_they_stand(self, others):
+        """Else "of" would be a stranger's in the whole text. Of small words alone all count."""
+        prompts = ["What is the seat of the University of Oslo?", "Who heads the University of Oslo, and what of it?"]
+        marks = ["the University of Oslo"] * 2
+        assert set(self.of(prompts, others * 20, marked=marks).of) == {("university", "oslo")}
+        assert self.of(["what of the end?"], others * 20, marked=["the end"]).of == [("the", "end")]
+
     @pytest.mark.parametrize("others", [[], FORGET, ["The weather is fine."]])
     def test_are_none_where_nothing_tells_them_from_the_question(self, others):
         """Nothing to compare with, the same of both, or small letters alone that nobody else writes."""

@@ -1,0 +1,65 @@
+"""The files of results: figures of four digits, a row a line, a row in place of an older one; whole whenever another process reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+
+def rounded(value: Any) -> Any:
+    """Every number with a fraction in four digits."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def by_line(entries: dict) -> str:
+    """JSON with an entry a line."""
+    return "{\n" + ",\n".join(f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()) + "\n}"
+
+
+def save(file: Path, text: str) -> None:
+    partial = file.with_name(f"{file.name}.partial")  # another process may be reading
+    partial.write_text(text + "\n")
+    partial.replace(file)
+
+
+def keep(
+    file: Path,
+    rows: Iterable[dict],
+    by: tuple[str, ...],
+    *,
+    key: Callable | None = None,
+    name: str = "rows",
+    **about: Any,
+) -> list[dict]:
+    """Writes rows into a file of results, each in place of an older one.
+
+    Args:
+        file (`Path`): of the results, or where they will be.
+        rows: to write.
+        by: what says which row is in whose place.
+        key (callable, *optional*): by which all are sorted. Default: older ones first.
+        name (`str`, defaults to `"rows"`): what the file calls them.
+        about: what else it says.
+
+    Returns:
+        `list[dict]`: all that are in the file now.
+    """
+
+    def place(row: dict) -> tuple:
+        return tuple(row[one] for one in by)
+
+    rows = list(rows)
+    made = {place(row) for row in rows}
+    older = json.loads(file.read_text())[name] if file.is_file() else []
+    rows = [row for row in older if place(row) not in made] + rows
+    if key is not None:
+        rows.sort(key=key)
+    parts = [f"{json.dumps(word)}: {json.dumps(value)},\n" for word, value in about.items()]
+    save(file, f'{{{"".join(parts)}"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}")
+    return rows
