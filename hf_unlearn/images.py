@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -283,23 +284,53 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
 
 
 @torch.no_grad()
+def to_latents(images: Tensor, vae: nn.Module, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents that a VAE makes of images in [−1, 1], scaled as denoisers see them, fp32 on the CPU:
+    the way back of [`of_latents`].
+    """
+    config = vae.config
+    with _upcast(vae):
+        posterior = vae.encode(images.to(device, vae.dtype)).latent_dist
+    mean, deviation = posterior.mean.float(), posterior.std.float()
+    mean = mean - (getattr(config, "shift_factor", None) or 0.0)
+    if (channels := _channels(config, mean)) is not None:
+        mean, deviation = (mean - channels[0]) / channels[1], deviation / channels[1]
+    scale = getattr(config, "scaling_factor", None) or 1
+    return (mean * scale).cpu(), (deviation * scale).cpu()
+
+
+@torch.no_grad()
 def of_latents(latents: Tensor, vae: nn.Module, device: torch.device | str) -> Tensor:
     """What a VAE makes of scaled latents `[n, channels, height, width]`, about in [−1, 1]: its shift, its factor, and the mean and
     the deviation of its channels are undone first.
     """
-    config, dtype = vae.config, vae.dtype
+    config = vae.config
     latents = latents / (getattr(config, "scaling_factor", None) or 1)
-    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-    if mean is not None and std is not None:
-        mean, std = (torch.tensor(value).to(latents).view(1, -1, 1, 1) for value in (mean, std))
-        latents = latents * std + mean
+    if (channels := _channels(config, latents)) is not None:
+        latents = latents * channels[1] + channels[0]
     latents = latents + (getattr(config, "shift_factor", None) or 0)
-    # SDXL's first vae overflows in half precision.
-    overflows = dtype == torch.float16 and getattr(config, "force_upcast", False)
+    with _upcast(vae):
+        return vae.decode(latents.to(device, vae.dtype), return_dict=False)[0]
+
+
+def _channels(config: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and deviation of a VAE's channels, shaped to go with latents; None where it has none."""
+    found = [getattr(config, name, None) for name in ("latents_mean", "latents_std")]
+    if None in found:
+        return None
+    mean, deviation = (torch.tensor(value).to(like).view(1, -1, 1, 1) for value in found)
+    return mean, deviation
+
+
+@contextmanager
+def _upcast(vae: nn.Module) -> Iterator[None]:
+    """SDXL's first VAE overflows in half precision."""
+    dtype = vae.dtype
+    overflows = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     if overflows:
         vae.to(dtype=torch.float32)
     try:
-        return vae.decode(latents.to(device, vae.dtype), return_dict=False)[0]
+        yield
     finally:
         if overflows:
             vae.to(dtype=dtype)

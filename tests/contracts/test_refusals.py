@@ -290,7 +290,7 @@ MODELS = [
      {"pipeline": lambda: diffusers.DDPMPipeline(ddpm().unet, FLOW)}),
     ("vdu", "model: ResNetForImageClassification is not supported", "UNet2DModel", {"model": lambda: resnet()}),
     ("vdu", "pipeline: dict is no pipeline of diffusers", "pass one", {"pipeline": lambda: {}}),
-    ("vdu", "model: its num_class_embeds=10 needs more than an image and a prompt", "",
+    ("vdu", "pipeline: its unet has num_class_embeds=10", "",
      {"model": lambda: of_unet(num_class_embeds=10)} | SCHEDULER),
     ("vdu", "model: it sees 1 channels and answers 3", "", {"model": lambda: of_unet(out_channels=3)} | SCHEDULER),
     ("vdu", "pipeline: its unet answers with a variance too", "learned_range", {"model": lambda: of_unet(out_channels=2)} | SCHEDULER),

@@ -1,19 +1,15 @@
 """`hf-unlearn unlearn --method redirect` from recipe to saved pipeline: what it writes, says and refuses."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
+from text_to_image_data import latents, tiny
 
 from hf_unlearn import cli, redirect_concept
-from hf_unlearn.unlearning.diffusion.text_side import text_side_of
-
-
-sys.path.append(str(Path(__file__).parents[1] / "unlearning" / "diffusion"))
-from text_to_image_data import latents, tiny  # noqa: E402
+from hf_unlearn.unlearning.diffusion.pipelines import text_side_of
 
 
 KEPT = ["a red house", "the old blue guitar"]

@@ -65,12 +65,12 @@ def unet(**changes):
     return UNet2DConditionModel(**(plain | changes)).eval()
 
 
-def vae(channels=4):
+def vae(**changes):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        sample_size=8, latent_channels=channels, block_out_channels=(4, 4), norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=8, block_out_channels=(4, 4), norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **changes,
     ).eval()  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def _sd3():
         caption_projection_dim=16, pooled_projection_dim=80, out_channels=4, pos_embed_max_size=8,
     ).eval()  # fmt: skip
     return StableDiffusion3Pipeline(
-        transformer=denoiser, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(), text_encoder=clip(40, projected=40),
+        transformer=denoiser, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(shift_factor=0.1), text_encoder=clip(40, projected=40),
         text_encoder_2=clip(40, projected=40), tokenizer=tokenizer(), tokenizer_2=tokenizer("<pad>"), text_encoder_3=t5(96),
         tokenizer_3=tokenizer("<pad>", 256),
     )  # fmt: skip
@@ -133,18 +133,39 @@ def _flux():
         joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
     ).eval()  # fmt: skip
     pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(), text_encoder=clip(64), tokenizer=tokenizer(), text_encoder_2=t5(64),
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(shift_factor=0.1), text_encoder=clip(64), tokenizer=tokenizer(), text_encoder_2=t5(64),
         tokenizer_2=tokenizer("<pad>", 512), transformer=denoiser,
     )  # fmt: skip
     pipe.default_sample_size = 4
     return pipe
 
 
+def _dit():
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    denoiser = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2, sample_size=4, patch_size=2,
+        num_embeds_ada_norm=1000,
+    ).eval()  # fmt: skip
+    names = {"3": "cat, tabby", "5": "horse"}
+    return DiTPipeline(denoiser, vae(), DDIMScheduler(clip_sample=False), id2label=names)
+
+
+def _sd_controlnet():
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    pipe = _sd()
+    net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16,)).eval()
+    return StableDiffusionControlNetPipeline(**pipe.components, controlnet=net, requires_safety_checker=False)
+
+
 @cache
 def _made(kind):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = {"sd": _sd, "sdxl": _sdxl, "pixart": _pixart, "sd3": _sd3, "flux": _flux}[kind]()
+        pipe = {
+            "sd": _sd, "sdxl": _sdxl, "pixart": _pixart, "sd3": _sd3, "flux": _flux, "dit": _dit, "controlnet": _sd_controlnet,
+        }[kind]()  # fmt: skip
         for name, parameter in denoiser_of(pipe).named_parameters():
             if "norm" not in name:  # adaptive norms of transformers begin at zero, by which text would have no effect
                 torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
@@ -156,7 +177,9 @@ def tiny(kind):
     """A pipeline of one's own, always with the same weights."""
     made = _made(kind)
     parts = {name: copy.deepcopy(part) for name, part in made.components.items()}
-    pipe = type(made)(**parts, **({"requires_safety_checker": False} if kind == "sd" else {}))
+    more = {"sd": {"requires_safety_checker": False}, "dit": {"id2label": {"3": "cat, tabby", "5": "horse"}}}
+    more["controlnet"] = more["sd"]
+    pipe = type(made)(**parts, **more.get(kind, {}))
     pipe.set_progress_bar_config(disable=True)
     if kind == "flux":
         pipe.default_sample_size = 4

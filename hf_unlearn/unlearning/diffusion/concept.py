@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...training.checks import shown
 from .asked_concepts import anchors_for, wordings_for
-from .denoiser import guidance_of
 from .encoded import prompts_of
-from .text_side import text_side_of
+from .pipelines import architecture_of, text_side_of
+from .text_side import TextSide
 from .wordings import exchanged, kept_prompts
 
 
@@ -77,21 +77,27 @@ def settled(args: Any, pipeline: DiffusionPipeline, dataset: Any) -> Any:
     Raises:
         ValueError: there is no concept where one is needed, or prompts that do not name it.
     """
-    prompts = args.forget_prompts or prompts_of(dataset)
-    concept = args.concept
-    if concept is None and args.redirect_prompt is None and prompts:
+    architecture = architecture_of(pipeline)
+    prompts = args.forget_prompts or prompts_of(dataset, architecture.columns)
+    concept, reads_words = args.concept, isinstance(architecture, TextSide)
+    if not reads_words and (concept is not None or args.closed_form):
+        name = "closed_form" if concept is None else "concept"
+        raise ValueError(
+            f"{name}: {type(pipeline).__name__} is told a class, and no words; leave it out, and name the classes in forget_prompts"
+        )
+    if concept is None and args.redirect_prompt is None and prompts and reads_words:
         concept = common_phrase(prompts)
         if concept is not None:
             logger.info("concept: %r, which all prompts to forget name; set concept= where it is another", concept)
     settled = copy.copy(args)
     if settled.negative_guidance is None:
-        settled.negative_guidance = negative_guidance_for(guidance_of(pipeline, args.guidance_scale))
+        settled.negative_guidance = negative_guidance_for(architecture.free_guidance(args.guidance_scale))
     if concept is None:
         if args.closed_form:
             raise ValueError(
                 "closed_form: needs a concept; set concept= to the word or phrase that is to be forgotten"
             )
-        if args.redirect_prompt is None:
+        if args.redirect_prompt is None and reads_words:
             logger.warning(
                 "concept: the prompts to forget have no words in common, so all that they ask for is redirected to the empty prompt; set "
                 "concept= to what is to be forgotten"

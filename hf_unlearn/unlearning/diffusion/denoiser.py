@@ -20,13 +20,16 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import nn
 
 from ...files import loading
 from ...hub.adapters import check_no_adapter
 from ...training.checks import check_single_precision
+from .architecture import Architecture, check_told
+from .fused import unfuse
 from .noise import NoiseSchedule
+from .pipelines import architecture_of
+from .unets import TOLD_MORE
 
 
 if TYPE_CHECKING:
@@ -35,15 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
-# Pipelines, and classes derived from them, whose sampler asks the denoiser what training asks it. By name: to import them takes seconds.
-PIPELINES = (
-    "DDPMPipeline",
-    "DDIMPipeline",
-    "PNDMPipeline",
-    "StableDiffusionPipeline",
-    "LatentConsistencyModelPipeline",
-)
 # What makes a schedule, whichever its sampler.
 SCHEDULE = (
     "num_train_timesteps",
@@ -54,20 +48,10 @@ SCHEDULE = (
     "prediction_type",
     "rescale_betas_zero_snr",
 )
-# Entries of a U-Net's config with which it must be told more than an image, a time, a prompt and a guidance scale; and the values
-# with which it need not.
-TOLD_MORE = {
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-    "addition_embed_type": (None,),
-    "encoder_hid_dim_type": (None, "text_proj"),
-    "attention_type": (None, "default"),
-    "time_embedding_type": (None, "positional", "learned"),
-}
 
 
 def as_pipeline(model: Any, pipeline: Any, noise_scheduler: Any) -> tuple[DiffusionPipeline, str | None]:
-    """`(pipeline, name)`, whose `unet` is what is trained.
+    """`(pipeline, name)`, whose denoiser is what is trained.
 
     Args:
         model (`UNet2DModel` | `UNet2DConditionModel` | `DiffusionPipeline` | `str`, *optional*): a denoiser, or what
@@ -94,39 +78,39 @@ def as_pipeline(model: Any, pipeline: Any, noise_scheduler: Any) -> tuple[Diffus
         raise ValueError(f"pipeline: {type(given).__name__} is no pipeline of diffusers; pass one, or a UNet2DModel")
     elif noise_scheduler is not None:
         raise ValueError("noise_scheduler: the pipeline has its own; leave it out")
-    if not {kind.__name__ for kind in type(given).__mro__} & set(PIPELINES):
-        raise ValueError(f"pipeline: {type(given).__name__} is not supported; pass one of {', '.join(PIPELINES)}")
+    architecture = architecture_of(given)
     name = name or given.config.get("_name_or_path") or None
-    check_denoiser(given.unet)
+    architecture.check("pipeline")
+    _check_image(architecture.denoiser)
     check_no_adapter(given)
-    if any(getattr(block, "b1", None) is not None for block in getattr(given.unet, "up_blocks", ())):
+    _check_draws(given, architecture)
+    for part in (architecture.part, "vae"):
+        unfuse(getattr(given, part, None))
+    architecture.settle()
+    return given, name
+
+
+def _check_draws(pipeline: DiffusionPipeline, architecture: Architecture) -> None:
+    """Refuse a pipeline that cannot draw, or does it with other answers than its denoiser's."""
+    denoiser = architecture.denoiser
+    if any(getattr(block, "b1", None) is not None for block in getattr(denoiser, "up_blocks", ())):
         raise ValueError(
             "pipeline: FreeU is on, which changes what its unet answers and is not saved with it; call disable_freeu()"
         )
-    learned = "learned" in str(given.scheduler.config.get("variance_type"))
-    if given.unet.config.out_channels != given.unet.config.in_channels and not learned and not is_prompted(given):
+    if architecture.is_prompted:
+        if getattr(pipeline, "vae", None) is None:
+            raise ValueError(f"pipeline: {type(pipeline).__name__} has no vae; load the pipeline with it")
+        return
+    learned = "learned" in str(pipeline.scheduler.config.get("variance_type"))
+    if denoiser.config.out_channels != denoiser.config.in_channels and not learned:
         raise ValueError(
             "pipeline: its unet answers with a variance too, which its scheduler does not use; give it a DDPMScheduler with "
             "variance_type='learned_range'"
         )
-    if is_prompted(given):
-        absent = [part for part in ("vae", "text_encoder", "tokenizer") if getattr(given, part, None) is None]
-        if absent:
-            raise ValueError(f"pipeline: {type(given).__name__} has no {absent[0]}, which a prompted model needs")
-        width, told = given.text_encoder.config.hidden_size, given.unet.config.cross_attention_dim
-        if given.unet.config.encoder_hid_dim_type == "text_proj":
-            told = given.unet.config.encoder_hid_dim
-        if {width} != set(told if isinstance(told, list | tuple) else (told,)):
-            raise ValueError(
-                f"pipeline: its text_encoder gives vectors of {width} numbers, its unet takes cross_attention_dim={told}"
-            )
-    elif "generator" not in inspect.signature(given.scheduler.step).parameters and isinstance(given, DDPMPipeline):
+    if "generator" not in inspect.signature(pipeline.scheduler.step).parameters and isinstance(pipeline, DDPMPipeline):
         raise ValueError(
-            f"pipeline: DDPMPipeline cannot draw with {type(given.scheduler).__name__}; give it a DDPMScheduler or a DDIMScheduler"
+            f"pipeline: DDPMPipeline cannot draw with {type(pipeline.scheduler).__name__}; give it a DDPMScheduler or a DDIMScheduler"
         )
-    for part in ("unet", "vae"):
-        unfuse(getattr(given, part, None))
-    return given, name
 
 
 def _loaded(name: str) -> Any:
@@ -165,18 +149,22 @@ def _around(unet: nn.Module, noise_scheduler: Any) -> DiffusionPipeline:
     return DDIMPipeline(unet=unet, scheduler=noise_scheduler)
 
 
-def choose_trainable(unet: nn.Module, trainable: Sequence[str], peft_config: Any = None, **lora: int) -> None:
+def choose_trainable(
+    architecture: Architecture, trainable: Sequence[str], peft_config: Any = None, **lora: int
+) -> None:
     """Let training change the parameters that `trainable` names, and no others.
 
     Args:
-        unet (`UNet2DModel` | `UNet2DConditionModel`): changed in place.
-        trainable (`Sequence[str]`): `all`, `cross_attention`, `lora`, or patterns of parameter names.
+        architecture (`Architecture`): whose denoiser is changed in place.
+        trainable (`Sequence[str]`): `all`, `cross_attention` (whatever reads the prompt in this architecture), `lora`, or patterns of
+            parameter names.
         peft_config (`peft.LoraConfig`, *optional*): a LoRA of one's own.
         lora (`int`): `r` and `lora_alpha` of the LoRA that `lora` means.
 
     Raises:
         ValueError: nothing has such a name, or the model takes no LoRA.
     """
+    unet = architecture.denoiser
     if peft_config is not None or "lora" in trainable:
         if peft_config is None and len(trainable) > 1:
             raise ValueError(f"trainable={list(trainable)}: 'lora' stands alone")
@@ -185,20 +173,22 @@ def choose_trainable(unet: nn.Module, trainable: Sequence[str], peft_config: Any
         if peft_config is None:
             from peft import LoraConfig
 
-            peft_config = LoraConfig(target_modules=ATTENTION_PROJECTIONS, **lora)
+            peft_config = LoraConfig(target_modules=list(architecture.lora_layers), **lora)
         unet.requires_grad_(False)
         unet.add_adapter(peft_config)
         for parameter in unet.parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()  # its steps are lost in 16 bits
         return
-    patterns = {"all": "*", "cross_attention": "*.attn2.*"}
-    chosen = [patterns.get(pattern, pattern) for pattern in trainable]
+    patterns = {"all": ("*",), "cross_attention": architecture.reads_prompts}
     names = [name for name, _ in unet.named_parameters()]
-    for pattern, given in zip(chosen, trainable, strict=True):
-        if not any(fnmatchcase(name, pattern) for name in names):
+    trained = set()
+    for given in trainable:
+        chosen = patterns.get(given, (given,))
+        fitting = {name for name in names if any(fnmatchcase(name, pattern) for pattern in chosen)}
+        if not fitting:
             raise ValueError(f"trainable: no parameter's name fits {given!r} (one is called {names[0]!r})")
-    trained = {name for name in names if any(fnmatchcase(name, pattern) for pattern in chosen)}
+        trained |= fitting
     check_single_precision([p for name, p in unet.named_parameters() if name in trained], other=", or train a LoRA")
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -214,15 +204,16 @@ def check_denoiser(unet: Any) -> None:
         raise ValueError(
             f"model: {type(unet).__name__} is not supported; pass a UNet2DModel, a UNet2DConditionModel or their pipeline"
         )
-    for key, plain in TOLD_MORE.items():
-        value = unet.config.get(key)
-        if value not in plain:
-            raise ValueError(
-                f"model: its {key}={value!r} needs more than an image and a prompt, which is not supported yet"
-            )
-    if not unet.config.sample_size:
+    check_told(unet, TOLD_MORE, "model: it")
+    _check_image(unet)
+
+
+def _check_image(denoiser: nn.Module) -> None:
+    """Refuse a denoiser that sees or answers something else than one image of known size."""
+    if "sample_size" in denoiser.config and not denoiser.config.sample_size:
         raise ValueError("model: its config has no sample_size, so how large its images are is not known; set it")
-    channels, answered = unet.config.in_channels, unet.config.out_channels
+    channels = denoiser.config.in_channels
+    answered = denoiser.config.out_channels or channels
     if answered not in (channels, 2 * channels):  # inpainting, upscaling, depth; twice as many: a learned variance
         raise ValueError(
             f"model: it sees {channels} channels and answers {answered}; only denoisers of an image alone are supported"
@@ -231,45 +222,9 @@ def check_denoiser(unet: Any) -> None:
 
 def is_prompted(pipeline: DiffusionPipeline) -> bool:
     """Whether its denoiser is told what to draw."""
-    return isinstance(pipeline.unet, UNet2DConditionModel)
-
-
-def guidance_of(pipeline: DiffusionPipeline, guidance_scale: float | None) -> float:
-    """The scale of classifier-free guidance that a prompted pipeline draws with: what is given, or its own default."""
-    if guidance_scale is not None:
-        return guidance_scale
-    return inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
-
-
-def unfuse(model: nn.Module | None) -> None:
-    """Take apart again, in place, the attention projections that `fuse_qkv_projections` made one of: the fused ones would be trained, and
-    the single ones saved.
-    """
-    for layer in model.modules() if model is not None else ():
-        if not isinstance(layer, Attention):
-            continue
-        for fused, names in (("to_qkv", ("to_q", "to_k", "to_v")), ("to_kv", ("to_k", "to_v"))):
-            if not hasattr(layer, fused):
-                continue
-            if isinstance(layer.processor, FusedAttnProcessor2_0):  # else what it holds is not used any more
-                whole, single = getattr(layer, fused), [getattr(layer, name) for name in names]
-                with torch.no_grad():
-                    for kind in ("weight", "bias") if whole.bias is not None else ("weight",):
-                        parts = [getattr(projection, kind) for projection in single]
-                        pieces = getattr(whole, kind).split([len(part) for part in parts])
-                        for part, piece in zip(parts, pieces, strict=True):
-                            part.copy_(piece)
-            delattr(layer, fused)
-        layer.fused_projections = False
-        if isinstance(layer.processor, FusedAttnProcessor2_0):
-            layer.set_processor(AttnProcessor2_0())
+    return architecture_of(pipeline).is_prompted
 
 
 def resolution(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
     """`(channels, height, width)` of the images that a pipeline makes."""
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    if is_prompted(pipeline):
-        scale = pipeline.vae_scale_factor
-        return pipeline.vae.config.in_channels, height * scale, width * scale
-    return pipeline.unet.config.in_channels, height, width
+    return architecture_of(pipeline).resolution

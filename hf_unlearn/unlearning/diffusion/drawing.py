@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...modes import in_eval_mode
-from .denoiser import is_prompted
+from .architecture import Architecture
+from .pipelines import architecture_of
 
 
 if TYPE_CHECKING:
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def _quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
+def _quiet(architecture: Architecture) -> Iterator[None]:
     """Eval mode without progress bars, and afterwards as before."""
+    pipeline = architecture.pipe_that_draws
     shown = getattr(pipeline, "_progress_bar_config", None)
     pipeline.set_progress_bar_config(disable=True)
     try:
-        with in_eval_mode(pipeline.unet):
+        with in_eval_mode(architecture.denoiser):
             yield
     finally:
         if shown is None:
@@ -62,25 +64,18 @@ def generate(
     if num_inference_steps is None:  # the pipeline's own may be more than the scheduler has
         default = inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default
         num_inference_steps = min(default, pipeline.scheduler.config.num_train_timesteps)
-    steps = {"num_inference_steps": num_inference_steps}
+    architecture, options = architecture_of(pipeline), {"num_inference_steps": num_inference_steps}
+    if architecture.is_prompted and guidance_scale is not None:
+        options["guidance_scale"] = guidance_scale
     seeds = np.random.SeedSequence(seed).generate_state(count, np.uint64)
     out = []
-    with _quiet(pipeline):
+    with _quiet(architecture):
         for begin in range(0, count, batch_size):
             part = slice(begin, min(begin + batch_size, count))
             # On the CPU, so that every device begins from the same noise.
             generators = [torch.Generator().manual_seed(int(value) % 2**63) for value in seeds[part]]
-            if is_prompted(pipeline):
-                guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-                images = pipeline(
-                    list(what[part]),
-                    generator=generators,
-                    output_type="latent" if latents else "np",
-                    **steps,
-                    **guidance,
-                ).images
-            else:
-                images = pipeline(batch_size=len(generators), generator=generators, output_type="np", **steps).images
+            asked = what[part] if architecture.is_prompted else len(generators)
+            images = architecture.draw(asked, latents, generator=generators, **options)
             if not isinstance(images, Tensor):
                 images = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2) * 2 - 1
             out.append(images.float().cpu())

@@ -10,15 +10,13 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from ...images import image_column, look, pixels
-from .denoiser import guidance_of, is_prompted, resolution
+from ...images import image_column, look, pixels, to_latents
+from .architecture import AT_ONCE, PROMPT_COLUMNS, cast
+from .pipelines import architecture_of
 
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-
-PROMPT_COLUMNS = ("prompt", "text", "caption")
 
 
 class EncodedImages(TorchDataset):
@@ -82,7 +80,7 @@ def encode(
 
     Args:
         dataset: rows with `image` (PIL) or `pixel_values` (in [−1, 1]) and, for a prompted model, `prompt`, `text` or
-            `caption`.
+            `caption` (for one that is told a class also `label`).
         device: where VAE and text encoder run.
         argument (`str`): what to call the dataset in an error.
         guidance_scale (`float`, *optional*): as of [`encode_prompts`].
@@ -94,11 +92,12 @@ def encode(
         raise ValueError(f"{argument}: is empty; pass rows, or leave it out")
     first = dataset[0]
     column = image_column(first, argument)
-    prompted, shape = is_prompted(pipeline), resolution(pipeline)
-    prompt_column = next((name for name in PROMPT_COLUMNS if name in first), None)
+    architecture = architecture_of(pipeline)
+    prompted, shape = architecture.is_prompted, architecture.resolution
+    prompt_column = next((name for name in architecture.columns if name in first), None)
     if prompted and prompt_column is None:
         raise ValueError(
-            f"{argument}: prompts are missing for a prompted model; add a column named one of {', '.join(PROMPT_COLUMNS)}"
+            f"{argument}: prompts are missing for a prompted model; add a column named one of {', '.join(architecture.columns)}"
         )
     means, stds, prompts = [], [], []
     look(dataset, column, shape, resize=resize, argument=argument)
@@ -113,11 +112,9 @@ def encode(
             means.append(images)
             continue
         prompts += [str(row[prompt_column]) for row in rows]
-        vae = pipeline.vae.to(device)
-        posterior = vae.encode(images.to(device, vae.dtype)).latent_dist
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        means.append(((posterior.mean.float() - shift) * vae.config.scaling_factor).cpu())
-        stds.append((posterior.std.float() * vae.config.scaling_factor).cpu())
+        mean, std = to_latents(images, pipeline.vae.to(device), device)
+        means.append(mean)
+        stds.append(std)
     if not prompted:
         return EncodedImages(torch.cat(means))
     told = encode_prompts(prompts, pipeline, device=device, guidance_scale=guidance_scale)
@@ -138,37 +135,33 @@ def encode_prompts(
         guidance_scale (`float`, *optional*): what a denoiser is told that takes the scale as an input (latent consistency, arXiv
             2310.04378). Default: the pipeline's own.
     """
-    different = sorted(set(prompts))
-    pipeline.text_encoder.to(device)
-    tables = [
-        pipeline.encode_prompt(different[begin : begin + 64], device, 1, do_classifier_free_guidance=False)[0]
-        .float()
-        .cpu()
-        for begin in range(0, len(different), 64)
+    different, architecture = sorted(set(prompts)), architecture_of(pipeline)
+    for name in architecture.encoders_there:
+        getattr(pipeline, name).to(device)
+    parts = [
+        cast(architecture.conditioning(different[begin : begin + AT_ONCE], device, guidance_scale), torch.float32)
+        for begin in range(0, len(different), AT_ONCE)
     ]
     place = {prompt: row for row, prompt in enumerate(different)}
-    told = {"encoder_hidden_states": torch.cat(tables)}
-    if size := pipeline.unet.config.time_cond_proj_dim:
-        scales = torch.full((len(different),), guidance_of(pipeline, guidance_scale) - 1.0)
-        told["timestep_cond"] = pipeline.get_guidance_scale_embedding(scales, embedding_dim=size)
+    told = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
     return told, torch.tensor([place[prompt] for prompt in prompts])
 
 
-def prompts_of(dataset: Any) -> list[str]:
+def prompts_of(dataset: Any, columns: Sequence[str] = PROMPT_COLUMNS) -> list[str]:
     """The different prompts of a dataset, in their order; none where it has no column of them."""
     if dataset is None or len(dataset) == 0:
         return []
     if isinstance(dataset, EncodedImages):
         return dataset.prompts
-    column = next((name for name in PROMPT_COLUMNS if name in dataset[0]), None)
+    column = next((name for name in columns if name in dataset[0]), None)
     if column is None:
         return []
     rows = dataset[column] if isinstance(dataset, Dataset) else (row[column] for row in dataset)
     return list(dict.fromkeys(str(prompt) for prompt in rows if prompt is not None))
 
 
-def some_prompts(dataset: Any, count: int) -> list[str]:
+def some_prompts(dataset: Any, count: int, columns: Sequence[str] = PROMPT_COLUMNS) -> list[str]:
     """The first different prompts of a dataset, at most `count` of its first hundred rows."""
     rows = [dataset[row] for row in range(min(len(dataset), 100))] if not isinstance(dataset, EncodedImages) else []
-    column = next((name for name in PROMPT_COLUMNS if rows and name in rows[0]), None)
+    column = next((name for name in columns if rows and name in rows[0]), None)
     return [] if column is None else list(dict.fromkeys(str(row[column]) for row in rows))[:count]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ class NoiseSchedule:
     """
 
     alphas_cumprod: Tensor
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] = "epsilon"
 
     @classmethod
     def of(cls, scheduler: Any) -> NoiseSchedule:
@@ -54,6 +54,10 @@ class NoiseSchedule:
 
     def to(self, device: torch.device | str) -> NoiseSchedule:
         return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """What the denoiser is told of them, `[batch]`: their numbers."""
+        return timesteps
 
     def scales(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """`(α, σ)` of each example, fp32, shaped to multiply `like`: `[batch, 1, …]`."""
@@ -108,3 +112,83 @@ class NoiseSchedule:
         bound = (previous - now) / (2 * (1 - now).square())
         bound = torch.where(timesteps > 0, bound, bound * snr / self.snr(step))
         return bound * of_x0[self.prediction_type]
+
+
+@dataclass(frozen=True)
+class FlowSchedule(NoiseSchedule):
+    r"""Flow matching along straight lines (arXiv 2209.03003, 2403.03206): $x_t = (1 - \sigma) x_0 + \sigma \epsilon$, and the denoiser answers
+    with the velocity $v = \epsilon - x_0$. Timestep i, from the image to noise, has the i-th of the σ that the scheduler would visit if it
+    took all of its steps, shifted as it shifts them: so training sees what drawing visits.
+
+    Attributes:
+        sigmas (`Tensor`): σ, `[timesteps]`, fp32, ascending.
+        scale (`float`): times σ it is the time that the denoiser is told.
+    """
+
+    sigmas: Tensor = field(default_factory=lambda: torch.empty(0))
+    scale: float = 1000.0
+
+    @classmethod
+    def of(cls, scheduler: Any, tokens: int = 0) -> FlowSchedule:
+        """The schedule that a flow-matching scheduler of diffusers draws from.
+
+        Args:
+            tokens (`int`): tokens of an image, by which a scheduler with dynamic shifting shifts.
+
+        Raises:
+            ValueError: the scheduler is of another kind, or runs backwards.
+        """
+        name, config = type(scheduler).__name__, scheduler.config
+        if not name.startswith("FlowMatch"):
+            raise ValueError(
+                f"noise_scheduler: {name} matches no flow, which this denoiser needs; use FlowMatchEulerDiscreteScheduler"
+            )
+        if config.get("invert_sigmas"):
+            raise ValueError("noise_scheduler: invert_sigmas=True is not supported; this denoiser is told 1 for noise")
+        count = config.num_train_timesteps
+        sigmas = torch.arange(1, count + 1, dtype=torch.float32) / count
+        if config.get("use_dynamic_shifting"):
+            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+            mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+            sigmas = scheduler.time_shift(mu, 1.0, sigmas)
+        else:
+            shift = config.get("shift", 1.0)
+            sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        return cls((1 - sigmas).square(), "flow", sigmas, float(count))
+
+    def to(self, device: torch.device | str) -> FlowSchedule:
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device), sigmas=self.sigmas.to(device))
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """What the denoiser is told of them, `[batch]`: σ in the scheduler's units."""
+        return self.scale * self.sigmas[timesteps]
+
+    def scales(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = self.sigmas[timesteps].view(-1, *(1,) * (like.dim() - 1))
+        return 1 - sigma, sigma
+
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise - clean
+
+    def shift(self, change: Tensor, timesteps: Tensor) -> Tensor:
+        """−Δ/σ: at a fixed x_t, v = (x_t − x₀)/σ."""
+        return -change / self.scales(timesteps, change)[1]
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Signal-to-noise ratio (1 − σ)²/σ²: `[batch]`."""
+        sigma = self.sigmas[timesteps]
+        return ((1 - sigma) / sigma).square()
+
+    def weights(self, timesteps: Tensor, kind: Literal["simple", "elbo", "min_snr"], gamma: float = 1.0) -> Tensor:
+        r"""Weight of each example's squared error of v, `[batch]`.
+
+        `"simple"`: 1, as flow matching is trained; the sampler adds up errors of v, so they count alike. `"min_snr"`: min(SNR, γ) on x₀.
+        `"elbo"`: half the fall of the SNR to this step, on x₀ (arXiv 2107.00630); the first step counts as its neighbour.
+        """
+        if kind == "simple":
+            return torch.ones_like(timesteps, dtype=torch.float32)
+        of_x0 = self.sigmas[timesteps].square()  # x₀ = x_t − σ v
+        if kind == "min_snr":
+            return self.snr(timesteps).clamp(max=gamma) * of_x0
+        step = timesteps.clamp(min=1)
+        return (self.snr(step - 1) - self.snr(step)) / 2 * of_x0

@@ -14,10 +14,11 @@ from .. import losses
 from ..guard import LOOKING
 from ..objective import Batch
 from ..outcome import Outcome
-from .denoiser import guidance_of, is_prompted
+from .architecture import Architecture
 from .encoded import EncodedImages, encode_prompts
 from .noise import NoiseSchedule
 from .own_samples import OwnSamples
+from .pipelines import architecture_of
 
 
 if TYPE_CHECKING:
@@ -33,13 +34,17 @@ LITTLE = 0.1  # share of the way to the asked-for answers below which nothing co
 class DenoisingMixin:
     """The hooks of [`~hf_unlearn.unlearning.objective.ObjectiveMixin`] for a denoiser. Student and original see the same noise.
 
-    Another denoiser (SDXL, transformers) overrides `predictions`, and puts what it must be told into `conditioning`.
+    What differs from one denoiser to the next is said by its [`~hf_unlearn.unlearning.diffusion.architecture.Architecture`].
     """
 
     pipeline: DiffusionPipeline
     schedule: NoiseSchedule
     own: OwnSamples | None
     replay_dataset: EncodedImages | None
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.pipeline)
 
     def _batches(self, dataset, limit: int | None) -> Iterator[Batch]:
         generator = self._generator(LOOKING)  # the same noise at every look
@@ -91,11 +96,9 @@ class DenoisingMixin:
 
     def predictions(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the denoiser answers, and what the true noise would have it answer, `[batch, channels, height, width]`, fp32."""
-        dtype = self.pipeline.unet.dtype
-        conditioning = {name: value.to(dtype) for name, value in batch["conditioning"].items()}
-        answer = forward(batch["noisy"].to(dtype), batch["timesteps"], **conditioning).sample
-        answer = answer[:, : batch["noisy"].shape[1]].float()  # a learned variance stands behind the answer
-        return answer, self.schedule.target(batch["clean"], batch["noise"], batch["timesteps"])
+        times = self.schedule.times(batch["timesteps"])
+        answer = self.architecture.call(forward, batch["noisy"], times, batch["conditioning"])
+        return answer.float(), self.schedule.target(batch["clean"], batch["noise"], batch["timesteps"])
 
     def _error(self, answer: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """w_t times the mean squared error over pixels, `[batch]`."""
@@ -183,9 +186,7 @@ class DenoisingMixin:
     @cached_property
     def guidance(self) -> float:
         """The scale of classifier-free guidance that is drawn with; 1 for none, also where the denoiser is told the scale instead."""
-        if not is_prompted(self.pipeline) or self.pipeline.unet.config.time_cond_proj_dim:
-            return 1.0
-        return max(1.0, guidance_of(self.pipeline, self.args.guidance_scale))
+        return self.architecture.free_guidance(self.args.guidance_scale)
 
     def guided(self, forward: Callable, batch: Batch) -> Tensor:
         """What the sampler sees: ε(∅) + s (ε(c) − ε(∅)), s the guidance scale (arXiv 2207.12598)."""
@@ -200,7 +201,7 @@ class DenoisingMixin:
     @cached_property
     def _empty(self) -> dict[str, Tensor]:
         told, _ = encode_prompts([""], self.pipeline, device=self.args.device)
-        return {name: table.to(self.args.device) for name, table in told.items()}
+        return self.architecture.unprompted({name: table.to(self.args.device) for name, table in told.items()})
 
     @cached_property
     def _own_error(self) -> float:

@@ -23,6 +23,7 @@ from torch import Tensor
 from ...files import PRIVATE, save_tensors
 from ...images import decode
 from ...parameters.reference import ReferencePoint
+from .architecture import Architecture
 from .denoiser import is_prompted
 from .drawing import generate
 from .encoded import EncodedImages, encode_prompts
@@ -121,6 +122,7 @@ class OwnSamplesMixin:
     """Draws the original's own samples once and keeps them in `_private/`; and draws from the model as it is."""
 
     pipeline: DiffusionPipeline
+    architecture: Architecture
     marker: Callable[[Tensor], Tensor] | None
     replay_prompts: list[str]
 
@@ -132,7 +134,7 @@ class OwnSamplesMixin:
             "steps": args.num_inference_steps,
             "guidance": args.guidance_scale,
             "scheduler": {k: v for k, v in self.pipeline.scheduler.config.items() if k[0] != "_"},
-            "model": _fingerprint(self.pipeline.unet),
+            "model": _fingerprint(self.architecture.denoiser),
         }
         key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         file = Path(args.output_dir, PRIVATE, f"{name}.safetensors")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...modes import looking, seeded_generator
-from .text_side import TextSide, text_side_of
+from .pipelines import text_side_of
+from .text_side import TextSide
 
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def measured(side: TextSide, pairs: Sequence[tuple[str, str]]) -> PromptEffect:
     if not pairs:
         raise ValueError("pairs: there are none; give a wording with the concept and the same with another")
     whole = _differences(side, [(other, "") for _, other in pairs]).flatten(1).square().sum(1)
-    return PromptEffect(list(pairs), _differences(side, pairs), whole, side.guidance)
+    return PromptEffect(list(pairs), _differences(side, pairs), whole, side.free_guidance())
 
 
 def _differences(side: TextSide, pairs: Sequence[tuple[str, str]]) -> Tensor:

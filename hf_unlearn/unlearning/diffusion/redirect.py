@@ -17,9 +17,10 @@ from torch import Tensor
 from ...training.checks import check_number
 from .asked_concepts import anchors_for, kept_without, wordings_for
 from .closed_form import in_null_space, low_rank, regression
+from .pipelines import architecture_of, text_side_of
 from .prompt_effect import LASTING, PromptEffect, measured
 from .text_moments import TextMoments, moments_between, moments_of, weighted
-from .text_side import TextLayer, TextSide, text_side_of
+from .text_side import TextLayer, TextSide
 from .wordings import kept_prompts
 
 
@@ -152,7 +153,7 @@ class ConceptRedirection:
             dtype = layer.linear.weight.dtype
             factors[f"{layer.name}.lora_A.weight"] = torch.nn.functional.pad(down, (0, more)).to(dtype).contiguous()
             factors[f"{layer.name}.lora_B.weight"] = out.to(dtype).contiguous()
-        part = "unet" if hasattr(pipe, "unet") else "transformer"
+        part = architecture_of(pipe).part
         pipe.save_lora_weights(folder, **{f"{part}_lora_layers": factors})
 
     def _layers(self, pipe: DiffusionPipeline) -> list[TextLayer]:

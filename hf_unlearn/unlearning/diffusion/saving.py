@@ -18,6 +18,7 @@ from ...hub.origin import hub_id
 from ...hub.publish import forget_local_paths, save_settings
 from ...parameters.reference import ReferencePoint, average_, trainable_parameters
 from ..saving import SavingMixin
+from .architecture import Architecture
 
 
 if TYPE_CHECKING:
@@ -33,9 +34,10 @@ TOLD = ("ema_decay", "loss_weighting", "own_samples", "snr_gamma", "t_range", "t
 
 
 class PipelineSavingMixin(SavingMixin):
-    """Saving of a pipeline whose `unet` is trained. Stock diffusers loads the result."""
+    """Saving of a pipeline whose denoiser is trained. Stock diffusers loads the result."""
 
     pipeline: DiffusionPipeline
+    architecture: Architecture
     ema: AverageWeights | None
     _told: tuple[str, ...] = ()  # settings of a method that its card tells too
 
@@ -47,19 +49,19 @@ class PipelineSavingMixin(SavingMixin):
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         if not self.args.should_save:
             return
-        unet = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        denoiser = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             if self.is_adapter:
-                ReferencePoint.capture(unet).save(folder / ADAPTER_STATE)
+                ReferencePoint.capture(denoiser).save(folder / ADAPTER_STATE)
             else:
-                unet.save_pretrained(folder / "unet")
+                denoiser.save_pretrained(folder / self.architecture.part)
             if self.ema is not None:
                 self.ema.point.save(folder / EMA_STATE)
             return
         if self.is_adapter and not self.args.merge_adapter:
-            self._save_lora(unet, folder)
+            self._save_lora(denoiser, folder)
         else:
-            self._save_pipeline(unet, folder)
+            self._save_pipeline(denoiser, folder)
         self.model_card(self.hub_model_id or str(folder)).save(folder / "README.md")
 
     def _save_settings(self, folder: Path) -> None:
@@ -68,39 +70,48 @@ class PipelineSavingMixin(SavingMixin):
             for config in self.accelerator.unwrap_model(self.model, keep_torch_compile=False).peft_config.values():
                 config.save_pretrained(folder)
 
-    def _save_pipeline(self, unet: torch.nn.Module, folder: Path) -> None:
-        plain = unet
+    def _save_pipeline(self, denoiser: torch.nn.Module, folder: Path) -> None:
+        plain = denoiser
         if self.is_adapter:
-            plain = copy.deepcopy(unet)
+            plain = copy.deepcopy(denoiser)
             plain.fuse_lora(safe_fusing=True)
             plain.unload_lora()
-        trained = self.pipeline.unet
-        self.pipeline.register_modules(unet=plain)
+        part = self.architecture.part
+        trained = getattr(self.pipeline, part)
+        self.pipeline.register_modules(**{part: plain})
         try:
             self.pipeline.save_pretrained(folder)
         finally:
-            self.pipeline.register_modules(unet=trained)
+            self.pipeline.register_modules(**{part: trained})
         forget_local_paths(folder)
 
-    def _save_lora(self, unet: torch.nn.Module, folder: Path) -> None:
+    def _save_lora(self, denoiser: torch.nn.Module, folder: Path) -> None:
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        part, layers = self.architecture.part, get_peft_model_state_dict(denoiser)
+        if (
+            part == "unet"
+        ):  # transformers keep the names of peft: with the others half of Stable Diffusion 3's would not be loaded
+            layers = convert_state_dict_to_diffusers(layers)
         self.pipeline.save_lora_weights(
             folder,
-            unet_lora_layers={name: value.cpu().contiguous() for name, value in layers.items()},
-            # Without it diffusers takes alpha for the rank.
-            unet_lora_adapter_metadata=next(iter(unet.peft_config.values())).to_dict(),
+            **{
+                f"{part}_lora_layers": {name: value.cpu().contiguous() for name, value in layers.items()},
+                # Without it diffusers takes alpha for the rank.
+                f"{part}_lora_adapter_metadata": next(iter(denoiser.peft_config.values())).to_dict(),
+            },
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        unet = model if model is not None else self.model
+        denoiser = model if model is not None else self.model
         if self.is_adapter:
-            ReferencePoint.load(Path(resume_from_checkpoint, ADAPTER_STATE), self.args.device).restore(unet)
+            ReferencePoint.load(Path(resume_from_checkpoint, ADAPTER_STATE), self.args.device).restore(denoiser)
         else:
-            saved = type(unet).from_pretrained(resume_from_checkpoint, subfolder="unet", torch_dtype=unet.dtype)
-            unet.load_state_dict(saved.state_dict())
+            saved = type(denoiser).from_pretrained(
+                resume_from_checkpoint, subfolder=self.architecture.part, torch_dtype=denoiser.dtype
+            )
+            denoiser.load_state_dict(saved.state_dict())
         if self.ema is not None:
             self.ema.point = ReferencePoint.load(Path(resume_from_checkpoint, EMA_STATE), self.args.device)
 

@@ -55,7 +55,9 @@ class StabilityMixin:
             if not file.is_file():
                 raise ValueError(f"resume_from_checkpoint: {file} is missing; start again, or set stability_weight=0")
             return ParameterMoments.load(file, self.args.device)
-        moments = ParameterMoments.from_checkpoints(self.args.checkpoints, self.reference.parameters)
+        moments = ParameterMoments.from_checkpoints(
+            self.args.checkpoints, self.reference.parameters, subfolder=self.architecture.part
+        )
         if self.args.should_save:
             moments.save(file)
         return moments

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...files import save_tensors, undamaged
-from .text_side import TOKENS, TextSide, Told, text_side_of
+from .pipelines import text_side_of
+from .text_side import TOKENS, TextSide, Told
 from .wordings import EMPTY_SHARE, kept_prompts
 
 

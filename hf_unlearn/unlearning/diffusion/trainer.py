@@ -22,7 +22,6 @@ from ..trainer import UnlearnMixin
 from .config import DiffusionUnlearnConfig
 from .denoiser import as_pipeline, choose_trainable, is_prompted
 from .encoded import EncodedImages, encode, some_prompts
-from .noise import NoiseSchedule
 from .objective import DenoisingMixin
 from .own_samples import FORGET_SEED, OwnSamples, OwnSamplesMixin
 from .saving import AverageWeights, PipelineSavingMixin
@@ -44,8 +43,8 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
     Args:
         model (`UNet2DModel` | `DiffusionPipeline` | `str`, *optional*): a denoiser with `noise_scheduler=`, or what `pipeline` takes.
         args (`DiffusionUnlearnConfig`, *optional*): the method's config; defaults to its defaults, with `output_dir="unlearned"`.
-        pipeline (`DiffusionPipeline` | `str`, *optional*): one whose `unet` is a `UNet2DModel` (DDPM, DDIM) or, with VAE,
-            text encoder and tokenizer, a `UNet2DConditionModel` (Stable Diffusion 1 and 2).
+        pipeline (`DiffusionPipeline` | `str`, *optional*): DDPM and its kin, Stable Diffusion 1, 2, XL (also beside a ControlNet) and 3, latent
+            consistency, PixArt, DiT or Flux.1 ([`hf_unlearn.unlearning.diffusion.pipelines`]).
         noise_scheduler (*optional*): of a denoiser without a pipeline: any variance-preserving one of diffusers.
         forget_dataset (`Dataset`, *optional*): rows with `image` (PIL) or `pixel_values` (in [−1, 1]), and for a prompted
             model `prompt`. Not needed where `forget_prompts` is set.
@@ -101,7 +100,7 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
         keep_origins(self.pipeline)
         check_is_not_original(args.output_dir, self.name)
         args = self._settled(args, forget_dataset)
-        self.schedule = NoiseSchedule.of(self.pipeline.scheduler).to(args.device)
+        self.schedule = self.architecture.schedule.to(args.device)
         self.marker = marker
         if both := set(args.forget_prompts or ()) & set(args.replay_prompts or ()):
             raise ValueError(f"replay_prompts: {min(both)!r} is among forget_prompts too; keep it in one of them")
@@ -145,11 +144,11 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
         self.replay_dataset = encoded.pop("replay_dataset")
         datasets = {name: encoded.pop(name) for name in ("forget_dataset", "retain_dataset", "heldout_dataset")}
         set_seed(args.seed)  # a LoRA begins at random
-        choose_trainable(self.pipeline.unet, args.trainable, peft_config, r=args.lora_rank, lora_alpha=args.lora_alpha)
+        choose_trainable(self.architecture, args.trainable, peft_config, r=args.lora_rank, lora_alpha=args.lora_alpha)
         self.own: OwnSamples | None = None
         self.ema: AverageWeights | None = None
         super().__init__(
-            self.pipeline.unet,
+            getattr(self.pipeline, self.architecture.part),
             args,
             data_collator,
             **datasets,
@@ -159,7 +158,11 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
             **kwargs,
         )
         self.source_dataset = source  # as the caller passed it
-        self.forget_prompts = some_prompts(source, 4) if is_prompted(self.pipeline) and source is not None else []
+        self.forget_prompts = (
+            some_prompts(source, 4, self.architecture.columns)
+            if is_prompted(self.pipeline) and source is not None
+            else []
+        )
         if args.ema_decay:
             self.ema = AverageWeights(self.model, args.ema_decay, self._is_kept if self.guard else None)
             self.add_callback(self.ema)

@@ -23,11 +23,11 @@ from .concept import settled
 from .config import DiffusionUnlearnConfig
 from .denoiser import is_prompted
 from .encoded import EncodedImages, encode_prompts, prompts_of
+from .pipelines import text_side_of
 from .posterior import ForgottenPosterior
 from .prompt_effect import LASTING
 from .redirect import redirect_concept
 from .stability import StabilityMixin
-from .text_side import text_side_of
 from .trainer import DiffusionUnlearnTrainer
 from .wordings import exchanged, kind_of, templates_for
 

@@ -10,8 +10,8 @@ from text_to_image_data import KIND_NAMES, denoiser_of, tiny, unet
 
 from hf_unlearn import ConceptRedirection, PromptEffect, redirect_concept
 from hf_unlearn.unlearning.diffusion.anchor_words import AnchorWords
+from hf_unlearn.unlearning.diffusion.pipelines import TEXT_SIDES, text_side_of
 from hf_unlearn.unlearning.diffusion.text_moments import aligned, aligned_places
-from hf_unlearn.unlearning.diffusion.text_side import TEXT_SIDES, text_side_of
 from hf_unlearn.unlearning.diffusion.wordings import (
     GENERIC,
     KINDS,

@@ -26,8 +26,9 @@ from picture_data import COLOUR, GREY, refused
 from vdu_data import prompted_arguments, prompted_images, seeded, trained
 
 from hf_unlearn import VDUTrainer
-from hf_unlearn.unlearning.diffusion.denoiser import PIPELINES, as_pipeline, check_denoiser, is_prompted, resolution
+from hf_unlearn.unlearning.diffusion.denoiser import as_pipeline, check_denoiser, is_prompted, resolution
 from hf_unlearn.unlearning.diffusion.drawing import generate
+from hf_unlearn.unlearning.diffusion.pipelines import PIPELINES
 
 
 SMALL = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 8), "norm_num_groups": 2}

@@ -6,7 +6,7 @@ from text_to_image_data import KIND_NAMES, denoiser_of, latents, tiny
 from torch import nn
 
 from hf_unlearn import ConceptRedirection, PromptEffect, TextMoments, redirect_concept
-from hf_unlearn.unlearning.diffusion.text_side import text_side_of
+from hf_unlearn.unlearning.diffusion.pipelines import text_side_of
 from hf_unlearn.unlearning.diffusion.wordings import kept_prompts
 
 

@@ -9,7 +9,7 @@ from vdu_data import prompted_arguments, rows
 
 from hf_unlearn import VDUTrainer, redirect_concept
 from hf_unlearn.unlearning.diffusion.concept import common_phrase, negative_guidance_for
-from hf_unlearn.unlearning.diffusion.text_side import text_side_of
+from hf_unlearn.unlearning.diffusion.pipelines import text_side_of
 from hf_unlearn.unlearning.diffusion.wordings import templates_for
 
 
