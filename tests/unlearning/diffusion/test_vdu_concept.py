@@ -55,7 +55,7 @@ class TestWhatFollows:
         instead = settled.redirected(settled.forget_prompts)
         for prompt, other in zip(settled.forget_prompts, instead, strict=True):
             words, others = prompt.replace(",", "").split(), other.replace(",", "").split()
-            assert {"cat", anchor} == set(words) ^ set(others) - {"a", "an"}
+            assert {"cat", anchor} == (set(words) ^ set(others)) - {"a", "an"}
         assert settled.negative_guidance == pytest.approx(1, abs=0.01)  # at 7.5, which is the pipeline's own
         assert {"cat", "cats"}.isdisjoint(" ".join(settled.replay_prompts).split())
         assert [prompt in instead for prompt in settled.replay_prompts] == [True, False] * (
