@@ -38,6 +38,7 @@ from hf_unlearn.examples.captions import combinations, meaning, say
 from hf_unlearn.examples.classifier import cached_digits_classifier
 from hf_unlearn.examples.coloured_digits import coloured_digits
 from hf_unlearn.examples.text_to_image import TextToImageRecipe, text_to_image_model
+from hf_unlearn.filtering.encoding.preprocessing import ImagePreprocessing
 from hf_unlearn.filtering.fitting.rates import Rate
 
 
@@ -57,6 +58,7 @@ class Size:
     every: int = 1  # of how many combinations one is taken
     encoder_steps: int = 600
     examples: int = 6_000
+    turns: int = 3  # to see what the filter costs
 
 
 class Drawn:
@@ -136,7 +138,7 @@ def encoders(
         lambda images: vae.encode(images).latent_dist.mean.flatten(1), name="the VAE's latents"
     )
     return {
-        "classifier of the others": FilterEncoder.from_pretrained(others),
+        "classifier of the others": FilterEncoder.from_pretrained(others, preprocessing=ImagePreprocessing()),
         "the VAE's latents": latents,
         "grey digits": FilterEncoder.from_pretrained(cached_digits_classifier()),
     }
@@ -171,7 +173,9 @@ def rate_of(flags: np.ndarray) -> dict:
     return {} if rate is None else asdict(rate)
 
 
-def places(pipeline: StableDiffusionPipeline, checker: FASTSafetyChecker, prompts: list[str], folder: Path) -> dict:
+def places(
+    pipeline: StableDiffusionPipeline, checker: FASTSafetyChecker, prompts: list[str], folder: Path, turns: int
+) -> dict:
     """Whether the slot of stock Stable Diffusion, saved and loaded by it, says the same as `FilteredPipeline`; and what either costs."""
     slot = {"safety_checker": checker, "feature_extractor": checker.feature_extractor}
     StableDiffusionPipeline(**pipeline.components | slot, requires_safety_checker=True).save_pretrained(folder)
@@ -182,7 +186,7 @@ def places(pipeline: StableDiffusionPipeline, checker: FASTSafetyChecker, prompt
         name: draw(made, prompts, seed=5).flags for name, made in (("slot", inside), ("FilteredPipeline", around))
     }
     seconds: dict[str, list[float]] = {"pipeline": [], "slot": [], "FilteredPipeline": []}
-    for turn in range(5):
+    for turn in range(turns):
         for name, made in (("pipeline", pipeline), ("slot", inside), ("FilteredPipeline", around)):
             begin = time.process_time()
             draw(made, prompts[:60], seed=turn)
@@ -257,7 +261,7 @@ def measured(pipeline: StableDiffusionPipeline, size: Size, folder: Path, *, qui
     redirected.set_progress_bar_config(disable=True)
     both = together({"original": pipeline, "redirected": redirected}, checker, size)
     printed(both, ("model", "asked"), ("shown", "released", "blocked"))
-    place = places(pipeline, checker, prompts_of(shown), folder / "slot")
+    place = places(pipeline, checker, prompts_of(shown), folder / "slot", size.turns)
     print(place)
     return {
         "marks": len(marks),
@@ -281,7 +285,7 @@ def main() -> None:
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     recipe = TextToImageRecipe()
-    size = Size(1, 1, 1, 2, 4, 200) if quick else Size()
+    size = Size(2, 1, 1, 2, 4, 200, 1) if quick else Size()
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         if quick:
