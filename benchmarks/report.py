@@ -11,6 +11,7 @@ from pathlib import Path
 
 import diffusion_report
 import filter_report
+import filter_text_to_image_report
 import gan_report
 import influence_report
 import language_report
@@ -180,6 +181,8 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
         parts.append(gan_report.render(results("gan_unlearning"), steps, cost_table(steps)))
     if all((HERE / "results" / f"{name}.json").is_file() for name in ("filter", "filter_cost")):
         parts.append(filter_report.render(results("filter"), results("filter_cost")))
+    if (HERE / "results" / "filter_text_to_image.json").is_file():
+        parts.append(filter_text_to_image_report.render(results("filter_text_to_image")))
     names = ("fidelity", "labels", "poison", "cost")
     if all((HERE / "results" / f"influence_{name}.json").is_file() for name in names):
         parts.append(influence_report.render(*(results(f"influence_{name}") for name in names)))

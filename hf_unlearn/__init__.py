@@ -21,6 +21,7 @@ _EXPORTS = {
     "FINEMixin": "influence.trainer",
     "FINETrainer": "influence.sft",
     "ForgettingCallback": "training.watching",
+    "FilterBlock": "filtering.drawing.blocks",
     "FilterEncoder": "filtering.encoding.encoders",
     "FilterOutput": "filtering.checker",
     "FilteredImageError": "filtering.drawing.actions",

@@ -7,7 +7,14 @@ from unittest import mock
 
 import numpy as np
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AnimateDiffPipeline,
+    DDIMPipeline,
+    DDIMScheduler,
+    MotionAdapter,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
 from scipy.stats import norm
 from torch import nn
 from transformers import (
@@ -169,6 +176,18 @@ def tiny_sdxl(stable_diffusion):
     parts = {name: getattr(old, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
     parts |= {"text_encoder_2": text_encoder_2, "tokenizer_2": old.tokenizer, "unet": unet}
     return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+
+
+def tiny_animate_diff(stable_diffusion):
+    """A pipeline of videos, with the parts of a tiny Stable Diffusion pipeline."""
+    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    sizes = {"block_out_channels": (8, 8), "motion_layers_per_block": 1, "motion_mid_block_layers_per_block": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapter = MotionAdapter(**sizes, motion_num_attention_heads=2, motion_norm_num_groups=2)
+    pipeline = AnimateDiffPipeline(**{name: getattr(stable_diffusion, name) for name in names}, motion_adapter=adapter)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 class Case:

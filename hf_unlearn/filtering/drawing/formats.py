@@ -151,7 +151,8 @@ def check_output_type(pipeline: DiffusionPipeline, wanted: Any) -> None:
     if wanted not in OUTPUT_TYPES:
         raise ValueError(f"output_type={wanted!r}: must be {', '.join(map(repr, OUTPUT_TYPES))}")
     if wanted == "latent" and not (hasattr(pipeline, "image_processor") and _vae(pipeline) is not None):
-        raise ValueError(f"output_type='latent': {type(pipeline).__name__} has no vae to check what images they show")
+        name = type(pipeline).__name__
+        raise ValueError(f"output_type='latent': {name} has no vae of single images to see what images they show")
 
 
 @torch.no_grad()

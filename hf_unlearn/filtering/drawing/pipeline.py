@@ -8,7 +8,6 @@ import os
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from threading import Lock, RLock
-from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +29,7 @@ from . import saved
 from .actions import Action, FilteredImageError, check_action, replaced
 from .calls import Call
 from .formats import as_tensor, asked_for, check_fields, check_output_type, content_of, converted, decoded
+from .judging import forget_locals, judged, judged_shown
 from .outputs import Drawn, as_tuple, with_verdict
 from .wrapper import PipelineWrapper
 
@@ -121,7 +121,7 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
             with _lock_of(self.pipeline):
                 return self._filtered(Call(self.pipeline, args, kwargs), action)
         except BaseException as error:
-            _forget_locals(error)
+            forget_locals(error)
             raise
 
     def _filtered(self, call: Call, action: Action) -> BaseOutput | tuple:
@@ -168,7 +168,7 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
             raise ValueError(
                 f"safety_checker: judges latents, from which {type(self.pipeline).__name__} does not draw"
             )
-        flags, scores = self._judge(latents)
+        flags, scores = judged(latents, self.safety_checker)
         n = len(latents)
         tries = torch.ones(n, dtype=torch.int64)
         for _ in range(self.max_tries if action == "regenerate" else 0):
@@ -178,7 +178,7 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
             new = self._latents(len(places), call.generator_of(places, n))
             latents = latents.clone()
             latents[places] = new.to(latents)
-            flags[places], scores[places] = self._judge(new)
+            flags[places], scores[places] = judged(new, self.safety_checker)
             tries[places] += 1
         drawn = self._draw(call.replace(latents=latents), verdict=(flags, scores))
         return drawn, tries
@@ -201,29 +201,10 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
         images = getattr(output, content)
         as_latents = call["output_type"] == "latent"
         shown, finite = decoded(images, self.pipeline) if as_latents else as_tensor(images)
-        if verdict is None:
-            # What is not finite is not released, whatever an encoder makes of it.
-            whole = shown if finite.all() else shown.nan_to_num(0)
-            verdict = self._judge_shown((whole.float() * 2).sub_(1))
-            verdict[1][~finite] = torch.nan
-        flags, scores = verdict
+        flags, scores = judged_shown(shown, finite, self.safety_checker) if verdict is None else verdict
         if len(flags) != len(shown):
             raise ValueError(f"pipeline: drew {len(shown)} images of {len(flags)} latents")
         return Drawn(output, images if as_latents else shown, flags | ~finite, scores, content)
-
-    def _judge_shown(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Of videos every frame, and each by its worst one."""
-        if images.ndim == 4:
-            return self._judge(images)
-        flags, scores = self._judge(images.flatten(0, 1))
-        videos = images.shape[:2]
-        return flags.view(videos).any(1), scores.view(*videos, -1).amax(1)  # NaN is above all
-
-    def _judge(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        flags, scores = self.safety_checker.judge(inputs, value_range=(-1, 1))
-        if flags.shape != (len(inputs),) or flags.dtype != torch.bool or len(scores) != len(inputs):
-            raise ValueError(f"safety_checker: judged {list(flags.shape)} of {len(inputs)} images")
-        return flags.cpu().clone(), scores.float().cpu().clone()
 
     def _act(self, drawn: Drawn, action: Action) -> Tensor:
         flags = drawn.flags
@@ -410,15 +391,6 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
 def _lock_of(pipeline: DiffusionPipeline) -> RLock:
     with _LOCK:
         return _LOCKS.setdefault(pipeline, RLock())
-
-
-def _forget_locals(error: BaseException) -> None:
-    """Whoever keeps an error keeps its frames, and in them would be images that the filter has not released."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _check_pipeline(pipeline: Any) -> None:

@@ -33,6 +33,7 @@ from filter_data import (
     in_place_of_the_checker,
     loaders_without_a_filter,
     seeded,
+    tiny_animate_diff,
     tiny_gan,
 )
 from fresh import run_python
@@ -473,7 +474,9 @@ class TestLatents:
         assert pipe.safety_checker.seen == []
         for name in ("ddpm", "gan"):
             given = case(name, request)
-            with pytest.raises(ValueError, match=r"^output_type='latent': (DDPM|GAN)Pipeline has no vae to check"):
+            with pytest.raises(
+                ValueError, match=r"^output_type='latent': (DDPM|GAN)Pipeline has no vae of single images"
+            ):
                 given.draw(filtered(given, threshold=0), output_type="latent")
         packed = StableDiffusionPipelineOutput(torch.zeros(4, 16, 16), None)
         monkeypatch.setattr(type(pipe.pipeline), "__call__", lambda self, output_type="pil", return_dict=True: packed)
@@ -556,6 +559,10 @@ class SafeOutput(ImagePipelineOutput):
     unsafe_images: list | None = None
 
 
+def as_videos(frames):
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
 class TestVideos:
     """Judged frame by frame; one frame that is not released, and the video is not."""
 
@@ -588,6 +595,33 @@ class TestVideos:
         assert pipe(output_type="pt", filter_action="blur").frames[brightest].any()
         with pytest.raises(ValueError, match="^output_type='latent': .* what images they show"):
             pipe(output_type="latent")
+
+    def test_a_pipeline_of_videos(self, tiny_stable_diffusion, tmp_path):
+        """What is released is to the bit what it draws, in every form; a blocked video is drawn again, and the others stay."""
+        pipeline = tiny_animate_diff(tiny_stable_diffusion)
+        call = {"prompt": ["a photo", "hot p", "a", "p"], "num_frames": 3, "height": 8, "width": 8}
+        call["num_inference_steps"] = 2
+        own = pipeline(**call, generator=seeded(), output_type="pt").frames
+        worst = (own * 2 - 1).flatten(2).mean(2).amax(1)
+        pipe = FilteredPipeline(pipeline, BrightnessChecker(worst.sort().values[2:].mean().item()))
+        blocked = int(worst.argmax())
+        for output_type in ("pt", "np", "pil"):
+            expected = pipeline(**call, generator=seeded(), output_type=output_type).frames
+            for action in ("blank", "regenerate"):
+                out = pipe(**call, generator=seeded(), output_type=output_type, filter_action=action)
+                assert type(out.frames) is type(expected)
+                for place in range(4):
+                    same = np.equal(as_videos(out.frames[place]), as_videos(expected[place])).all()
+                    assert same == (place != blocked)
+                again = [place == blocked and action == "regenerate" for place in range(4)]
+                assert [tries > 1 for tries in out.filter_tries] == again
+            assert out.filtered == [False] * 4
+        pipe.save_pretrained(tmp_path)
+        with in_place_of_the_checker():
+            loaded = FilteredPipeline.from_pretrained(tmp_path)
+        assert loaded(**call, generator=seeded(), output_type="pt").filtered == [
+            place == blocked for place in range(4)
+        ]
 
     def test_a_broken_frame(self, gan, videos):
         videos[1, 0, 0, 0, 0] = torch.nan
