@@ -21,22 +21,25 @@ class RedirectPromptsConfig(DiffusionUnlearnConfig):
     """Configuration of [`RedirectPromptsTrainer`]: [`DiffusionUnlearnConfig`] and these.
 
     > What is asked for instead
-        redirect_prompt (`list[str]` | `str` | `dict[str, str]`, defaults to `""`): with prompts: the neutral prompt. One for all takes
-            everything else that a prompt asks for with it; better is the same wording without the forgotten concept: one for each
-            of `forget_prompts`, in their order, or for prompts of a dataset a dict from prompt to neutral prompt.
+        redirect_prompt (`list[str]` | `str` | `dict[str, str]`, *optional*): the neutral prompt. Default: the empty one, which takes
+            everything else that a prompt asks for with it; better is the same wording without the forgotten concept. One for all, one for
+            each of `forget_prompts` in their order, or for prompts of a dataset a dict from prompt to neutral prompt.
     """
 
-    redirect_prompt: list[str] | str | dict[str, str] = ""
+    redirect_prompt: list[str] | str | dict[str, str] | None = None
 
     def _check_unlearn_arguments(self) -> None:
         super()._check_unlearn_arguments()
+        self._check_redirection()
+
+    def _check_redirection(self) -> None:
         if isinstance(self.redirect_prompt, list | tuple):
             self.redirect_prompt = self._in_order(list(self.redirect_prompt))
         if odd := [prompt for prompt in self.neutral_prompts if not isinstance(prompt, str)]:
             raise ValueError(f"redirect_prompt: {odd[0]!r} is no text; give prompts")
         prompts = self.forget_prompts or []
-        if self.forget_loss in ("bounded", "redirect") and (
-            same := [prompt for prompt in self.redirected(prompts) if prompt in prompts]
+        if self.redirect_prompt is not None and (
+            same := [other for other in self.redirected(prompts) if other in prompts]
         ):
             raise ValueError(
                 f"redirect_prompt: {same[0]!r} is among forget_prompts; leave the forgotten concept out of it"
@@ -59,14 +62,14 @@ class RedirectPromptsConfig(DiffusionUnlearnConfig):
         Raises:
             ValueError: there is none for it.
         """
-        given = self.redirect_prompt
+        given = "" if self.redirect_prompt is None else self.redirect_prompt
         if isinstance(given, dict) and (missing := [prompt for prompt in prompts if prompt not in given]):
             raise ValueError(f"redirect_prompt: has none for {missing[0]!r}; add it")
         return [given[prompt] if isinstance(given, dict) else given for prompt in prompts]
 
     @property
     def neutral_prompts(self) -> list[str]:
-        given = self.redirect_prompt
+        given = "" if self.redirect_prompt is None else self.redirect_prompt
         return list(dict.fromkeys(given.values())) if isinstance(given, dict) else [given]
 
 

@@ -48,7 +48,7 @@ class SalUnConfig(RedirectPromptsConfig):
     def _check_unlearn_arguments(self) -> None:
         super()._check_unlearn_arguments()
         check_fields(self, {"in (0, 1]": ("saliency",)})
-        if "lora" in self.trainable:
+        if "lora" in (self.trainable or ()):
             raise ValueError("trainable='lora': SalUn chooses among the model's own weights; train these")
 
 
