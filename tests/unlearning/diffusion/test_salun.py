@@ -73,9 +73,8 @@ def test_mask_is_of_the_gradient_of_the_guided_error(tmp_path):
 @pytest.mark.parametrize(
     "optimiser",
     [
-        {"optim": "adamw_torch", "weight_decay": 0.5},
         {"optim": "sgd", "weight_decay": 0.5, "optim_args": "momentum=0.9"},
-        {"optim": "adamw_torch", "ema_decay": 0.5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"weight_decay": 0.5, "ema_decay": 0.5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     ],
 )
 def test_no_other_weight_moves(optimiser, tmp_path):
