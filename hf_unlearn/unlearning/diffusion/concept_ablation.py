@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from .encoded import EncodedImages, encode_prompts
 from .own_samples import FORGET_SEED
 from .redirect_prompts import OwnAnswerTrainer, RedirectPromptsConfig
+
+
+KEYS_AND_VALUES = ["*.attn2.to_k.*", "*.attn2.to_v.*"]
 
 
 @dataclass
@@ -16,8 +20,8 @@ class ConceptAblationConfig(RedirectPromptsConfig):
     the anchor in their place: one for all, or one for each.
 
     Other defaults than there, the authors' for Stable Diffusion 1: learning rate 1.6e-5 (their 2e-6, times a batch of 4 on two GPUs), 100
-    steps of 8 images, AdamW with a weight decay of 0.01, 1,000 anchor images, keys and values of cross-attention, a plain squared error
-    (`loss_weighting="simple"`), no guard. With `own_samples` the denoising error on samples of `replay_prompts` is added, as theirs do
+    steps of 8 images, AdamW with a weight decay of 0.01, 1,000 anchor images, keys and values of cross-attention (where there is
+    none, what reads the prompt), a plain squared error (`loss_weighting="simple"`), no guard. With `own_samples` the denoising error on samples of `replay_prompts` is added, as theirs do
     where the anchor's name is within the concept's ("grumpy cat").
     """
 
@@ -28,7 +32,6 @@ class ConceptAblationConfig(RedirectPromptsConfig):
     per_device_train_batch_size: int = 8
     max_steps: int = 100
     loss_weighting: Literal["simple", "elbo", "min_snr"] = "simple"
-    trainable: list[str] = field(default_factory=lambda: ["*.attn2.to_k.*", "*.attn2.to_v.*"])
     forget_samples: int = 1000
     own_samples: int = 0
     guard: bool = False
@@ -61,6 +64,12 @@ class ConceptAblationTrainer(OwnAnswerTrainer):
     _title = "Concept ablation"
     _paper = "2303.13516"
     _config_class = ConceptAblationConfig
+
+    def _settled(self, args: ConceptAblationConfig, forget_dataset: Any) -> ConceptAblationConfig:
+        args = copy.copy(args)
+        crosses = "*.attn2.*" in self.architecture.reads_prompts
+        args.trainable = args.trainable or (KEYS_AND_VALUES if crosses else ["cross_attention"])
+        return super()._settled(args, forget_dataset)
 
     def _from_prompts(self, args: ConceptAblationConfig, prompts: list[str]) -> EncodedImages:
         """Images of the anchors, with the prompts that are to be answered like theirs."""

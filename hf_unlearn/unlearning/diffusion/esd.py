@@ -88,8 +88,7 @@ class ESDTrainer(DiffusionUnlearnTrainer):
 
     def _from_prompts(self, args: ESDConfig, prompts: list[str]) -> EncodedImages:
         """Prompts with a place for an image each, which holds none: zeros."""
-        size = self.pipeline.unet.config.sample_size
-        shape = (self.pipeline.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        shape = self.architecture.latent_shape
         told = encode_prompts(prompts, self.pipeline, device=args.device, guidance_scale=args.guidance_scale)
         return EncodedImages(torch.zeros(1, 1, 1, 1).expand(len(prompts), *shape), None, *told, sorted(set(prompts)))
 

@@ -179,6 +179,10 @@ class FlowSchedule(NoiseSchedule):
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return noise - clean
 
+    def parts(self, answer: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        rest, sigma = self.scales(timesteps, noisy)
+        return noisy - sigma * answer, noisy + rest * answer
+
     def shift(self, change: Tensor, timesteps: Tensor) -> Tensor:
         """−Δ/σ: at a fixed x_t, v = (x_t − x₀)/σ."""
         return -change / self.scales(timesteps, change)[1]

@@ -118,6 +118,19 @@ def test_keeps_what_it_is_given_to_keep(tmp_path):
     assert trainer.outcome.utility_drop is not None
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+def test_other_pipelines_are_shown_finite_images_and_trained(kind, tmp_path):
+    trainer = trainer_of(
+        tmp_path, tiny(kind), num_inference_steps=2, max_steps=1, learning_rate=1e-3, forget_samples=2
+    )
+    before = weights(trainer.model)
+    trainer.train()
+    assert not same(weights(trainer.model), before)
+    batch = trainer.prepared(trainer.forget_dataset[torch.arange(2)], seeded(3))
+    assert batch["noisy"].shape == (2, *trainer.architecture.latent_shape)
+    assert batch["noisy"].isfinite().all()
+
+
 def test_refuses(tmp_path):
     for values, match in (
         ({"forget_prompts": None}, "^forget_prompts: missing"),
