@@ -10,9 +10,13 @@ _EXPORTS = {
     "AdaptThenUnlearnTrainer": "unlearning.gan.adapt_then_unlearn",
     "ChoiceEvaluation": "training.choices",
     "ChoiceScores": "training.choices",
+    "ConceptAblationConfig": "unlearning.diffusion.concept_ablation",
+    "ConceptAblationTrainer": "unlearning.diffusion.concept_ablation",
     "ConceptRedirection": "unlearning.diffusion.redirect",
     "DCGANDiscriminator": "gan.dcgan",
     "DCGANGenerator": "gan.dcgan",
+    "ESDConfig": "unlearning.diffusion.esd",
+    "ESDTrainer": "unlearning.diffusion.esd",
     "FASTConfig": "filtering.checker",
     "FASTFitter": "filtering.fitting.fast",
     "FASTResult": "filtering.fitting.fast",
@@ -37,6 +41,8 @@ _EXPORTS = {
     "PBUConfig": "unlearning.classifiers.pbu",
     "PBUTrainer": "unlearning.classifiers.pbu",
     "PromptEffect": "unlearning.diffusion.prompt_effect",
+    "SalUnConfig": "unlearning.diffusion.salun",
+    "SalUnTrainer": "unlearning.diffusion.salun",
     "TextMoments": "unlearning.diffusion.text_moments",
     "UnlearnConfig": "unlearning.config",
     "UnlearnMixin": "unlearning.trainer",
@@ -46,6 +52,8 @@ _EXPORTS = {
     "VDUConfig": "unlearning.diffusion.vdu",
     "VDUTrainer": "unlearning.diffusion.vdu",
     "redirect_concept": "unlearning.diffusion.redirect",
+    "speed": "unlearning.diffusion.speed",
+    "uce": "unlearning.diffusion.uce",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -94,6 +94,9 @@ UNLEARN = {
     "unlearn": Method("unlearn.UnlearnJob", "unlearn.run_unlearn", "UnlearnConfig", "UnlearnTrainer"),
     "sft": Method("language.LanguageJob", "language.run_language", "UnlearnSFTConfig", "UnlearnSFTTrainer"),
     "vdu": Method("vdu.VDUJob", "vdu.run_vdu", "VDUConfig", "VDUTrainer"),
+    "esd": Method("vdu.VDUJob", "vdu.run_vdu", "ESDConfig", "ESDTrainer"),
+    "concept_ablation": Method("vdu.VDUJob", "vdu.run_vdu", "ConceptAblationConfig", "ConceptAblationTrainer"),
+    "salun": Method("vdu.VDUJob", "vdu.run_vdu", "SalUnConfig", "SalUnTrainer"),
     "redirect": Method("redirect.RedirectJob", "redirect.run_redirect"),
     "adapt_then_unlearn": Method(
         "adapt_then_unlearn.GANJob",

@@ -12,7 +12,8 @@ from .unlearn import UnlearnJob
 
 @dataclass
 class VDUJob(UnlearnJob):
-    """Which diffusion model forgets what: the keys of a recipe with `method: vdu` besides those of [`VDUConfig`].
+    """Which diffusion model forgets what: the keys of a recipe with `method: vdu` besides those of [`VDUConfig`], and with `esd`,
+    `concept_ablation` or `salun` besides those of their configs.
 
     What is forgotten is said as for classifiers, by `forget_column`, `forget_ids` or `forget_dataset`, or by the config's
     `concept` or `forget_prompts`, which need no dataset.

@@ -6,8 +6,12 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ...training.checks import shown
 from .anchor_words import AnchorWords
+from .text_moments import last_words
 from .text_side import TextSide
 from .wordings import exchanged, filled, kind_of, naming, templates_for
 
@@ -15,18 +19,21 @@ from .wordings import exchanged, filled, kind_of, naming, templates_for
 logger = logging.getLogger(__name__)
 
 
-def anchors_for(side: TextSide, concept: Any, anchor: Any, batch_size: int) -> dict[str, str]:
+def anchors_for(
+    side: TextSide, concept: Any, anchor: Any, batch_size: int, *, may_be_empty: bool = False
+) -> dict[str, str]:
     """`{concept: anchor}`, of which those that are not given are chosen by [`AnchorWords`] and told by the logger.
 
     Args:
         concept (`str` | `Sequence[str]` | `Mapping[str, str]`): as the user gave it.
         anchor (`str` | `Sequence[str]` | `Mapping[str, str]`, *optional*): as the user gave it.
+        may_be_empty (`bool`, defaults to `False`): an anchor may be the empty text, which also stands beside a dict without being asked for.
 
     Raises:
         ValueError: one is missing, empty or given twice, or an anchor names a concept.
     """
     if isinstance(concept, Mapping):
-        if anchor is not None:
+        if anchor is not None and not (may_be_empty and anchor == ""):
             raise ValueError("anchor: given beside a dict of concepts and anchors; keep one of them")
         anchor = concept
     concepts = _texts("concept", [concept] if isinstance(concept, str) else concept)
@@ -35,7 +42,7 @@ def anchors_for(side: TextSide, concept: Any, anchor: Any, batch_size: int) -> d
     folded = [name.casefold() for name in concepts]
     if twice := [name for name in folded if folded.count(name) > 1]:
         raise ValueError(f"concept: {twice[0]!r} is given twice; leave one out")
-    anchors = _given_anchors(concepts, anchor)
+    anchors = _given_anchors(concepts, anchor, may_be_empty)
     _check_anchors(concepts, anchors)
     words = AnchorWords(side, concepts, batch_size)
     for name in concepts:
@@ -46,20 +53,21 @@ def anchors_for(side: TextSide, concept: Any, anchor: Any, batch_size: int) -> d
     return {name: anchors[name] for name in concepts}
 
 
-def _given_anchors(concepts: Sequence[str], anchor: Any) -> dict[str, str]:
+def _given_anchors(concepts: Sequence[str], anchor: Any, may_be_empty: bool) -> dict[str, str]:
     """The anchors that were given, by concept."""
     if anchor is None:
         return {}
     if isinstance(anchor, str):
-        (one,) = _texts("anchor", [anchor])
+        (one,) = _texts("anchor", [anchor], may_be_empty=may_be_empty)
         return dict.fromkeys(concepts, one)
     if isinstance(anchor, Mapping):
         given = {name: other for name, other in anchor.items() if other is not None}
-        given = dict(zip(_texts("anchor", given), _texts("anchor", given.values()), strict=True))
+        others = _texts("anchor", given.values(), may_be_empty=may_be_empty)
+        given = dict(zip(_texts("anchor", given), others, strict=True))
         if strange := [name for name in given if name not in concepts]:
             raise ValueError(f"anchor: {shown(strange[0])} is no concept; use the concepts as keys")
         return given
-    given = _texts("anchor", anchor)
+    given = _texts("anchor", anchor, may_be_empty=may_be_empty)
     if len(given) != len(concepts):
         raise ValueError(f"anchor: {len(given)} for {len(concepts)} concepts; give one for all, or one for each")
     return dict(zip(concepts, given, strict=True))
@@ -104,8 +112,34 @@ def wordings_for(
     return found
 
 
+def by_last_words(
+    side: TextSide, concept: Any, anchor: Any, wordings: Sequence[str], batch_size: int
+) -> tuple[dict[str, str], list[tuple[str, str]], dict[str, Tensor], dict[str, Tensor]]:
+    """Anchors, which may be empty, pairs of wordings, and of both sides the states of the last words by stream, `[rows, width]`.
+
+    Raises:
+        ValueError: as of [`anchors_for`] and [`wordings_for`], or concept and anchor are the same to the text encoder.
+    """
+    anchors = anchors_for(side, concept, anchor, batch_size, may_be_empty=True)
+    found = wordings_for(side, anchors, wordings)
+    for name, pairs in found.items():
+        asked, instead = (last_words(side, prompts, batch_size) for prompts in zip(*pairs, strict=True))
+        if all(torch.equal(asked[stream], instead[stream]) for stream in asked):
+            raise ValueError(no_difference(name, anchors[name]))
+    pairs = [pair for some in found.values() for pair in some]
+    asked, instead = (last_words(side, prompts, batch_size) for prompts in zip(*pairs, strict=True))
+    return anchors, pairs, asked, instead
+
+
+def no_difference(concept: str, anchor: str) -> str:
+    """What to say of a concept that its anchor cannot be told from."""
+    return f"concept={concept!r}: the text encoder knows no difference to {anchor!r}; choose another anchor="
+
+
 def kept_without(side: TextSide, keep: Sequence[str], concepts: Sequence[str]) -> list[str]:
     """Prompts to keep, without those that name a concept, which is said."""
+    if isinstance(keep, str):
+        raise ValueError(f"keep={shown(keep)}: is one text; pass a list")
     prompts = _texts("keep", keep, may_be_empty=True)
     named = naming(list(concepts))
     kept = [prompt for prompt in prompts if not named.search(prompt)]

@@ -37,8 +37,9 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
         ema_decay (`float`, defaults to 0.0): decay of an average of the weights, which replaces them at the end; 0 for none.
 
     > What is trained
-        trainable (`list[str]`, *optional*): `all`, `cross_attention`, `lora`, or patterns of parameter names (`*` and `?`). Default: `all`,
-            and where a method redirects prompts `cross_attention`, by which other images are changed the least.
+        trainable (`list[str]`, *optional*): `all`, `cross_attention`, `lora`, or patterns of parameter names (`*` and `?`); with a `!` before
+            it, all but these. Default: `all`, and where a method redirects prompts `cross_attention`, by which other images are changed the
+            least.
         lora_rank, lora_alpha (`int`, default to 8): of `lora`, on the attention's projections.
 
     > What to forget, where there are no images

@@ -157,12 +157,12 @@ def choose_trainable(
     Args:
         architecture (`Architecture`): whose denoiser is changed in place.
         trainable (`Sequence[str]`): `all`, `cross_attention` (whatever reads the prompt in this architecture), `lora`, or patterns of
-            parameter names.
+            parameter names; with a `!` before it, all but these.
         peft_config (`peft.LoraConfig`, *optional*): a LoRA of one's own.
         lora (`int`): `r` and `lora_alpha` of the LoRA that `lora` means.
 
     Raises:
-        ValueError: nothing has such a name, or the model takes no LoRA.
+        ValueError: nothing has such a name or nothing is left, or the model takes no LoRA.
     """
     unet = architecture.denoiser
     if peft_config is not None or "lora" in trainable:
@@ -180,15 +180,19 @@ def choose_trainable(
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()  # its steps are lost in 16 bits
         return
-    patterns = {"all": ("*",), "cross_attention": architecture.reads_prompts}
+    words = {"all": ("*",), "cross_attention": architecture.reads_prompts}
     names = [name for name, _ in unet.named_parameters()]
-    trained = set()
-    for given in trainable:
-        chosen = patterns.get(given, (given,))
-        fitting = {name for name in names if any(fnmatchcase(name, pattern) for pattern in chosen)}
-        if not fitting:
+    fitting: dict[bool, set[str]] = {True: set(), False: set()}  # what is left out, and what is not
+    for given in trainable if any(given[:1] != "!" for given in trainable) else ["all", *trainable]:
+        plain = given.removeprefix("!")
+        patterns = words.get(plain, (plain,))
+        fit = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+        if not fit:
             raise ValueError(f"trainable: no parameter's name fits {given!r} (one is called {names[0]!r})")
-        trained |= fitting
+        fitting[given != plain] |= fit
+    trained = fitting[False] - fitting[True]
+    if not trained:
+        raise ValueError(f"trainable={list(trainable)}: leaves every parameter out; name some")
     check_single_precision([p for name, p in unet.named_parameters() if name in trained], other=", or train a LoRA")
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(name in trained)

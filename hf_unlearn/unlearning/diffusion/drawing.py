@@ -36,6 +36,14 @@ def _quiet(architecture: Architecture) -> Iterator[None]:
             pipeline._progress_bar_config = shown
 
 
+def steps_of(pipeline: DiffusionPipeline, num_inference_steps: int | None) -> int:
+    """Denoising steps that are drawn with: what is given, or the pipeline's own, as far as its scheduler has them."""
+    if num_inference_steps is not None:
+        return num_inference_steps
+    default = inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default
+    return min(default, pipeline.scheduler.config.num_train_timesteps)
+
+
 @torch.no_grad()
 def generate(
     pipeline: DiffusionPipeline,
@@ -61,10 +69,10 @@ def generate(
         `Tensor`: `[n, channels, height, width]` on the CPU, fp32: images in [−1, 1], or latents.
     """
     count = what if isinstance(what, int) else len(what)
-    if num_inference_steps is None:  # the pipeline's own may be more than the scheduler has
-        default = inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default
-        num_inference_steps = min(default, pipeline.scheduler.config.num_train_timesteps)
-    architecture, options = architecture_of(pipeline), {"num_inference_steps": num_inference_steps}
+    architecture, options = (
+        architecture_of(pipeline),
+        {"num_inference_steps": steps_of(pipeline, num_inference_steps)},
+    )
     if architecture.is_prompted and guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
     seeds = np.random.SeedSequence(seed).generate_state(count, np.uint64)

@@ -78,6 +78,15 @@ class NoiseSchedule:
         alpha, sigma = self.scales(timesteps, clean)
         return (alpha * noise - sigma * clean).to(clean.dtype)
 
+    def parts(self, answer: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """`(clean, noise)` that a denoiser's answer takes a noisy image for, with which [`~NoiseSchedule.add_noise`] gives that image again."""
+        alpha, sigma = self.scales(timesteps, noisy)
+        if self.prediction_type == "v_prediction":
+            return alpha * noisy - sigma * answer, sigma * noisy + alpha * answer
+        if self.prediction_type == "sample":
+            return answer, (noisy - alpha * answer) / sigma
+        return (noisy - sigma * answer) / alpha, answer
+
     def shift(self, change: Tensor, timesteps: Tensor) -> Tensor:
         """By how much the denoiser's answer at a fixed x_t changes where the clean image it stands for changes by `change`:
         −(α/σ) Δ for ε, Δ for x₀, −Δ/σ for v.
@@ -169,6 +178,10 @@ class FlowSchedule(NoiseSchedule):
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return noise - clean
+
+    def parts(self, answer: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        rest, sigma = self.scales(timesteps, noisy)
+        return noisy - sigma * answer, noisy + rest * answer
 
     def shift(self, change: Tensor, timesteps: Tensor) -> Tensor:
         """−Δ/σ: at a fixed x_t, v = (x_t − x₀)/σ."""

@@ -188,12 +188,12 @@ class DenoisingMixin:
         """The scale of classifier-free guidance that is drawn with; 1 for none, also where the denoiser is told the scale instead."""
         return self.architecture.free_guidance(self.args.guidance_scale)
 
-    def guided(self, forward: Callable, batch: Batch) -> Tensor:
-        """What the sampler sees: ε(∅) + s (ε(c) − ε(∅)), s the guidance scale (arXiv 2207.12598)."""
+    def guided(self, forward: Callable, batch: Batch, scale: float | None = None) -> Tensor:
+        """What the sampler sees: ε(∅) + s (ε(c) − ε(∅)), s a guidance scale, by default that which is drawn with (arXiv 2207.12598)."""
         answer, _ = self.predictions(forward, batch)
         empty = {name: self._empty[name].expand_as(told) for name, told in batch["conditioning"].items()}
         unprompted, _ = self.predictions(forward, {**batch, "conditioning": empty})
-        return unprompted + self.guidance * (answer - unprompted)
+        return unprompted + (self.guidance if scale is None else scale) * (answer - unprompted)
 
     def _guided_loss(self, model: Callable, batch: Batch) -> Tensor:
         return self._error(self.guided(model, batch), self.guided(self.reference_forward, batch), batch)
@@ -234,12 +234,12 @@ class DenoisingMixin:
         return said if way is None else f"{said}, and the answers went {way:.0%} of the way that was asked for"
 
     def _as_before(self, outcome: Outcome) -> str | None:
-        now, original = outcome.now["error"], outcome.original["error"]
         way = self._way(outcome)
-        if way is None and now <= (1 + UNCHANGED) * original:
+        if way is not None:
+            return f"the answers went {way:.0%} of the way that was asked for" if way < LITTLE else None
+        now, original = outcome.now["error"], outcome.original["error"]
+        if now <= (1 + UNCHANGED) * original:
             return f"a denoising error of {now:.4g}, {original:.4g} before"
-        if way is not None and way < LITTLE:
-            return f"the answers went {way:.0%} of the way that was asked for"
         return None
 
     def evaluation_loop(self, *args, **kwargs):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...training.checks import check_number
-from .asked_concepts import anchors_for, kept_without, wordings_for
+from .asked_concepts import anchors_for, kept_without, no_difference, wordings_for
 from .closed_form import in_null_space, low_rank, regression
 from .pipelines import architecture_of, text_side_of
 from .prompt_effect import LASTING, PromptEffect, measured
@@ -254,9 +254,7 @@ def _asked(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     here, change, largest = moments_between(side, pairs, batch_size)
     if not largest:
-        raise ValueError(
-            f"concept={concept!r}: the text encoder knows no difference to {anchor!r}; choose another anchor="
-        )
+        raise ValueError(no_difference(concept, anchor))
     return here, change
 
 

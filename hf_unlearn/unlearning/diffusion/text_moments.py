@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...files import save_tensors, undamaged
 from .pipelines import text_side_of
-from .text_side import TOKENS, TextSide, Told
+from .text_side import POOLED, TOKENS, TextSide, Told
 from .wordings import EMPTY_SHARE, kept_prompts
 
 
@@ -179,6 +179,25 @@ def moments_between(
             rows[stream] = rows.get(stream, 0) + len(states)
     here, change = ({stream: total / rows[stream] for stream, total in found.items()} for found in sums)
     return here, change, largest
+
+
+@torch.no_grad()
+def last_words(side: TextSide, prompts: Sequence[str], batch_size: int) -> dict[str, Tensor]:
+    """By stream the state of each prompt's last token before the end, `[rows, width]`, float64: of the empty prompt that of its first token.
+    Where there are several segments, of each; a pooled vector as it is.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for batch in _batches(list(prompts), batch_size):
+        told, begin = side.told(batch), 0
+        for (_, length), ids in zip(side.segments(), side.ids(batch), strict=True):
+            places = torch.tensor([begin + max(len(tokens) - 2, 0) for tokens in ids])
+            found.setdefault(TOKENS, []).append(
+                told.tokens[torch.arange(len(batch)), places.to(told.tokens.device)].double()
+            )
+            begin += length
+        if told.pooled is not None:
+            found.setdefault(POOLED, []).append(told.pooled.double())
+    return {stream: torch.cat(parts) for stream, parts in found.items()}
 
 
 def aligned_places(side: TextSide, pairs: Sequence[tuple[str, str]], positions: int) -> Tensor:

@@ -127,7 +127,7 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
                 raise ValueError("forget_prompts: this model takes no prompts; pass forget_dataset=")
             prompts = [args.forget_prompts[i % len(args.forget_prompts)] for i in range(args.forget_samples)]
             source = [{"prompt": prompt} for prompt in prompts]
-            forget_dataset = self.drawn(args, prompts, FORGET_SEED, "forget")
+            forget_dataset = self._from_prompts(args, prompts)
         given = {
             "forget_dataset": forget_dataset,
             "retain_dataset": retain_dataset,
@@ -194,6 +194,10 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
 
     def _stock_arguments(self, model, data_collator, forget_dataset, processing_class, peft_config) -> dict[str, Any]:
         return {"model": model, "data_collator": data_collator or default_collate}
+
+    def _from_prompts(self, args: DiffusionUnlearnConfig, prompts: list[str]) -> EncodedImages:
+        """What is trained on where there are prompts to forget and no images: what the original draws from them."""
+        return self.drawn(args, prompts, FORGET_SEED, "forget")
 
     def _encoded(self, argument: str, dataset: Any, args: DiffusionUnlearnConfig) -> EncodedImages | None:
         if dataset is None or isinstance(dataset, EncodedImages):

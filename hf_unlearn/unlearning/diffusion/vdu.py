@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,15 +20,14 @@ from ...training.checks import check_fields
 from ...training.pictures import METRIC_SEED
 from ..objective import Batch
 from .concept import settled
-from .config import DiffusionUnlearnConfig
 from .denoiser import is_prompted
-from .encoded import EncodedImages, encode_prompts, prompts_of
+from .encoded import prompts_of
 from .pipelines import text_side_of
 from .posterior import ForgottenPosterior
 from .prompt_effect import LASTING
 from .redirect import redirect_concept
+from .redirect_prompts import RedirectPromptsConfig, RedirectPromptsTrainer
 from .stability import StabilityMixin
-from .trainer import DiffusionUnlearnTrainer
 from .wordings import exchanged, kind_of, templates_for
 
 
@@ -43,8 +42,8 @@ RANGES = {
 
 
 @dataclass
-class VDUConfig(DiffusionUnlearnConfig):
-    r"""Configuration of [`VDUTrainer`]: [`DiffusionUnlearnConfig`] and these.
+class VDUConfig(RedirectPromptsConfig):
+    r"""Configuration of [`VDUTrainer`]: [`RedirectPromptsConfig`] and these.
 
     The paper's loss is (1 − γ)·A + γ·B: A = −Σ_x Σ_t C_t‖ε − ε_θ(x_t, t)‖², a sum over forget images, timesteps and pixels without
     lower bound, and B = Σ (θᵢ − μᵢ)²/2vᵢ over mean μ and variance v of the parameters at K checkpoints. [`VDUConfig.paper`] is that,
@@ -93,7 +92,6 @@ class VDUConfig(DiffusionUnlearnConfig):
     anchor: Literal["original", "checkpoint_mean"] = "original"
     concept: list[str] | str | dict[str, str | None] | None = None
     closed_form: bool | None = None
-    redirect_prompt: list[str] | str | dict[str, str] | None = None
     negative_guidance: float | None = None
     caution: float = 3.0
 
@@ -105,7 +103,6 @@ class VDUConfig(DiffusionUnlearnConfig):
             if weights not in ((1.0, 0.0), (1 - self.gamma, self.gamma)):
                 raise ValueError("gamma: sets forget_weight and stability_weight; leave those out, or set gamma=None")
             self.forget_weight, self.stability_weight = 1 - self.gamma, self.gamma
-        self._check_redirection()
         if self.checkpoints is not None and not self.checkpoints:
             raise ValueError(
                 "checkpoints: K = 0, so there is no mean and no variance; name at least one, or leave it out"
@@ -120,49 +117,11 @@ class VDUConfig(DiffusionUnlearnConfig):
                     f"checkpoints: missing; name two or more of the run that trained the model, or set {' and '.join(fixes)}"
                 )
 
-    def _in_order(self, neutral: list[str]) -> str | dict[str, str]:
-        prompts = self.forget_prompts or []
-        if len(neutral) == 1:
-            return neutral[0]
-        if len(neutral) != len(prompts):
-            raise ValueError(
-                f"redirect_prompt: has {len(neutral)} prompts for {len(prompts)} forget_prompts; give one for all, one for each, or "
-                "for the prompts of a dataset a dict"
-            )
-        return dict(zip(prompts, neutral, strict=True))
-
     def _check_redirection(self) -> None:
-        if isinstance(self.redirect_prompt, list | tuple):
-            self.redirect_prompt = self._in_order(list(self.redirect_prompt))
-        if odd := [prompt for prompt in self.neutral_prompts if not isinstance(prompt, str)]:
-            raise ValueError(f"redirect_prompt: {odd[0]!r} is no text; give prompts")
-        prompts = self.forget_prompts or []
-        if self.forget_loss not in ("bounded", "redirect"):
-            if set_ := [name for name in ("concept", "closed_form", "redirect_prompt") if getattr(self, name)]:
-                raise ValueError(f"{set_[0]}: is of forget_loss='redirect', not of {self.forget_loss!r}; leave it out")
-            return
-        if self.redirect_prompt is None:
-            return
-        if same := [prompt for prompt in self.redirected(prompts) if prompt in prompts]:
-            raise ValueError(
-                f"redirect_prompt: {same[0]!r} is among forget_prompts; leave the forgotten concept out of it"
-            )
-
-    def redirected(self, prompts: Iterable[str]) -> list[str]:
-        """The neutral prompt of each of `prompts`.
-
-        Raises:
-            ValueError: there is none for it.
-        """
-        given = "" if self.redirect_prompt is None else self.redirect_prompt
-        if isinstance(given, dict) and (missing := [prompt for prompt in prompts if prompt not in given]):
-            raise ValueError(f"redirect_prompt: has none for {missing[0]!r}; add it")
-        return [given[prompt] if isinstance(given, dict) else given for prompt in prompts]
-
-    @property
-    def neutral_prompts(self) -> list[str]:
-        given = "" if self.redirect_prompt is None else self.redirect_prompt
-        return list(dict.fromkeys(given.values())) if isinstance(given, dict) else [given]
+        if self.forget_loss in ("bounded", "redirect"):
+            super()._check_redirection()
+        elif set_ := [name for name in ("concept", "closed_form", "redirect_prompt") if getattr(self, name)]:
+            raise ValueError(f"{set_[0]}: is of forget_loss='redirect', not of {self.forget_loss!r}; leave it out")
 
     @classmethod
     def paper(cls, output_dir: str, **overrides: Any) -> VDUConfig:
@@ -189,7 +148,7 @@ class VDUConfig(DiffusionUnlearnConfig):
         return cls(output_dir=output_dir, **(preset | overrides))
 
 
-class VDUTrainer(StabilityMixin, DiffusionUnlearnTrainer):
+class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
     r"""Makes a diffusion model forget the kind of images that its forget examples show, from these alone.
 
     ```python
@@ -207,7 +166,7 @@ class VDUTrainer(StabilityMixin, DiffusionUnlearnTrainer):
     _paper = "2510.04058"
     _config_class = VDUConfig
     _told = ("caution", "closed_form", "negative_guidance", "stability_weight")
-    _figure_names = DiffusionUnlearnTrainer._figure_names | {
+    _figure_names = RedirectPromptsTrainer._figure_names | {
         "effect": ("prompt_effect", "Effect of the forget prompts, times guidance", "", 1),
         "shown": ("marked", "Images drawn for the forget prompts that the marker marks", "%", 100),
         "unasked": ("marked", "Images drawn without a prompt that the marker marks", "%", 100),
@@ -243,21 +202,6 @@ class VDUTrainer(StabilityMixin, DiffusionUnlearnTrainer):
             return unprompted - self.args.negative_guidance * (answer - unprompted)
         _, change = self.posterior(batch["noisy"], batch["timesteps"], self.schedule)
         return answer + self.schedule.shift(change, batch["timesteps"])
-
-    def _encoded(self, argument: str, dataset: Any, args: VDUConfig) -> EncodedImages | None:
-        encoded = super()._encoded(argument, dataset, args)
-        if argument != "forget_dataset" or not is_prompted(self.pipeline):
-            return encoded
-        known = encoded.prompts
-        if not known and isinstance(args.redirect_prompt, dict):
-            raise ValueError(
-                "redirect_prompt: the prompts of this forget_dataset are not known; give one neutral prompt for all"
-            )
-        neutral = args.redirected(known) if known else args.neutral_prompts
-        tables, rows = encode_prompts(neutral, self.pipeline, device=args.device, guidance_scale=args.guidance_scale)
-        count = len(next(iter(encoded.conditioning.values())))
-        encoded.neutral = {name: table[rows].expand(count, *table.shape[1:]) for name, table in tables.items()}
-        return encoded
 
     @torch.no_grad()
     def remaining_effect(self, model: Callable | None = None) -> float:

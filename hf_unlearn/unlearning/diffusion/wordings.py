@@ -145,7 +145,7 @@ def exchanged(prompt: str, anchors: Mapping[str, str]) -> str:
     Args:
         anchors (`Mapping[str, str]`): from concept to anchor.
     """
-    forms = {plural(concept).casefold(): (concept, plural(anchor)) for concept, anchor in anchors.items()}
+    forms = {plural(concept).casefold(): (concept, anchor and plural(anchor)) for concept, anchor in anchors.items()}
     forms |= {concept.casefold(): (concept, anchor) for concept, anchor in anchors.items()}
     named = naming(list(anchors))
     new, end = "", 0

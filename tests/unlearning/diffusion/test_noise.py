@@ -13,7 +13,7 @@ from diffusers import (
 )
 from diffusers.training_utils import compute_snr
 
-from hf_unlearn.unlearning.diffusion.noise import NoiseSchedule
+from hf_unlearn.unlearning.diffusion.noise import FlowSchedule, NoiseSchedule
 
 
 CONFIGS = {
@@ -52,6 +52,14 @@ def example(count, dtype=torch.float64):
 
 
 class TestForwardProcess:
+    def test_an_answer_parts_a_noisy_image(self, schedule):
+        flow = FlowSchedule.of(FlowMatchEulerDiscreteScheduler(shift=3.0))
+        for kind in (schedule, flow):
+            steps = torch.arange(9 * len(kind) // 10)  # where there is signal to divide by
+            clean, noise, _ = example(len(steps))
+            answer, noisy = kind.target(clean, noise, steps), kind.add_noise(clean, noise, steps)
+            torch.testing.assert_close(kind.parts(answer, noisy, steps), (clean, noise), rtol=1e-4, atol=1e-4)
+
     def test_noises_and_asks_as_diffusers_does(self, scheduler, schedule):
         steps = every(schedule)
         clean, noise, _ = example(len(steps), torch.float32)
