@@ -31,7 +31,18 @@ import text_to_image_report
 from diffusers import DiffusionPipeline
 from generators import grid_of, start
 from PIL import Image
-from text_to_image_figures import GUIDANCE, SCALES, SHOWN, STEPS, Case, Figures, composite, quick_look, real_pictures
+from text_to_image_figures import (
+    GUIDANCE,
+    SCALES,
+    SHOWN,
+    STEPS,
+    Case,
+    Figures,
+    composite,
+    high_water,
+    quick_look,
+    real_pictures,
+)
 from text_to_image_methods import BUDGET, LOOKS, METHODS, RATES
 
 from hf_unlearn.examples import attributes, text_to_image
@@ -100,14 +111,6 @@ def quietly_loaded(folder: Path) -> DiffusionPipeline:
 
 
 # What a method does, alone in its process
-
-
-def high_water(begin: bool = False) -> float:
-    """The most memory that this process has had since it was begun to be looked at, in MB (Linux)."""
-    if begin:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def changed(method: str, case: Case, settings: dict, original: Path, folder: Path) -> dict[str, float]:

@@ -216,14 +216,14 @@ def chosen(tuning: dict, labels: dict) -> str:
 
 
 def cost_table(cost: dict) -> str:
-    lines = [
-        "| shape | parameters of U-Net / text encoders | concepts | seconds from scratch | seconds, second moment known | peak memory / weights |",
-        "|---" * 6 + "|",
-    ]
+    columns = ["shape", "U-Net / text encoders", "concepts", "encoding", "solving", "changing weights", "together", "from scratch", "peak memory / weights"]  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    names = {"sd15": "Stable Diffusion 1.5", "sdxl": "SDXL"}
     for row in cost["rows"]:
         sizes = " / ".join(f"{row[key] / 1e6:,.0f} M" for key in ("unet", "text"))
+        seconds = " | ".join(f"{row[key]:.3g}" for key in ("encoding", "solving", "applying", "known", "scratch"))
         lines.append(
-            f"| {row['shape']} ({row['dtype']}) | {sizes} | {row['concepts']} | {row['scratch']:.1f} | {row['known']:.1f} | {row['memory']:.2f} |"
+            f"| {names[row['shape']]}, {row['dtype']} | {sizes} | {row['concepts']} | {seconds} | {row['memory']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -288,8 +288,9 @@ Points that the prompts of each neighbour lost, medians over seeds:
         text += f"""
 ### What the closed form costs on large pipelines
 
-`python benchmarks/text_to_image_cost.py`, {cost["threads"]} threads, random weights in the shapes of Stable Diffusion 1.5 and SDXL, a small vocabulary (what a token is does not change
-the arithmetic). *From scratch* includes encoding {cost["kept"]:,} kept prompts; with `TextMoments` at hand that is done once for all.
+`python benchmarks/text_to_image_cost.py`: random weights in the shapes of Stable Diffusion 1.5 and SDXL, {cost["threads"]} threads; seconds. A small vocabulary (what a token is does
+not change the arithmetic), no VAE, text encoders in float32. *Encoding*: the wordings and those of the anchor. *From scratch*: with {max(row["kept"] for row in cost["rows"]):,} kept
+prompts encoded first, estimated from a part of them; with `TextMoments` that is done once for all.
 
 {cost_table(cost)}
 """
