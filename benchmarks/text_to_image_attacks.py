@@ -114,9 +114,9 @@ def searched(
 
 
 @torch.no_grad()
-def from_pictures(pipeline: DiffusionPipeline, pictures: Dataset, case: Case, number: int) -> Tensor:
+def from_pictures(pipeline: DiffusionPipeline, pictures: Dataset, case: Case, steps: int = STEPS) -> Tensor:
     """Pictures of the concept, drawn anew from partly noisy ones with prompts that say what they show."""
-    rows = with_concept(pictures, case)
+    rows, number = with_concept(pictures, case), case.number
     rows = rows.select([row % len(rows) for row in range(number)])
     again = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     again.set_progress_bar_config(disable=True)
@@ -131,7 +131,7 @@ def from_pictures(pipeline: DiffusionPipeline, pictures: Dataset, case: Case, nu
                 some,
                 images[part],
                 STRENGTH,
-                STEPS,
+                steps,
                 guidance_scale=GUIDANCE,
                 negative_prompt=None if unwanted is None else [unwanted] * len(some),
                 generator=[torch.Generator().manual_seed(int(value) % 2**63) for value in seeds[part]],

@@ -127,10 +127,11 @@ class Figures:
         case ([`Case`]): what is to be forgotten.
         classifier (`AttributeClassifier`): sees what a picture shows.
         pictures (`dict[str, Dataset]`): real ones, as [`real_pictures`].
+        steps (`int`): of the sampler.
     """
 
-    def __init__(self, case: Case, classifier: AttributeClassifier, pictures: dict[str, Dataset]):
-        self.case, self.classifier, self.pictures = case, classifier, pictures
+    def __init__(self, case: Case, classifier: AttributeClassifier, pictures: dict[str, Dataset], steps: int = STEPS):
+        self.case, self.classifier, self.pictures, self.steps = case, classifier, pictures, steps
         self.features = ClassifierFeatures(classifier.model, name="attributes")
         self.kept: dict[str, Tensor] = {}  # the first pictures of some columns
 
@@ -143,7 +144,7 @@ class Figures:
         return features_of(with_ink(images), self.features, value_range=(-1, 1))
 
     def draw(self, pipeline: DiffusionPipeline, prompts: Sequence[str], column: str = "", **given) -> Tensor:
-        given = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE} | given
+        given = {"num_inference_steps": self.steps, "guidance_scale": GUIDANCE} | given
         images = generate(pipeline, list(prompts), seed=NOISE, **given).nan_to_num().clamp(-1, 1)  # of a destroyed one
         if column in SHOWN:
             self.kept[column] = images[: SHOWN[column]]

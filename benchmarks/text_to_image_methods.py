@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from text_to_image_figures import STEPS, Case
 
 import hf_unlearn
+from hf_unlearn.examples.captions import WORDS
 
 
 QUIET = {
@@ -26,6 +27,7 @@ QUIET = {
 BUDGET = {"max_steps": 200, "per_device_train_batch_size": 32, "forget_samples": 100}
 LOOKS = (50, 100, 200)  # steps after which a run is looked at while settings are chosen
 RATES = (3e-5, 1e-4, 3e-4)
+ASKED = {"wordings": ("word", "prompts")}  # how a closed form of others is told what to forget
 
 Change = Callable[
     ..., None
@@ -66,10 +68,19 @@ def redirect(pipeline: DiffusionPipeline, case: Case, settings: dict, folder: Pa
 
 
 def closed_form(name: str) -> Change:
-    """Of a function that is told the concept and its anchor."""
+    """Of a function that is told the concept, its anchor, and all other usual words to keep; with the setting `wordings="prompts"` also the
+    usual prompts.
+    """
 
     def change(pipeline: DiffusionPipeline, case: Case, settings: dict, folder: Path, callbacks=()) -> None:
-        public(name)(pipeline, case.word, anchor=case.anchor, **settings).save_pretrained(folder)
+        others = [words[0] for values in WORDS.values() for words in values.values() if words[0] != case.word]
+        told = {"anchor": case.anchor, "keep": others}
+        if settings.get("wordings") == "prompts":
+            told["wordings"] = case.given_prompts()[0]
+        public(name)(
+            pipeline, case.word, **told, **{key: value for key, value in settings.items() if key != "wordings"}
+        )
+        pipeline.save_pretrained(folder)
 
     return change
 
@@ -130,10 +141,12 @@ METHODS: dict[str, Method] = {
     "vdu_neutral": Method("VDU, neutral prompts given", trained("VDU", "neutral"), NEUTRAL_VDU),
     "vdu": Method("**VDU alone**", by_one_word, {"closed_form": False}, ours=True),
     "both": Method("**closed form, then VDU: our defaults**", by_one_word, {"closed_form": True}, ours=True),
-    "esd_x": peer("ESD-x", trained("ESD"), trainable=["cross_attention"]),
-    "esd_u": peer("ESD-u", trained("ESD"), trainable=["all"]),
+    "esd_x": peer("ESD-x", trained("ESD"), variant="x"),
+    "esd_u": peer("ESD-u", trained("ESD"), variant="u"),
     "ablation": peer("concept ablation", trained("ConceptAblation", "anchor")),
     "salun": peer("SalUn", trained("SalUn", "anchor")),
-    "uce": Method("UCE", closed_form("uce")),
-    "speed": Method("SPEED", closed_form("speed")),
+    "uce": Method("UCE", closed_form("uce"), chosen={"lamb": (0.01, 0.1, 0.5), "erase_scale": (1.0, 10.0)} | ASKED),
+    "speed": Method(
+        "SPEED", closed_form("speed"), chosen={"threshold": (1e-3, 1e-2, 0.1), "keys": (False, True)} | ASKED
+    ),
 }

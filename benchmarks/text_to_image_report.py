@@ -208,7 +208,7 @@ def chosen(tuning: dict, labels: dict) -> str:
     lines = ["| method | setting | composite there | forgotten / rest / others there |", "|---|---|---|---|"]
     for method, row in tuning.items():
         if row["chosen"]:
-            setting = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in row["chosen"].items())
+            setting = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in row["chosen"].items())
             best = max(row["tried"], key=lambda tried: tried["composite"])
             shares = " / ".join(f"{100 * best[key]:.0f}" for key in ("forgotten", "rest", "others"))
             lines.append(f"| {labels[method]} | {setting} | {best['composite']:.2f} | {shares} |")
