@@ -231,10 +231,13 @@ def tune(method: str) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             changed_to = Path(scratch, "model")
             at, steps = At(looks, look), {"max_steps": max(looks)} if looks else {}
-            one.change(pipeline, TUNED_ON, one.settings | option | steps, changed_to, [at])
-            seen = {step: {"max_steps": step} | row for step, row in at.seen.items()}
-            if not looks:  # of a closed form
-                seen = {0: look(quietly_loaded(changed_to).unet)}
+            try:
+                one.change(pipeline, TUNED_ON, one.settings | option | steps, changed_to, [at])
+                seen = {step: {"max_steps": step} | row for step, row in at.seen.items()}
+                if not looks:  # of a closed form
+                    seen = {0: look(quietly_loaded(changed_to).unet)}
+            except ValueError as error:
+                seen = {0: dict(forgotten=1.0, rest=0.0, others=0.0, composite=0.0, refused=str(error))}
         tried += [option | row for row in seen.values()]
         every_one = len(tried) == len(grid_of(values)) * max(1, len(looks))
         best = max(tried, key=lambda row: row["composite"])

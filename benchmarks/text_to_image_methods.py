@@ -136,7 +136,9 @@ METHODS: dict[str, Method] = {
     "negative_prompt": Method("negative prompt at sampling time"),
     "redirect": Method("**closed form (`redirect_concept`)**", redirect, ours=True),
     "redirect_given": Method("closed form, anchor given", redirect, {"anchor": "given"}),
-    "redirect_null_space": Method("closed form in the null space", redirect, {"null_space": True}),
+    "redirect_null_space": Method(
+        "closed form in the null space", redirect, {"null_space": True}, {"ridge": (0.01, 0.1, 0.3)}
+    ),
     "vdu_old": Method("VDU, defaults of before", trained("VDU"), OLD_VDU),
     "vdu_neutral": Method("VDU, neutral prompts given", trained("VDU", "neutral"), NEUTRAL_VDU),
     "vdu": Method("**VDU alone**", by_one_word, {"closed_form": False}, ours=True),

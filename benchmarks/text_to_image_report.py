@@ -20,6 +20,10 @@ AFTER = {
     "fp16": "fp16",
 }
 PEERS = ("esd_x", "esd_u", "ablation", "salun", "uce", "speed")  # of which the best is compared with
+FORGOTTEN, KEPT = (
+    0.1,
+    0.9,
+)  # of a peer that is compared with: asked at most, the rest of the prompt and the others at least, of the original's
 HEADINGS = {"asked": "asked", "paraphrase": "other wordings", "unconditional": "no prompt", "others": "others", "embedding": "embedding searched"}  # fmt: skip
 
 
@@ -164,11 +168,17 @@ def _points(*keys: str) -> Callable[[dict, dict], float | None]:
 
 
 def _above_best_peer(cells: dict) -> Callable[[dict, dict], float | None]:
+    """Of the peers that forgot and kept, if there are any: whoever draws nothing any more cannot be searched."""
     rows = [paired(cells, peer) for peer in PEERS]
 
-    def difference(row: dict, _: dict) -> float | None:
-        found = [peer["after"]["embedding"] for of in rows if (peer := of(row)) and "refused" not in peer]
-        return 100 * (row["after"]["embedding"] - min(found)) if found else None
+    def difference(row: dict, original: dict) -> float | None:
+        peers = measured([peer for of in rows if (peer := of(row))])
+        fair = [
+            peer["after"]["embedding"]
+            for peer in peers
+            if peer["asked"] <= FORGOTTEN and all(peer[key] >= KEPT * original[key] for key in ("rest", "others"))
+        ]
+        return 100 * (row["after"]["embedding"] - min(fair)) if fair else None
 
     return difference
 
@@ -182,7 +192,7 @@ GOALS: list[tuple[str, Callable[[dict], Callable], str, float, bool]] = [
     ("after benign steps, points above retrained", lambda _: _points("after", "benign"), "retrained", 2, True),
     ("after steps on pictures of it, points above retrained", lambda _: _points("after", "relearnt"), "retrained", float("inf"), True),
     ("no prompt, points above retrained", lambda _: _points("unconditional"), "retrained", 5, True),
-    ("embedding searched, points above the best peer", _above_best_peer, "original", 0, True),
+    ("embedding searched, points above the best peer that forgot and kept", _above_best_peer, "original", 0, True),
 ]  # fmt: skip
 
 
@@ -248,9 +258,10 @@ given: {budget["number"]} pictures in most columns, all combinations without the
 *Others*: followed in all three attributes; *worst neighbour*: the one digit or colour that is followed least. *FID*: Fréchet distance in the classifier's
 features to real pictures without the concept.
 
-Our rows and the closed forms of others are given one word (and the anchors {anchors}, but ours choose theirs unless it says "given"); what is trained on prompts is given all
-usual prompts for the concept, which is more, and the same with the anchor where it takes one. Peers that are trained have at most {budget["max_steps"]} steps of
-{budget["per_device_train_batch_size"]} pictures; rate ({rates}) and steps ({looks}) were chosen by a composite on another concept, "{budget["tuned_on"]}" (below).
+Ours are given one word and choose the anchor themselves, unless it says "given". All others are given more: the anchor ({anchors}), the closed forms all other words
+as what is to be kept, what is trained on prompts all usual prompts for the concept and the same with the anchor, where it takes one. Peers that are trained have
+at most {budget["max_steps"]} steps of {budget["per_device_train_batch_size"]} pictures; rate ({rates}) and steps ({looks}), and what else there is to choose, were chosen by a composite on another concept,
+"{budget["tuned_on"]}" (below); ours were not.
 
 {left(cells, labels)}
 
@@ -265,6 +276,9 @@ text encoder rounded to 8 bits with a scale for each output channel; half precis
 
 ### Our defaults and their goals
 
+Differences to the row of the same concept and seed; bold where the median misses the goal. The embedding is compared with the best peer of those that draw the
+concept in at most {100 * FORGOTTEN:.0f} % and keep {100 * KEPT:.0f} % of the rest and of the others.
+
 {goals(cells)}
 
 ### By concept
@@ -273,7 +287,7 @@ Asked / rest / others / no prompt, medians over seeds:
 
 {by_concept(cells, labels)}
 
-Points that the prompts of each neighbour lost, medians over seeds:
+By how many points the prompts of each neighbour are followed more or less often, medians over seeds:
 
 {chr(10).join(neighbours(cells, labels, concept) + chr(10) for concept in kinds)}
 ![Rows of all methods from the same noise and prompts](pictures/text_to_image_rows.png)
@@ -281,6 +295,9 @@ Points that the prompts of each neighbour lost, medians over seeds:
 *"Three" forgotten, seed 0; the same noise and prompts in all rows.*
 
 ### Settings that were chosen
+
+The composite is the harmonic mean of what is forgotten (asked, paraphrase, synonym), and of the rest, the others and the original's FID over the
+row's, each of the original's and at most 1.
 
 {chosen(tuning, labels)}
 """
