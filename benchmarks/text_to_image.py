@@ -237,7 +237,9 @@ def tune(method: str) -> None:
                 if not looks:  # of a closed form
                     seen = {0: look(quietly_loaded(changed_to).unet)}
             except ValueError as error:
-                seen = {0: dict(forgotten=1.0, rest=0.0, others=0.0, composite=0.0, refused=str(error))}
+                seen = {
+                    0: dict.fromkeys(("rest", "others", "composite"), 0.0) | {"forgotten": 1.0, "refused": str(error)}
+                }
         tried += [option | row for row in seen.values()]
         every_one = len(tried) == len(grid_of(values)) * max(1, len(looks))
         best = max(tried, key=lambda row: row["composite"])
@@ -313,7 +315,7 @@ def quick() -> None:
                 made = folder
                 if one.change is not None:
                     made = Path(scratch, method)
-                    settings = one.settings | (few if "max_steps" in one.settings or method == "both" else {})
+                    settings = one.settings | (few if one.is_trained else {})
                     row = changed(method, case, settings, folder, made)
                 row |= measure(cell, made, figures, quick=True)
             except (ImportError, ValueError) as error:

@@ -77,7 +77,7 @@ def unet_of(shape: str, quick: bool) -> UNet2DConditionModel:
             config |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 32}
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
-    unet = unet.to(DTYPES[shape]).to_empty(device="cpu")
+    unet = torch.nn.Module.to(unet, DTYPES[shape]).to_empty(device="cpu")
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.normal_(std=0.02)
@@ -102,7 +102,12 @@ def pipeline_of(shape: str, quick: bool = False) -> DiffusionPipeline:
     words = tokenizer()
     words.model_max_length = LENGTH
     large, huge = (SMALL, SMALL) if quick else (LARGE, HUGE)
-    parts = {"vae": None, "unet": unet_of(shape, quick), "scheduler": DDIMScheduler(), "tokenizer": words}
+    parts = {
+        "vae": None,
+        "unet": unet_of(shape, quick),
+        "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False),
+        "tokenizer": words,
+    }
     parts["text_encoder"] = encoder(CLIPTextModel, words, large, "quick_gelu")
     if shape == "sd15":
         unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

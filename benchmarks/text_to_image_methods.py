@@ -43,14 +43,14 @@ class Method:
         change ([`Change`], *optional*): makes the pipeline forget; None for what is not changed.
         settings (`dict`): of the method.
         chosen (`dict`): what is chosen by `--tune`, with the values that are tried.
-        ours (`bool`): whether its settings are the package's defaults.
+        is_trained (`bool`): whether it is a trainer's.
     """
 
     label: str
     change: Change | None = None
     settings: dict = field(default_factory=dict)
     chosen: dict = field(default_factory=dict)
-    ours: bool = False
+    is_trained: bool = False
 
 
 def public(name: str):
@@ -127,22 +127,22 @@ NEUTRAL_VDU = {"trainable": ["cross_attention"], "negative_guidance": 1.0}
 
 def peer(label: str, change: Change, **settings) -> Method:
     """Trained within the budget, at the rate and after the steps that are chosen for it."""
-    return Method(label, change, BUDGET | settings, {"learning_rate": RATES, "max_steps": LOOKS})
+    return Method(label, change, BUDGET | settings, {"learning_rate": RATES, "max_steps": LOOKS}, is_trained=True)
 
 
 METHODS: dict[str, Method] = {
     "original": Method("original"),
     "retrained": Method("retrained without it"),
     "negative_prompt": Method("negative prompt at sampling time"),
-    "redirect": Method("**closed form (`redirect_concept`)**", redirect, ours=True),
+    "redirect": Method("**closed form (`redirect_concept`)**", redirect),
     "redirect_given": Method("closed form, anchor given", redirect, {"anchor": "given"}),
     "redirect_null_space": Method(
         "closed form in the null space", redirect, {"null_space": True}, {"ridge": (0.01, 0.1, 0.3)}
     ),
-    "vdu_old": Method("VDU, defaults of before", trained("VDU"), OLD_VDU),
-    "vdu_neutral": Method("VDU, neutral prompts given", trained("VDU", "neutral"), NEUTRAL_VDU),
-    "vdu": Method("**VDU alone**", by_one_word, {"closed_form": False}, ours=True),
-    "both": Method("**closed form, then VDU: our defaults**", by_one_word, {"closed_form": True}, ours=True),
+    "vdu_old": Method("VDU, defaults of before", trained("VDU"), OLD_VDU, is_trained=True),
+    "vdu_neutral": Method("VDU, neutral prompts given", trained("VDU", "neutral"), NEUTRAL_VDU, is_trained=True),
+    "vdu": Method("**VDU alone**", by_one_word, {"closed_form": False}, is_trained=True),
+    "both": Method("**closed form, then VDU: our defaults**", by_one_word, {"closed_form": True}, is_trained=True),
     "esd_x": peer("ESD-x", trained("ESD"), variant="x"),
     "esd_u": peer("ESD-u", trained("ESD"), variant="u"),
     "ablation": peer("concept ablation", trained("ConceptAblation", "anchor")),
