@@ -301,7 +301,7 @@ def write_report() -> None:
 
 def quick() -> None:
     """Everything once, with a pipeline that has learnt next to nothing."""
-    recipe = TextToImageRecipe(examples=200, steps=4, vae_steps=2, checkpoints=0, channels=(8, 16))
+    recipe = TextToImageRecipe(examples=200, steps=4, reader_steps=2, vae_steps=2, checkpoints=0, channels=(8, 16))
     few = {"max_steps": 2, "per_device_train_batch_size": 2, "forget_samples": 2, "own_samples": 4}
     with tempfile.TemporaryDirectory() as scratch:
         folder = text_to_image.train(recipe, Path(scratch, "original"), progress=False)
