@@ -16,6 +16,7 @@ import gan_report
 import influence_report
 import language_report
 import poison_report
+import text_to_image_report
 
 
 HERE = Path(__file__).parent
@@ -194,6 +195,10 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
             parts.append(getattr(language_report, name)(results(f"language_{name}")["rows"]))
     if (HERE / "results" / "poison_unlearning.json").is_file():
         parts.append(poison_report.render(results("poison_unlearning")))
+    if all((HERE / "results" / f"text_to_image{name}.json").is_file() for name in ("", "_tuning")):
+        there = (HERE / "results" / "text_to_image_cost.json").is_file()
+        costs = results("text_to_image_cost") if there else None
+        parts.append(text_to_image_report.render(results("text_to_image"), results("text_to_image_tuning"), costs))
     return "\n".join(parts)
 
 
