@@ -289,7 +289,9 @@ def main() -> None:
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         if quick:
-            recipe = replace(recipe, examples=200, steps=4, vae_steps=2, checkpoints=0, channels=(8, 16))
+            recipe = replace(
+                recipe, examples=200, steps=4, reader_steps=2, vae_steps=2, checkpoints=0, channels=(8, 16)
+            )
             folder = text_to_image.train(recipe, Path(scratch, "model"))
         else:
             folder = text_to_image_model(recipe)

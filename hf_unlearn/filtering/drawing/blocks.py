@@ -37,7 +37,8 @@ BESIDE = ("image", "frames", "audio", "audios", "sound")
 # diffusers 0.42 loads a pipeline's blocks by the name of their class alone, without what was inserted, and takes the pipeline's
 # default blocks for a name that it does not know. Of this one, which says as much as can be said by a name, it can make nothing.
 NO_BLOCKS = "ModularPipelineBlocks"
-CONFIG, CODE, CLASS = "modular_config.json", "filtered_blocks.py", "FilteredBlocks"
+INDEX, CONFIG = ModularPipeline.config_name, ModularPipelineBlocks.config_name
+CODE, CLASS = "filtered_blocks.py", "FilteredBlocks"
 
 
 class FilterBlock(ModularPipelineBlocks):
@@ -151,13 +152,17 @@ class FilterBlock(ModularPipelineBlocks):
         components.register_to_config(_blocks_class_name=NO_BLOCKS)
 
     @staticmethod
-    def save_pipeline(pipeline: ModularPipeline, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pipeline(
+        pipeline: ModularPipeline, save_directory: str | os.PathLike, *, repo_id: str | None = None, **kwargs: Any
+    ) -> None:
         """Save a modular pipeline, its filter and, as code, the step that it is: diffusers' own `from_pretrained` loads it with
         `trust_remote_code=True` and refuses it without.
 
         Args:
             pipeline ([`~diffusers.ModularPipeline`]): of blocks of diffusers with a [`FilterBlock`] among them.
             save_directory (`str` or `Path`): made if it is not there.
+            repo_id (`str`, *optional*): where the folder will be uploaded, whole. On the Hub diffusers looks for components where the index
+                says, and without it finds none; a folder has its own.
             kwargs: of [`~diffusers.ModularPipeline.save_pretrained`].
 
         Raises:
@@ -172,11 +177,16 @@ class FilterBlock(ModularPipelineBlocks):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         # First, so that what is half written has a filter already.
-        index = {"_class_name": CLASS, "auto_map": {NO_BLOCKS: f"{Path(CODE).stem}.{CLASS}"}}
-        (folder / CONFIG).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        config = {"_class_name": CLASS, "auto_map": {NO_BLOCKS: f"{Path(CODE).stem}.{CLASS}"}}
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / CODE).write_text(code, encoding="utf-8")
         pipeline.register_to_config(_blocks_class_name=NO_BLOCKS)
         pipeline.save_pretrained(str(folder), **{"overwrite_modular_index": True} | kwargs)
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        for part in (value[2] for value in index.values() if isinstance(value, list) and len(value) == 3):
+            if part["pretrained_model_name_or_path"] == str(folder):
+                part["pretrained_model_name_or_path"] = repo_id
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _checked(checker: Any) -> FASTSafetyChecker:

@@ -18,10 +18,12 @@ from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from filter_data import BrightnessChecker, fitted_filter, seeded, tiny_sdxl
 from fresh import run_python
+from hub_server import LoopbackHub
 
 from hf_unlearn import FilterBlock, FilteredImageError, FilteredPipeline
 
 
+PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
 CALL = {"prompt": ["a photo", "hot p", "a", "p"], "num_inference_steps": 2, "height": 8, "width": 8}
 
 
@@ -36,8 +38,7 @@ def modular(sdxl, checker=None, *, block=None, name="filter", place=None):
     if block is not None:
         blocks.sub_blocks.insert(name, block, len(blocks.sub_blocks) if place is None else place)
     pipe = blocks.init_pipeline()
-    parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
-    pipe.update_components(**{name: getattr(sdxl, name) for name in parts})
+    pipe.update_components(**{name: getattr(sdxl, name) for name in PARTS})
     if checker is not None:
         pipe.update_components(image_filter=checker)
     pipe.set_progress_bar_config(disable=True)
@@ -252,6 +253,24 @@ class TestSaving:
         FilterBlock.save_pipeline(again, tmp_path / "second")
         for name in ("filtered_blocks.py", "modular_config.json"):
             assert (tmp_path / "second" / name).read_text() == (tmp_path / "first" / name).read_text()
+
+    @pytest.mark.slow
+    def test_on_the_hub(self, sdxl, tmp_path):
+        FilterBlock.save_pipeline(modular(sdxl, fitted_filter(), block=FilterBlock()), tmp_path / "a", repo_id="me/a")
+        FilterBlock.save_pipeline(modular(sdxl, fitted_filter(), block=FilterBlock()), tmp_path / "b")
+        assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "b").glob("*.*"))
+        with LoopbackHub() as hub, hub.in_this_process(tmp_path / "home"):
+            for name in ("a", "b"):
+                hub.put(f"me/{name}", tmp_path / name)
+            assert self.loads("me/a") == []
+            pipe = ModularPipeline.from_pretrained("me/a", trust_remote_code=True)
+            pipe.load_components()
+            assert len(draw(pipe).filtered) == 4
+            pipe = ModularPipeline.from_pretrained("me/b", trust_remote_code=True)
+            pipe.load_components()
+            assert [getattr(pipe, name) for name in (*PARTS, "image_filter")] == [
+                None
+            ] * 8  # it has nothing to draw with
 
     def test_diffusers_own_saving_loses_no_filter_silently(self, sdxl, tmp_path):
         """It leaves the step out, whatever the step is. Once the filter has been at work, nothing loads what is saved."""
