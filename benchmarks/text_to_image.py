@@ -31,6 +31,7 @@ import text_to_image_report
 from diffusers import DiffusionPipeline
 from generators import grid_of, start
 from PIL import Image
+from rows import by_line, rounded, save
 from text_to_image_figures import (
     GUIDANCE,
     SCALES,
@@ -244,30 +245,11 @@ def tune(method: str) -> None:
         every_one = len(tried) == len(grid_of(values)) * max(1, len(looks))
         best = max(tried, key=lambda row: row["composite"])
         chosen = {key: best[key] for key in one.chosen} if every_one else None
-        save(TUNING, rows_as_lines(tuning() | {method: rounded({"chosen": chosen, "tried": tried})}))
+        save(TUNING, by_line(tuning() | {method: rounded({"chosen": chosen, "tried": tried})}))
         print(method, json.dumps(rounded(tried[-len(seen) :])), flush=True)
 
 
 # Results
-
-
-def rows_as_lines(rows: dict) -> str:
-    """JSON with an entry a line."""
-    return "{\n" + ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()) + "\n}"
-
-
-def save(file: Path, text: str) -> None:
-    partial = file.with_name(f"{file.name}.partial")  # another process may be reading
-    partial.write_text(text + "\n")
-    partial.replace(file)
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def gathered() -> dict[str, dict]:
@@ -285,7 +267,7 @@ def write_report() -> None:
     labels = {name: method.label for name, method in METHODS.items()}
     save(
         RESULTS,
-        f'{{"budget": {json.dumps(budget)},\n"labels": {json.dumps(labels)},\n"cells": {rows_as_lines(found)}}}',
+        f'{{"budget": {json.dumps(budget)},\n"labels": {json.dumps(labels)},\n"cells": {by_line(found)}}}',
     )
     results.cache_clear()
     strips = {
