@@ -135,6 +135,21 @@ class TestTheFirstAct:
         assert logged == [pytest.approx(outcome.now["effect"], rel=1e-4)] * 2
         assert abs(outcome.now["effect"]) < 0.9 * outcome.original["effect"]
 
+    @pytest.mark.parametrize("kind", ["sdxl", "pixart", "sd3", "flux"])
+    def test_of_other_architectures(self, kind, tmp_path):
+        pipeline = tiny(kind)
+        trainer = trainer_of(pipeline, tmp_path, forget_prompts=["a photo of a cat"], learning_rate=0.0, max_steps=1)
+        assert trainer.args.closed_form
+        trainer.train()
+        edited = redirect_concept(
+            tiny(kind), WANTED, wordings=[*templates_for("cat", "animal"), "a photo of a cat"], measure=False
+        )
+        expected, before = cross_attention(edited), cross_attention(tiny(kind))
+        for name, weight in cross_attention(pipeline).items():
+            assert torch.allclose(weight, expected[name], rtol=0, atol=1e-5)
+            assert not torch.allclose(weight, before[name], rtol=0, atol=1e-4)
+        assert trainer.outcome.now["effect"] < trainer.outcome.original["effect"]
+
     def test_is_left_out_with_an_adapter_or_when_told(self, tmp_path):
         for number, values in enumerate(({"trainable": ["lora"]}, {"closed_form": False, "learning_rate": 0.0})):
             pipeline, before = tiny("sd"), cross_attention(tiny("sd"))
