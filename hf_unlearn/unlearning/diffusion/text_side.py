@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -49,6 +50,19 @@ class TextLayer:
     width: int
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of diffusers for the time of a `with` block."""
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 class TextSide(Architecture):
     """The text side of one architecture: the layers that read text, and which position of it each word has."""
 
@@ -70,8 +84,11 @@ class TextSide(Architecture):
         return self.read_by()
 
     def told(self, prompts: Sequence[str]) -> Told:
-        """Encode prompts, as the pipeline does where it draws."""
-        conditioning = cast(self.conditioning(prompts, self.device), self.denoiser.dtype)
+        """Encode prompts, as the pipeline does where it draws. What is cut of long ones is not said here, a line for each batch of a
+        thousand prompts: of those that a user gave it has been.
+        """
+        with quiet():
+            conditioning = cast(self.conditioning(prompts, self.device), self.denoiser.dtype)
         tokens, attended, pooled = self.states(conditioning)
         return Told(tokens, self._everywhere(tokens) if attended is None else attended, pooled, conditioning)
 
