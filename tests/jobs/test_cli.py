@@ -101,7 +101,7 @@ def job_and_config(*arguments, verb="unlearn"):
     method = METHODS[verb][chosen(given, METHODS[verb])]
     values = read(method, given, help="")
     job = method.job_of(values)
-    return job, method.runner(job, values).args[1]
+    return job, method.runner(job, values).args[1] if method.config else job
 
 
 class TestCommand:
@@ -202,7 +202,7 @@ class TestReading:
         extra = ("--bf16", "false", "--use_cpu", "true") if "bf16: true" in text else ()
         job, config = job_and_config("--config", str(path), *extra, verb=verb)
         assert config.output_dir == f"outputs/{path.stem}"
-        assert type(config).__name__ == METHODS[verb][job.method].config
+        assert type(config).__name__ == (METHODS[verb][job.method].config or "RedirectJob")
 
     def test_accelerate_configs_are_valid(self):
         from accelerate.commands.config.config_args import load_config_from_file
@@ -264,8 +264,8 @@ class TestBadRecipes:
             ({}, "--learning_rate", "learning_rate: expected one argument"),
             ({}, "stray", "unexpected argument 'stray'; keys are written --key value"),
             ({}, "--config", "config: expected one argument"),
-            ({"method": None}, "", "method: missing; set it to one of pbu, unlearn, sft, vdu, adapt_then_unlearn"),
-            ({"method": "pbo"}, "", "method: 'pbo' is not one of pbu, unlearn, sft, vdu, adapt_then_unlearn; did you mean 'pbu'?"),
+            ({"method": None}, "", f"method: missing; set it to one of {', '.join(UNLEARN)}"),
+            ({"method": "pbo"}, "", f"method: 'pbo' is not one of {', '.join(UNLEARN)}; did you mean 'pbu'?"),
             ({"model": None}, "", "model: missing; set it to 'digits', a folder, or an id on the Hub"),
             ({"dataset": None}, "", "dataset: missing; set it to 'digits', a folder, or an id on the Hub"),
             ({"output_dir": None}, "", "output_dir: missing; set it to the folder that gets the unlearned model"),

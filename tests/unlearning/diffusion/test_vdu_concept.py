@@ -58,9 +58,8 @@ class TestWhatFollows:
             assert {"cat", anchor} == (set(words) ^ set(others)) - {"a", "an"}
         assert settled.negative_guidance == pytest.approx(1, abs=0.01)  # at 7.5, which is the pipeline's own
         assert {"cat", "cats"}.isdisjoint(" ".join(settled.replay_prompts).split())
-        assert [prompt in instead for prompt in settled.replay_prompts] == [True, False] * (
-            len(settled.replay_prompts) // 2
-        )
+        assert set(settled.replay_prompts[::2]) == set(instead)
+        assert not set(settled.replay_prompts[1::2]) <= set(instead)
         assert all(".attn2." in name for name, p in trainer.model.named_parameters() if p.requires_grad)
         assert (args.concept, args.forget_prompts, args.redirect_prompt, args.trainable) == ("cat", None, None, None)
 
