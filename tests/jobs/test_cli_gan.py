@@ -340,7 +340,7 @@ class TestBadRecipes:
 
     def test_the_method(self, fails):
         line = fails("--method", "adapt_then_unlern")
-        assert line.endswith("vdu, adapt_then_unlearn; did you mean 'adapt_then_unlearn'?")
+        assert line.endswith(", adapt_then_unlearn; did you mean 'adapt_then_unlearn'?")
 
 
 class TestBadData:

@@ -90,8 +90,6 @@ def settled(args: Any, pipeline: DiffusionPipeline, dataset: Any) -> Any:
         if concept is not None:
             logger.info("concept: %r, which all prompts to forget name; set concept= where it is another", concept)
     settled = copy.copy(args)
-    if settled.negative_guidance is None:
-        settled.negative_guidance = negative_guidance_for(architecture.free_guidance(args.guidance_scale))
     if concept is None:
         if args.closed_form:
             raise ValueError(

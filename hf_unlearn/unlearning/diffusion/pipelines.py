@@ -52,7 +52,8 @@ def architecture_of(
     for kind in type(pipe).__mro__:
         if kind.__name__ in known:
             return known[kind.__name__](pipe)
-    raise ValueError(f"{argument}: {type(pipe).__name__} is not supported; pass one of {', '.join(known)}")
+    names = ", ".join(name.removesuffix("Pipeline") for name in known)
+    raise ValueError(f"{argument}: {type(pipe).__name__} is not supported; pass a pipeline of one of {names}")
 
 
 def text_side_of(pipe: Any) -> TextSide:

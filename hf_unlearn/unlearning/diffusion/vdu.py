@@ -19,7 +19,7 @@ from ...parameters.reference import trainable_parameters
 from ...training.checks import check_fields
 from ...training.pictures import METRIC_SEED
 from ..objective import Batch
-from .concept import settled
+from .concept import negative_guidance_for, settled
 from .denoiser import is_prompted
 from .encoded import prompts_of
 from .pipelines import text_side_of
@@ -72,8 +72,9 @@ class VDUConfig(RedirectPromptsConfig):
         redirect_prompt (`list[str]` | `str` | `dict[str, str]`, *optional*): the neutral prompt. Default: with a concept the same wording
             with its anchor, else the empty prompt, which takes everything else that a prompt asks for with it. One for all, one for each
             of `forget_prompts` in their order, or for prompts of a dataset a dict from prompt to neutral prompt.
-        negative_guidance (`float`, *optional*): how far beyond the neutral prompt `redirect` goes. Default: by the guidance scale that
-            the pipeline draws with, 1 at 7.5 ([`~hf_unlearn.unlearning.diffusion.concept.negative_guidance_for`]).
+        negative_guidance (`float`, *optional*): how far beyond the neutral prompt `redirect` goes. Default: 0 after the closed form, by which
+            nothing is left to go beyond; else by the guidance scale that the pipeline draws with, 1 at 7.5
+            ([`~hf_unlearn.unlearning.diffusion.concept.negative_guidance_for`]).
 
     > `redirect`, without prompts
         caution (`float`, defaults to 3.0): how many times the odds of the forgotten kind are raised: 1 is Bayes' rule itself; above, what
@@ -246,6 +247,9 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
             )
         if self.args.closed_form is None:
             self.args.closed_form = self._words_are_trained
+        if self.args.negative_guidance is None:  # nothing is left to go beyond after the first act
+            scale = self.architecture.free_guidance(self.args.guidance_scale)
+            self.args.negative_guidance = 0.0 if self.args.closed_form else negative_guidance_for(scale)
         if self.guard and self.forget_dataset is not None and self._redirects_prompts:
             self.add_callback(_LogsEffect(self))
 

@@ -361,7 +361,7 @@ class TestRefusals:
             "StableDiffusionImg2ImgPipeline",
         ):
             assert name not in PIPELINES
-            with pytest.raises(ValueError, match=f"^pipeline: {name} is not supported; pass one of "):
+            with pytest.raises(ValueError, match=f"^pipeline: {name} is not supported; pass a pipeline of one of "):
                 as_pipeline(None, object.__new__(getattr(diffusers, name)), None)
 
     def test_fused_joint_projections(self):

@@ -274,7 +274,9 @@ class TestRefused:
         """What is supported is one of diffusers' text-to-image pipelines and derives from no other one here."""
         for name in TEXT_SIDES:
             assert "prompt" in inspect.signature(getattr(diffusers, name).__call__).parameters
-        with pytest.raises(ValueError, match="^pipe: int is not supported; pass one of StableDiffusionPipeline, "):
+        with pytest.raises(
+            ValueError, match="^pipe: int is not supported; pass a pipeline of one of StableDiffusion, "
+        ):
             redirect_concept(3, "cat")
         from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 

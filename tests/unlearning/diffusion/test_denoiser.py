@@ -102,7 +102,7 @@ class TestPipelines:
         assert len(kinds) - len(others) == len(PIPELINES)
         for kind in others:
             refused(
-                f"^pipeline: {kind.__name__} is not supported; pass one of DDPM",
+                f"^pipeline: {kind.__name__} is not supported; pass a pipeline of one of DDPM",
                 as_pipeline,
                 None,
                 object.__new__(kind),
