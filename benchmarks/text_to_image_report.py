@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from PIL import Image, ImageDraw, ImageFont
 
 
-OURS = "both"
+OURS = "redirect"  # both acts, our defaults of VDU, have not been measured yet
 WORDINGS = {"asked": "asked", "paraphrase": "paraphrase", "order": "order", "synonym": "synonym", "rare": "rare word", "unconditional": "no prompt"}  # fmt: skip
 AFTER = {
     "benign": "{benign} benign steps",
@@ -274,7 +274,7 @@ text encoder rounded to 8 bits with a scale for each output channel; half precis
 
 {back(cells, labels, budget)}
 
-### Our defaults and their goals
+### The closed form and its goals
 
 Differences to the row of the same concept and seed; bold where the median misses the goal. The embedding is compared with the best peer of those that draw the
 concept in at most {100 * FORGOTTEN:.0f} % and keep {100 * KEPT:.0f} % of the rest and of the others.
