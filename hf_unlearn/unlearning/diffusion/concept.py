@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 BATCH = 16  # prompts encoded at once
 # What a prompt says of any picture: a concept neither begins nor ends with it.
 AROUND = {
-    *["a", "an", "the", "of", "in", "on", "at", "by", "with", "and", "or", "to", "from", "for", "over", "behind", "is", "its", "it", "this", "that", "some", "one's", "style"],
+    *["a", "an", "the", "of", "in", "on", "at", "by", "with", "and", "or", "to", "from", "for", "over", "behind", "is", "its", "it", "this", "that", "some", "one", "s", "style"],
     *["photo", "photograph", "picture", "image", "painting", "drawing", "sketch", "portrait", "illustration", "render", "rendering", "artwork", "close-up", "closeup"],
     *["background", "plain", "small", "big", "high", "quality", "detailed"],
 }  # fmt: skip
-# Of the way to what `redirect` asks for, what training went on a small pipeline at guidance 7.5, without the closed form.
+# Of the way to what `redirect` asks for, what training is taken to go without the closed form: set so that η is 1 at guidance 7.5.
 REACHED = 0.467
 
 
@@ -89,7 +89,7 @@ def settled(args: Any, pipeline: DiffusionPipeline, dataset: Any) -> Any:
         concept = common_phrase(prompts)
         if concept is not None:
             logger.info("concept: %r, which all prompts to forget name; set concept= where it is another", concept)
-    settled = copy.copy(args)
+    made = copy.copy(args)
     if concept is None:
         if args.closed_form:
             raise ValueError(
@@ -100,32 +100,32 @@ def settled(args: Any, pipeline: DiffusionPipeline, dataset: Any) -> Any:
                 "concept: the prompts to forget have no words in common, so all that they ask for is redirected to the empty prompt; set "
                 "concept= to what is to be forgotten"
             )
-        settled.redirect_prompt = "" if args.redirect_prompt is None else args.redirect_prompt
-        settled.closed_form = False
-        return settled
+        made.redirect_prompt = "" if args.redirect_prompt is None else args.redirect_prompt
+        made.closed_form = False
+        return made
     side = text_side_of(pipeline)
-    settled.concept = anchors = anchors_for(side, concept, None, BATCH)
+    made.concept = anchors = anchors_for(side, concept, None, BATCH)
     if not prompts:
         prompts = [asked for pairs in wordings_for(side, anchors, None).values() for asked, _ in pairs]
         if dataset is None:
-            settled.forget_prompts = prompts
+            made.forget_prompts = prompts
     if args.redirect_prompt is None:
-        settled.redirect_prompt = {prompt: exchanged(prompt, anchors) for prompt in dict.fromkeys(prompts)}
-        if same := [prompt for prompt, other in settled.redirect_prompt.items() if prompt == other]:
+        made.redirect_prompt = {prompt: exchanged(prompt, anchors) for prompt in dict.fromkeys(prompts)}
+        if same := [prompt for prompt, other in made.redirect_prompt.items() if prompt == other]:
             where = "forget_prompts" if args.forget_prompts else "forget_dataset"
             raise ValueError(
                 f"{where}: {shown(same[0])} does not name {' or '.join(map(repr, anchors))}; add what it calls it to concept=, or take it out"
             )
-        asked, other = next(iter(settled.redirect_prompt.items()))
+        asked, other = next(iter(made.redirect_prompt.items()))
         logger.info("redirect_prompt: %r is to be answered as %r, and so on", asked, other)
     if args.replay_prompts is None:
-        settled.replay_prompts = _kept(settled.redirected(prompts), anchors)
+        made.replay_prompts = _kept(made.redirected(prompts), anchors)
         logger.info(
             "replay_prompts: %d of our own, half of them with %s, half of other things; give yours, for what must stay",
-            len(settled.replay_prompts),
+            len(made.replay_prompts),
             " and ".join(map(repr, dict.fromkeys(anchors.values()))),
         )
-    return settled
+    return made
 
 
 def negative_guidance_for(scale: float) -> float:

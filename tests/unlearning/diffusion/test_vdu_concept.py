@@ -35,6 +35,7 @@ class TestTheConceptOfPrompts:
             (["a painting in the style of Van Gogh", "Van Gogh, starry night", "a portrait by van Gogh"], "Van Gogh"),
             (["a photo of a dog"], "dog"),
             (["a photo of an old dog", "an old dog's photo, in a dog house", "old dog"], "old dog"),
+            (["a dog's photo", "the dog's portrait"], "dog"),
             (["a photo", "a picture"], None),
             (["one two", "three four"], None),
             ([], None),
