@@ -122,13 +122,20 @@ def by_last_words(
     """
     anchors = anchors_for(side, concept, anchor, batch_size, may_be_empty=True)
     found = wordings_for(side, anchors, wordings)
-    for name, pairs in found.items():
-        asked, instead = (last_words(side, prompts, batch_size) for prompts in zip(*pairs, strict=True))
+    parts = {
+        name: [last_words(side, prompts, batch_size) for prompts in zip(*found[name], strict=True)] for name in found
+    }
+    for name, (asked, instead) in parts.items():
         if all(torch.equal(asked[stream], instead[stream]) for stream in asked):
             raise ValueError(no_difference(name, anchors[name]))
-    pairs = [pair for some in found.values() for pair in some]
-    asked, instead = (last_words(side, prompts, batch_size) for prompts in zip(*pairs, strict=True))
-    return anchors, pairs, asked, instead
+    asked, instead = (
+        {
+            stream: torch.cat([both[which][stream] for both in parts.values()])
+            for stream in next(iter(parts.values()))[which]
+        }
+        for which in (0, 1)
+    )
+    return anchors, [pair for pairs in found.values() for pair in pairs], asked, instead
 
 
 def no_difference(concept: str, anchor: str) -> str:
