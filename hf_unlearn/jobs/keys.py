@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -34,6 +36,27 @@ def adapter_of(job: Any, task_type: str | None = None) -> Any:
         target_modules=job.lora_target_modules or "all-linear",
         task_type=task_type,
     )
+
+
+def check_machine(job: Any, name: str) -> None:
+    """Refuse several processes, of which each would write the same folder, and a GPU that is not there.
+
+    Args:
+        job: with a key `device`.
+        name (`str`): of what runs.
+
+    Raises:
+        ValueError: naming what to change.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"{name}: runs in one process; start it without accelerate launch")
+    if device_of(job).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={job.device!r}: there is no such GPU; leave it out")
+
+
+def device_of(job: Any) -> str:
+    """Where a job draws: its key `device`, or a GPU if there is one."""
+    return job.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Stopped(KeyboardInterrupt):

@@ -17,19 +17,16 @@ from ..hub.loading import diffusion_task, loading_code
 from ..hub.origin import hub_id, inherited, keep_origins, origin, revision_of, said_of
 from ..hub.provenance import Provenance
 from ..hub.publish import forget_local_paths
-from ..modes import seeded_generator
 from ..plots import image_grid
-from ..unlearning.diffusion.prompt_effect import LASTING
-from ..unlearning.diffusion.redirect import ConceptRedirection
+from ..unlearning.diffusion.drawing import generate
+from ..unlearning.diffusion.prompt_effect import LASTING, still_drawn
+from ..unlearning.diffusion.redirect import KIN, ConceptRedirection
 from ..unlearning.diffusion.wordings import kept_prompts
-from .keys import console, show_code
+from .keys import check_machine, console, device_of, show_code
 
 
 if TYPE_CHECKING:
     from .recipe.redirect import RedirectJob
-
-
-KIN = {"TIME": "2303.08084", "UCE": "2308.14761", "concept ablation": "2303.13516"}
 
 
 def run_redirect(job: RedirectJob) -> None:
@@ -38,6 +35,7 @@ def run_redirect(job: RedirectJob) -> None:
     Raises:
         ValueError: something in the recipe does not fit the pipeline; nothing was written.
     """
+    check_machine(job, "method: redirect")
     pipe = _pipeline(job)
     redirection = ConceptRedirection.of(pipe, job.concept, **job.settings())
     effect = redirection.effect(pipe)
@@ -61,8 +59,8 @@ def run_redirect(job: RedirectJob) -> None:
     for concept, anchor in redirection.anchors.items():
         out.print(f"{concept} is now answered as {anchor}")
     out.print(f"effect of its wordings, times guidance: {effect.guidance:.3g} before, {left:.3g} after")
-    if left > LASTING:
-        out.print(f"not passed  {_still_drawn(left)}")
+    if drawn := still_drawn(left, "wordings"):
+        out.print(f"not passed  {drawn}.")
     places = {"pipeline" if job.lora_rank is None else "LoRA": folder, "card": folder / "README.md"}
     for name, place in (places | {"pictures": folder / PRIVATE / "samples"} if prompts else places).items():
         out.print(f"{name:9} {place}")
@@ -76,8 +74,7 @@ def _pipeline(job: RedirectJob) -> DiffusionPipeline:
     with loading("model", job.model, "a pipeline"):
         pipe = DiffusionPipeline.from_pretrained(name, **{key: value for key, value in given.items() if value})
     keep_origins(pipe)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipe.to(device_of(job))
 
 
 # Pictures
@@ -93,14 +90,10 @@ def _shown(job: RedirectJob, redirection: ConceptRedirection) -> list[str]:
 
 def _drawn(pipe: DiffusionPipeline, prompts: list[str], job: RedirectJob) -> list[Any]:
     """An image of each prompt, each from noise of its own, which is the same before and after."""
-    given = {"num_inference_steps": job.num_inference_steps, "guidance_scale": job.guidance_scale}
-    given = {name: value for name, value in given.items() if value is not None}
-    images = []
-    for begin in range(0, len(prompts), job.batch_size):
-        part = prompts[begin : begin + job.batch_size]
-        noise = [seeded_generator("cpu", job.seed, begin + place) for place in range(len(part))]
-        images += pipe(part, generator=noise, output_type="pil", **given).images
-    return images
+    if not prompts:
+        return []
+    given = {name: getattr(job, name) for name in ("seed", "num_inference_steps", "guidance_scale", "batch_size")}
+    return list((generate(pipe, prompts, **given).permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1).numpy())
 
 
 def _write_pictures(folder: Path, prompts: list[str], before: list[Any], after: list[Any]) -> None:
@@ -119,7 +112,7 @@ def _lines(prompt: str, width: int = 16) -> str:
 
 def _card(job: RedirectJob, pipe: DiffusionPipeline, redirection: ConceptRedirection, before: float, left: float):
     base = origin(pipe.config.get("_name_or_path") or job.model)
-    count = len(redirection.anchors)
+    count, drawn = len(redirection.anchors), still_drawn(left, "wordings")
     chosen = {
         "strength": job.strength,
         "keep_weight": job.keep_weight,
@@ -154,9 +147,9 @@ def _card(job: RedirectJob, pipe: DiffusionPipeline, redirection: ConceptRedirec
         pipeline_tag=diffusion_task(type(pipe)),
         base_model_relation="finetune" if job.lora_rank is None else "adapter",
         results=[figure],
-        failed_checks=[_still_drawn(left)] if left > LASTING else [],
+        failed_checks=[f"{drawn}."] if drawn else [],
         passed_checks=[]
-        if left > LASTING
+        if drawn
         else [f"The wordings have {left:.2g} times the effect of a prompt without guidance, at most {LASTING:g}."],
         limitations=[
             "Words no longer lead to the concept; the denoiser can still draw it, without a prompt, from an image, or from an embedding that is "
@@ -164,10 +157,6 @@ def _card(job: RedirectJob, pipe: DiffusionPipeline, redirection: ConceptRedirec
         ],
         load_snippet=_code(job, pipe, Path(job.output_dir).resolve().name),
     )
-
-
-def _still_drawn(left: float) -> str:
-    return f"The concept is probably still drawn: its wordings still have {left:.2g} times the effect that they had without guidance."
 
 
 def _code(job: RedirectJob, pipe: DiffusionPipeline, name: str) -> str:

@@ -19,11 +19,11 @@ from ...metrics.generation import density_coverage, frechet_distance
 from ...plots import tradeoff_curve
 from ...tradeoff.curve import TradeOff
 from ..judging import NEIGHBOUR, classifier_of, reference_of
-from ..keys import console
+from ..keys import check_machine, console
 from ..marking import class_numbers, other_real_images
 from ..recipe.filter import FilterEvaluateJob
 from .report import TITLES, add_rate, start_columns
-from .source import EVALUATION, Source, check_machine, filtered_pipeline
+from .source import EVALUATION, Source, filtered_pipeline
 
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run_evaluate(job: FilterEvaluateJob) -> None:
     Raises:
         ValueError: something in the recipe does not fit; nothing was written.
     """
-    check_machine(job)
+    check_machine(job, "filter")
     classifier = classifier_of(job.classifier, None)
     classes = class_numbers(job.classes, classifier, key="classes", argument="classifier", name=job.classifier)
     others = None

@@ -17,7 +17,7 @@ from ...filtering.fitting.fast import RATES, FASTFitter
 from ...filtering.fitting.thresholds import samples_needed
 from ...hub.origin import hub_id
 from ..judging import classifier_of
-from ..keys import command_line, console, show_code
+from ..keys import check_machine, command_line, console, device_of, show_code
 from ..marking import class_numbers, images_in, where_the_sheet_is, write_sheet
 from ..recipe.filter import SMALL, FilterFitJob
 from .report import as_bytes, keep, pictures_of, report
@@ -26,8 +26,6 @@ from .source import (
     UNMARKED,
     Batch,
     Source,
-    check_machine,
-    device_of,
     plain_pipeline,
 )
 
@@ -45,7 +43,7 @@ def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
     Raises:
         ValueError: something in the recipe does not fit the pipeline or the marks; no filter was written.
     """
-    check_machine(job)
+    check_machine(job, "filter")
     # What costs seconds to find wrong comes before what costs minutes to draw.
     marks = _marks(job)
     encoder = _encoder(job)

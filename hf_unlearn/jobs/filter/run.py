@@ -11,9 +11,9 @@ from rich.table import Table
 
 from ...filtering.drawing.actions import FilteredImageError
 from ...plots import image_grid
-from ..keys import console
+from ..keys import check_machine, console
 from ..recipe.filter import VERDICTS, FilterRunJob
-from .source import RUN, Source, check_machine, filtered_pipeline
+from .source import RUN, Source, filtered_pipeline
 
 
 GRID = "grid.png"
@@ -26,7 +26,7 @@ def run_filtered(job: FilterRunJob) -> None:
     Raises:
         ValueError: something in the recipe does not fit, or with `action: raise` an image is not released; nothing was written.
     """
-    check_machine(job)
+    check_machine(job, "filter")
     settings = {name: getattr(job, name) for name in ("action", "max_tries") if getattr(job, name) is not None}
     pipe = filtered_pipeline(job, **settings)
     source = Source(pipe.pipeline, job)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ...filtering.drawing.pipeline import FilteredPipeline
 from ...gan.pipeline import GANPipeline
 from ...hub.loading import diffusion_task
 from ...modes import seeded_generator
+from ..keys import device_of
 from ..recipe.filter import SMALL, PipelineJob, holds_a_filter
 
 
@@ -33,23 +33,6 @@ if TYPE_CHECKING:
 # What samples are for: of one seed, each purpose has its own.
 SHEET_SAMPLES, UNMARKED, EVALUATION, RUN = range(4)
 FIT_FIRST = "run hf-unlearn filter fit first, or set filter to a folder or an id"
-
-
-def check_machine(job: PipelineJob) -> None:
-    """Refuse several processes, of which each would write the same folder, and a GPU that is not there.
-
-    Raises:
-        ValueError: naming what to change.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("filter: runs in one process; start it without accelerate launch")
-    if device_of(job).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={job.device!r}: there is no such GPU; leave it out")
-
-
-def device_of(job: PipelineJob) -> str:
-    """Where a job draws."""
-    return job.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _loading(job: PipelineJob) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from ...training.checks import check_fields
+from ...training.checks import check_fields, shown
 
 
 def check_needs(job: Any, *needs: tuple[str, str, str]) -> None:
@@ -54,6 +55,16 @@ def check_numbers(undesired: Sequence[int] | None, looked_at: int, *, others: st
         raise ValueError("undesired: is empty; name at least one sample, or leave it out to be given the sheet")
     if undesired is not None and len(set(undesired)) == looked_at:
         raise ValueError(f"undesired: names all {looked_at} samples, none is left as {others}; raise looked_at")
+
+
+def check_device(device: str | None) -> None:
+    """Refuse what names no device.
+
+    Raises:
+        ValueError: naming what to set.
+    """
+    if device is not None and not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device):
+        raise ValueError(f"device={shown(device)}: is none; set it to cpu or cuda, or leave it out")
 
 
 def check_adapter(job: Any) -> None:

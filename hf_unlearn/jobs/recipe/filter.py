@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ...examples.named import DDPMS, GANS
 from ...hub.allowed import FILTERED, PIPELINE
-from ...training.checks import check_fields, shown
-from .checks import check_at_most_one, check_needs, check_numbers
+from ...training.checks import check_fields
+from .checks import check_at_most_one, check_device, check_needs, check_numbers
 
 
 SMALL = (*GANS, *DDPMS)
@@ -65,8 +64,7 @@ class PipelineJob:
         if self.prompts is not None and not (self.prompts and all(prompt.strip() for prompt in self.prompts)):
             raise ValueError("prompts: has nothing to ask for; list some, or leave it out")
         check_fields(self, {"≥ 1": ("batch_size", "num_inference_steps")} | self._ranges)
-        if self.device is not None and not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", self.device):
-            raise ValueError(f"device={shown(self.device)}: is none; set it to cpu or cuda, or leave it out")
+        check_device(self.device)
         if self.pipeline in SMALL:
             for name in ("pipeline_revision", "prompts", "guidance_scale", "dtype"):
                 if getattr(self, name) is not None:

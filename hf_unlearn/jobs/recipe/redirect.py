@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...training.checks import check_fields, check_is_not_original, shown
+from ...training.checks import check_fields, check_is_not_original
+from .checks import check_device
 
 
 @dataclass
@@ -15,7 +15,7 @@ class RedirectJob:
 
     Args:
         method (`"redirect"`): this.
-        model (`str`): `"coloured-digits"` (a small pipeline, trained on first use: half an hour), a folder, or an id on the Hub: Stable
+        model (`str`): `"coloured-digits"` (a small pipeline, trained on first use: about 40 minutes), a folder, or an id on the Hub: Stable
             Diffusion 1, 2, 3 or XL, PixArt, Flux.1, a latent consistency model.
         model_revision (`str`, *optional*): of a pipeline on the Hub.
         concept (`list[str]`): the words or phrases to forget.
@@ -69,8 +69,7 @@ class RedirectJob:
             raise ValueError("output_dir: missing; set it to the folder that gets the pipeline")
         ranges = {"≥ 1": ("lora_rank", "num_inference_steps", "batch_size"), "> 0": ("strength", "ridge")}
         check_fields(self, ranges | {"≥ 0": ("keep_weight", "grid_images")})
-        if self.device is not None and not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", self.device):
-            raise ValueError(f"device={shown(self.device)}: is none; set it to cpu or cuda, or leave it out")
+        check_device(self.device)
         check_is_not_original(self.output_dir, self.model)
 
     def settings(self) -> dict[str, Any]:

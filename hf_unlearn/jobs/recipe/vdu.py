@@ -20,7 +20,7 @@ class VDUJob(UnlearnJob):
 
     Args:
         model (`str`): `"digits-ddpm"`, `"fashion-mnist-ddpm"` or `"coloured-digits"` (small models, trained on first use: minutes, the
-            last one, which is prompted, half an hour), the folder or the id of a pipeline.
+            last one, which is prompted, about 40), the folder or the id of a pipeline.
         classifier (`str`, *optional*): counts what is drawn before and after: `"digits"`, a folder or an id of an image
             classifier. Its classes are those of the dataset.
         forget_limit (`int`, *optional*): use at most so many of the forget rows, drawn by the seed.

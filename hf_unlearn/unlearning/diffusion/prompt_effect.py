@@ -85,6 +85,21 @@ class PromptEffect:
         ]
 
 
+def still_drawn(effect: float, whose: str) -> str | None:
+    """What a card says of an effect that lasts; None of one that does not.
+
+    Args:
+        effect (`float`): what is left, times guidance.
+        whose (`str`): as in `"prompts"`.
+    """
+    if effect <= LASTING:
+        return None
+    return (
+        f"What was to be forgotten is probably still drawn: its {whose} still have {effect:.2g} times the effect on an answer that they had "
+        "without guidance"
+    )
+
+
 def measured(side: TextSide, pairs: Sequence[tuple[str, str]]) -> PromptEffect:
     """[`PromptEffect.of`], of a text side."""
     if not pairs:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+KIN = {"TIME": "2303.08084", "UCE": "2308.14761", "concept ablation": "2303.13516"}  # what it stands on
 PAIRS = 4, 16  # wordings at least and at most by which the effect is measured
 
 

@@ -24,8 +24,8 @@ from .denoiser import is_prompted
 from .encoded import prompts_of
 from .pipelines import text_side_of
 from .posterior import ForgottenPosterior
-from .prompt_effect import LASTING
-from .redirect import redirect_concept
+from .prompt_effect import still_drawn
+from .redirect import KIN, redirect_concept
 from .redirect_prompts import RedirectPromptsConfig, RedirectPromptsTrainer
 from .stability import StabilityMixin
 from .wordings import exchanged, kind_of, templates_for
@@ -189,7 +189,7 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
         kin = {"concept ablation": "2303.13516"}
         if self.args.negative_guidance:
             kin |= {"ESD's negative guidance": "2303.07345"}
-        return kin | {"TIME": "2303.08084", "UCE": "2308.14761"} if self.args.closed_form else kin
+        return kin | KIN if self.args.closed_form else kin
 
     @torch.no_grad()
     def answer_without(self, batch: Batch) -> Tensor:
@@ -271,7 +271,10 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
         own = [prompt for prompt in prompts_of(self.forget_dataset) if exchanged(prompt, anchors) != prompt]
         templates = chain.from_iterable(templates_for(name, kind_of(name)) for name in anchors)
         redirect_concept(self.pipeline, anchors, wordings=[*dict.fromkeys(templates), *own])
-        self._begins_as_original = False
+
+    @property
+    def _begins_as_original(self) -> bool:
+        return not self.args.closed_form
 
     # How it came out
 
@@ -295,17 +298,13 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
 
     @property
     def failed_checks(self) -> list[str]:
-        failed, effect = super().failed_checks, self._effect
-        if effect is not None and effect > LASTING:
-            failed.append(
-                f"What was to be forgotten is probably still drawn: its prompts still have {effect:.2g} times the effect on an answer that they "
-                f"had without guidance (guidance_scale={self.guidance:g})."
-            )
-        return failed
+        drawn = self._still_drawn
+        return [*super().failed_checks, *([] if drawn is None else [f"{drawn} (guidance_scale={self.guidance:g})."])]
 
     @property
-    def _effect(self) -> float | None:
-        return None if self.outcome is None else self.outcome.now.get("effect")
+    def _still_drawn(self) -> str | None:
+        known = self.outcome is not None and "effect" in self.outcome.now
+        return still_drawn(self.outcome.now["effect"], "prompts") if known else None
 
     @property
     def _redirects_prompts(self) -> bool:
@@ -314,7 +313,7 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
     def train(self, *args: Any, **kwargs: Any):
         """As [`~hf_unlearn.unlearning.diffusion.trainer.DiffusionUnlearnTrainer.train`]; says how to go on where prompts still have effect."""
         output = super().train(*args, **kwargs)
-        if self._effect is not None and self._effect > LASTING:
+        if self._still_drawn is not None:
             logger.warning(
                 "to take more of it, leave closed_form and negative_guidance at their defaults, name a concept=, or raise learning_rate or max_steps"
             )
