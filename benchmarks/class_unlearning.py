@@ -24,6 +24,7 @@ import numpy as np
 import report
 import torch
 from datasets import Dataset
+from rows import QUIET
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -131,15 +132,6 @@ def stock_training(model, dataset, seed: int, settings: dict, watch: Watch | Non
         started = time.perf_counter()
         trainer.train()
         return {"seconds": time.perf_counter() - started, "passes": passes["examples"]}
-
-
-QUIET = {
-    "report_to": "none",
-    "logging_strategy": "no",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-}
 
 
 def unlearn(trainer_class, config, model, forget, watch: Watch | None = None) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import rows
 import torch
 from datasets import Dataset, disable_progress_bars
 from torch import nn
@@ -15,12 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_unlearn.examples.facts import TRAINING
 
 
-QUIET = {
-    "report_to": "none",
-    "logging_strategy": "no",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
+QUIET = rows.QUIET | {
     "use_cpu": True,
     "bf16": False,
     "gradient_checkpointing": False,

@@ -32,19 +32,18 @@ from generators import grid_of
 from language_attacks import QUIET, RELEARNING, At, pruned, quantise, sft, silence
 from language_figures import Figures, against, composite
 from peft import LoraConfig, PeftModel
-from rows import by_line, rounded, save
+from rows import Measured, by_line, rounded, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_unlearn import UnlearnSFTConfig, UnlearnSFTTrainer
 from hf_unlearn.examples.cache import cache_dir
 from hf_unlearn.examples.facts import FactsRecipe, facts_model, kinds
-from hf_unlearn.files import read_json, write_json
+from hf_unlearn.files import write_json
 
 
 HERE = Path(__file__).parent
 RESULTS, TUNING = HERE / "results" / "language_unlearning.json", HERE / "results" / "language_tuning.json"
 CELLS = cache_dir() / "benchmarks" / "language"
-VERSION = 1  # of what is measured: cells of another one are measured again
 
 RECIPE, TUNED_ON = FactsRecipe(data_seed=0), FactsRecipe(data_seed=10, seed=0)
 SETS, SEEDS = {"forget10": 0.10, "forget05": 0.05}, (1, 2, 3)
@@ -89,7 +88,7 @@ LOOKED = 80  # rows of a split while tuning, at most
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Measured):
     """One model that is measured."""
 
     method: str
@@ -98,13 +97,7 @@ class Cell:
     set: str
     seed: int
 
-    @property
-    def file(self) -> Path:
-        return CELLS / f"{self.name.replace(' ', '-')}.json"
-
-    @property
-    def name(self) -> str:
-        return " ".join(map(str, asdict(self).values()))
+    cache, results = CELLS, RESULTS
 
     @property
     def recipe(self) -> FactsRecipe:
@@ -119,11 +112,6 @@ class Cell:
     def settings(self) -> dict | None:
         """Of the method's config; None for what is not unlearnt."""
         return PLAIN | PEERS[self.method] | self.chosen if self.method in PEERS else OURS.get(self.method)
-
-    def kept(self) -> dict | None:
-        """What was measured, on this machine or before, if it was so with these settings."""
-        row = read_json(self.file) if self.file.is_file() else results().get(self.name, {})
-        return row if (row.get("version"), row.get("settings")) == (VERSION, self.settings) else None
 
 
 # Models
@@ -219,7 +207,10 @@ def measure(
         else:
             cost = unlearn(recipe, cell.method, cell.mode, cell.data, settings, folder)
         row = (
-            asdict(cell) | {"version": VERSION, "settings": settings} | cost | figures(loaded(folder), samples=samples)
+            asdict(cell)
+            | {"version": Cell.version, "settings": settings}
+            | cost
+            | figures(loaded(folder), samples=samples)
         )
         row["after"] = attacked(folder, figures, cell.seed, relearnt)
     return row
@@ -262,11 +253,6 @@ def cells(given: argparse.Namespace) -> list[Cell]:
         elif fits(method, data) and given.only:
             raise SystemExit(f"{method}: nothing is chosen yet for {mode}, {data}; run with --tune first")
     return list(dict.fromkeys(found))
-
-
-@cache
-def results() -> dict[str, dict]:
-    return json.loads(RESULTS.read_text())["cells"] if RESULTS.is_file() else {}
 
 
 # Choosing for the peers

@@ -1,11 +1,66 @@
-"""The files of results: figures of four digits, a row a line, a row in place of an older one; whole whenever another process reads them."""
+"""What is measured, row by row: quiet trainings, cells that are kept, and the files of results, with figures of four digits, a row a line, a row in
+place of an older one; whole whenever another process reads them.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from hf_unlearn.files import read_json
+
+
+# Of a trainer that says nothing, writes nothing and asks for no GPU's memory.
+QUIET = {
+    "report_to": "none",
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
+class Measured:
+    """One model that is measured, named by the fields of a dataclass that derives from this. What was measured is kept in the cache, and after a
+    report in the results.
+
+    Attributes:
+        cache (`Path`): a folder, with a file for each.
+        results (`Path`): where a report gathers them.
+        version (`int`): of what is measured: cells of another one are measured again.
+    """
+
+    cache: ClassVar[Path]
+    results: ClassVar[Path]
+    version: ClassVar[int] = 1
+
+    @property
+    def file(self) -> Path:
+        return self.cache / f"{self.name.replace(' ', '-')}.json"
+
+    @property
+    def name(self) -> str:
+        return " ".join(map(str, asdict(self).values()))
+
+    @property
+    def settings(self) -> dict | None:
+        """Of the method; None for what is not unlearnt."""
+        raise NotImplementedError
+
+    def kept(self) -> dict | None:
+        """What was measured, on this machine or before, if it was so with these settings."""
+        row = read_json(self.file) if self.file.is_file() else gathered_in(self.results).get(self.name, {})
+        return row if (row.get("version"), row.get("settings")) == (self.version, self.settings) else None
+
+
+@cache
+def gathered_in(results: Path) -> dict[str, dict]:
+    """Cells that a report has gathered."""
+    return json.loads(results.read_text())["cells"] if results.is_file() else {}
 
 
 def rounded(value: Any) -> Any:

@@ -9,7 +9,7 @@ word; those that are trained on prompts are told all usual ones for the concept,
 peers are chosen on another concept, within the budget below. A cell that is measured is kept in the cache and, after `--report`, in the results:
 what was stopped goes on, and several processes may share the work. `--report` gathers the cells in benchmarks/results/text_to_image.json, writes
 docs/benchmarks.md and draws docs/pictures/text_to_image_rows.png; what was tried and chosen is in benchmarks/results/text_to_image_tuning.json.
-Pipelines are trained on first use, half an hour each.
+Pipelines are trained on first use, some 40 minutes each.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import text_to_image_report
 from diffusers import DiffusionPipeline
 from generators import grid_of, start
 from PIL import Image
-from rows import by_line, rounded, save
+from rows import Measured, by_line, gathered_in, rounded, save
 from text_to_image_figures import (
     GUIDANCE,
     SCALES,
@@ -51,7 +51,7 @@ from hf_unlearn.examples import attributes, text_to_image
 from hf_unlearn.examples.attributes import AttributeClassifier, AttributeRecipe, attribute_classifier
 from hf_unlearn.examples.cache import cache_dir
 from hf_unlearn.examples.text_to_image import TextToImageRecipe, text_to_image_model
-from hf_unlearn.files import read_json, write_json
+from hf_unlearn.files import write_json
 from hf_unlearn.images import grid
 
 
@@ -59,7 +59,6 @@ HERE = Path(__file__).parent
 RESULTS, TUNING = HERE / "results" / "text_to_image.json", HERE / "results" / "text_to_image_tuning.json"
 ROWS = HERE.parent / "docs" / "pictures" / "text_to_image_rows.png"
 CELLS = cache_dir() / "benchmarks" / "text_to_image"
-VERSION = 1  # of what is measured: cells of another one are measured again
 
 ANCHORS = {"three": "seven", "eight": "two", "red": "green"}  # of methods that are told one, by concept
 SEEDS = (0, 1)
@@ -67,20 +66,14 @@ TUNED_ON, TUNED_SEED = Case("five", "six", number=48), 0
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Measured):
     """One pipeline that is measured."""
 
     method: str
     concept: str
     seed: int
 
-    @property
-    def file(self) -> Path:
-        return CELLS / f"{self.name.replace(' ', '-')}.json"
-
-    @property
-    def name(self) -> str:
-        return " ".join(map(str, asdict(self).values()))
+    cache, results = CELLS, RESULTS
 
     @property
     def case(self) -> Case:
@@ -94,11 +87,6 @@ class Cell:
     @property
     def settings(self) -> dict:
         return METHODS[self.method].settings | (self.chosen or {})
-
-    def kept(self) -> dict | None:
-        """What was measured, on this machine or before, if it was so with these settings."""
-        row = read_json(self.file) if self.file.is_file() else results().get(self.name, {})
-        return row if (row.get("version"), row.get("settings")) == (VERSION, self.settings) else None
 
 
 @cache
@@ -168,7 +156,7 @@ def measure(cell: Cell, folder: Path, figures: Figures, quick: bool = False) -> 
 def row_of(cell: Cell) -> tuple[dict, Image.Image | None]:
     """The cell's figures and pictures."""
     figures = Figures(cell.case, attribute_classifier(), real_pictures())
-    shared = asdict(cell) | {"version": VERSION, "settings": cell.settings}
+    shared = asdict(cell) | {"version": Cell.version, "settings": cell.settings}
     original = folder_of(cell.seed)
     if METHODS[cell.method].change is None:
         folder = folder_of(cell.seed, cell.concept) if cell.method == "retrained" else original
@@ -195,11 +183,6 @@ def cells(given: argparse.Namespace) -> list[Cell]:
         elif given.only:
             raise SystemExit(f"{method}: nothing is chosen yet; run with --tune first")
     return found
-
-
-@cache
-def results() -> dict[str, dict]:
-    return json.loads(RESULTS.read_text())["cells"] if RESULTS.is_file() else {}
 
 
 # Choosing for the peers
@@ -269,7 +252,7 @@ def write_report() -> None:
         RESULTS,
         f'{{"budget": {json.dumps(budget)},\n"labels": {json.dumps(labels)},\n"cells": {by_line(found)}}}',
     )
-    results.cache_clear()
+    gathered_in.cache_clear()
     strips = {
         METHODS[method].label.replace("*", "").replace("`", ""): Image.open(file)
         for method in METHODS

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import rows
 from diffusers import DiffusionPipeline
 from text_to_image_figures import STEPS, Case
 
@@ -14,12 +15,7 @@ import hf_unlearn
 from hf_unlearn.examples.captions import WORDS
 
 
-QUIET = {
-    "report_to": "none",
-    "logging_strategy": "no",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
+QUIET = rows.QUIET | {
     "use_cpu": True,
     "num_inference_steps": STEPS,  # as everything is drawn here
 }
