@@ -198,7 +198,10 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
     if all((HERE / "results" / f"text_to_image{name}.json").is_file() for name in ("", "_tuning")):
         there = (HERE / "results" / "text_to_image_cost.json").is_file()
         costs = results("text_to_image_cost") if there else None
-        parts.append(text_to_image_report.render(results("text_to_image"), results("text_to_image_tuning"), costs))
+        bench = results("text_to_image_bench_coloured-digits-stable-diffusion-0-0")
+        parts.append(
+            text_to_image_report.render(results("text_to_image"), results("text_to_image_tuning"), costs, bench)
+        )
     return "\n".join(parts)
 
 

@@ -238,7 +238,19 @@ def cost_table(cost: dict) -> str:
     return "\n".join(lines)
 
 
-def render(results: dict, tuning: dict, cost: dict | None) -> str:
+def followed(bench: dict) -> str:
+    """How far the pipeline that others start from follows its prompts."""
+    shares = {name: row["all"] for name, row in bench.items() if "all" in row}
+    seen = shares.pop("classifier")
+    listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
+    return f"""The original follows its prompts in all three attributes (`text_to_image_bench.py`, a picture of each combination; a real picture is read right in
+{100 * seen:.1f} %): {listed}.
+
+![A picture of each combination](pictures/coloured-digits-stable-diffusion-0-0.png)
+"""
+
+
+def render(results: dict, tuning: dict, cost: dict | None, bench: dict) -> str:
     """The page's part."""
     cells, budget, labels = results["cells"], results["budget"], results["labels"]
     search, finetuning = budget["search"], budget["finetuning"]
@@ -263,6 +275,7 @@ as what is to be kept, what is trained on prompts all usual prompts for the conc
 at most {budget["max_steps"]} steps of {budget["per_device_train_batch_size"]} pictures; rate ({rates}) and steps ({looks}), and what else there is to choose, were chosen by a composite on another concept,
 "{budget["tuned_on"]}" (below); ours were not.
 
+{followed(bench)}
 {left(cells, labels)}
 
 ### What brings it back

@@ -151,8 +151,8 @@ def encoded(vae: Any, images: Tensor) -> Tensor:
 
 def train_readers(family: Family, captions: list[str], recipe: TextToImageRecipe) -> None:
     """Linear heads on the mean of all states tell which digit, colour and background a caption names, if it does. Text encoders of real pipelines have
-    been trained before, too, and stay as they are: a denoiser from which one learns along tells colours apart and never a three from a
-    seven, whose pictures agree but for their shape.
+    been trained before, too, and stay as they are; one that learned along with the denoiser would be told little of words whose pictures agree
+    but for a shape.
     """
     choices = {kind: list(values) for kind, values in WORDS.items()}
     told = [read(caption) for caption in captions]
