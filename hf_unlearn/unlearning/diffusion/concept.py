@@ -31,8 +31,6 @@ AROUND = {
     *["photo", "photograph", "picture", "image", "painting", "drawing", "sketch", "portrait", "illustration", "render", "rendering", "artwork", "close-up", "closeup"],
     *["background", "plain", "small", "big", "high", "quality", "detailed"],
 }  # fmt: skip
-# Of the way to what `redirect` asks for, what training is taken to go without the closed form: set so that η is 1 at guidance 7.5.
-REACHED = 0.467
 
 
 def common_phrase(prompts: Sequence[str]) -> str | None:
@@ -126,16 +124,6 @@ def settled(args: Any, pipeline: DiffusionPipeline, dataset: Any) -> Any:
             " and ".join(map(repr, dict.fromkeys(anchors.values()))),
         )
     return made
-
-
-def negative_guidance_for(scale: float) -> float:
-    """η at which the remaining effect of a prompt, times the guidance scale it is drawn with, is about half of what it is without guidance:
-    1 at 7.5, more above, 0 without guidance.
-
-    Args:
-        scale (`float`): s of classifier-free guidance.
-    """
-    return max(0.0, (1 - 0.5 / scale) / REACHED - 1) if scale > 1 else 0.0
 
 
 def _kept(instead: Sequence[str], anchors: Mapping[str, str]) -> list[str]:

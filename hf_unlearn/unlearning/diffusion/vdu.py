@@ -19,7 +19,7 @@ from ...parameters.reference import trainable_parameters
 from ...training.checks import check_fields
 from ...training.pictures import METRIC_SEED
 from ..objective import Batch
-from .concept import negative_guidance_for, settled
+from .concept import settled
 from .denoiser import is_prompted
 from .encoded import prompts_of
 from .pipelines import text_side_of
@@ -28,6 +28,7 @@ from .prompt_effect import still_drawn
 from .redirect import KIN, redirect_concept
 from .redirect_prompts import RedirectPromptsConfig, RedirectPromptsTrainer
 from .stability import StabilityMixin
+from .unprompted import UNTOLD, UNTOLD_KEPT, without_concept
 from .wordings import exchanged, kind_of, templates_for
 
 
@@ -72,9 +73,9 @@ class VDUConfig(RedirectPromptsConfig):
         redirect_prompt (`list[str]` | `str` | `dict[str, str]`, *optional*): the neutral prompt. Default: with a concept the same wording
             with its anchor, else the empty prompt, which takes everything else that a prompt asks for with it. One for all, one for each
             of `forget_prompts` in their order, or for prompts of a dataset a dict from prompt to neutral prompt.
-        negative_guidance (`float`, *optional*): how far beyond the neutral prompt `redirect` goes. Default: 0 after the closed form, by which
-            nothing is left to go beyond; else by the guidance scale that the pipeline draws with, 1 at 7.5
-            ([`~hf_unlearn.unlearning.diffusion.concept.negative_guidance_for`]).
+        negative_guidance (`float`, *optional*): how far beyond the neutral prompt `redirect` goes, for every image alike, as ESD does. Default: as
+            far as guidance needs it when the concept leaves what is drawn without a prompt as well, which is then trained, too
+            ([`hf_unlearn.unlearning.diffusion.unprompted`]); 0 where the pipeline draws without guidance.
 
     > `redirect`, without prompts
         caution (`float`, defaults to 3.0): how many times the odds of the forgotten kind are raised: 1 is Bayes' rule itself; above, what
@@ -174,6 +175,9 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
     }
 
     def forget_loss(self, model: Callable, batch: Batch) -> Tensor:
+        if self._goes_without_words:
+            answer, _ = self.predictions(model, self._as_told(batch))
+            return self._error(answer, self.answer_without(batch), batch)
         value = super().forget_loss(model, batch)
         if not self.args.forget_sum:
             return value
@@ -187,22 +191,58 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
         if not self._redirects_prompts:
             return {}
         kin = {"concept ablation": "2303.13516"}
-        if self.args.negative_guidance:
+        if self._goes_without_words or self.args.negative_guidance:
             kin |= {"ESD's negative guidance": "2303.07345"}
         return kin | KIN if self.args.closed_form else kin
 
     @torch.no_grad()
     def answer_without(self, batch: Batch) -> Tensor:
         """What the original would answer had it never seen the forgotten kind: by Bayes' rule over two banks of images
-        ([`hf_unlearn.unlearning.diffusion.posterior`]), or for a prompted model its answer to the neutral prompt, ε(∅) − η(ε(c) − ε(∅)).
+        ([`hf_unlearn.unlearning.diffusion.posterior`]), or for a prompted model what its guided answer needs, with words or without
+        ([`hf_unlearn.unlearning.diffusion.unprompted`]); with an η its answer to the neutral prompt and beyond, ε(∅) − η(ε(c) − ε(∅)).
         Kin: concept ablation (arXiv 2303.13516, η = 0), ESD (arXiv 2303.07345, η > 0), and DELETE for classifiers (arXiv 2503.23751).
         """
-        answer, _ = self.predictions(self.reference_forward, batch)
         if is_prompted(self.pipeline):
-            unprompted, _ = self.predictions(self.reference_forward, {**batch, "conditioning": batch["neutral"]})
-            return unprompted - self.args.negative_guidance * (answer - unprompted)
+            neutral, _ = self.predictions(self.reference_forward, {**batch, "conditioning": batch["neutral"]})
+            eta = self.args.negative_guidance
+            if not (self._goes_without_words or eta):
+                return neutral
+            answer, _ = self.predictions(self.reference_forward, batch)
+            if not self._goes_without_words:
+                return neutral - eta * (answer - neutral)
+            unprompted, _ = self.predictions(self.reference_forward, self._as_told(batch, every=True))
+            told, untold = without_concept(unprompted, answer, neutral, self.guidance)
+            return torch.where(batch["untold"].view(-1, *[1] * (told.ndim - 1)), untold, told)
+        answer, _ = self.predictions(self.reference_forward, batch)
         _, change = self.posterior(batch["noisy"], batch["timesteps"], self.schedule)
         return answer + self.schedule.shift(change, batch["timesteps"])
+
+    @property
+    def _goes_without_words(self) -> bool:
+        """Whether what is drawn without a prompt is to lose the concept, too: where guidance needs it, and no η is given."""
+        return self._redirects_prompts and self.args.negative_guidance is None and self.guidance > 1
+
+    def prepared(self, batch: Batch, generator: torch.Generator) -> Batch:
+        made = super().prepared(batch, generator)
+        if self._goes_without_words:
+            share = UNTOLD if made["neutral"] else UNTOLD_KEPT
+            drawn = torch.rand(len(made["clean"]), generator=generator, device=made["clean"].device)
+            made["untold"] = drawn < share
+        return made
+
+    def _as_told(self, batch: Batch, every: bool = False) -> Batch:
+        """Some images of the batch, or every one, are shown without words."""
+        told = {}
+        for name, values in batch["conditioning"].items():
+            untold = batch["untold"].view(-1, *[1] * (values.ndim - 1)) | every
+            told[name] = torch.where(untold, self._empty[name].expand_as(values), values)
+        return {**batch, "conditioning": told}
+
+    def replay_loss(self, model: Callable, batch: Batch) -> Tensor:
+        return super().replay_loss(model, self._as_told(batch) if self._goes_without_words else batch)
+
+    def retain_loss(self, model: Callable, batch: Batch) -> Tensor:
+        return super().retain_loss(model, self._as_told(batch) if self._goes_without_words else batch)
 
     @torch.no_grad()
     def remaining_effect(self, model: Callable | None = None) -> float:
@@ -247,9 +287,6 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
             )
         if self.args.closed_form is None:
             self.args.closed_form = self._words_are_trained
-        if self.args.negative_guidance is None:  # nothing is left to go beyond after the first act
-            scale = self.architecture.free_guidance(self.args.guidance_scale)
-            self.args.negative_guidance = 0.0 if self.args.closed_form else negative_guidance_for(scale)
         if self.guard and self.forget_dataset is not None and self._redirects_prompts:
             self.add_callback(_LogsEffect(self))
 
