@@ -103,7 +103,8 @@ MUTANTS = [
     bug("unlearning/diffusion/diffusion_transformers.py", "layer.dropout_prob = 0.0", "pass", "test_architectures.py"),
     bug("unlearning/diffusion/objective.py", "unprompted + self.guidance * (answer - unprompted)", "answer", "test_vdu_stability.py"),
     bug("unlearning/diffusion/vdu.py", "len(self.forget_dataset) * (high - low)", "len(self.forget_dataset)", "test_vdu_losses.py"),
-    bug("unlearning/diffusion/vdu.py", "unprompted - self.args.negative_guidance *", "unprompted + self.args.negative_guidance *", "test_vdu_losses.py"),
+    bug("unlearning/diffusion/vdu.py", "neutral - eta *", "neutral + eta *", "test_vdu_losses.py"),
+    bug("unlearning/diffusion/unprompted.py", "unprompted - concept_share(", "unprompted + concept_share(", "test_unprompted.py"),
     bug("unlearning/gan/feedback.py", "check_marks(*(kind.detach()", "tuple((kind.detach()", "test_feedback.py"),
     # GANs
     bug("gan/losses.py", "return 0.5 * slope.square()", "return slope.square()", "test_gan_losses.py"),

@@ -81,12 +81,19 @@ def closed_form(name: str) -> Change:
     return change
 
 
-def _train(name: str, pipeline: DiffusionPipeline, settings: dict, folder: Path, callbacks: Sequence) -> None:
+def _train(
+    name: str,
+    pipeline: DiffusionPipeline,
+    settings: dict,
+    folder: Path,
+    callbacks: Sequence,
+    preset: str | None = None,
+) -> None:
     trainer, config = public(f"{name}Trainer"), public(f"{name}Config")
     if unknown := set(settings) - set(config.__dataclass_fields__):
         raise ImportError(f"{config.__name__} has no {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory() as scratch:
-        args = config(output_dir=scratch, **(QUIET | settings))
+        args = (getattr(config, preset) if preset else config)(output_dir=scratch, **(QUIET | settings))
         made = trainer(pipeline=pipeline, args=args, callbacks=list(callbacks))
         made.train()
         made.save_model(str(folder))
@@ -115,6 +122,12 @@ def by_one_word(pipeline: DiffusionPipeline, case: Case, settings: dict, folder:
     _train("VDU", pipeline, {"concept": case.word} | settings, folder, callbacks)
 
 
+def as_in_the_paper(pipeline: DiffusionPipeline, case: Case, settings: dict, folder: Path, callbacks=()) -> None:
+    """VDU's own objective: ascent on what it draws for the prompts, and the anchor to denoisers of the run that trained it."""
+    told = {"forget_prompts": case.given_prompts()[0], "checkpoints": [pipeline.config._name_or_path]}
+    _train("VDU", pipeline, told | settings, folder, callbacks, "paper")
+
+
 OLD_VDU = {  # the defaults before a concept could be named
     "trainable": ["all"], "negative_guidance": 0.0, "learning_rate": 3e-4, "max_steps": 200, "own_samples": 1000, "redirect_prompt": "",
 }  # fmt: skip
@@ -137,6 +150,13 @@ METHODS: dict[str, Method] = {
     ),
     "vdu_old": Method("VDU, defaults of before", trained("VDU"), OLD_VDU, is_trained=True),
     "vdu_neutral": Method("VDU, neutral prompts given", trained("VDU", "neutral"), NEUTRAL_VDU, is_trained=True),
+    "vdu_paper": Method(
+        "VDU, the paper's objective",
+        as_in_the_paper,
+        BUDGET,
+        {"gamma": (1e-7, 1e-6, 1e-5, 3e-5, 1e-4, 0.5), "max_steps": LOOKS},
+        is_trained=True,
+    ),
     "vdu": Method("**VDU alone**", by_one_word, {"closed_form": False}, is_trained=True),
     "both": Method("**closed form, then VDU: our defaults**", by_one_word, {"closed_form": True}, is_trained=True),
     # What the defaults were when it was measured: η by the guidance scale after the closed form, too. The guard went back to the closed form.

@@ -190,10 +190,14 @@ class DenoisingMixin:
 
     def guided(self, forward: Callable, batch: Batch, scale: float | None = None) -> Tensor:
         """What the sampler sees: ε(∅) + s (ε(c) − ε(∅)), s a guidance scale, by default that which is drawn with (arXiv 2207.12598)."""
+        unprompted, _ = self.predictions(forward, self.without_words(batch))
         answer, _ = self.predictions(forward, batch)
-        empty = {name: self._empty[name].expand_as(told) for name, told in batch["conditioning"].items()}
-        unprompted, _ = self.predictions(forward, {**batch, "conditioning": empty})
         return unprompted + (self.guidance if scale is None else scale) * (answer - unprompted)
+
+    def without_words(self, batch: Batch) -> Batch:
+        """The batch as it is shown to the sampler's unprompted half."""
+        empty = {name: self._empty[name].expand_as(told) for name, told in batch["conditioning"].items()}
+        return {**batch, "conditioning": empty}
 
     def _guided_loss(self, model: Callable, batch: Batch) -> Tensor:
         return self._error(self.guided(model, batch), self.guided(self.reference_forward, batch), batch)

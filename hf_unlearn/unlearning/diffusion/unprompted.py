@@ -9,12 +9,8 @@ $$ \varepsilon^*(\varnothing) = \varepsilon(\varnothing) - q\,\big(\varepsilon(c
    {\lVert \varepsilon(c) - \varepsilon(a) \rVert^2}, $$
 
 where q says how much nearer ε(∅) is to the concept's answer than to the anchor's: 1 where it is the concept's, 0 in the middle between both, where all other
-things are as well if they differ from both alike. Guidance would then miss what ε(∅) has lost, s − 1 times, so what is asked for with words has to go
-along with it,
-
-$$ \varepsilon^*(c) = \varepsilon(a) + (1 - 1/s)\,\big(\varepsilon^*(\varnothing) - \varepsilon(\varnothing)\big), $$
-
-by which the guided answer is exactly the original's for the anchor.
+things are as well if they differ from both alike. Guidance would then miss, s − 1 times, what ε(∅) has lost, so each image is shown with words and
+without, and the *guided* answer is asked to be the original's: for the concept that to the anchor, ε(∅) + s (ε(a) − ε(∅)), for what is kept its own.
 
 Kin: concept ablation (arXiv 2303.13516) redirects c to a alone; ESD (arXiv 2303.07345) goes beyond ε(∅) by a chosen η, everywhere alike; classifier-free
 guidance is of arXiv 2207.12598.
@@ -24,10 +20,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-UNTOLD = 0.25  # share of the forget images that are shown without words
-UNTOLD_KEPT = 0.5  # of the kept ones: what guidance multiplies most
 
 
 def concept_share(unprompted: Tensor, concept: Tensor, instead: Tensor) -> Tensor:
@@ -44,12 +36,6 @@ def concept_share(unprompted: Tensor, concept: Tensor, instead: Tensor) -> Tenso
     return torch.where(apart > 0, nearer / apart, 0.0).clamp(0, 1)
 
 
-def without_concept(unprompted: Tensor, concept: Tensor, instead: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What is to be answered with the concept's words and without words, `[batch, …]` each.
-
-    Args:
-        unprompted, concept, instead (`Tensor`): as of [`concept_share`].
-        scale (`float`): s > 1.
-    """
-    change = concept_share(unprompted, concept, instead) * (concept - instead)
-    return instead - (1 - 1 / scale) * change, unprompted - change
+def without_concept(unprompted: Tensor, concept: Tensor, instead: Tensor) -> Tensor:
+    """ε*(∅), what is to be answered without words, `[batch, …]`. Arguments as of [`concept_share`]."""
+    return unprompted - concept_share(unprompted, concept, instead) * (concept - instead)

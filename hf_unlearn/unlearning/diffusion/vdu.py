@@ -28,7 +28,7 @@ from .prompt_effect import still_drawn
 from .redirect import KIN, redirect_concept
 from .redirect_prompts import RedirectPromptsConfig, RedirectPromptsTrainer
 from .stability import StabilityMixin
-from .unprompted import UNTOLD, UNTOLD_KEPT, without_concept
+from .unprompted import without_concept
 from .wordings import exchanged, kind_of, templates_for
 
 
@@ -176,8 +176,7 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
 
     def forget_loss(self, model: Callable, batch: Batch) -> Tensor:
         if self._goes_without_words:
-            answer, _ = self.predictions(model, self._as_told(batch))
-            return self._error(answer, self.answer_without(batch), batch)
+            return self._both_ways(model, batch, *self._answers_without(batch))
         value = super().forget_loss(model, batch)
         if not self.args.forget_sum:
             return value
@@ -198,21 +197,17 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
     @torch.no_grad()
     def answer_without(self, batch: Batch) -> Tensor:
         """What the original would answer had it never seen the forgotten kind: by Bayes' rule over two banks of images
-        ([`hf_unlearn.unlearning.diffusion.posterior`]), or for a prompted model what its guided answer needs, with words or without
-        ([`hf_unlearn.unlearning.diffusion.unprompted`]); with an η its answer to the neutral prompt and beyond, ε(∅) − η(ε(c) − ε(∅)).
+        ([`hf_unlearn.unlearning.diffusion.posterior`]), or for a prompted model its answer to the neutral prompt, and with an η beyond,
+        ε(∅) − η(ε(c) − ε(∅)).
         Kin: concept ablation (arXiv 2303.13516, η = 0), ESD (arXiv 2303.07345, η > 0), and DELETE for classifiers (arXiv 2503.23751).
         """
         if is_prompted(self.pipeline):
             neutral, _ = self.predictions(self.reference_forward, {**batch, "conditioning": batch["neutral"]})
             eta = self.args.negative_guidance
-            if not (self._goes_without_words or eta):
+            if not eta:
                 return neutral
             answer, _ = self.predictions(self.reference_forward, batch)
-            if not self._goes_without_words:
-                return neutral - eta * (answer - neutral)
-            unprompted, _ = self.predictions(self.reference_forward, self._as_told(batch, every=True))
-            told, untold = without_concept(unprompted, answer, neutral, self.guidance)
-            return torch.where(batch["untold"].view(-1, *[1] * (told.ndim - 1)), untold, told)
+            return neutral - eta * (answer - neutral)
         answer, _ = self.predictions(self.reference_forward, batch)
         _, change = self.posterior(batch["noisy"], batch["timesteps"], self.schedule)
         return answer + self.schedule.shift(change, batch["timesteps"])
@@ -222,27 +217,35 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
         """Whether what is drawn without a prompt is to lose the concept, too: where guidance needs it, and no η is given."""
         return self._redirects_prompts and self.args.negative_guidance is None and self.guidance > 1
 
-    def prepared(self, batch: Batch, generator: torch.Generator) -> Batch:
-        made = super().prepared(batch, generator)
-        if self._goes_without_words:
-            share = UNTOLD if made["neutral"] else UNTOLD_KEPT
-            drawn = torch.rand(len(made["clean"]), generator=generator, device=made["clean"].device)
-            made["untold"] = drawn < share
-        return made
+    @torch.no_grad()
+    def _answers_without(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The guided answer to the concept's words, that of the original to the neutral prompt, and ε*(∅)."""
+        neutral, concept, unprompted = (
+            self.predictions(self.reference_forward, shown)[0]
+            for shown in ({**batch, "conditioning": batch["neutral"]}, batch, self.without_words(batch))
+        )
+        return unprompted + self.guidance * (neutral - unprompted), without_concept(unprompted, concept, neutral)
 
-    def _as_told(self, batch: Batch, every: bool = False) -> Batch:
-        """Some images of the batch, or every one, are shown without words."""
-        told = {}
-        for name, values in batch["conditioning"].items():
-            untold = batch["untold"].view(-1, *[1] * (values.ndim - 1)) | every
-            told[name] = torch.where(untold, self._empty[name].expand_as(values), values)
-        return {**batch, "conditioning": told}
+    def _both_ways(self, model: Callable, batch: Batch, guided: Tensor, untold: Tensor) -> Tensor:
+        """Squared distance of what is answered without words, and of the guided answer by the square of its scale, `[batch]`."""
+        answer, unprompted = (self.predictions(model, shown)[0] for shown in (batch, self.without_words(batch)))
+        now = unprompted + self.guidance * (answer - unprompted)
+        return 0.5 * (self._error(now, guided, batch) / self.guidance**2 + self._error(unprompted, untold, batch))
 
     def replay_loss(self, model: Callable, batch: Batch) -> Tensor:
-        return super().replay_loss(model, self._as_told(batch) if self._goes_without_words else batch)
+        if not self._goes_without_words:
+            return super().replay_loss(model, batch)
+        with torch.no_grad():
+            answer, unprompted = (
+                self.predictions(self.reference_forward, shown)[0] for shown in (batch, self.without_words(batch))
+            )
+        return self._both_ways(model, batch, unprompted + self.guidance * (answer - unprompted), unprompted)
 
     def retain_loss(self, model: Callable, batch: Batch) -> Tensor:
-        return super().retain_loss(model, self._as_told(batch) if self._goes_without_words else batch)
+        value = super().retain_loss(model, batch)
+        if not self._goes_without_words:
+            return value
+        return 0.5 * (value + super().retain_loss(model, self.without_words(batch)))
 
     @torch.no_grad()
     def remaining_effect(self, model: Callable | None = None) -> float:
