@@ -101,7 +101,7 @@ MUTANTS = [
     bug("unlearning/diffusion/unets.py", "scale - 1.0", "scale", "test_denoiser.py"),
     bug("unlearning/diffusion/noise.py", "return -change / self.scales", "return change / self.scales", "test_architectures.py"),
     bug("unlearning/diffusion/diffusion_transformers.py", "layer.dropout_prob = 0.0", "pass", "test_architectures.py"),
-    bug("unlearning/diffusion/objective.py", "unprompted + self.guidance * (answer - unprompted)", "answer", "test_vdu_stability.py"),
+    bug("unlearning/diffusion/objective.py", "(self.guidance if scale is None else scale) * (answer - unprompted)", "(answer - unprompted)", "test_vdu_stability.py"),
     bug("unlearning/diffusion/vdu.py", "len(self.forget_dataset) * (high - low)", "len(self.forget_dataset)", "test_vdu_losses.py"),
     bug("unlearning/diffusion/vdu.py", "neutral - eta *", "neutral + eta *", "test_vdu_losses.py"),
     bug("unlearning/diffusion/unprompted.py", "unprompted - concept_share(", "unprompted + concept_share(", "test_unprompted.py"),
