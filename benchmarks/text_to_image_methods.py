@@ -159,13 +159,6 @@ METHODS: dict[str, Method] = {
     ),
     "vdu": Method("**VDU alone**", by_one_word, {"closed_form": False}, is_trained=True),
     "both": Method("**closed form, then VDU: our defaults**", by_one_word, {"closed_form": True}, is_trained=True),
-    # What the defaults were when it was measured: η by the guidance scale after the closed form, too. The guard went back to the closed form.
-    "both_beyond": Method(
-        "closed form, then VDU at η = 1",
-        by_one_word,
-        {"closed_form": True, "negative_guidance": 0.9986},
-        is_trained=True,
-    ),
     "esd_x": peer("ESD-x", trained("ESD"), variant="x"),
     "esd_u": peer("ESD-u", trained("ESD"), variant="u"),
     "ablation": peer("concept ablation", trained("ConceptAblation", "anchor")),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from PIL import Image, ImageDraw, ImageFont
 
 
-OURS = "redirect"  # both acts, our defaults of VDU, have not been measured yet
+OURS = {"redirect": "closed form", "both": "closed form, then VDU"}
 WORDINGS = {"asked": "asked", "paraphrase": "paraphrase", "order": "order", "synonym": "synonym", "rare": "rare word", "unconditional": "no prompt"}  # fmt: skip
 AFTER = {
     "benign": "{benign} benign steps",
@@ -196,21 +196,23 @@ GOALS: list[tuple[str, Callable[[dict], Callable], str, float, bool]] = [
 ]  # fmt: skip
 
 
-def goals(cells: dict, method: str = OURS) -> str:
-    """How far our defaults are from what they are to reach: median and worst over concepts and seeds; bold where the median misses it."""
-    lines = ["| | goal | median | worst |", "|---|---|---|---|"]
-    ours = measured([row for row in cells.values() if row["method"] == method])
+def goals(cells: dict, methods: Mapping[str, str] = OURS) -> str:
+    """How far ours are from what they are to reach: median / worst over concepts and seeds; bold where the median misses it."""
+    lines = [f"| | goal | {' | '.join(methods.values())} |", "|---" * (2 + len(methods)) + "|"]
     for name, difference, against, bound, at_most in GOALS:
-        other, of = paired(cells, against), difference(cells)
-        values = [of(row, other(row)) for row in ours if other(row)]
-        values = [value for value in values if value is not None]
         goal = "reported" if bound == float("inf") else f"{'≤' if at_most else '≥'} {bound:g}"
-        if not values:
-            lines.append(f"| {name} | {goal} | — | — |")
-            continue
-        middle, worst = statistics.median(values), (max if at_most else min)(values)
-        met = middle <= bound + 1e-9 if at_most else middle >= bound - 1e-9
-        lines.append(f"| {name} | {goal} | {f'{middle:.3g}' if met else f'**{middle:.3g}**'} | {worst:.3g} |")
+        other, of, entries = paired(cells, against), difference(cells), []
+        for method in methods:
+            ours = measured([row for row in cells.values() if row["method"] == method])
+            values = [of(row, other(row)) for row in ours if other(row)]
+            values = [value for value in values if value is not None]
+            if not values:
+                entries.append("—")
+                continue
+            middle, worst = statistics.median(values), (max if at_most else min)(values)
+            met = middle <= bound + 1e-9 if at_most else middle >= bound - 1e-9
+            entries.append(f"{f'{middle:.3g}' if met else f'**{middle:.3g}**'} / {worst:.3g}")
+        lines.append(f"| {name} | {goal} | {' | '.join(entries)} |")
     return "\n".join(lines)
 
 
@@ -287,9 +289,9 @@ text encoder rounded to 8 bits with a scale for each output channel; half precis
 
 {back(cells, labels, budget)}
 
-### The closed form and its goals
+### Ours and their goals
 
-Differences to the row of the same concept and seed; bold where the median misses the goal. The embedding is compared with the best peer of those that draw the
+Differences to the row of the same concept and seed, median / worst; bold where the median misses the goal. The embedding is compared with the best peer of those that draw the
 concept in at most {100 * FORGOTTEN:.0f} % and keep {100 * KEPT:.0f} % of the rest and of the others.
 
 {goals(cells)}
