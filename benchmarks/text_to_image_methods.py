@@ -154,7 +154,7 @@ METHODS: dict[str, Method] = {
         "VDU, the paper's objective",
         as_in_the_paper,
         BUDGET,
-        {"gamma": (1e-7, 1e-6, 1e-5, 3e-5, 1e-4, 0.5), "max_steps": LOOKS},
+        {"gamma": (1e-7, 1e-6, 1e-5, 3e-5, 1e-4, 0.5), "learning_rate": (1e-5, 3e-4), "max_steps": LOOKS},
         is_trained=True,
     ),
     "vdu": Method("**VDU alone**", by_one_word, {"closed_form": False}, is_trained=True),
