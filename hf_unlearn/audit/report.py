@@ -1,0 +1,313 @@
+"""What an audit found: frozen, as a table, as JSON, as entries for the Hub, as a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import read_json, write_json
+from .check import Layer, Reading, Readings
+from .residual import ResidualMu
+from .verdict import Status, Verdict
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, EvalResultEntry
+    from pandas import DataFrame
+    from rich.table import Table
+    from torch import nn
+
+
+FORMAT = 1  # of the JSON file
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One check: what it found in each model, and how far the audited one is from retrained ones.
+
+    Args:
+        name, title, unit, layer, paper, what: see [`Check`].
+        stated (`float`): the margin that was stated.
+        readings ([`Readings`]): of all the models, with values by example, so that whoever has the file can judge anew.
+        distance, low, high, margin, status, sees: see [`Comparison`].
+    """
+
+    name: str
+    title: str
+    unit: str
+    layer: Layer
+    paper: str | None
+    what: str
+    stated: float
+    readings: Readings
+    distance: float | None
+    low: float | None
+    high: float | None
+    margin: float | None
+    status: Status
+    sees: bool | None
+
+    @property
+    def audited(self) -> float:
+        return self.readings.audited.value
+
+    @property
+    def original(self) -> float | None:
+        return None if self.readings.original is None else self.readings.original.value
+
+    @property
+    def retrained(self) -> tuple[float, ...]:
+        return tuple(one.value for one in self.readings.retrained)
+
+    @property
+    def n(self) -> int:
+        return self.readings.audited.n
+
+    @property
+    def seconds(self) -> float:
+        """Of all models together."""
+        every = [self.readings.audited, *self.readings.of("original"), *self.readings.retrained]
+        return sum(one.seconds for one in every)
+
+    def shown(self, value: float | None, *, signed: bool = False) -> str:
+        """A value in the check's unit."""
+        return shown(value, self.unit, signed=signed)
+
+    def in_words(self) -> str:
+        """The number that a verdict prints."""
+        text = self.shown(self.audited)
+        if self.retrained:
+            text += f", retrained {self.shown(sum(self.retrained) / len(self.retrained))}"
+        if self.distance is None:
+            return text
+        return f"{text}; distance {self.shown(self.distance, signed=True)} [{self.shown(self.low, signed=True)}, {self.shown(self.high, signed=True)}], margin {self.shown(self.margin)}"
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What [`audit`][hf_unlearn.audit.run.audit] found.
+
+    Args:
+        verdict ([`Verdict`]): the word, the check that decided, its number, and what would settle it.
+        results (`tuple[CheckResult, ...]`): of the checks that ran.
+        residual ([`ResidualMu`]): how well the model is told from retrained ones.
+        skipped (`dict[str, str]`): checks that were asked for and cannot be done with what was given, and why.
+        failed (`dict[str, str]`): checks that did not run, and the error.
+        unchecked (`dict[str, str]`): checks that there are and that were not asked for.
+        models (`dict[str, str]`): names by role: `"audited"`, `"original"`, `"retrained 1"`, …
+        model_digest (`str`): of the audited weights: whose report this is.
+        forgotten (`str`): what was to be forgotten, in words.
+        sizes (`dict[str, int]`): rows that were looked at, by part.
+        family (`str`): `"classifier"`, …
+        checks (`str`): `"standard"`, `"quick"` or `"chosen"`.
+        seed (`int`): of all that is drawn.
+        seconds, estimated_seconds (`float`): that it took, and what was said before.
+        versions (`dict[str, str]`): of libraries.
+        created (`str`): ISO date.
+    """
+
+    verdict: Verdict
+    results: tuple[CheckResult, ...]
+    residual: ResidualMu
+    skipped: Mapping[str, str]
+    failed: Mapping[str, str]
+    unchecked: Mapping[str, str]
+    models: Mapping[str, str]
+    model_digest: str
+    forgotten: str
+    sizes: Mapping[str, int]
+    family: str
+    checks: str
+    seed: int
+    seconds: float
+    estimated_seconds: float
+    versions: Mapping[str, str]
+    created: str
+
+    def __getitem__(self, name: str) -> CheckResult:
+        for result in self.results:
+            if result.name == name:
+                return result
+        raise KeyError(f"{name!r}: not in the report (it has {', '.join(one.name for one in self.results)})")
+
+    def __str__(self) -> str:
+        return f"AuditReport({self.verdict}; {len(self.results)} checks)"
+
+    # As a table
+
+    def to_pandas(self) -> DataFrame:
+        """A row a check: values of all models, distance, interval, margin, status, examples, seconds."""
+        from pandas import DataFrame
+
+        rows = []
+        for one in self.results:
+            row = {name: getattr(one, name) for name in ("name", "layer", "unit", "audited", "original")}
+            row |= {f"retrained_{number + 1}": value for number, value in enumerate(one.retrained)}
+            row |= {
+                name: getattr(one, name)
+                for name in ("distance", "low", "high", "stated", "margin", "status", "sees", "n", "seconds", "paper")
+            }
+            rows.append(row)
+        return DataFrame(rows)
+
+    def summary(self) -> Table:
+        """For the terminal."""
+        from rich.table import Table
+
+        table = Table(
+            title=str(self.verdict), title_justify="left", caption=self.residual.in_words(), caption_justify="left"
+        )
+        for heading in ("check", "audited", "original", "retrained", "distance", "interval", "margin", ""):
+            table.add_column(heading, justify="left" if heading in ("check", "") else "right")
+        for one in self.results:
+            mean = sum(one.retrained) / len(one.retrained) if one.retrained else None
+            bounds = (
+                "–" if one.low is None else f"{one.shown(one.low, signed=True)} … {one.shown(one.high, signed=True)}"
+            )
+            cells = (
+                one.shown(one.audited),
+                one.shown(one.original),
+                one.shown(mean),
+                one.shown(one.distance, signed=True),
+                bounds,
+                one.shown(one.margin),
+            )
+            table.add_row(one.title, *cells, one.status)
+        return table
+
+    # As files
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AuditReport:
+        """What [`to_dict`] gave.
+
+        Raises:
+            ValueError: of another format.
+        """
+        if values.get("format") != FORMAT:
+            raise ValueError(f"format={values.get('format')!r}: this version reads {FORMAT}; make the report anew")
+        values = {name: value for name, value in values.items() if name != "format"}
+        values["verdict"] = Verdict(**values["verdict"] | {"needs": tuple(values["verdict"]["needs"])})
+        values["residual"] = ResidualMu(
+            **values["residual"] | {"retrained_loss": tuple(values["residual"]["retrained_loss"])}
+        )
+        values["results"] = tuple(
+            CheckResult(**one | {"readings": readings_of(one["readings"])}) for one in values["results"]
+        )
+        return cls(**values)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a JSON file.
+
+        Raises:
+            ValueError: the name does not end in `.json`.
+        """
+        path = Path(path)
+        if path.suffix != ".json":
+            raise ValueError(f"path={str(path)!r}: must end in .json")
+        write_json(self.to_dict(), path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> AuditReport:
+        """Read what [`save`] wrote.
+
+        Raises:
+            ValueError: the file is missing, damaged, or no report.
+        """
+        try:
+            return cls.from_dict(read_json(path))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: is no audit report ({error})") from error
+
+    def check_is_of(self, model: nn.Module) -> None:
+        """Refuse a report of another model.
+
+        Raises:
+            ValueError: the weights are not those that were audited.
+        """
+        from .digests import digest_of
+
+        if digest_of(model) != self.model_digest:
+            raise ValueError("audit: is of another model than this one (their weights differ); audit this one")
+
+    # For the Hub
+
+    def to_eval_results(
+        self, *, dataset_type: str = "unknown", dataset_name: str = "unknown", task: str = "other"
+    ) -> list[EvalResult]:
+        """Entries of a card's `model-index`: the audited model's value in every check, and residual μ."""
+        from huggingface_hub import EvalResult
+
+        kind = {"task_type": task, "dataset_type": dataset_type, "dataset_name": dataset_name}
+        found = [
+            EvalResult(
+                **kind,
+                metric_type=one.name,
+                metric_name=f"{one.title} ({one.layer})",
+                metric_value=one.audited * (100 if one.unit == "%" else 1),
+            )
+            for one in self.results
+        ]
+        if self.residual.mu is not None and math.isfinite(self.residual.mu):
+            found.append(
+                EvalResult(**kind, metric_type="residual_mu", metric_name="Residual μ", metric_value=self.residual.mu)
+            )
+        return found
+
+    def to_eval_entries(self, dataset_id: str, task_id: str = "unlearning-audit") -> list[EvalResultEntry]:
+        """Entries of the Hub's `.eval_results/*.yaml`, a task a check, below `task_id`: as `eval_result_entries_to_yaml` takes them."""
+        from huggingface_hub import EvalResultEntry
+
+        return [
+            EvalResultEntry(
+                dataset_id=dataset_id,
+                task_id=f"{task_id}.{one.name}",
+                value=one.audited * (100 if one.unit == "%" else 1),
+                date=self.created,
+                notes=f"{one.status}; {one.in_words()}. Verdict: {self.verdict.word}",
+            )
+            for one in self.results
+        ]
+
+    # To look at
+
+    def plot(self, path: str | Path) -> Path:
+        """One page: the verdict, every check beside its margin, recovery curves. A PNG file."""
+        from .page import picture
+
+        return picture(self, path)
+
+    def to_html(self, path: str | Path) -> Path:
+        """A page that needs no other file."""
+        from .page import page
+
+        return page(self, path)
+
+
+def readings_of(values: Mapping[str, Any]) -> Readings:
+    """From JSON values."""
+
+    def one(reading: Mapping[str, Any]) -> Reading:
+        per_example = reading["per_example"]
+        return Reading(**dict(reading) | {"per_example": None if per_example is None else tuple(per_example)})
+
+    original = None if values["original"] is None else one(values["original"])
+    return Readings(one(values["audited"]), original, tuple(map(one, values["retrained"])))
+
+
+def shown(value: float | None, unit: str, *, signed: bool = False) -> str:
+    """A value with its unit; shares as percentages."""
+    if value is None:
+        return "–"
+    sign = "+" if signed else ""
+    if unit == "%":
+        return f"{100 * value:{sign}.1f} %"
+    return f"{value:{sign}.3g}" + (f" {unit}" if unit else "")
