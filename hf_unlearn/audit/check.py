@@ -11,9 +11,9 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 
-# `output`: what anyone sees who may ask the model. `below`: what comes back, for those who hold its weights, or asks cleverly.
-# `distance`: told from retrained models without saying that it remembers. `kept`: what else was lost; it decides nothing.
-Layer = Literal["output", "below", "distance", "kept"]
+# `output`: what anyone sees who may ask the model. `below`: what comes back for who holds its weights, or asks cleverly.
+# `distance`: told from retrained models, which says nothing of memory. `beside`: what else was lost, told and not judged.
+Layer = Literal["output", "below", "distance", "beside"]
 Role = Literal["audited", "original", "retrained"]
 
 
@@ -22,7 +22,7 @@ class Reading:
     """What a check found in one model.
 
     Args:
-        value (`float`): more is more memory of the forget data (`distance`: farther away, `kept`: more lost).
+        value (`float`): more is more memory of the forget data (`distance`: farther away, `beside`: more lost).
         per_example (`tuple[float, ...]`, *optional*): `[n]` values whose mean is `value`, in the order of the rows, which is the same for
             every model: what its interval is made of.
         error (`float`, *optional*): standard error of `value` over examples, where it is no mean.
@@ -130,7 +130,6 @@ class Check:
         layer (`str`): see [`Layer`].
         paper (`str`, *optional*): arXiv id of who proposed it.
         what (`str`): what it can show and cannot, in one sentence.
-        never_seen (`float`, *optional*): value of a model that never saw a forgotten *class*, where that is known without one.
     """
 
     name: ClassVar[str]
@@ -140,15 +139,18 @@ class Check:
     layer: ClassVar[Layer]
     paper: ClassVar[str | None] = None
     what: ClassVar[str] = ""
-    never_seen: ClassVar[float | None] = None
 
     def missing(self, data: Any, roles: Sequence[Role]) -> str | None:
         """Why it cannot be done with such data and models, or None. `roles`: of all the models."""
         return None
 
+    def never_seen(self, data: Any) -> float | None:
+        """The value of a model that never saw the forget data, where that is known without one."""
+        return None
+
     def cost(self, data: Any) -> tuple[float, float]:
-        """For one model: examples that go forward only, and examples that are trained on."""
-        raise NotImplementedError
+        """For one model, beyond one look at all rows, which checks share: examples that go forward, and examples that are trained on."""
+        return 0, 0
 
     def read(self, subject: Any, data: Any, seed: int) -> Reading:
         """Look at one model. What is drawn at random is drawn by `seed`, alike for every model; the model stays as it is."""

@@ -134,9 +134,9 @@ def audit(
             found.pop(one.name, None)
             failed[one.name] = first_line(error)
             logger.warning("%s did not run: %s", one.name, failed[one.name])
-    deciding = sum(one.layer != "kept" for one in chosen) + 1
+    deciding = sum(one.layer != "beside" for one in chosen) + 1
     references = len(roles) - 1 - ("original" in roles)
-    results = tuple(_result(one, found[one.name], deciding) for one in chosen if one.name in found)
+    results = tuple(_result(one, found[one.name], rows, deciding) for one in chosen if one.name in found)
     losses = {
         role: [family.forget_loss(one, rows) for one in subjects if one.role == role]
         for role in ("audited", "original", "retrained")
@@ -255,7 +255,7 @@ def _chosen(family: Family, checks: Size | Sequence[str]) -> tuple[str, list[Che
 def _estimate(family: Family, audited: Subject, rows: AuditData, chosen: Sequence[Check], models: int) -> float:
     """Seconds, from what an example costs forward and in training."""
     forward, training = family.cost(audited, rows)
-    costs = [one.cost(rows) for one in chosen]
+    costs = [(sum(rows.sizes.values()), 0), *(one.cost(rows) for one in chosen)]
     return models * sum(looked * forward + trained * training for looked, trained in costs)
 
 
@@ -271,9 +271,9 @@ def _read(check: Check, subjects: Sequence[Subject], rows: AuditData, seed: int)
     return Readings(found["audited"][0], next(iter(found["original"]), None), tuple(found["retrained"]))
 
 
-def _result(check: Check, readings: Readings, deciding: int) -> CheckResult:
+def _result(check: Check, readings: Readings, rows: AuditData, deciding: int) -> CheckResult:
     about = {name: getattr(check, name) for name in ("name", "title", "unit", "layer", "paper", "what")}
-    comparison = compared(readings, check.margin, deciding, never_seen=check.never_seen)
+    comparison = compared(readings, check.margin, deciding, never_seen=check.never_seen(rows))
     return CheckResult(**about, stated=check.margin, readings=readings, **asdict(comparison))
 
 

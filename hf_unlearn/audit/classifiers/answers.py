@@ -19,18 +19,19 @@ class OnRows(Check):
     """A check of what a classifier answers on the rows of some parts."""
 
     parts: tuple[str, ...] = ("forget",)
+    of_stranger: float | None = None  # value of a model that never saw a forgotten class
+
+    def never_seen(self, data: ClassifierData) -> float | None:
+        return self.of_stranger if data.classes else None
 
     def missing(self, data: ClassifierData, roles: Sequence[Role]) -> str | None:
         return next((f"there are no rows of {name}" for name in self.parts if not len(data.parts[name])), None)
-
-    def cost(self, data: ClassifierData) -> tuple[float, float]:
-        return sum(len(data.parts[name]) for name in self.parts), 0
 
 
 class OfClasses(OnRows):
     """A check that has a meaning only where whole classes were to be forgotten; a model that never saw them says nothing of them."""
 
-    never_seen = 0.0
+    of_stranger = 0.0
 
     def missing(self, data: ClassifierData, roles: Sequence[Role]) -> str | None:
         return super().missing(data, roles) if data.classes else "single examples were to be forgotten, not classes"
@@ -43,6 +44,7 @@ def confusion(answers: torch.Tensor, num_labels: int) -> list[float]:
 
 class ForgetAccuracy(OnRows):
     name, title, margin, layer = "forget_accuracy", "Accuracy on the forget data", 0.05, "output"
+    of_stranger = 0.0
     what = "Whether the model still says it. Zero is the weakest evidence there is: a bias on the head suffices."
 
     def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
@@ -52,7 +54,7 @@ class ForgetAccuracy(OnRows):
 
 
 class UnseenAccuracy(OfClasses):
-    name, title, margin, layer = "unseen_accuracy", "Accuracy on unseen rows of the forgotten classes", 0.05, "output"
+    name, title, margin, layer = "unseen_accuracy", "Accuracy on unseen rows of the forgotten classes", 0.1, "output"
     parts = ("test_forget",)
     what = "Whether the class is gone, or only the rows that were handed over."
 
@@ -88,7 +90,7 @@ class NeighbourLeakage(OfClasses):
 class Kept(OnRows):
     """Error rate on rows that were to be kept."""
 
-    layer, margin = "kept", 0.02
+    layer, margin = "beside", 0.02
 
     def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
         look = subject.look(data.parts[self.parts[0]])

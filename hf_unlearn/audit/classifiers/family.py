@@ -10,12 +10,22 @@ from ...training.models import is_causal_lm
 from ..check import Check, Role
 from .answers import ForgetAccuracy, NeighbourLeakage, RetainError, UnseenAccuracy, UnseenError
 from .data import ClassifierData, classifier_data
+from .depth import LinearProbe, RefittedHead
+from .distances import AnswerDistance, MarginDivergence
+from .disturbed import Noisy, Pruned, Quantised
+from .membership import MembershipByEntropy, MembershipByLoss
+from .relearning import RelearnForget, RelearnRetained, RelearnUnrelated
 from .subject import ClassifierSubject, head_of, pace
 
 
 NAME = "classifier"
-QUICK: tuple[type[Check], ...] = (ForgetAccuracy, UnseenAccuracy, NeighbourLeakage, RetainError, UnseenError)
-STANDARD: tuple[type[Check], ...] = (*QUICK,)
+QUICK: tuple[type[Check], ...] = (
+    ForgetAccuracy, UnseenAccuracy, NeighbourLeakage, RefittedHead, Quantised, MembershipByLoss, RetainError, UnseenError,
+)  # fmt: skip
+STANDARD: tuple[type[Check], ...] = (
+    ForgetAccuracy, UnseenAccuracy, NeighbourLeakage, LinearProbe, RefittedHead, RelearnForget, RelearnRetained, RelearnUnrelated, Quantised,
+    Pruned, Noisy, MembershipByLoss, MembershipByEntropy, AnswerDistance, MarginDivergence, RetainError, UnseenError,
+)  # fmt: skip
 EVERY: tuple[type[Check], ...] = (*STANDARD,)
 
 

@@ -1,0 +1,55 @@
+"""Membership: whether the forget rows still look like rows that the model was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from ..check import Reading, Role
+from ..membership import membership_by_entropy
+from .answers import OnRows
+from .data import ClassifierData
+from .subject import ClassifierSubject
+
+
+LOW = 0.05  # false positive rate at which the share that is found is told beside
+
+
+class MembershipByLoss(OnRows):
+    name, title, unit, margin, layer = "membership_loss", "Membership by loss", "AUC", 0.1, "below"
+    parts = ("forget", "test_retain")
+    what = "Whether forget rows have a lower loss than unseen rows of their classes. Blind where the model generalises: then the original passes too."
+
+    def missing(self, data: ClassifierData, roles: Sequence[Role]) -> str | None:
+        if data.classes and len(data.test_forget) < 2:
+            return "there are no unseen rows of the forgotten classes"
+        return super().missing(data, roles)
+
+    def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
+        members = -subject.look(data.forget).losses.numpy()
+        others = -subject.look(data.test_forget if data.classes else data.test_retain).losses.numpy()
+        truth = np.repeat([1, 0], [len(members), len(others)])
+        auc = float(roc_auc_score(truth, np.concatenate([members, others])))
+        found = float((members > np.quantile(others, 1 - LOW, method="higher")).mean())
+        error = delong(members, others)
+        return Reading(auc, None, error, len(members), figures={f"found_at_{LOW:.0%}_false_alarms": found}).checked()
+
+
+class MembershipByEntropy(OnRows):
+    name, title, margin, layer, paper = "membership_entropy", "Membership by entropy", 0.1, "below", "2403.16246"
+    parts = ("forget", "retain", "test_retain")
+    what = "The share of forget rows that an attacker takes for training rows who has learned from retained and unseen ones how sure the model is of each."
+
+    def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
+        logits = [subject.look(part).logits.numpy() for part in (data.retain, data.test_retain, data.forget)]
+        share, count = membership_by_entropy(*logits), len(data.forget)
+        return Reading(share, None, float(np.sqrt(share * (1 - share) / count)), count).checked()
+
+
+def delong(members: np.ndarray, others: np.ndarray) -> float:
+    """Standard error of an AUC, from how each row of one group lies in the other."""
+    above = (members[:, None] > others[None]) + 0.5 * (members[:, None] == others[None])
+    parts = [one.var(ddof=1) / len(one) if len(one) > 1 else np.inf for one in (above.mean(1), above.mean(0))]
+    return float(np.sqrt(sum(parts)))
