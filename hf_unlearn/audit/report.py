@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import read_json, write_json
-from .check import Layer, Reading, Readings
 from .residual import ResidualMu
-from .verdict import Status, Verdict
+from .result import CheckResult, readings_of
+from .verdict import Verdict
 
 
 if TYPE_CHECKING:
@@ -22,68 +22,6 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1  # of the JSON file
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """One check: what it found in each model, and how far the audited one is from retrained ones.
-
-    Args:
-        name, title, unit, layer, paper, what: see [`Check`].
-        stated (`float`): the margin that was stated.
-        readings ([`Readings`]): of all the models, with values by example, so that whoever has the file can judge anew.
-        distance, low, high, margin, status, sees: see [`Comparison`].
-    """
-
-    name: str
-    title: str
-    unit: str
-    layer: Layer
-    paper: str | None
-    what: str
-    stated: float
-    readings: Readings
-    distance: float | None
-    low: float | None
-    high: float | None
-    margin: float | None
-    status: Status
-    sees: bool | None
-
-    @property
-    def audited(self) -> float:
-        return self.readings.audited.value
-
-    @property
-    def original(self) -> float | None:
-        return None if self.readings.original is None else self.readings.original.value
-
-    @property
-    def retrained(self) -> tuple[float, ...]:
-        return tuple(one.value for one in self.readings.retrained)
-
-    @property
-    def n(self) -> int:
-        return self.readings.audited.n
-
-    @property
-    def seconds(self) -> float:
-        """Of all models together."""
-        every = [self.readings.audited, *self.readings.of("original"), *self.readings.retrained]
-        return sum(one.seconds for one in every)
-
-    def shown(self, value: float | None, *, signed: bool = False) -> str:
-        """A value in the check's unit."""
-        return shown(value, self.unit, signed=signed)
-
-    def in_words(self) -> str:
-        """The number that a verdict prints."""
-        text = self.shown(self.audited)
-        if self.retrained:
-            text += f", retrained {self.shown(sum(self.retrained) / len(self.retrained))}"
-        if self.distance is None:
-            return text
-        return f"{text}; distance {self.shown(self.distance, signed=True)} [{self.shown(self.low, signed=True)}, {self.shown(self.high, signed=True)}], margin {self.shown(self.margin)}"
 
 
 @dataclass(frozen=True)
@@ -290,24 +228,3 @@ class AuditReport:
         from .page import page
 
         return page(self, path)
-
-
-def readings_of(values: Mapping[str, Any]) -> Readings:
-    """From JSON values."""
-
-    def one(reading: Mapping[str, Any]) -> Reading:
-        per_example = reading["per_example"]
-        return Reading(**dict(reading) | {"per_example": None if per_example is None else tuple(per_example)})
-
-    original = None if values["original"] is None else one(values["original"])
-    return Readings(one(values["audited"]), original, tuple(map(one, values["retrained"])))
-
-
-def shown(value: float | None, unit: str, *, signed: bool = False) -> str:
-    """A value with its unit; shares as percentages."""
-    if value is None:
-        return "–"
-    sign = "+" if signed else ""
-    if unit == "%":
-        return f"{100 * value:{sign}.1f} %"
-    return f"{value:{sign}.3g}" + (f" {unit}" if unit else "")

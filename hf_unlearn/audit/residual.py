@@ -18,7 +18,7 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from ..tradeoff.curve import auc_of
-from .verdict import CONFIDENCE, Status
+from .equivalence import CONFIDENCE, Status
 
 
 STATED = 1.0  # μ that counts as none: the best test then has an AUC of 0.76

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -17,14 +16,17 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .. import __version__
 from ..files import PRIVATE, first_line, read_json, write_json
 from ..hub.provenance import library_versions
 from ..training.checks import SEEDS, check_number, shown
 from ..training.models import load_model
-from .check import AuditData, Check, Readings, Role, Subject, timed
-from .report import AuditReport, CheckResult, readings_of
+from .check import AuditData, Check, Reading, Readings, Role, Subject, timed
+from .equivalence import compared
+from .report import AuditReport
 from .residual import residual_mu
-from .verdict import FEW, compared, decide
+from .result import CheckResult, reading_of
+from .verdict import FEW, decide
 
 
 logger = logging.getLogger(__name__)
@@ -124,14 +126,13 @@ def audit(
             f"audit of {audited.name}: {len(chosen)} checks of {len(subjects)} models ({', '.join(f'{n:,} {name}' for name, n in rows.sizes.items())} "
             f"rows), about {_in_words(estimate)}"
         )
-    store = _Store(output_dir, subjects, rows.digest, seed)
+    store = _Store(output_dir, rows.digest, seed)
     found, failed = {}, {}
     for one in tqdm(chosen, desc="Audit", disable=not progress):
         try:
-            found[one.name] = store.kept(one) or store.keep(one, _read(one, subjects, rows, seed))
-            found[one.name] = one.settled(found[one.name], rows).map(lambda reading: reading.checked())
-        except (RuntimeError, ValueError, ArithmeticError, IndexError, KeyError, TypeError, AttributeError) as error:
-            found.pop(one.name, None)
+            readings = _read(one, subjects, rows, seed, store)
+            found[one.name] = one.settled(readings, rows).map(lambda reading: reading.checked())
+        except Exception as error:  # whatever an attack raises: what did not run is not passed
             failed[one.name] = first_line(error)
             logger.warning("%s did not run: %s", one.name, failed[one.name])
     deciding = sum(one.layer != "beside" for one in chosen) + 1
@@ -259,15 +260,20 @@ def _estimate(family: Family, audited: Subject, rows: AuditData, chosen: Sequenc
     return models * sum(looked * forward + trained * training for looked, trained in costs)
 
 
-def _read(check: Check, subjects: Sequence[Subject], rows: AuditData, seed: int) -> Readings:
+def _read(check: Check, subjects: Sequence[Subject], rows: AuditData, seed: int, store: _Store) -> Readings:
     found: dict[str, list] = {"audited": [], "original": [], "retrained": []}
     for one in subjects:
-        started = time.perf_counter()
-        devices = [one.model.device] if getattr(getattr(one.model, "device", None), "type", "cpu") == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(np.random.SeedSequence([seed, 17]).generate_state(1)[0]))
-            reading = check.read(one, rows, seed)
-        found[one.role].append(timed(reading, time.perf_counter() - started))
+        reading = store.kept(check, one)
+        if reading is None:
+            started = time.perf_counter()
+            devices = (
+                [one.model.device] if getattr(getattr(one.model, "device", None), "type", "cpu") == "cuda" else []
+            )
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(int(np.random.SeedSequence([seed, 17]).generate_state(1)[0]))
+                reading = check.read(one, rows, seed)
+            reading = store.keep(check, one, timed(reading, time.perf_counter() - started))
+        found[one.role].append(reading)
     return Readings(found["audited"][0], next(iter(found["original"]), None), tuple(found["retrained"]))
 
 
@@ -278,27 +284,27 @@ def _result(check: Check, readings: Readings, rows: AuditData, deciding: int) ->
 
 
 class _Store:
-    """What checks read, kept check by check below `output_dir/_private/`, for the models, rows and seed that it is of."""
+    """What checks read, model by model, below `output_dir/_private/`: an audit that was stopped goes on, and one of another model with the same
+    references does not look at these again.
+    """
 
-    def __init__(self, output_dir: str | Path | None, subjects: Sequence[Subject], rows: str, seed: int):
-        self.folder = None if output_dir is None else Path(output_dir, PRIVATE, "audit")
-        self.key = (
-            None
-            if output_dir is None
-            else {"models": [[one.role, one.digest] for one in subjects], "rows": rows, "seed": seed}
-        )
+    def __init__(self, output_dir: str | Path | None, rows: str, seed: int):
+        self.folder = None if output_dir is None else Path(output_dir, PRIVATE, "audit", f"{rows}-{seed}")
 
-    def kept(self, check: Check) -> Readings | None:
-        file = None if self.folder is None else self.folder / f"{check.name}.json"
+    def _file(self, check: Check, subject: Subject) -> Path | None:
+        return None if self.folder is None else self.folder / check.name / f"{subject.digest}.json"
+
+    def kept(self, check: Check, subject: Subject) -> Reading | None:
+        file = self._file(check, subject)
         if file is None or not file.is_file():
             return None
         values = read_json(file)
-        return readings_of(values["readings"]) if values["key"] == json.loads(json.dumps(self.key)) else None
+        return reading_of(values["reading"]) if values["version"] == __version__ else None
 
-    def keep(self, check: Check, readings: Readings) -> Readings:
-        if self.folder is not None:
-            write_json({"key": self.key, "readings": asdict(readings)}, self.folder / f"{check.name}.json")
-        return readings
+    def keep(self, check: Check, subject: Subject, reading: Reading) -> Reading:
+        if file := self._file(check, subject):
+            write_json({"version": __version__, "reading": asdict(reading)}, file)
+        return reading
 
 
 def _in_words(seconds: float) -> str:

@@ -1,133 +1,19 @@
-r"""How far the audited model is from retrained ones, and the word for it.
-
-Of a check with readings $r_1 … r_R$ of retrained models and $a$ of the audited one, the distance is $D = a - \bar r$. Its interval
-joins what the examples leave open (exact where they are right or wrong, else Student's t of the paired differences) and what so few
-references leave open ($t_{R-1}\, s/\sqrt R$), each bound by itself (Zou and Donner's MOVER). The margin is what was stated plus what
-retrained models differ among each other,
-
-$$ M = m + s \left( t_{R-1, 1-\alpha/K} \sqrt{1 + 1/R} + t_{R-1, 1-\alpha} / \sqrt R \right), $$
-
-so that one more retrained model is within all K margins in 95 audits of 100. *Beyond* is a lower bound above M, *within* an upper bound
-up to M. With few references M is wide: a check whose margin hides the original itself is *blind*, which is not passed.
-"""
+"""The word for what an audit found: never better than the weakest check, and with the number that decided."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import numpy as np
-from scipy import stats
-
-from .check import Layer, Reading, Readings
-
-
-if TYPE_CHECKING:
-    from .report import CheckResult
-    from .residual import ResidualMu
+from .check import Layer
+from .equivalence import Status, equivalent
+from .residual import ResidualMu
+from .result import CheckResult
 
 
-CONFIDENCE = 0.95  # of each bound by itself; the two of an interval hold together in 90 of 100
 FEW = 20  # forget examples, below which an audit says that its power is low
-Status = Literal["beyond", "within", "blind", "unclear", "unknown"]
 Word = Literal["not forgotten", "suppressed", "forgotten", "undetermined"]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The audited model beside retrained ones (or beside what is known of a class never seen) in one check.
-
-    Args:
-        distance, low, high, margin (`float`, *optional*): D with its bounds, and M. None where there is nothing to compare with.
-        status (`str`): `"beyond"`, `"within"`, `"blind"`, `"unclear"` or `"unknown"`.
-        sees (`bool`, *optional*): whether the original is beyond the margin: whether the check would notice memory. None without it.
-    """
-
-    distance: float | None
-    low: float | None
-    high: float | None
-    margin: float | None
-    status: Status
-    sees: bool | None = None
-
-
-def compared(readings: Readings, margin: float, checks: int, *, never_seen: float | None = None) -> Comparison:
-    """[`Comparison`] of a check's readings.
-
-    Args:
-        margin (`float`): the stated one, m.
-        checks (`int`): K, of all that take part in the verdict.
-        never_seen (`float`, *optional*): value of a model that never saw a forgotten class; used below two references, and then proves
-            memory but not its absence.
-    """
-    references, audited = readings.retrained, readings.audited
-    if len(references) < 2:
-        if never_seen is None:
-            return Comparison(None, None, None, None, "unknown")
-        down, up = sampling_error(audited, ())
-        distance = audited.value - never_seen
-        sees = None if readings.original is None else readings.original.value - never_seen > margin
-        status = "beyond" if distance - down > margin else "unknown"
-        return Comparison(distance, distance - down, distance + up, margin, status, sees)
-    values = np.array([one.value for one in references])
-    count, mean, spread = len(values), values.mean(), values.std(ddof=1)
-    of_references = stats.t.ppf(CONFIDENCE, count - 1) * spread / math.sqrt(count)
-    down, up = (math.hypot(side, of_references) for side in sampling_error(audited, references))
-    allowance = allowed(spread, count, checks)
-    distance, limit = audited.value - mean, margin + allowance
-    original = None if readings.original is None else readings.original.value - mean
-    if distance - down > limit:
-        status = "beyond"
-    elif distance + up > limit:
-        status = "unclear"
-    elif allowance > margin and (original is None or margin < original <= limit):
-        status = "blind"
-    else:
-        status = "within"
-    return Comparison(
-        distance, distance - down, distance + up, limit, status, original is not None and original > limit
-    )
-
-
-def allowed(spread: float, references: int, checks: int) -> float:
-    """What is added to a stated margin: see the module."""
-    beyond = stats.t.ppf(1 - (1 - CONFIDENCE) / checks, references - 1) * math.sqrt(1 + 1 / references)
-    return spread * (beyond + stats.t.ppf(CONFIDENCE, references - 1) / math.sqrt(references))
-
-
-def sampling_error(audited: Reading, references: Sequence[Reading]) -> tuple[float, float]:
-    """How far below and above the distance may lie for other examples of the same kind, each bound at [`CONFIDENCE`].
-
-    Of right or wrong answers Clopper and Pearson's interval, narrowed by how much less the paired differences vary than the answers;
-    of other means Student's t of the differences; of what is no mean the standard errors.
-    """
-    if audited.per_example is None or len(audited.per_example) < 1:
-        errors = [one.error or 0.0 for one in references]
-        error = math.hypot(audited.error or 0.0, math.sqrt(sum(e * e for e in errors)) / max(1, len(errors)))
-        return (stats.norm.ppf(CONFIDENCE) * error,) * 2
-    values = np.array(audited.per_example)
-    paired = [
-        one.per_example for one in references if one.per_example is not None and len(one.per_example) == len(values)
-    ]
-    differences = values - np.mean(paired, axis=0) if paired else values
-    count = len(values)
-    if set(np.unique(values)) <= {0.0, 1.0}:
-        right = int(values.sum())
-        interval = stats.binomtest(right, count).proportion_ci(2 * CONFIDENCE - 1, method="exact")
-        agreement = min(1.0, differences.std() / values.std()) if values.std() > 0 else 1.0
-        return agreement * (right / count - interval.low), agreement * (interval.high - right / count)
-    if count < 2:
-        return math.inf, math.inf
-    return (float(stats.t.ppf(CONFIDENCE, count - 1) * differences.std(ddof=1) / math.sqrt(count)),) * 2
-
-
-def equivalent(one: Reading, other: Reading, margin: float) -> bool:
-    """Whether two readings differ by less than a margin, both ways, at [`CONFIDENCE`]."""
-    down, up = sampling_error(one, [other])
-    distance = one.value - other.value
-    return distance - down > -margin and distance + up < margin
 
 
 @dataclass(frozen=True)
@@ -156,7 +42,7 @@ def decide(
     *,
     references: int,
     forget_examples: int,
-    failed: dict[str, str],
+    failed: Mapping[str, str],
 ) -> Verdict:
     """The verdict of all checks: never better than that of the weakest one.
 
