@@ -119,6 +119,7 @@ def audit(
     if not chosen:
         name, why = next(iter(skipped.items()))
         raise ValueError(f"checks: none can be done with these rows and models (of {name}: {why})")
+    losses = _losses(family, subjects, rows)
     started = time.perf_counter()
     estimate = _estimate(family, audited, rows, chosen, len(subjects))
     if progress:
@@ -138,10 +139,6 @@ def audit(
     deciding = sum(one.layer != "beside" for one in chosen) + 1
     references = len(roles) - 1 - ("original" in roles)
     results = tuple(_result(one, found[one.name], rows, deciding) for one in chosen if one.name in found)
-    losses = {
-        role: [family.forget_loss(one, rows) for one in subjects if one.role == role]
-        for role in ("audited", "original", "retrained")
-    }
     residual = residual_mu(
         losses["audited"][0], losses["retrained"], original=next(iter(losses["original"]), None), checks=deciding
     )
@@ -173,6 +170,8 @@ def audit(
     )
     if output_dir is not None:
         report.save(Path(output_dir, "audit.json"))
+        report.to_html(Path(output_dir, "audit.html"))
+        report.plot(Path(output_dir, "audit.png"))
     return report
 
 
@@ -225,6 +224,18 @@ def _loaded(model: Any, argument: str) -> tuple[Any, Any, str | None]:
         return load_model(model, None, None)
     except ValueError as error:
         raise ValueError(f"{argument}: {str(error).removeprefix('model: ')}") from error
+
+
+def _losses(family: Family, subjects: Sequence[Subject], rows: AuditData) -> dict[Role, list[float]]:
+    """Of the forget rows, by role: the statistic of residual μ."""
+    found: dict[Role, list[float]] = {"audited": [], "original": [], "retrained": []}
+    for one in subjects:
+        try:
+            found[one.role].append(family.forget_loss(one, rows))
+        except ValueError as error:
+            argument = "model" if one.role == "audited" else _key(subjects, one)
+            raise ValueError(f"{argument}: gives outputs that are not finite; there is nothing to audit") from error
+    return found
 
 
 def _key(subjects: Sequence[Subject], one: Subject) -> str:
