@@ -39,7 +39,6 @@ class TestPlantedCases:
         assert report.verdict.word == "suppressed"
         assert report["forget_accuracy"].audited == 0.0
         assert report["refitted_head"].status == "beyond"
-        assert report["relearn_forget"].status == "beyond"
         assert report.residual.mu < -100  # no retrained model has such a loss
 
     def test_what_only_changed_the_head_is_suppressed(self, models, sets, rows):
