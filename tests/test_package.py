@@ -122,7 +122,13 @@ class TestDocuments:
             verb, *words = shlex.split(line.replace(" …", ""), comments=True)
             if verb == "list":
                 continue
-            methods = {"unlearn": UNLEARN, "influence": INFLUENCE, "filter": FILTER, "demo": {"demo": DEMO}, "audit": {"audit": AUDIT}}[verb]
+            methods = {
+                "unlearn": UNLEARN,
+                "influence": INFLUENCE,
+                "filter": FILTER,
+                "demo": {"demo": DEMO},
+                "audit": {"audit": AUDIT},
+            }[verb]
             name = words.pop(0) if verb == "filter" else None
             given = options(words)
             name = verb if verb in ("demo", "audit") else name or chosen(given, methods)
