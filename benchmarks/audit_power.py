@@ -26,8 +26,8 @@ from transformers import AutoModelForImageClassification
 from transformers.utils import logging as transformers_logging
 
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig, UnlearnTrainer
-from hf_unlearn.audit.classifiers.subject import head_of, look_at
 from hf_unlearn.audit.classifiers.data import classifier_data
+from hf_unlearn.audit.classifiers.subject import head_of, look_at
 from hf_unlearn.audit.run import audit
 from hf_unlearn.examples.classifier import TRAINING, digits_model
 
@@ -69,7 +69,13 @@ def projected(world: Digits, seed: int, forgotten: int) -> nn.Module:
     model = world.original(seed)
     rows = world.splits["train"]
     data = classifier_data(
-        part(rows, forgotten, True), part(rows, forgotten, False), world.splits["test"], num_labels=10, processing_class=None, size="standard", seed=0
+        part(rows, forgotten, True),
+        part(rows, forgotten, False),
+        world.splits["test"],
+        num_labels=10,
+        processing_class=None,
+        size="standard",
+        seed=0,
     )
     inside, others = (look_at(model, one).features[-1].mean(0) for one in (data.forget, data.retain))
     direction = nn.functional.normalize(inside - others, dim=0)
@@ -120,7 +126,11 @@ def by(trainer: type, **settings) -> Callable[..., nn.Module]:
     def make(world: Digits, seed: int, forgotten: int) -> nn.Module:
         model = world.original(seed)
         with tempfile.TemporaryDirectory() as folder:
-            config = PBUConfig(folder, seed=seed, **QUIET) if trainer is PBUTrainer else UnlearnConfig(folder, seed=seed, **plain | settings, **QUIET)
+            config = (
+                PBUConfig(folder, seed=seed, **QUIET)
+                if trainer is PBUTrainer
+                else UnlearnConfig(folder, seed=seed, **plain | settings, **QUIET)
+            )
             unlearn(trainer, config, model, part(world.splits["train"], forgotten, True))
         return model.eval()
 
@@ -133,7 +143,9 @@ CASES = {
     "projected": Case(projected, "suppressed"),
     "head only": Case(head_only, "suppressed"),
     "retrained": Case(retrained, "forgotten"),
-    "random labels": Case(by(RandomLabelTrainer, forget_loss="uniform", learning_rate=1e-4, bn="train", num_train_epochs=50)),
+    "random labels": Case(
+        by(RandomLabelTrainer, forget_loss="uniform", learning_rate=1e-4, bn="train", num_train_epochs=50)
+    ),
     "ascent": Case(by(UnlearnTrainer, forget_loss="ascent", learning_rate=3e-5, bn="frozen", num_train_epochs=15)),
     "DELETE": Case(by(UnlearnTrainer, forget_loss="redirect", learning_rate=1e-4, bn="frozen", num_train_epochs=20)),
     "PBU": Case(by(PBUTrainer)),
@@ -155,7 +167,9 @@ class World(Digits):
         return self._made(f"reference-{forgotten}-{number}", make)
 
     def case(self, name: str, seed: int, forgotten: int) -> nn.Module:
-        return self._made(f"{name.replace(' ', '-')}-{seed}-{forgotten}", lambda: CASES[name].make(self, seed, forgotten))
+        return self._made(
+            f"{name.replace(' ', '-')}-{seed}-{forgotten}", lambda: CASES[name].make(self, seed, forgotten)
+        )
 
     def _made(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
         folder = FOLDER / "models" / name
@@ -163,7 +177,16 @@ class World(Digits):
             make().save_pretrained(folder)
         return AutoModelForImageClassification.from_pretrained(folder)
 
-    def audited(self, model: nn.Module, seed: int, forgotten: int, references: list[int], *, checks="standard", forget_rows: int | None = None):
+    def audited(
+        self,
+        model: nn.Module,
+        seed: int,
+        forgotten: int,
+        references: list[int],
+        *,
+        checks="standard",
+        forget_rows: int | None = None,
+    ):
         """The report of a model, beside its original and references by their numbers."""
         train = self.splits["train"]
         forget = part(train, forgotten, True)
@@ -189,7 +212,16 @@ def row_of(report, case: str, seed: int, forgotten: int) -> dict:
         "decided_by": report.verdict.decided_by,
         "mu": [report.residual.mu, report.residual.low, report.residual.high, report.residual.margin],
         "checks": {
-            one.name: [one.audited, one.original, float(np.mean(one.retrained)), one.low, one.high, one.margin, one.status] for one in report.results
+            one.name: [
+                one.audited,
+                one.original,
+                float(np.mean(one.retrained)),
+                one.low,
+                one.high,
+                one.margin,
+                one.status,
+            ]
+            for one in report.results
         },
         "failed": dict(report.failed),
     }
@@ -227,7 +259,9 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     world = World()
-    seeds, cases = (range(1), ["original", "masked", "retrained"]) if options.quick else (range(options.seeds), list(CASES))
+    seeds, cases = (
+        (range(1), ["original", "masked", "retrained"]) if options.quick else (range(options.seeds), list(CASES))
+    )
     make_models(world, seeds, cases)
     if options.models:
         return

@@ -36,8 +36,10 @@ NEAR = residual_mu(2.0, (1.8, 1.9, 2.0, 2.1, 2.2), original=-50.0, checks=5)
 FINE = [result("output"), result("below", "below"), result("distance", "distance"), result("beside", "beside")]
 
 
-def verdict(results, residual=NEAR, references=5, rows=100, failed=()):
-    return decide(results, residual, references=references, forget_examples=rows, failed=dict(failed))
+def verdict(results, residual=NEAR, references=5, rows=100, failed=(), left_out=()):
+    return decide(
+        results, residual, references=references, forget_examples=rows, failed=dict(failed), left_out=left_out
+    )
 
 
 def test_forgotten_needs_all_of_it():
@@ -93,6 +95,17 @@ def test_nothing_is_forgotten_where_the_original_is_not_told_from_retrained_mode
     found = verdict([replace(one, sees=False) for one in FINE])
     assert found.word == "undetermined"
     assert "original" in found.why
+
+
+@pytest.mark.parametrize("blind_layer", ["output", "below"])
+def test_nor_where_one_layer_would_not_notice(blind_layer):
+    assert verdict([replace(one, sees=one.layer != blind_layer) for one in FINE]).word == "undetermined"
+
+
+def test_nor_where_a_check_was_not_asked_for():
+    found = verdict(FINE, left_out=["quantised"])
+    assert (found.word, found.decided_by) == ("undetermined", "quantised")
+    assert verdict([beyond("probe", "below"), *FINE], left_out=["quantised"]).word == "suppressed"
 
 
 def test_few_examples_are_never_forgotten():

@@ -72,7 +72,7 @@ def test_the_head_is_the_last_layer_with_a_number_for_each_class(tiny_resnet, ti
         (tiny_bert, tiny_bert.classifier),
     ):
         assert head_of(model) is head
+    bare = nn.Linear(3, 4)
+    bare.config = tiny_resnet.config
     with pytest.raises(ValueError, match="Linear has no linear head with 10 outputs"):
-        bare = nn.Linear(3, 4)
-        bare.config = tiny_resnet.config
         head_of(bare)
