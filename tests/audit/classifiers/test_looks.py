@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from conftest import FORGOTTEN, masked
 from sklearn.metrics import roc_auc_score
 
 from hf_unlearn.audit.check import Reading, Readings
-from hf_unlearn.audit.classifiers.distances import AnswerDistance, MarginDivergence
+from hf_unlearn.audit.classifiers.distances import AnswerDistance, MarginDivergence, MembershipByLikelihood
 from hf_unlearn.audit.classifiers.family import data as family_data
 from hf_unlearn.audit.classifiers.membership import MembershipByLoss, delong
 from hf_unlearn.audit.classifiers.relearning import RelearnForget, size_of_weights, trained
@@ -77,6 +78,50 @@ class TestMembership:
         found = MembershipByLoss().read(ClassifierSubject(model, "audited", "a"), parts, 0)
         assert found.value > 0.99
         assert found.figures["found_at_5%_false_alarms"] > 0.99
+
+
+class TestLiRA:
+    def test_against_a_plain_reference(self, models, parts):
+        """Row by row, as in the paper: one less the tail of the law of models without the row, at the observed margin."""
+        from scipy.stats import norm
+
+        def margin(model, part):
+            with torch.no_grad():
+                p = model(part.inputs["pixel_values"]).logits.double().softmax(1)[:, FORGOTTEN]
+            return torch.log(p / (1 - p)).numpy()
+
+        target, shadows = models.originals[1], models.retrained[:4]
+        check = MembershipByLikelihood()
+        read = [check.read(ClassifierSubject(one, "retrained", "a"), parts, 0) for one in (target, *shadows)]
+        found = check.compared(read[0], read[1:])
+        spread = (
+            np.mean([np.var([margin(one, parts.forget)[row] for one in shadows], ddof=1) for row in range(30)]) ** 0.5
+        )
+        scores, truth = [], []
+        for part, member in ((parts.forget, 1), (parts.test_forget, 0)):
+            seen, law = margin(target, part), np.mean([margin(one, part) for one in shadows], axis=0)
+            scores += [1 - norm.sf(value, center, spread * 40) for value, center in zip(seen, law, strict=True)]
+            truth += [member] * len(part)
+        assert found.value == pytest.approx(roc_auc_score(truth, scores), abs=1e-3)
+
+    def test_finds_what_a_loss_alone_does_not(self, parts):
+        """Rows whose margins differ far more among each other than by membership."""
+        random = np.random.default_rng(0)
+        hard, hard_unseen = random.normal(0, 10, 60), random.normal(0, 10, 60)
+
+        def reading(shift):
+            noise = random.normal(0, 0.3, (2, 60))
+            return replace(
+                Reading.mean_of(hard + shift + noise[0]), figures={"unseen": (hard_unseen + noise[1]).tolist()}
+            )
+
+        found = MembershipByLikelihood().settled(
+            Readings(reading(1.5), reading(0.0), tuple(reading(0.0) for _ in range(4))), parts
+        )
+        assert found.audited.value > 0.98
+        assert found.audited.figures["found_at_5%_false_alarms"] > 0.9
+        for one in (found.original, *found.retrained):
+            assert abs(one.value - 0.5) < 4 * one.error  # 5 of them
 
 
 class TestRelearning:
