@@ -264,8 +264,8 @@ class AuditReport:
 
         return picture(self, path)
 
-    def to_html(self, path: str | Path) -> Path:
-        """A page that needs no other file, at `path`."""
+    def to_html(self, path: str | Path, drawn: str | Path | None = None) -> Path:
+        """A page that needs no other file, at `path`; `drawn` is what [`plot`] made, if it is there."""
         from .page import page
 
-        return page(self, path)
+        return page(self, path, drawn)

@@ -165,8 +165,7 @@ def audit(
     )
     if output_dir is not None:
         report.save(Path(output_dir, "audit.json"))
-        report.to_html(Path(output_dir, "audit.html"))
-        report.plot(Path(output_dir, "audit.png"))
+        report.to_html(Path(output_dir, "audit.html"), report.plot(Path(output_dir, "audit.png")))
     return report
 
 
