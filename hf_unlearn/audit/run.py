@@ -87,7 +87,8 @@ def audit(
     ```
 
     Args:
-        model: the unlearned model, or its folder or id.
+        model: the unlearned model, or its folder or id; or an unlearning trainer, which fills in what it knows of `original`, `forget`, `retain` and
+            `processing_class`.
         original (*optional*): the model that unlearning started from. Without it no check can show that it would notice memory.
         retrained (sequence, defaults to `()`): models trained like the original without the forget data, each with a seed of its own; at least 3
             for `"forgotten"`, and with 5 or more the margins are useful.
@@ -107,6 +108,14 @@ def audit(
         ValueError: an argument that does not fit; nothing was run.
     """
     check_number("seed", seed, SEEDS)
+    if hasattr(model, "source_dataset") and hasattr(
+        model, "base_model"
+    ):  # an unlearning trainer, which knows some of it
+        trainer, model = model, model.model
+        original = trainer.base_model if original is None else original
+        forget = trainer.source_dataset if forget is None else forget
+        retain = trainer.retain_dataset if retain is None else retain
+        processing_class = trainer.processing_class if processing_class is None else processing_class
     if isinstance(retrained, str | Path | nn.Module):
         retrained = [retrained]
     family, subjects, processing_class = _subjects(model, original, retrained, processing_class)

@@ -34,3 +34,17 @@ def test_a_report_of_other_weights_is_refused_before_anything_is_sent(trainer, m
     with pytest.raises(ValueError, match="audit: is of another model"):
         trainer.push_to_hub(audit=report)
     assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_a_trainer_fills_in_what_it_knows(trainer, models, sets):
+    settings = {
+        "retrained": models.retrained[:3],
+        "test": sets["test"],
+        "checks": ["forget_accuracy"],
+        "progress": False,
+    }
+    found = audit(trainer, original=models.originals[1], retain=sets["retain"], **settings)
+    plain = audit(trainer.model, models.originals[1], forget=sets["forget"], retain=sets["retain"], **settings)
+    assert (found.verdict, found.sizes, found.model_digest) == (plain.verdict, plain.sizes, plain.model_digest)
+    with pytest.raises(ValueError, match="retain: missing"):  # it was not told
+        audit(trainer, original=models.originals[1], **settings)
