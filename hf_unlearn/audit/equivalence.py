@@ -94,16 +94,18 @@ def sampling_error(audited: Reading, references: Sequence[Reading]) -> tuple[flo
     """How far below and above the distance may lie for other examples of the same kind, each bound at [`CONFIDENCE`].
 
     Of right or wrong answers Clopper and Pearson's interval, as much narrower or wider as the paired differences vary less or more than the answers;
-    of other means Student's t of the differences; of what is no mean the standard errors.
+    of other means Student's t of the differences; of means over pairs DeLong's error of paired areas; of what is no mean the standard errors.
     """
     if audited.per_example is None or len(audited.per_example) < 1:
         errors = [one.error or 0.0 for one in references]
         error = math.hypot(audited.error or 0.0, math.sqrt(sum(e * e for e in errors)) / max(1, len(errors)))
         return (float(stats.norm.ppf(CONFIDENCE) * error),) * 2
     values = np.array(audited.per_example)
-    paired = [one.per_example for one in references if one.per_example and len(one.per_example) == len(values)]
-    differences = values - np.mean(paired, axis=0) if paired else values
-    count = len(values)
+    differences, count = _differences(audited, references, "per_example"), len(values)
+    if audited.per_other is not None:
+        others = _differences(audited, references, "per_other")
+        errors = (one.var(ddof=1) / len(one) if len(one) > 1 else math.inf for one in (differences, others))
+        return (float(stats.norm.ppf(CONFIDENCE)) * math.sqrt(sum(errors)),) * 2
     of_mean = (
         float(stats.t.ppf(CONFIDENCE, count - 1) * differences.std(ddof=1) / math.sqrt(count))
         if count > 1
@@ -117,6 +119,14 @@ def sampling_error(audited: Reading, references: Sequence[Reading]) -> tuple[flo
     if values.std() == 0:  # all right, or all wrong
         return tuple(max(side, of_mean if differences.std() > 0 else 0.0) for side in exact)
     return tuple(float(differences.std() / values.std()) * side for side in exact)
+
+
+def _differences(audited: Reading, references: Sequence[Reading], name: str) -> np.ndarray:
+    """Row by row, of the audited model from the mean of the references that were asked the same rows."""
+    values = np.array(getattr(audited, name))
+    others = [getattr(one, name) for one in references]
+    paired = [one for one in others if one and len(one) == len(values)]
+    return values - np.mean(paired, axis=0) if paired else values
 
 
 def equivalent(one: Reading, other: Reading, margin: float) -> bool:

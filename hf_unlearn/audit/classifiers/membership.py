@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from ..check import Reading, Role
 from ..membership import membership_by_entropy
@@ -28,11 +27,7 @@ class MembershipByLoss(OnRows):
     def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
         members = -subject.look(data.forget).losses.numpy()
         others = -subject.look(unseen(data)).losses.numpy()
-        truth = np.repeat([1, 0], [len(members), len(others)])
-        auc = float(roc_auc_score(truth, np.concatenate([members, others])))
-        return Reading(
-            auc, None, delong(members, others), len(members), figures=found_at_few_alarms(members, others)
-        ).checked()
+        return Reading.auc_of(members, others, **found_at_few_alarms(members, others))
 
 
 class MembershipByEntropy(OnRows):
@@ -43,7 +38,7 @@ class MembershipByEntropy(OnRows):
     def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
         logits = [subject.look(part).logits.numpy() for part in (data.retain, data.test_retain, data.forget)]
         share, count = membership_by_entropy(*logits), len(data.forget)
-        return Reading(share, None, float(np.sqrt(share * (1 - share) / count)), count).checked()
+        return Reading(share, error=float(np.sqrt(share * (1 - share) / count)), n=count).checked()
 
 
 def unseen(data: ClassifierData) -> Part:
@@ -56,10 +51,3 @@ def found_at_few_alarms(members: np.ndarray, others: np.ndarray) -> dict[str, fl
     return {
         f"found_at_{LOW:.0%}_false_alarms": float((members > np.quantile(others, 1 - LOW, method="higher")).mean())
     }
-
-
-def delong(members: np.ndarray, others: np.ndarray) -> float:
-    """Standard error of an AUC, from how each row of one group lies in the other."""
-    above = (members[:, None] > others[None]) + 0.5 * (members[:, None] == others[None])
-    parts = [one.var(ddof=1) / len(one) if len(one) > 1 else np.inf for one in (above.mean(1), above.mean(0))]
-    return float(np.sqrt(sum(parts)))
