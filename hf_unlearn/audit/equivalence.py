@@ -35,7 +35,8 @@ class Comparison:
     Args:
         distance, low, high, margin (`float`, *optional*): D with its bounds, and M. None where there is nothing to compare with.
         status (`str`): `"beyond"`, `"within"`, `"blind"`, `"unclear"` or `"unknown"`.
-        sees (`bool`, *optional*): whether the original is beyond the margin: whether the check would notice memory. None without it.
+        sees (`bool`, *optional*): whether the original is beyond the margin: whether the check would notice memory. False without it, None where nothing
+            is known.
     """
 
     distance: float | None
