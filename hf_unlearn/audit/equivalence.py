@@ -8,7 +8,8 @@ retrained models differ among each other,
 $$ M = m + s \left( t_{R-1, 1-\alpha/K} \sqrt{1 + 1/R} + t_{R-1, 1-\alpha} / \sqrt R \right), $$
 
 so that one more retrained model is within all K margins in 95 audits of 100. *Beyond* is a lower bound above M, *within* an upper bound
-up to M. With few references M is wide: a check whose margin hides the original itself is *blind*, which is not passed.
+up to M. With few references M is wide: a check whose margin hides the original itself, which endless references would tell apart, is *blind*, and that is
+not passed. (Where the original lies among retrained models, $D_o \le m + z_{1-\alpha/K}\, s$, there is nothing to see by that check.)
 """
 
 from __future__ import annotations
@@ -76,13 +77,18 @@ def compared(readings: Readings, margin: float, checks: int, *, never_seen: floa
         status = "beyond"
     elif distance + up > limit:
         status = "unclear"
-    elif allowance > margin and (original is None or margin < original <= limit):
+    elif allowance > margin if original is None else margin + spread * spreads_apart(checks) < original <= limit:
         status = "blind"
     else:
         status = "within"
     return Comparison(
         distance, distance - down, distance + up, limit, status, original is not None and original > limit
     )
+
+
+def spreads_apart(checks: int) -> float:
+    """How many of their standard deviations one more retrained model may lie from the mean of endless others, in all K checks."""
+    return float(stats.norm.ppf(1 - (1 - CONFIDENCE) / checks))
 
 
 def allowed(spread: float, references: int, checks: int) -> float:
