@@ -284,7 +284,7 @@ class Pool:
         return judged(self.checks, found, losses, self.rows, failed={})[2].word
 
 
-def power(world: World, draws: int = 20) -> list[dict]:
+def power(world: World, draws: int = 10) -> list[dict]:
     """Verdicts by the number of references, each time drawn anew from the pool; retrained models are none of their own references."""
     pool, random, rows = Pool(world), np.random.default_rng(0), []
     every = [name for name in pool.read if name.startswith("reference")]
