@@ -1,0 +1,1 @@
+"""Checks of classifiers of images and texts: one file a kind."""

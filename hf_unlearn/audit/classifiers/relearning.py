@@ -1,0 +1,154 @@
+"""How soon a classifier knows again what it was to forget: from some of it, from retained rows alone, from rows that mean nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...modes import seeded_generator
+from ...training.losses import cross_entropy
+from ..check import Reading, Role
+from .answers import OnRows
+from .data import ClassifierData, Part
+from .subject import ClassifierSubject, Look, head_of, look_at
+
+
+MARKS = (1, 2, 3, 5, 8, 12, 20)  # steps after which is looked
+BATCH, FORGET_ROWS = 32, 2  # of a step; few of them tell those that know from those that learn
+RATE = 0.01  # of a step of AdamW, in root mean squares of the weights
+LOOKED_AT = 200  # rows
+
+
+class Relearning(OnRows):
+    """A check that trains a copy for 20 steps and looks on the way whether the forgotten rows are known again."""
+
+    layer = "below"
+    parts = ("forget", "retain")
+    of_stranger = 0.0
+
+    def cost(self, data: ClassifierData) -> tuple[float, float]:
+        return (len(MARKS) + 1) * min(LOOKED_AT, len(data.forget) + len(data.test_forget)), MARKS[-1] * BATCH
+
+    def missing(self, data: ClassifierData, roles: Sequence[Role]) -> str | None:
+        return "a single forget row leaves none to ask about" if len(data.forget) < 2 else super().missing(data, roles)
+
+    def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
+        shown, asked = self.halves(data, seed)
+        model = self.prepared(subject.copy(), data)
+        looks = [look_at(model, asked, features=False)]
+        looks += [look_at(copy, asked, features=False) for copy in trained(model, self.batches(shown, data, seed))]
+        right = torch.stack([look.right for look in looks])
+        return Reading.mean_of(self.value(looks), steps=[0, *MARKS], curve=right.mean(1).tolist())
+
+    def halves(self, data: ClassifierData, seed: int) -> tuple[Part, Part]:
+        """Forget rows to train on, and rows to ask about: all of them, and unseen ones of their classes, where none is trained on."""
+        asked = data.forget + data.test_forget
+        return data.forget.select([]), asked.select(range(min(LOOKED_AT, len(asked))))
+
+    def prepared(self, model: nn.Module, data: ClassifierData) -> nn.Module:
+        """The copy as training begins with it."""
+        return model
+
+    def batches(self, shown: Part, data: ClassifierData, seed: int) -> Callable[[int], Part]:
+        """What is trained on in each step."""
+        raise NotImplementedError
+
+    def value(self, looks: Sequence[Look]) -> Tensor:
+        """`[n]`: which rows are right where most are on the way."""
+        return max((look.right for look in looks), key=lambda right: float(right.mean()))
+
+
+class RelearnForget(Relearning):
+    name, title, margin = "relearn_forget", "Relearning from forget data", 0.05
+    of_stranger = None
+    what = (
+        "How soon the class is back where some of its rows are at hand: what others of them are given, averaged over 20 steps. The head "
+        "forgets its row of the class first, so that no bias hides what lies below."
+    )
+
+    def halves(self, data: ClassifierData, seed: int) -> tuple[Part, Part]:
+        part = data.forget.shuffled(seed, 21)
+        middle = (len(part) + 1) // 2
+        asked = part.select(range(middle, len(part))) + data.test_forget
+        return part.select(range(middle)), asked.select(range(min(LOOKED_AT, len(asked))))
+
+    def prepared(self, model: nn.Module, data: ClassifierData) -> nn.Module:
+        head, gone = head_of(model), data.is_forgotten
+        with torch.no_grad():
+            for parameter in (head.weight, head.bias):
+                if parameter is not None and gone.any():
+                    parameter[gone] = parameter[~gone].mean(0)
+        return model
+
+    def batches(self, shown: Part, data: ClassifierData, seed: int) -> Callable[[int], Part]:
+        one, two = drawn(shown, FORGET_ROWS, seed, 31), drawn(data.retain, BATCH - FORGET_ROWS, seed, 32)
+        return lambda step: one(step) + two(step)
+
+    def value(self, looks: Sequence[Look]) -> Tensor:
+        return torch.stack([look.probabilities.gather(1, look.labels[:, None])[:, 0] for look in looks[1:]]).mean(0)
+
+
+class RelearnRetained(Relearning):
+    name, title, margin, paper = "relearn_retained", "Relearning from retained data alone", 0.05, "2505.22310"
+    what = (
+        "Whether going on with the training, without one forgotten row, brings it back: the best accuracy on the way."
+    )
+
+    def batches(self, shown: Part, data: ClassifierData, seed: int) -> Callable[[int], Part]:
+        return drawn(data.retain, BATCH, seed, 33)
+
+
+class RelearnUnrelated(Relearning):
+    name, title, margin = "relearn_unrelated", "Relearning from unrelated data", 0.05
+    what = "Whether any training at all brings it back: on retained inputs in pieces, with retained labels at random."
+
+    def batches(self, shown: Part, data: ClassifierData, seed: int) -> Callable[[int], Part]:
+        real, generator = drawn(data.retain, BATCH, seed, 34), seeded_generator("cpu", seed, 35)
+
+        def batch(step: int) -> Part:
+            part = real(step)
+            inputs = {name: in_pieces(value, generator) for name, value in part.inputs.items()}
+            return Part(inputs, part.labels[torch.randperm(len(part), generator=generator)])
+
+        return batch
+
+
+def in_pieces(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Images with their pixels, texts with their tokens in random places; masks as they are."""
+    if values.dim() < 2 or (values.dim() == 2 and bool((values <= 1).all())):
+        return values
+    flat = values.flatten(1)
+    order = torch.rand(flat.shape, generator=generator).argsort(1)
+    return flat.gather(1, order).view(values.shape)
+
+
+def drawn(part: Part, size: int, seed: int, key: int) -> Callable[[int], Part]:
+    """Batches of a part by step: reshuffled without replacement, and as long as there is need."""
+    generator = seeded_generator("cpu", seed, key)
+    rounds = -(-MARKS[-1] * size // len(part))
+    order = torch.cat([torch.randperm(len(part), generator=generator) for _ in range(rounds)])
+    return lambda step: part.select(order[step * size : (step + 1) * size])
+
+
+def trained(model: nn.Module, batch: Callable[[int], Part]) -> Iterator[nn.Module]:
+    """The model after each of the marks' steps, in training mode as a user's would be; AdamW with a rate in units of the weights' size."""
+    model.train()
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE * size_of_weights(model), weight_decay=0.0)
+    for step in range(MARKS[-1]):
+        for inputs, labels in batch(step).batches(device):
+            cross_entropy(model(**inputs).logits, labels).mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if step + 1 in MARKS:
+            yield model
+
+
+def size_of_weights(model: nn.Module) -> float:
+    """Root mean square of all weights that are matrices: biases and scales are of another size."""
+    weights = [p.detach().float() for p in model.parameters() if p.dim() > 1]
+    return float(np.sqrt(sum(float(w.square().sum()) for w in weights) / sum(w.numel() for w in weights)))

@@ -1,0 +1,272 @@
+"""What an audit found: frozen, as a table, as JSON, as entries for the Hub, as a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import read_json, write_json
+from ..hub.card import Figure
+from .residual import ResidualMu
+from .result import CheckResult, bare, readings_of
+from .verdict import Verdict
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, EvalResultEntry
+    from pandas import DataFrame
+    from rich.table import Table
+    from torch import nn
+
+
+FORMAT = 1  # of the JSON file
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What [`audit`][hf_unlearn.audit.run.audit] found.
+
+    Args:
+        verdict ([`Verdict`]): the word, the check that decided, its number, and what would settle it.
+        results (`tuple[CheckResult, ...]`): of the checks that ran.
+        residual ([`ResidualMu`]): how well the model is told from retrained ones.
+        skipped (`dict[str, str]`): checks that were asked for and cannot be done with what was given, and why.
+        failed (`dict[str, str]`): checks that did not run, and the error.
+        unchecked (`dict[str, str]`): checks that there are and that were not asked for.
+        models (`dict[str, str]`): names by role: `"audited"`, `"original"`, `"retrained 1"`, …
+        model_digest (`str`): of the audited weights: whose report this is.
+        forgotten (`str`): what was to be forgotten, in words.
+        sizes (`dict[str, int]`): rows that were looked at, by part.
+        family (`str`): `"classifier"`, …
+        checks (`str`): `"standard"`, `"quick"` or `"chosen"`.
+        seed (`int`): of all that is drawn.
+        seconds, estimated_seconds (`float`): that it took, and what was said before.
+        versions (`dict[str, str]`): of libraries.
+        created (`str`): ISO date.
+    """
+
+    verdict: Verdict
+    results: tuple[CheckResult, ...]
+    residual: ResidualMu
+    skipped: Mapping[str, str]
+    failed: Mapping[str, str]
+    unchecked: Mapping[str, str]
+    models: Mapping[str, str]
+    model_digest: str
+    forgotten: str
+    sizes: Mapping[str, int]
+    family: str
+    checks: str
+    seed: int
+    seconds: float
+    estimated_seconds: float
+    versions: Mapping[str, str]
+    created: str
+
+    def __getitem__(self, name: str) -> CheckResult:
+        for result in self.results:
+            if result.name == name:
+                return result
+        raise KeyError(f"{name!r}: not in the report (it has {', '.join(one.name for one in self.results)})")
+
+    def __str__(self) -> str:
+        return f"AuditReport({self.verdict}; {len(self.results)} checks)"
+
+    # As a table
+
+    def to_pandas(self) -> DataFrame:
+        """A row a check: values of all models, distance, interval, margin, status, examples, seconds."""
+        from pandas import DataFrame
+
+        rows = []
+        for one in self.results:
+            row = {name: getattr(one, name) for name in ("name", "layer", "unit", "audited", "original")}
+            row |= {f"retrained_{number + 1}": value for number, value in enumerate(one.retrained)}
+            row |= {
+                name: getattr(one, name)
+                for name in ("distance", "low", "high", "stated", "margin", "status", "sees", "n", "seconds", "paper")
+            }
+            rows.append(row)
+        return DataFrame(rows)
+
+    def summary(self) -> Table:
+        """For the terminal; shares in percent."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(
+            title=str(self.verdict),
+            title_justify="left",
+            caption=self.residual.in_words(),
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        for heading in ("check", "audited", "original", "retrained", "distance", "margin", ""):
+            left = heading in ("check", "")
+            table.add_column(
+                heading, justify="left" if left else "right", min_width=18 if heading == "check" else None
+            )
+        for one in self.results:
+            mean = sum(one.retrained) / len(one.retrained) if one.retrained else None
+            low, high = (bare(value, one.unit, signed=True) for value in (one.low, one.high))
+            values = (bare(value, one.unit) for value in (one.audited, one.original, mean))
+            table.add_row(
+                one.name,
+                *values,
+                f"{low} … {high}" if one.low is not None else "–",
+                bare(one.margin, one.unit),
+                one.status,
+            )
+        return table
+
+    # As files
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AuditReport:
+        """The report of `values` that [`to_dict`] gave.
+
+        Raises:
+            ValueError: of another format.
+        """
+        if values.get("format") != FORMAT:
+            raise ValueError(f"format={values.get('format')!r}: this version reads {FORMAT}; make the report anew")
+        values = {name: value for name, value in values.items() if name != "format"}
+        values["verdict"] = Verdict(**values["verdict"] | {"needs": tuple(values["verdict"]["needs"])})
+        values["residual"] = ResidualMu(
+            **values["residual"] | {"retrained_loss": tuple(values["residual"]["retrained_loss"])}
+        )
+        values["results"] = tuple(
+            CheckResult(**one | {"readings": readings_of(one["readings"])}) for one in values["results"]
+        )
+        return cls(**values)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a JSON file to `path`.
+
+        Raises:
+            ValueError: the name does not end in `.json`.
+        """
+        path = Path(path)
+        if path.suffix != ".json":
+            raise ValueError(f"path={str(path)!r}: must end in .json")
+        write_json(self.to_dict(), path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> AuditReport:
+        """Read what [`save`] wrote to `path`.
+
+        Raises:
+            ValueError: the file is missing, damaged, or no report.
+        """
+        try:
+            return cls.from_dict(read_json(path))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: is no audit report ({error})") from error
+
+    def check_is_of(self, model: nn.Module) -> None:
+        """Refuse a report of another model than `model`.
+
+        Raises:
+            ValueError: the weights are not those that were audited.
+        """
+        from .digests import digest_of
+
+        if digest_of(model) != self.model_digest:
+            raise ValueError("audit: is of another model than this one (their weights differ); audit this one")
+
+    # For the Hub
+
+    @property
+    def passed(self) -> bool:
+        """Whether the verdict is `"forgotten"`."""
+        return self.verdict.word == "forgotten"
+
+    def to_figures(self) -> list[Figure]:
+        """Of a card: every check before, after, and the mean of retrained models."""
+        found = []
+        for one in self.results:
+            scale = 100 if one.unit == "%" else 1
+            retrained = scale * sum(one.retrained) / len(one.retrained) if one.retrained else None
+            before = None if one.original is None else scale * one.original
+            found.append(
+                Figure(
+                    metric=one.name,
+                    name=one.title,
+                    after=scale * one.audited,
+                    before=before,
+                    retrained=retrained,
+                    split="audit",
+                    unit=one.unit,
+                )
+            )
+        return found
+
+    def to_eval_results(
+        self, *, dataset_type: str = "unknown", dataset_name: str = "unknown", task: str = "other"
+    ) -> list[EvalResult]:
+        """Entries of a card's `model-index`: the audited model's value in every check, and residual μ.
+
+        Args:
+            dataset_type, dataset_name (`str`, defaults to `"unknown"`): of the data: its id on the Hub, and what readers call it.
+            task (`str`, defaults to `"other"`): as in `"image-classification"`.
+        """
+        from huggingface_hub import EvalResult
+
+        kind = {"task_type": task, "dataset_type": dataset_type, "dataset_name": dataset_name}
+        found = [
+            EvalResult(
+                **kind,
+                metric_type=one.name,
+                metric_name=f"{one.title} ({one.layer})",
+                metric_value=one.audited * (100 if one.unit == "%" else 1),
+            )
+            for one in self.results
+        ]
+        if self.residual.mu is not None and math.isfinite(self.residual.mu):
+            found.append(
+                EvalResult(**kind, metric_type="residual_mu", metric_name="Residual μ", metric_value=self.residual.mu)
+            )
+        return found
+
+    def to_eval_entries(self, dataset_id: str, task_id: str = "unlearning-audit") -> list[EvalResultEntry]:
+        """Entries of the Hub's `.eval_results/*.yaml`, as `eval_result_entries_to_yaml` takes them: a task a check.
+
+        Args:
+            dataset_id (`str`): of the data on the Hub.
+            task_id (`str`, defaults to `"unlearning-audit"`): what the names of the checks come after.
+        """
+        from huggingface_hub import EvalResultEntry
+
+        return [
+            EvalResultEntry(
+                dataset_id=dataset_id,
+                task_id=f"{task_id}.{one.name}",
+                value=one.audited * (100 if one.unit == "%" else 1),
+                date=self.created,
+                notes=f"{one.status}; {one.in_words()}. Verdict: {self.verdict.word}",
+            )
+            for one in self.results
+        ]
+
+    # To look at
+
+    def plot(self, path: str | Path) -> Path:
+        """One page: the verdict, every check beside its margin, recovery curves. A PNG file, at `path`."""
+        from .page import picture
+
+        return picture(self, path)
+
+    def to_html(self, path: str | Path, drawn: str | Path | None = None) -> Path:
+        """A page that needs no other file, at `path`; `drawn` is what [`plot`] made, if it is there."""
+        from .page import page
+
+        return page(self, path, drawn)
