@@ -88,7 +88,9 @@ def decide(
                 return Verdict("undetermined", open_.name, f"{open_.title}: {open_.in_words()}; {say}", (need, *few))
     if residual.status != "within":
         need = (
-            "unlearning that goes no further than retraining"
+            "forget data of which such a model gives a loss"
+            if residual.loss is None
+            else "unlearning that goes no further than retraining"
             if residual.status == "beyond"
             else f"more than {references} retrained models"
         )
