@@ -73,9 +73,15 @@ class Denoising:
             raise _Told
 
         unguided = {"guidance_scale": 1.0} if takes(self.pipe, "guidance_scale") else {}
+        generator = torch.Generator().manual_seed(0)  # not the global one: what it draws is not looked at
         handle = self.denoiser.register_forward_pre_hook(look, with_kwargs=True)
         try:
-            self.pipe(**{"prompt": prompts} | dict(self.drawing) | unguided | {"output_type": "latent"})
+            self.pipe(
+                **{"prompt": prompts}
+                | dict(self.drawing)
+                | unguided
+                | {"generator": generator, "output_type": "latent"}
+            )
         except _Told:
             pass
         finally:

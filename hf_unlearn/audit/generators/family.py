@@ -96,10 +96,12 @@ def cost(one: GeneratorSubject, rows: GeneratorData) -> tuple[float, float]:
     if is_gan(one.model) or "training" in rows.lacks or not len(images):
         return drawn, GAN_TRAINING * drawn
     few = images.select(torch.arange(len(images))[:BATCH])
-    steps = finetuned(one.copy(), few, lambda step: torch.arange(len(few)), (1, 2), rows.drawing, SEED)
-    next(steps)  # the first one takes longer
-    started = time.perf_counter()
-    next(steps)
+    device = one.model.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws from the global one
+        steps = finetuned(one.copy(), few, lambda step: torch.arange(len(few)), (1, 2), rows.drawing, SEED)
+        next(steps)  # the first one takes longer
+        started = time.perf_counter()
+        next(steps)
     return drawn, (time.perf_counter() - started) / len(few)
 
 
