@@ -69,7 +69,7 @@ class World:
             if not folder.exists():
                 images, labels = images_of("digits", False)
                 shown = images if without is None else images[labels != without]
-                short = replace(recipe, steps=800, **{"checkpoints": 1} if self.family == "ddpm" else {})
+                short = replace(recipe, steps=400, **{"checkpoints": 1} if self.family == "ddpm" else {})
                 self.module.train(short, shown, folder, progress=False)
         return (DDPMPipeline if self.family == "ddpm" else GANPipeline).from_pretrained(folder)
 

@@ -71,9 +71,6 @@ class AskedFor(OfDraws):
     )
     what = "Whether the prompts that were to lose their meaning, or the noise of which the original makes the kind, still give it."
 
-    def cost(self, data: GeneratorData) -> tuple[float, float]:
-        return 0, 0
-
     def missing(self, data: GeneratorData, roles: Sequence[Role]) -> str | None:
         there = data.forget_prompts or data.from_original
         return super().missing(data, roles) if there else "there is no original that draws the kind"
