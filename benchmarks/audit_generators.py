@@ -57,6 +57,11 @@ class World:
     quick: Path | None = None
 
     @property
+    def denoising(self) -> int:
+        """Steps of the sampler."""
+        return DENOISING if self.quick is None else 10
+
+    @property
     def module(self) -> Any:
         return {"ddpm": ddpm, "gan": gan}[self.family]
 
@@ -69,7 +74,8 @@ class World:
             if not folder.exists():
                 images, labels = images_of("digits", False)
                 shown = images if without is None else images[labels != without]
-                short = replace(recipe, steps=400, **{"checkpoints": 1} if self.family == "ddpm" else {})
+                small = {"checkpoints": 1, "channels": (8, 16)} if self.family == "ddpm" else {"base_channels": 16}
+                short = replace(recipe, steps=400, **small)
                 self.module.train(short, shown, folder, progress=False)
         return (DDPMPipeline if self.family == "ddpm" else GANPipeline).from_pretrained(folder)
 
@@ -104,7 +110,7 @@ def vdu(world: World) -> Any:
     short = {} if world.quick is None else {"max_steps": 40, "own_samples": 200}
     with tempfile.TemporaryDirectory() as folder:
         args = VDUConfig(
-            folder, seed=world.seed, num_inference_steps=DENOISING, grid_images=0, use_cpu=True, **short, **QUIET
+            folder, seed=world.seed, num_inference_steps=world.denoising, grid_images=0, use_cpu=True, **short, **QUIET
         )
         forget = EncodedImages(images[labels == world.forgotten])
         trainer = VDUTrainer(pipeline=world.trained(world.seed), args=args, forget_dataset=forget)
@@ -170,7 +176,7 @@ def main() -> None:
                 for case, way in CASES[family].items():
                     report = audit(
                         way(world), world.original, world.retrained, forget=world.rows(True), retain=world.rows(False), marker=judge("digits"),
-                        drawing={"num_inference_steps": DENOISING} if family == "ddpm" else None, checks="quick" if options.quick else "standard",
+                        drawing={"num_inference_steps": world.denoising} if family == "ddpm" else None, checks="quick" if options.quick else "standard",
                     )  # fmt: skip
                     row = rounded(row_of(report, world, case))
                     print(json.dumps({key: value for key, value in row.items() if key != "checks"}), flush=True)

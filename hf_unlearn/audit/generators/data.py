@@ -159,7 +159,8 @@ def generator_data(
         name: _read(rows, name, shape, audited.is_prompted, IMAGES[size], seed)
         for name, rows in (("forget", forget), ("retain", retain), ("test", test))
     }
-    classes = tuple(sorted({int(one) for one in labels_of(forget)})) if label_column(forget) else ()
+    labels = labels_of(forget) if label_column(forget) else []
+    classes = tuple(sorted({one for one in labels if isinstance(one, int)}))
     known = Marker(marker, classes)
     (forgotten, forget_prompts), (kept, retain_prompts), (unseen, _) = parts.values()
     if audited.is_prompted and not forget_prompts:

@@ -16,7 +16,7 @@ from .drawn import AskedFor, Drawn, Paraphrased, Reordered
 from .others import ClassDistance, NeighbourShift, OthersDistance
 from .relearning import BATCH, RelearnForget, RelearnOthers, RelearnUnrelated
 from .searched import FromPicture, LatentSearch, SeedSearch, WordSearch
-from .subject import GeneratorSubject, is_gan, pace
+from .subject import PARTS, GeneratorSubject, is_gan, pace
 
 
 NAME = "generator"
@@ -34,7 +34,9 @@ GAN_TRAINING = 6  # draws that a step of training costs for each image: both pla
 
 
 def fits(model: Any) -> bool:
-    return hasattr(model, "components") and (is_gan(model) or any(map(diffusion_task, _that_call(model))))
+    if not hasattr(model, "components") or not any(getattr(model, name, None) is not None for name in PARTS):
+        return False
+    return is_gan(model) or any(map(diffusion_task, _that_call(model)))
 
 
 def subject(model: Any, role: Role, name: str) -> GeneratorSubject:
@@ -112,4 +114,8 @@ def _that_call(model: Any) -> list[type]:
 
 def _size(one: GeneratorSubject) -> Any:
     part = getattr(one.model, one.part)
-    return part.latent_shape if is_gan(one.model) else (part.config.in_channels, part.config.sample_size)
+    return (
+        part.latent_shape
+        if is_gan(one.model)
+        else (part.config.in_channels, getattr(part.config, "sample_size", None))
+    )

@@ -10,6 +10,8 @@ from PIL import Image
 from planted import classes, images, pipeline
 from text_to_image_data import tiny
 
+from hf_unlearn.audit.generators import data as audit_data
+from hf_unlearn.audit.generators import family
 from hf_unlearn.audit.generators.data import generator_data
 from hf_unlearn.audit.generators.marker import Marker
 from hf_unlearn.audit.generators.prompts import paraphrased, reordered, telling_token
@@ -29,13 +31,13 @@ def read(pipe=None, original=None, forget=FORGET, retain=RETAIN, marker=kind, **
     subjects = [
         None if one is None else GeneratorSubject(one, "audited", "") for one in (pipe or pipeline(), original)
     ]
-    drawing = {"num_inference_steps": 2} | more.pop("drawing", {})
+    drawing = more.pop("drawing", {"num_inference_steps": 2})
     return generator_data(
         *subjects, forget, retain, None, marker=marker, drawing=drawing, size="quick", seed=0, **more
     )
 
 
-SMALL = {"height": 8, "width": 8}
+SMALL = {"height": 8, "width": 8, "num_inference_steps": 2}
 
 
 class TestData:
@@ -130,6 +132,32 @@ class TestRefusals:
         shown = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
         found = audit(str(tmp_path), forget=shown, marker=lambda drawn: torch.ones(len(drawn), dtype=torch.bool), checks=["drawn"], drawing={"num_inference_steps": 1}, progress=False)  # fmt: skip
         assert (found["drawn"].audited, found.models["audited"], found.family) == (1.0, str(tmp_path), "generator")
+
+
+class TestResidual:
+    def test_of_a_gan_by_its_nearest_draws(self):
+        pipe = tiny_gan()
+        shown = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        given = read(
+            pipe, forget=shown, retain=None, marker=lambda drawn: torch.ones(len(drawn), dtype=torch.bool), drawing={}
+        )
+        drawn = torch.cat(
+            [
+                pipe.draw(torch.randn(1, 4, generator=torch.Generator().manual_seed(seed)))
+                for seed in given.unprompted.seeds
+            ]
+        )
+        nearest = [min(float((image - one).square().mean()) for one in drawn) for image in shown]
+        found = family.forget_loss(GeneratorSubject(pipe, "audited", ""), given)
+        assert found == pytest.approx(sum(nearest) / 5, rel=1e-4)
+
+    def test_of_prompts_alone_there_is_none(self, monkeypatch):
+        monkeypatch.setitem(audit_data.ASKED, "standard", 4)
+        given = {"forget": ["a red dog"], "marker": lambda drawn: drawn.mean((1, 2, 3)) > 0, "progress": False}
+        found = audit(tiny("sd"), checks=["asked"], drawing=SMALL | {"num_inference_steps": 1}, **given)
+        assert (found.residual.loss, found.residual.status) == (None, "unknown")
+        assert "no loss" in found.residual.in_words()
+        assert found.verdict.word == "undetermined"
 
 
 def test_a_prompt_in_other_words():
