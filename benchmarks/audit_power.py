@@ -10,10 +10,12 @@ benchmarks/results/audit_power.json as they are found, the tables to docs/benchm
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,9 +27,12 @@ from transformers import AutoModelForImageClassification
 from transformers.utils import logging as transformers_logging
 
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig, UnlearnTrainer
+from hf_unlearn.audit.check import Reading, Readings
 from hf_unlearn.audit.classifiers.data import classifier_data
+from hf_unlearn.audit.classifiers.family import STANDARD
 from hf_unlearn.audit.classifiers.subject import head_of, look_at
-from hf_unlearn.audit.run import audit
+from hf_unlearn.audit.digests import digest_of
+from hf_unlearn.audit.run import Store, audit, judged
 from hf_unlearn.examples.classifier import TRAINING, digits_model
 
 
@@ -36,6 +41,7 @@ FOLDER = CACHE / "audit"
 CLASSES = (3, 5, 7, 8)
 REFERENCES = 6
 SEEDS = 5
+PLANTED = ("original", "masked", "projected", "head only")
 
 
 @dataclass(frozen=True)
@@ -222,7 +228,64 @@ def row_of(report, case: str, seed: int, forgotten: int) -> dict:
             for one in report.results
         },
         "failed": dict(report.failed),
+        "seconds": sum(one.readings.audited.seconds for one in report.results),
     }
+
+
+# Power: what fewer and more references would have said, from what the checks have read
+
+
+class Pool:
+    """Readings of the models of the first class, of which any set of references may be drawn."""
+
+    def __init__(self, world: World):
+        forgotten = CLASSES[0]
+        train = world.splits["train"]
+        inside, others = (part(train, forgotten, side) for side in (True, False))
+        self.rows = classifier_data(
+            inside, others, world.splits["test"], num_labels=10, processing_class=None, size="standard", seed=0
+        )
+        self.store = Store(FOLDER / f"read-{forgotten}", self.rows.digest, 0)
+        self.checks = [kind() for kind in STANDARD]
+        models = {f"reference {number}": world.reference(forgotten, number) for number in range(REFERENCES + SEEDS)}
+        models |= {f"{name} {seed}": world.case(name, seed, forgotten) for name in PLANTED for seed in range(SEEDS)}
+        self.read = {name: self._of(model) for name, model in models.items()}
+
+    def _of(self, model: nn.Module) -> dict[str, Reading]:
+        subject = SimpleNamespace(digest=digest_of(model))
+        return {check.name: self.store.kept(check, subject) for check in self.checks}
+
+    def verdict(self, audited: str, original: str, references: list[str]) -> str:
+        names = [audited, original, *references]
+        loss = {name: self.read[name]["forget_accuracy"].figures["loss"] for name in names}
+        losses = {
+            "audited": [loss[audited]],
+            "original": [loss[original]],
+            "retrained": [loss[name] for name in references],
+        }
+        found = {}
+        for check in self.checks:
+            one, two, *rest = (self.read[name][check.name] for name in names)
+            found[check.name] = check.settled(Readings(one, two, tuple(rest)), self.rows)
+        return judged(self.checks, found, losses, self.rows, failed={})[2].word
+
+
+def power(world: World, draws: int = 20) -> list[dict]:
+    """Verdicts by the number of references, each time drawn anew from the pool; retrained models are none of their own references."""
+    pool, random, rows = Pool(world), np.random.default_rng(0), []
+    every = [f"reference {number}" for number in range(REFERENCES + SEEDS)]
+    for count in (3, 4, 5, 6, 8, 10):
+        for name in (*PLANTED, "retrained"):
+            words = []
+            for draw in range(draws):
+                chosen = random.permutation(every).tolist()
+                audited = chosen.pop() if name == "retrained" else f"{name} {draw % SEEDS}"
+                words.append(pool.verdict(audited, f"original {draw % SEEDS}", chosen[:count]))
+            rows.append(
+                {"references": count, "case": name, **{word: words.count(word) for word in dict.fromkeys(words)}}
+            )
+            print(rows[-1], flush=True)
+    return rows
 
 
 def plan(quick: bool) -> list[tuple[str, int, int]]:
@@ -250,7 +313,18 @@ def main() -> None:
         report = world.audited(world.case(name, seed, forgotten), seed, forgotten, list(range(REFERENCES)))
         print(f"seed {seed}, class {forgotten}: {name:14} {report.verdict}", flush=True)
         if not options.quick:
-            keep(RESULTS, rounded([row_of(report, name, seed, forgotten)]), ("case", "seed", "class"))
+            keep(
+                RESULTS,
+                rounded([row_of(report, name, seed, forgotten)]),
+                ("case", "seed", "class"),
+                power=kept_power(),
+            )
+    if not options.quick:
+        keep(RESULTS, [], ("case", "seed", "class"), power=power(world))
+
+
+def kept_power() -> list[dict]:
+    return json.loads(RESULTS.read_text())["power"] if RESULTS.is_file() else []
 
 
 if __name__ == "__main__":

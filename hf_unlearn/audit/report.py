@@ -186,6 +186,7 @@ class AuditReport:
 
     @property
     def passed(self) -> bool:
+        """Whether the verdict is `"forgotten"`."""
         return self.verdict.word == "forgotten"
 
     def to_figures(self) -> list[Figure]:

@@ -50,7 +50,7 @@ class OthersDistance(Check):
         near = density_coverage(real, fake, k=NEIGHBOUR)
         figures = {"kid": kernel.distance, "density": near.density, "coverage": near.coverage, "recall": near.recall}
         distance = frechet_distance(real, fake).distance
-        return Reading(distance, None, None, len(drawn), figures=figures | {"extractor": look.extractor}).checked()
+        return Reading(distance, n=len(drawn), figures=figures | {"extractor": look.extractor}).checked()
 
 
 class ClassesDrawn(Check):
