@@ -61,6 +61,8 @@ class TestDiffusion:
         assert of_original["asked"].original == 1.0
         assert of_original.residual.mu > of_original.residual.margin
         assert of_original.forgotten == "class 0"
+        drawn, others = of_original["drawn"].readings.audited, of_original["others_distance"].readings.audited
+        assert (others.n, others.error) == (drawn.n - sum(drawn.per_example), None)
 
     def test_percentage_unlearned_stands_beside(self, of_original):
         readings = of_original["drawn"].readings
