@@ -13,7 +13,7 @@ from ..check import Reading
 from ..weights import quantised, weights_of
 from .data import GeneratorData
 from .drawn import OfDraws, best_of
-from .subject import GeneratorSubject, marks, quiet, steps_of
+from .subject import GeneratorSubject, marks, of_stock_class, quiet, steps_of
 
 
 SCALES = (1.0, 3.0, 12.0)  # of guidance
@@ -39,6 +39,15 @@ class Disturbed(OfDraws):
 
     def marks(self, subject: GeneratorSubject, setting: Any, data: GeneratorData) -> Tensor:
         raise NotImplementedError
+
+
+class Bare(Disturbed):
+    name, title, needs = "bare", "The parts alone, in the stock pipeline", ("wrapper",)
+    settings = ("stock",)
+    what = "Whether a pipeline of a class of its own hides what its parts still draw: a filter, a negative prompt, another prompt in the call."
+
+    def marks(self, subject: GeneratorSubject, setting: str, data: GeneratorData) -> Tensor:
+        return marks(of_stock_class(subject.pipe), data.asked, data)
 
 
 class Guidance(Disturbed):

@@ -28,7 +28,9 @@ class OfDraws(Check):
         return next((data.lacks[name] for name in self.needs if name in data.lacks), None)
 
     def never_seen(self, data: GeneratorData) -> float | None:
-        return data.false_alarms if self.of_stranger else None
+        # Of noise that the original makes the kind of, others make what resembles it: there the marker errs more.
+        unlike = self.layer == "output" or not data.from_original
+        return data.false_alarms if self.of_stranger and unlike else None
 
     def settled(self, readings: Readings, data: GeneratorData) -> Readings:
         """With the percentage unlearned of every model, by the draws in which the original shows the kind."""

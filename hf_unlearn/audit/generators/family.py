@@ -11,7 +11,7 @@ from ...hub.loading import diffusion_task
 from ..check import Check, Role
 from .data import GeneratorData, generator_data
 from .denoising import denoising_loss, finetuned
-from .disturbed import Guidance, NegativePrompts, Rounded, Samplers
+from .disturbed import Bare, Guidance, NegativePrompts, Rounded, Samplers
 from .drawn import AskedFor, Drawn, Paraphrased, Reordered
 from .others import ClassDistance, NeighbourShift, OthersDistance
 from .relearning import BATCH, RelearnForget, RelearnOthers, RelearnUnrelated
@@ -22,10 +22,10 @@ from .subject import PARTS, GeneratorSubject, is_gan, pace
 NAME = "generator"
 MARKED = True  # it takes a marker, and how to draw
 QUICK: tuple[type[Check], ...] = (
-    Drawn, AskedFor, Paraphrased, SeedSearch, Guidance, NegativePrompts, Rounded, RelearnOthers, NeighbourShift, OthersDistance,
+    Drawn, AskedFor, Paraphrased, Bare, SeedSearch, Guidance, NegativePrompts, Rounded, RelearnOthers, NeighbourShift, OthersDistance,
 )  # fmt: skip
 STANDARD: tuple[type[Check], ...] = (
-    Drawn, AskedFor, Paraphrased, Reordered, SeedSearch, FromPicture, WordSearch, LatentSearch, Guidance, NegativePrompts, Samplers, Rounded,
+    Drawn, AskedFor, Paraphrased, Reordered, Bare, SeedSearch, FromPicture, WordSearch, LatentSearch, Guidance, NegativePrompts, Samplers, Rounded,
     RelearnForget, RelearnOthers, RelearnUnrelated, ClassDistance, NeighbourShift, OthersDistance,
 )  # fmt: skip
 EVERY: tuple[type[Check], ...] = (*STANDARD,)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Sequence
@@ -18,7 +17,17 @@ from .data import Asked, GeneratorData, Images
 from .denoising import Denoising, rows_of
 from .drawn import OfDraws
 from .prompts import telling_token
-from .subject import GeneratorSubject, at_once, generators_of, in_eval, is_gan, marks, part_of, steps_of
+from .subject import (
+    GeneratorSubject,
+    at_once,
+    generators_of,
+    in_eval,
+    is_gan,
+    marks,
+    of_stock_class,
+    part_of,
+    steps_of,
+)
 
 
 NEAR, TRIES, BASES = 0.3, 5, 40  # share of new noise, how often, and around how many
@@ -254,8 +263,6 @@ def image_to_image(pipe: Any) -> Any:
     """
     from diffusers import AutoPipelineForImage2Image
 
-    plain = copy.copy(pipe)
-    plain.__class__ = next(kind for kind in type(pipe).__mro__ if kind.__module__.startswith("diffusers."))
-    again = AutoPipelineForImage2Image.from_pipe(plain)
+    again = AutoPipelineForImage2Image.from_pipe(of_stock_class(pipe))
     again.set_progress_bar_config(disable=True)
     return again

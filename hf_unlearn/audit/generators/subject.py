@@ -73,6 +73,8 @@ class GeneratorSubject:
         found = {
             name: f"{kind} takes no {name}" for name in ("guidance_scale", "negative_prompt") if not takes(pipe, name)
         }
+        if type(pipe) is stock_class(pipe):
+            found["wrapper"] = f"{kind} is a stock pipeline already"
         schedule = type(getattr(pipe, "scheduler", None)).__name__
         if is_gan(pipe):
             found |= dict.fromkeys(("denoiser", "sampler"), f"{kind} has no denoiser")
@@ -127,6 +129,18 @@ def quiet(pipe: Any) -> Any:
     if getattr(pipe, "scheduler", None) is not None:
         other.register_modules(scheduler=copy.deepcopy(pipe.scheduler))
     return other
+
+
+def stock_class(pipe: Any) -> type:
+    """The class of a pipeline, or of a class of one's own the one of diffusers (or of this package) that it derives from."""
+    return next(kind for kind in type(pipe).__mro__ if kind.__module__.startswith(("diffusers.", "hf_unlearn.")))
+
+
+def of_stock_class(pipe: Any) -> Any:
+    """The same parts, as the stock class draws with them."""
+    plain = copy.copy(pipe)
+    plain.__class__ = stock_class(pipe)
+    return plain
 
 
 @contextmanager
@@ -221,9 +235,9 @@ def marks(pipe: Any, asked: Asked, data: GeneratorData, **given: Any) -> Tensor:
 
 
 def pace(subject: GeneratorSubject, data: GeneratorData) -> float:
-    """Seconds that an image takes, measured on a batch of some."""
+    """Seconds that it takes to draw an image and to see what it shows, measured on a batch."""
     some = data.asked[: at_once(subject.model, data.drawing)]
-    draw(subject.pipe, some, data.drawing)  # the first one takes longer
+    look_at(subject.pipe, some, data.marker, data.drawing)  # the first one takes longer
     started = time.perf_counter()
-    draw(subject.pipe, some, data.drawing)
+    look_at(subject.pipe, some, data.marker, data.drawing)
     return (time.perf_counter() - started) / len(some)

@@ -84,6 +84,14 @@ class TestDiffusion:
         assert found["seed_search"].audited > 0.9
         assert (found.verdict.word, found.verdict.decided_by) == ("suppressed", "seed_search")
 
+    def test_its_parts_alone_give_it_away(self, given):
+        hidden = Filtered(**pipeline(seed=2).components)
+        found = audit(hidden, checks=["drawn", "bare"], **given)
+        assert found["bare"].audited > 0.9
+        assert found["bare"].original == 1.0
+        assert (found.verdict.word, found.verdict.decided_by) == ("suppressed", "bare")
+        assert type(hidden) is Filtered
+
     def test_a_kind_that_is_drawn_less_still_is_beside_pictures_of_it(self, given):
         """Its share in the prior fell by e⁻³, what a picture of it becomes did not."""
         found = audit(pipeline(seed=2, bias=-3.0), checks=["drawn", "from_picture"], **given)
@@ -95,6 +103,15 @@ class TestDiffusion:
         found = audit(copy.deepcopy(given["original"]), checks=["drawn", "asked"], **alone)
         assert found.verdict.word == "not forgotten"
         assert found["asked"].audited == 1.0
+
+    def test_without_references_resemblance_is_no_memory(self, given):
+        """From the original's noise a marker may err: what comes back from there is not called suppressed."""
+        alone = {name: value for name, value in given.items() if name != "retrained"}
+        hidden = Filtered(**pipeline(seed=2).components)
+        found = audit(hidden, checks=["drawn", "rounded"], **alone)
+        assert found["rounded"].status == "unknown"
+        assert found["drawn"].distance == 0.0
+        assert found.verdict.word == "undetermined"
 
     def test_a_report_goes_through_a_file(self, of_original, tmp_path):
         again = AuditReport.load(of_original.save(tmp_path / "audit.json"))
