@@ -30,7 +30,7 @@ STANDARD: tuple[type[Check], ...] = (
 )  # fmt: skip
 EVERY: tuple[type[Check], ...] = (*STANDARD,)
 SEED = 0  # of the noise that losses are read with, whatever the audit's
-GAN_TRAINING = 6  # draws that a step of training costs for each image: both players, forward and back
+GAN_TRAINING = 3  # looks at a draw that a step of training costs for each image: both players, forward and back
 
 
 def fits(model: Any) -> bool:
