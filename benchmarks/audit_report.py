@@ -95,12 +95,11 @@ def _value(value: float) -> str:
 
 def render(results: dict) -> str:
     rows = results["rows"]
-    seconds = [row["seconds"] for row in rows if "seconds" in row]
     parts = [
         f"""## Verifying
 
-`python benchmarks/audit_power.py`: the digits' ResNet, five originals, of which each of four classes is forgotten, six references a class. What is planted has a right verdict by
-construction; what methods get is found out, for one class of each original. Settings of random labels and ascent are those that were chosen for them
+`python benchmarks/audit_power.py`: the digits' ResNet, {len(rows)} audits of {len({row["seed"] for row in rows})} originals, of which up to four classes are forgotten, six references a class. What is planted
+has a right verdict by construction; what methods get is found out, for one class of an original. Settings of random labels and ascent are those that were chosen for them
 [above](#forgetting-a-class-from-its-own-examples).
 
 {verdicts(rows)}
@@ -108,13 +107,11 @@ construction; what methods get is found out, for one class of each original. Set
 What told them apart: medians, and in how many audits a check was beyond its margin. Shares of 1; `margin_divergence` in nats.
 
 {checks(rows)}
-
-Reading one model took {statistics.median(seconds):.1f} s (median; a retraining takes about seven on an idle core); references are read once.
 """
     ]
     if results.get("power"):
         parts.append(
-            f"""What fewer and more references would have said, twenty draws of them each, class 3:
+            f"""What fewer and more references would have said, ten draws of them each, class 3:
 
 {power(results["power"])}
 """

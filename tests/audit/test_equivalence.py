@@ -62,7 +62,8 @@ class TestStatus:
         margin = 0.05 + allowed(0.01, 5, 10)
         half = stats.t.ppf(0.95, 4) * 0.01 / math.sqrt(5)
         assert self.of(0.5 + margin + half + 1e-6, 0.9).status == "beyond"
-        assert self.of(0.5 + margin, 0.9).status == "unclear"
+        for inside in (-0.9, 0.0, 0.9):  # of the interval's half
+            assert self.of(0.5 + margin + inside * half, 0.9).status == "unclear"
         assert self.of(0.5 + margin - half - 1e-6, 0.9).status == "within"
         assert self.of(0.0, 0.9).status == "within"  # less memory than a retrained model is no memory
 
