@@ -20,8 +20,8 @@ from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
 
 from hf_unlearn import VDUConfig, VDUTrainer
+from hf_unlearn.training.noise import NoiseSchedule
 from hf_unlearn.unlearning.diffusion.encoded import EncodedImages
-from hf_unlearn.unlearning.diffusion.noise import NoiseSchedule
 
 
 HERE = Path(__file__).parent

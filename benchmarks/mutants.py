@@ -89,7 +89,7 @@ MUTANTS = [
     bug("unlearning/language/redirect.py", "return self._by_token(self._kl(model, batch, self.kept), batch)", "return self._kl(model, batch, self.kept)", "test_redirect.py"),
     bug("unlearning/language/redirect.py", "return super()._is_over or bool(nothing)", "return super()._is_over", "test_redirect.py"),
     # diffusion
-    bug("unlearning/diffusion/noise.py", "return -(alpha / sigma if", "return (alpha / sigma if", "test_noise.py"),
+    bug("training/noise.py", "return -(alpha / sigma if", "return (alpha / sigma if", "test_noise.py"),
     bug("unlearning/diffusion/posterior.py", "- sizes[0] + sizes[1]", "+ sizes[0] - sizes[1]", "test_posterior.py"),
     bug("unlearning/diffusion/own_samples.py", "samples.select(~marked)", "samples.select(marked)", "test_own_samples.py"),
     bug("unlearning/diffusion/architecture.py", "answer[:, : noisy.shape[1]]", "answer[:, -noisy.shape[1] :]", "test_vdu_losses.py"),
@@ -99,7 +99,7 @@ MUTANTS = [
     bug("unlearning/diffusion/fused.py", "part.copy_(piece)", "pass", "test_denoiser.py"),
     bug("unlearning/diffusion/denoiser.py", "noise_scheduler = DDIMScheduler(**schedule)", "noise_scheduler = DDIMScheduler.from_config(noise_scheduler.config)", "test_denoiser.py"),
     bug("unlearning/diffusion/unets.py", "scale - 1.0", "scale", "test_denoiser.py"),
-    bug("unlearning/diffusion/noise.py", "return -change / self.scales", "return change / self.scales", "test_architectures.py"),
+    bug("training/noise.py", "return -change / self.scales", "return change / self.scales", "test_architectures.py"),
     bug("unlearning/diffusion/diffusion_transformers.py", "layer.dropout_prob = 0.0", "pass", "test_architectures.py"),
     bug("unlearning/diffusion/objective.py", "(self.guidance if scale is None else scale) * (answer - unprompted)", "(answer - unprompted)", "test_vdu_stability.py"),
     bug("unlearning/diffusion/vdu.py", "len(self.forget_dataset) * (high - low)", "len(self.forget_dataset)", "test_vdu_losses.py"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_unlearn.examples.captions import say
 from hf_unlearn.examples.text_to_image import encoded
-from hf_unlearn.unlearning.diffusion.noise import NoiseSchedule
+from hf_unlearn.training.noise import NoiseSchedule
 
 
 FINETUNING = {"rate": 1e-4, "batch": 32}  # a tenth of the highest rate that the pipeline was trained with

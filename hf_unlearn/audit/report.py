@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, EvalResultEntry
     from pandas import DataFrame
     from rich.table import Table
-    from torch import nn
 
 
 FORMAT = 1  # of the JSON file
@@ -172,7 +171,7 @@ class AuditReport:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: is no audit report ({error})") from error
 
-    def check_is_of(self, model: nn.Module) -> None:
+    def check_is_of(self, model: Any) -> None:
         """Refuse a report of another model than `model`.
 
         Raises:

@@ -37,7 +37,7 @@ class ResidualMu:
         status (`str`): as of a check.
         references (`int`): retrained models.
         original (`float`, *optional*): μ of the original.
-        loss (`float`): of the audited model on the forget data, in nats.
+        loss (`float`, *optional*): of the audited model on the forget data, as its family has it. None where it has none for such data.
         retrained_loss (`tuple[float, ...]`): of each retrained one.
     """
 
@@ -48,10 +48,12 @@ class ResidualMu:
     status: Status
     references: int
     original: float | None
-    loss: float
+    loss: float | None
     retrained_loss: tuple[float, ...]
 
     def in_words(self) -> str:
+        if self.loss is None:
+            return "residual μ is not known: such a model gives no loss for such forget data"
         if self.mu is None:
             return f"residual μ is not known with {self.references} retrained models (needs {MIN_REFERENCES})"
         return (
@@ -65,14 +67,18 @@ class ResidualMu:
         return None if self.mu is None else float(auc_of(self.mu))
 
 
-def residual_mu(audited: float, references: Sequence[float], *, original: float | None, checks: int) -> ResidualMu:
+def residual_mu(
+    audited: float | None, references: Sequence[float | None], *, original: float | None, checks: int
+) -> ResidualMu:
     """[`ResidualMu`] of losses of the forget set.
 
     Args:
-        audited, original (`float`): the second one is optional.
+        audited, original (`float`): the second one is optional. None where there is no loss, of the references too.
         references (`Sequence[float]`): of the retrained models.
         checks (`int`): K, of all that take part in the verdict.
     """
+    if audited is None:
+        return ResidualMu(None, None, None, None, "unknown", len(references), None, None, ())
     losses, count = tuple(map(float, references)), len(references)
     if count < MIN_REFERENCES:
         return ResidualMu(None, None, None, None, "unknown", count, None, audited, losses)

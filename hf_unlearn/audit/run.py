@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..files import PRIVATE, first_line, read_json, write_json
+from ..files import PRIVATE, first_line, loading, read_json, write_json
 from ..hub.provenance import library_versions
 from ..training.checks import SEEDS, check_number, shown
 from ..training.models import load_model
@@ -31,7 +31,7 @@ from .verdict import FEW, Verdict, decide
 
 logger = logging.getLogger(__name__)
 Size = Literal["standard", "quick"]
-FAMILIES = ("classifiers",)  # folders beside this file, each with a `family`
+FAMILIES = ("classifiers", "generators")  # folders beside this file, each with a `family`
 
 
 class Family(Protocol):
@@ -55,9 +55,9 @@ class Family(Protocol):
 
     def data(
         self, audited: Any, forget: Any, retain: Any, test: Any, *, processing_class: Any, size: str, seed: int
-    ) -> AuditData: ...
+    ) -> AuditData: ...  # and, of generators, `original`, `marker` and `drawing`
 
-    def forget_loss(self, one: Any, rows: Any) -> float: ...
+    def forget_loss(self, one: Any, rows: Any) -> float | None: ...
 
     def cost(self, one: Any, rows: Any) -> tuple[float, float]: ...
 
@@ -74,6 +74,8 @@ def audit(
     seed: int = 0,
     output_dir: str | Path | None = None,
     processing_class: Any = None,
+    marker: Any = None,
+    drawing: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> AuditReport:
     """Attack an unlearned model, and say how far it is from models that never saw the data.
@@ -87,7 +89,7 @@ def audit(
     ```
 
     Args:
-        model: the unlearned model, or its folder or id; or an unlearning trainer, which fills in what it knows of `original`, `forget`, `retain` and
+        model: the unlearned model, or its folder or id; of a generator of images, its pipeline; or an unlearning trainer, which fills in what it knows of `original`, `forget`, `retain` and
             `processing_class`.
         original (*optional*): the model that unlearning started from. Without it no check can show that it would notice memory.
         retrained (sequence, defaults to `()`): models trained like the original without the forget data, each with a seed of its own; at least 3
@@ -99,6 +101,9 @@ def audit(
         output_dir (*optional*): folder that gets `audit.json`, `audit.html` and `audit.png`. What an audit found so far is kept in its `_private/`, so that
             the same call goes on where it was stopped.
         processing_class (*optional*): image processor or tokenizer, where rows are raw and the model is no folder or id.
+        marker ([`ClassifierFeatures`] or callable, *optional*): for generators: images `[n, channels, height, width]` in [−1, 1] to `[n]`, class numbers
+            (the forgotten ones are the labels of the forget rows) or bools: which show what was to be forgotten.
+        drawing (`dict`, *optional*): for generators: keyword arguments of every call of the pipelines, as in `{"num_inference_steps": 25}`.
         progress (`bool`, defaults to `True`): print the estimate and show bars.
 
     Returns:
@@ -111,17 +116,24 @@ def audit(
     if hasattr(model, "source_dataset") and hasattr(
         model, "base_model"
     ):  # an unlearning trainer, which knows some of it
-        trainer, model = model, model.model
+        trainer, model = model, getattr(model, "pipeline", None) or model.model
         original = trainer.base_model if original is None else original
         forget = trainer.source_dataset if forget is None else forget
         retain = trainer.retain_dataset if retain is None else retain
         processing_class = trainer.processing_class if processing_class is None else processing_class
-    if isinstance(retrained, str | Path | nn.Module):
+    if isinstance(retrained, str | Path | nn.Module) or _is_pipeline(retrained):
         retrained = [retrained]
-    family, subjects, processing_class = _subjects(model, original, retrained, processing_class)
+    family, subjects, processing_class = _subjects(model, original, retrained, processing_class, marker is not None)
     audited = subjects[0]
     size, chosen, unchecked = _chosen(family, checks)
-    rows = family.data(audited, forget, retain, test, processing_class=processing_class, size=size, seed=seed)
+    more = {"marker": marker, "drawing": drawing}
+    if getattr(family, "MARKED", False):
+        more["original"] = next((one for one in subjects if one.role == "original"), None)
+    elif given := [name for name, value in more.items() if value is not None]:
+        raise ValueError(f"{given[0]}: is for generators of images, and this is a {family.NAME}; leave it out")
+    else:
+        more = {}
+    rows = family.data(audited, forget, retain, test, processing_class=processing_class, size=size, seed=seed, **more)
     roles = [one.role for one in subjects]
     skipped = {one.name: why for one in chosen if (why := one.missing(rows, roles))}
     chosen = [one for one in chosen if one.name not in skipped]
@@ -172,7 +184,7 @@ def audit(
 
 
 def _subjects(
-    model: Any, original: Any, retrained: Sequence[Any], processing_class: Any
+    model: Any, original: Any, retrained: Sequence[Any], processing_class: Any, marked: bool
 ) -> tuple[Family, list[Subject], Any]:
     """The family of the audited model, and all models: the audited one, the original, the retrained ones."""
     if original is not None and original is model:
@@ -181,7 +193,7 @@ def _subjects(
     given += [(f"retrained[{number}]", "retrained", one) for number, one in enumerate(retrained)]
     family, subjects = None, []
     for argument, role, one in given:
-        loaded, processor, name = _loaded(one, argument)
+        loaded, processor, name = _loaded(one, argument, marked)
         processing_class = processing_class or processor
         own = next((known for known in _families() if known.fits(loaded)), None)
         if own is None:
@@ -208,20 +220,30 @@ def _families() -> list[Family]:
     return [importlib.import_module(f"{__package__}.{name}.family") for name in FAMILIES]
 
 
-def _loaded(model: Any, argument: str) -> tuple[Any, Any, str | None]:
-    if hasattr(model, "components") and hasattr(model, "save_pretrained"):
-        raise ValueError(
-            f"{argument}: a {type(model).__name__} is a pipeline; audits of pipelines are not there, pass a model"
-        )
+def _loaded(model: Any, argument: str, marked: bool) -> tuple[Any, Any, str | None]:
+    """The model or pipeline, its processor, and its name. `marked`: an id is that of a pipeline."""
+    if _is_pipeline(model):
+        return model, None, model.config.get("_name_or_path") or None
+    if isinstance(model, str | Path) and (
+        Path(model, "model_index.json").is_file() or (marked and not Path(model).is_dir())
+    ):
+        from diffusers import DiffusionPipeline
+
+        with loading(argument, str(model), "a pipeline"):
+            return DiffusionPipeline.from_pretrained(str(model)), None, str(model)
     try:
         return load_model(model, None, None)
     except ValueError as error:
         raise ValueError(f"{argument}: {str(error).removeprefix('model: ')}") from error
 
 
-def _losses(family: Family, subjects: Sequence[Subject], rows: AuditData) -> dict[Role, list[float]]:
+def _is_pipeline(model: Any) -> bool:
+    return hasattr(model, "components") and hasattr(model, "save_pretrained")
+
+
+def _losses(family: Family, subjects: Sequence[Subject], rows: AuditData) -> dict[Role, list[float | None]]:
     """Of the forget rows, by role: the statistic of residual μ."""
-    found: dict[Role, list[float]] = {"audited": [], "original": [], "retrained": []}
+    found: dict[Role, list[float | None]] = {"audited": [], "original": [], "retrained": []}
     for one in subjects:
         try:
             found[one.role].append(family.forget_loss(one, rows))
@@ -260,7 +282,7 @@ def _chosen(family: Family, checks: Size | Sequence[str]) -> tuple[str, list[Che
 def _estimate(family: Family, audited: Subject, rows: AuditData, chosen: Sequence[Check], models: int) -> float:
     """Seconds, from what an example costs forward and in training."""
     forward, training = family.cost(audited, rows)
-    costs = [(sum(rows.sizes.values()), 0), *(one.cost(rows) for one in chosen)]
+    costs = [(getattr(rows, "shared_cost", sum(rows.sizes.values())), 0), *(one.cost(rows) for one in chosen)]
     return models * sum(looked * forward + trained * training for looked, trained in costs)
 
 

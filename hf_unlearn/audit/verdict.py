@@ -87,7 +87,8 @@ def decide(
                 return Verdict("undetermined", open_.name, f"{open_.title}: {open_.in_words()}; {say}", (need, *few))
     further = "unlearning that goes as far as retraining and no further"
     if residual.status != "within":
-        need = further if residual.status == "beyond" else more
+        of_loss = "forget data of which such a model gives a loss"
+        need = of_loss if residual.loss is None else further if residual.status == "beyond" else more
         return Verdict("undetermined", "residual_mu", f"{residual.in_words()}; nothing came back", (need, *few))
     for status, need in (("beyond", further), ("unclear", more), ("blind", more)):
         if far := worst("distance", status):

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ..unlearning.diffusion.noise import NoiseSchedule
+from ..training.noise import NoiseSchedule
 from . import cache, generators
 
 

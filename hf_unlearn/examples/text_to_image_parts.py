@@ -28,7 +28,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from ..unlearning.diffusion.noise import NoiseSchedule
+from ..training.noise import NoiseSchedule
 from .captions import all_words
 from .coloured_digits import SIZE
 

@@ -312,7 +312,7 @@ class PublishingMixin(PushingMixin):
             ValueError: the audit is of another model, or see there.
         """
         if audit is not None:
-            audit.check_is_of(self.model)
+            audit.check_is_of(getattr(self, "pipeline", None) or self.model)
             self._audit = audit
             self.create_model_card()
         return super().push_to_hub(*args, **kwargs)

@@ -257,7 +257,7 @@ class TestRefused:
                 r"retrained\[1\]: has the weights of retrained 1",
             ),
             ({"original": tiny_llama}, "original: "),
-            ({"model": tiny_ddpm}, "model: a DDPMPipeline is a pipeline"),
+            ({"model": tiny_ddpm}, "original: is a classifier, the audited model a generator"),
             ({"model": str(tmp_path / "none")}, "model"),
             ({"forget": None}, "forget: missing"),
             ({"test": sets["test"].select([])}, "test: is empty"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from hf_unlearn.examples import ddpm as small_ddpm
 from hf_unlearn.examples.ddpm import Recipe, cached, train
 from hf_unlearn.images import grey_images
-from hf_unlearn.unlearning.diffusion.noise import NoiseSchedule
+from hf_unlearn.training.noise import NoiseSchedule
 
 
 TINY = Recipe("digits", size=8, channels=(16, 16), steps=8, checkpoints=2)

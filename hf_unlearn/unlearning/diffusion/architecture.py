@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .noise import NoiseSchedule
+from ...training.noise import NoiseSchedule
 
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Architecture:
         Args:
             forward (callable): the denoiser, or what stands for it with other weights.
             noisy (`Tensor`): `[batch, channels, height, width]`.
-            times (`Tensor`): `[batch]`, as [`~hf_unlearn.unlearning.diffusion.noise.NoiseSchedule.times`] gives them.
+            times (`Tensor`): `[batch]`, as [`~hf_unlearn.training.noise.NoiseSchedule.times`] gives them.
             conditioning (`dict[str, Tensor]`): of [`~Architecture.conditioning`], a row for each of the batch.
         """
         dtype = self.denoiser.dtype

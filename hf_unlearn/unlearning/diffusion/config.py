@@ -30,7 +30,7 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     `retain_loss`, `rmu_layer`, `rmu_coefficient`, `pdu_rate`.
 
     > The denoising loss
-        loss_weighting (`"simple"` | `"elbo"` | `"min_snr"`, defaults to `"min_snr"`): w_t; see [`~hf_unlearn.unlearning.diffusion.noise.NoiseSchedule`].
+        loss_weighting (`"simple"` | `"elbo"` | `"min_snr"`, defaults to `"min_snr"`): w_t; see [`~hf_unlearn.training.noise.NoiseSchedule`].
         snr_gamma (`float`, defaults to 1.0): γ of `min_snr`: errors of the clean image count alike where the signal-to-noise
             ratio is above, those of the noise where it is below.
         t_range (`list[float]`, defaults to `[0, 1]`): the share of the timesteps that noise is drawn from, 0 without noise.

@@ -25,9 +25,9 @@ from torch import nn
 from ...files import loading
 from ...hub.adapters import check_no_adapter
 from ...training.checks import check_single_precision
+from ...training.noise import NoiseSchedule
 from .architecture import Architecture, check_told
 from .fused import unfuse
-from .noise import NoiseSchedule
 from .pipelines import architecture_of
 from .unets import TOLD_MORE
 

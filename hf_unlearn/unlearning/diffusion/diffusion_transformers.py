@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...training.noise import FlowSchedule
 from .architecture import PROMPT_COLUMNS, Architecture
-from .noise import FlowSchedule
 from .text_side import POOLED, TOKENS, TextLayer, TextSide
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ...parameters.fisher import gaussian_fisher
+from ...training.noise import NoiseSchedule
 from .. import losses
 from ..guard import LOOKING
 from ..objective import Batch
 from ..outcome import Outcome
 from .architecture import Architecture
 from .encoded import EncodedImages, encode_prompts
-from .noise import NoiseSchedule
 from .own_samples import OwnSamples
 from .pipelines import architecture_of
 

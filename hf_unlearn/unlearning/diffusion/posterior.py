@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .noise import NoiseSchedule
+from ...training.noise import NoiseSchedule
 
 
 def log_likelihoods(noisy: Tensor, bank: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from vdu_data import prompted_arguments, seeded
 
 from hf_unlearn import VDUTrainer
 from hf_unlearn.images import of_latents, to_latents
+from hf_unlearn.training.noise import FlowSchedule
 from hf_unlearn.unlearning.diffusion.denoiser import as_pipeline
 from hf_unlearn.unlearning.diffusion.drawing import generate
 from hf_unlearn.unlearning.diffusion.encoded import encode_prompts
-from hf_unlearn.unlearning.diffusion.noise import FlowSchedule
 from hf_unlearn.unlearning.diffusion.pipelines import PIPELINES, architecture_of
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from hf_unlearn.unlearning.diffusion.noise import NoiseSchedule
+from hf_unlearn.training.noise import NoiseSchedule
 from hf_unlearn.unlearning.diffusion.posterior import ForgottenPosterior
 
 

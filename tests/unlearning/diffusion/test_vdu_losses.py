@@ -13,8 +13,8 @@ from vdu_data import near, rows, seeded
 
 from hf_unlearn import VDUConfig, VDUTrainer
 from hf_unlearn.parameters.reference import ReferencePoint
+from hf_unlearn.training.noise import NoiseSchedule
 from hf_unlearn.unlearning.diffusion.encoded import EncodedImages
-from hf_unlearn.unlearning.diffusion.noise import NoiseSchedule
 from hf_unlearn.unlearning.diffusion.own_samples import OwnSamples
 from hf_unlearn.unlearning.diffusion.posterior import ForgottenPosterior
 

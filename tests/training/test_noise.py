@@ -13,7 +13,7 @@ from diffusers import (
 )
 from diffusers.training_utils import compute_snr
 
-from hf_unlearn.unlearning.diffusion.noise import FlowSchedule, NoiseSchedule
+from hf_unlearn.training.noise import FlowSchedule, NoiseSchedule
 
 
 CONFIGS = {

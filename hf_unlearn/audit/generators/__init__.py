@@ -1,0 +1,1 @@
+"""Checks of generators of images (diffusion models, text-to-image pipelines, GANs): one file a kind."""
