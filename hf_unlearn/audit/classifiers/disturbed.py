@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..check import Reading
+from ..weights import layers_of, prune_smallest, quantised, weights_of
 from .answers import OnRows
 from .data import ClassifierData, Part
 from .subject import ClassifierSubject, head_of, look_at
@@ -60,11 +61,7 @@ class Pruned(Disturbed):
     what = "Whether the change sat in small weights: the smallest of all layers together are set to 0."
 
     def disturb(self, model: nn.Module, setting: float) -> None:
-        weights = list(weights_of(model))
-        sizes = torch.cat([weight.abs().flatten().float() for weight in weights])
-        limit = sizes.kthvalue(max(1, round(setting * len(sizes)))).values
-        for weight in weights:
-            weight.masked_fill_(weight.abs() <= limit, 0)
+        prune_smallest(weights_of(model), setting)
 
 
 class Noisy(Disturbed):
@@ -93,20 +90,3 @@ def _noise(size: float, generator: torch.Generator) -> Callable:
         return output + size * output.std() * noise
 
     return hook
-
-
-def layers_of(model: nn.Module) -> Iterable[nn.Module]:
-    """Those with a matrix of weights that inputs are multiplied with."""
-    return [module for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
-
-
-def weights_of(model: nn.Module) -> Iterable[Tensor]:
-    return (layer.weight for layer in layers_of(model))
-
-
-def quantised(weight: Tensor, bits: int) -> Tensor:
-    """The nearest of 2^bits − 1 levels, symmetric around 0, with a scale for each output (the first axis)."""
-    largest = 2 ** (bits - 1) - 1
-    scale = weight.abs().flatten(1).amax(1).clamp(min=torch.finfo(weight.dtype).tiny) / largest
-    scale = scale.view(-1, *[1] * (weight.dim() - 1))
-    return (weight / scale).round().clamp(-largest, largest) * scale

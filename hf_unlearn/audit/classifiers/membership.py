@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from ..check import Reading, Role
-from ..membership import membership_by_entropy
+from ..membership import delong, membership_by_entropy
 from .answers import OnRows
 from .data import ClassifierData
 from .subject import ClassifierSubject
@@ -46,10 +46,3 @@ class MembershipByEntropy(OnRows):
         logits = [subject.look(part).logits.numpy() for part in (data.retain, data.test_retain, data.forget)]
         share, count = membership_by_entropy(*logits), len(data.forget)
         return Reading(share, None, float(np.sqrt(share * (1 - share) / count)), count).checked()
-
-
-def delong(members: np.ndarray, others: np.ndarray) -> float:
-    """Standard error of an AUC, from how each row of one group lies in the other."""
-    above = (members[:, None] > others[None]) + 0.5 * (members[:, None] == others[None])
-    parts = [one.var(ddof=1) / len(one) if len(one) > 1 else np.inf for one in (above.mean(1), above.mean(0))]
-    return float(np.sqrt(sum(parts)))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...modes import seeded_generator
 from ...training.losses import cross_entropy
 from ..check import Reading, Role
+from ..weights import size_of_weights
 from .answers import OnRows
 from .data import ClassifierData, Part
 from .subject import ClassifierSubject, Look, head_of, look_at
@@ -143,9 +143,3 @@ def trained(model: nn.Module, batch: Callable[[int], Part]) -> Iterator[nn.Modul
             optimizer.zero_grad()
         if step + 1 in MARKS:
             yield model
-
-
-def size_of_weights(model: nn.Module) -> float:
-    """Root mean square of all weights that are matrices: biases and scales are of another size."""
-    weights = [p.detach().float() for p in model.parameters() if p.dim() > 1]
-    return float(np.sqrt(sum(float(w.square().sum()) for w in weights) / sum(w.numel() for w in weights)))
