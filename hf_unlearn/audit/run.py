@@ -31,7 +31,7 @@ from .verdict import FEW, decide
 
 logger = logging.getLogger(__name__)
 Size = Literal["standard", "quick"]
-FAMILIES = ("classifiers",)  # folders beside this file, each with a `family`
+FAMILIES = ("classifiers", "language")  # folders beside this file, each with a `family`
 
 
 class Family(Protocol):
