@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...training.answers import written
-from ...training.evaluation import ASKED_AGAIN
+from ...training.evaluation import ASKED_AGAIN, FALSE
 from ..check import Check, Reading, Role
 from .data import BATCH, LanguageData, Part, told
 from .subject import LanguageSubject, check_room, said
@@ -28,17 +28,28 @@ class OnRows(Check):
     """A check of the rows of some parts."""
 
     parts: tuple[str, ...] = ("forget",)
-    column: str | None = None  # of the forget rows, without which it cannot be done
 
     def missing(self, data: LanguageData, roles: Sequence[Role]) -> str | None:
-        empty = next((f"there are no {name} rows" for name in self.parts if not len(data.parts[name])), None)
-        if empty is None and self.column and not data.forget.has(self.column):
-            return f"the forget rows have no column {self.column!r}"
-        return empty
+        return next((f"there are no {name} rows" for name in self.parts if not len(data.parts[name])), None)
 
 
-class ToldGreedily(OnRows):
-    name, title, margin, layer = "answer", "Telling words in the greedy answer", 0.05, "output"
+class Telling(OnRows):
+    """A check of telling words, of which who never saw a row says no more than one of so many answers that are as good: the true one and the
+    false ones.
+    """
+
+    margin = 0.05
+
+    def never_seen(self, data: LanguageData) -> float | None:
+        name = next(filter(data.forget.has, FALSE), None)
+        if name is None:
+            return None
+        false = [row[name] for row in data.forget.rows]
+        return float(np.mean([1 / (1 + (1 if isinstance(one, str) else len(one))) for one in false]))
+
+
+class ToldGreedily(Telling):
+    name, title, layer = "answer", "Telling words in the greedy answer", "output"
     what = (
         "Whether the model says it when it is asked: the share of the words by which the answer is recognised, which neither the question nor "
         "false or other answers have. A refusal suffices to pass."
@@ -67,10 +78,8 @@ class RougeOfAnswer(OnRows):
         return Reading.mean_of(subject.look(data.forget).rouge_l)
 
 
-class Asked(OnRows):
+class Asked(Telling):
     """A check that asks otherwise, and looks for the telling words of the greedy answer."""
-
-    margin = 0.05
 
     def cost(self, data: LanguageData) -> tuple[float, float]:
         return data.written * min(ASKED, len(data.forget)), 0
@@ -96,7 +105,7 @@ class AskedAgain(Asked):
         return row.get(ASKED_AGAIN) or TEMPLATES[number % len(TEMPLATES)].format(question_of(row))
 
 
-class Sampled(OnRows):
+class Sampled(Telling):
     name, title, margin, layer, paper = (
         "sampled",
         f"Telling words in {SAMPLES} answers that are drawn",

@@ -25,6 +25,7 @@ from ...training.texts import as_prompt_completion, check_template, check_texts
 EXAMPLES = {"standard": 400, "quick": 100}  # at most so many rows of a part
 LONGEST = 200  # tokens of an answer, at most
 BATCH = 32
+KEPT = 100  # retained rows at which is looked; more of them are trained on
 COMMON, LEAST = 0.02, 2  # a word in more answers than this share, and than so many, tells none of them
 
 
@@ -94,6 +95,11 @@ class LanguageData:
         self.forget, self.retain, self.test = forget, retain, test
         self.tokenizer, self.forgotten = forget.tokenizer, f"{len(forget)} examples"
 
+    @cached_property
+    def kept(self) -> Part:
+        """Retained rows at which is looked."""
+        return self.retain.select(range(min(KEPT, len(self.retain))))
+
     @property
     def parts(self) -> dict[str, Part]:
         return {name: getattr(self, name) for name in ("forget", "retain", "test")}
@@ -135,7 +141,9 @@ def language_data(forget: Any, retain: Any, test: Any, *, processing_class: Any,
         if rows is not None:
             drawn = torch.randperm(len(rows), generator=seeded_generator("cpu", seed, key))[: EXAMPLES[size]]
             rows = rows.select(drawn.sort().values.tolist())
-        read[name] = [] if rows is None else _pairs(rows, name, processing_class)
+        # Of unseen rows false answers are not asked about.
+        rewordings = (TRUE, *FALSE) if name != "test" else ()
+        read[name] = [] if rows is None else _pairs(rows, name, processing_class, rewordings)
     common = _common(row for rows in read.values() for row in rows)
     telling = {name: [telling_words(row, common) for row in rows] for name, rows in read.items()}
     lengths = [len(read_answer(row, processing_class).counted) for row in read["forget"]]
@@ -146,7 +154,9 @@ def language_data(forget: Any, retain: Any, test: Any, *, processing_class: Any,
     return LanguageData(forget, retain, test)
 
 
-def _pairs(dataset: Dataset, argument: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def _pairs(
+    dataset: Dataset, argument: str, tokenizer: PreTrainedTokenizerBase, rewordings: Sequence[str]
+) -> list[dict[str, Any]]:
     """Rows with `prompt` and `completion`; of a plain text the words of its first half and those of its second."""
     texts = ("text", "messages", "conversations")
     if "input_ids" in dataset.column_names and not {*texts, "completion"} & {*dataset.column_names}:
@@ -156,8 +166,7 @@ def _pairs(dataset: Dataset, argument: str, tokenizer: PreTrainedTokenizerBase) 
     dataset = as_prompt_completion(dataset, "text", argument)
     check_texts(dataset, "text", argument)
     check_template(dataset, tokenizer, argument)
-    false = next((name for name in FALSE if name in dataset.column_names), None)
-    kept = [name for name in (ASKED_AGAIN, TRUE, false, "chat_template_kwargs") if name in dataset.column_names]
+    kept = [name for name in (ASKED_AGAIN, "chat_template_kwargs", *rewordings) if name in dataset.column_names]
     found = []
     for number, row in enumerate(dataset.with_format(None)):
         try:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..check import Reading
 from ..weights import layers_of, prune_smallest, quantised
-from .answers import OnRows
+from .answers import Telling
 from .data import LanguageData, told
 from .subject import LanguageSubject, said
 
@@ -18,10 +18,10 @@ LOOKED_AT = 100  # rows
 GROUP = 64  # neighbouring weights that share a scale
 
 
-class Disturbed(OnRows):
+class Disturbed(Telling):
     """Telling words in the greedy answers of some disturbed copies: those of the copy that tells most."""
 
-    layer, margin = "below", 0.05
+    layer = "below"
     settings: tuple[float, ...] = ()
 
     def cost(self, data: LanguageData) -> tuple[float, float]:

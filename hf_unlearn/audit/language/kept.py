@@ -21,12 +21,12 @@ class UtilityLost(OnRows):
     what = "One minus the harmonic mean of probability, ROUGE-L recall and, where there are false answers, truth ratio on retained rows."
 
     def cost(self, data: LanguageData) -> tuple[float, float]:
-        return data.written * len(data.retain), 0
+        return data.written * len(data.kept), 0
 
     def read(self, subject: LanguageSubject, data: LanguageData, seed: int) -> Reading:
-        look = subject.look(data.retain)
+        look = subject.look(data.kept)
         utility = compare(subject.look(data.forget), kept=[look])["model_utility"]
-        return Reading(1 - utility, None, None, len(data.retain), figures=look.summary()).checked()
+        return Reading(1 - utility, None, None, len(data.kept), figures=look.summary()).checked()
 
 
 class UnseenLoss(OnRows):

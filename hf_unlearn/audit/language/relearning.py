@@ -12,7 +12,7 @@ from torch import nn
 from ...modes import seeded_generator
 from ..check import Reading, Role
 from ..weights import size_of_weights
-from .answers import OnRows
+from .answers import Telling
 from .data import LanguageData, Part, told
 from .disturbed import LOOKED_AT
 from .subject import LanguageSubject, losses, said
@@ -25,12 +25,12 @@ RATE = 0.005  # of a step of AdamW, in root mean squares of the weights
 ADAPTER = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
-class Relearning(OnRows):
+class Relearning(Telling):
     """A check that trains a copy for 40 steps and looks on the way how many of the telling words are said again, of forget rows that it is not
     shown. The value is the largest share.
     """
 
-    layer, margin, paper = "below", 0.05, "2406.13356"
+    layer, paper = "below", "2406.13356"
     times = 1.0  # the rate
     parts = ("forget", "retain")
 
