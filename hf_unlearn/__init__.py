@@ -8,6 +8,7 @@ __version__ = "0.1.0.dev0"
 _EXPORTS = {
     "AdaptThenUnlearnConfig": "unlearning.gan.adapt_then_unlearn",
     "AdaptThenUnlearnTrainer": "unlearning.gan.adapt_then_unlearn",
+    "AuditReport": "audit.report",
     "ChoiceEvaluation": "training.choices",
     "ChoiceScores": "training.choices",
     "ConceptAblationConfig": "unlearning.diffusion.concept_ablation",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from . import __version__
 from .jobs.recipe.listing import all_keys, methods_of, most_keys, recipes
-from .jobs.recipe.methods import DEMO, FILTER, INFLUENCE, UNLEARN, Method, chosen, read
+from .jobs.recipe.methods import AUDIT, DEMO, FILTER, INFLUENCE, UNLEARN, Method, chosen, read
 from .jobs.recipe.reading import UsageError, nearest, options
 
 
@@ -51,6 +51,11 @@ def _of_a_method(verb: str, arguments: Sequence[str], methods: Mapping[str, Meth
         return
     name = chosen(given, methods)
     _run(methods[name], given, f"hf-unlearn {verb} --method {name} --help")
+
+
+def audit(arguments: Sequence[str]) -> None:
+    """attack an unlearned model, and say how far it is from models that never saw the data"""
+    _plain("audit", arguments, AUDIT, audit.__doc__)
 
 
 def filter(arguments: Sequence[str]) -> None:
@@ -104,6 +109,7 @@ def list_(arguments: Sequence[str]) -> None:
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "influence": influence,
     "unlearn": unlearn,
+    "audit": audit,
     "filter": filter,
     "list": list_,
     "demo": demo,

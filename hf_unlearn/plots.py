@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,109 @@ def image_grid(images: Sequence[Any], captions: Sequence[str], path: str | Path,
         limits = {"vmin": 0, "vmax": 255 if whole else 1} if whole or 0 <= pixels.min() <= pixels.max() <= 1 else {}
         axes.imshow(pixels, cmap="gray", interpolation="nearest", **limits)
         axes.set_xlabel(caption, fontsize=7)
+    return _write(figure, path)
+
+
+@dataclass(frozen=True)
+class AuditBar:
+    """A check of an audit, in units of its margin; None where there is nothing to compare with.
+
+    Args:
+        name (`str`), status (`str`): what it is called, and what came out.
+        distance, low, high (`float`, *optional*): of the audited model from retrained ones.
+        original (`float`, *optional*): of the original.
+    """
+
+    name: str
+    status: str
+    distance: float | None
+    low: float | None
+    high: float | None
+    original: float | None
+
+
+STATUS_COLOURS = {
+    "beyond": "#c92a2a",
+    "within": "#2b8a3e",
+    "unclear": "#e67700",
+    "blind": "#e67700",
+    "unknown": "#868e96",
+}
+FARTHEST = 6.0  # margins that are drawn; what is farther stands at the edge
+
+
+def audit_page(
+    bars: Sequence[AuditBar],
+    recovery: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    path: str | Path,
+    *,
+    title: str = "",
+) -> Path:
+    """An audit on one page: every check's distance from retrained models in units of its margin, and below recovery over steps.
+
+    Args:
+        bars (`Sequence[AuditBar]`): the first one on top.
+        recovery: by check and model (`"audited"`, `"original"`, others are retrained ones), steps and shares in [0, 1].
+        path: where the PNG goes.
+        title (`str`): above.
+    """
+    tall, columns = 0.7 + 0.26 * len(bars), max(1, len(recovery))
+    figure = Figure(figsize=(8.6, tall + (2.6 if recovery else 0)), layout="constrained")
+    top, *below = figure.subfigures(2, 1, height_ratios=[tall, 2.6]) if recovery else [figure]
+    axes = top.subplots()
+    axes.axvspan(-FARTHEST, 1, color="#ebfbee", zorder=0)
+    axes.axvline(1, color="#2b8a3e", linewidth=1, linestyle="--", label="margin", zorder=1)
+    axes.axvline(0, color="#1c7ed6", linewidth=1, label="retrained, mean", zorder=1)
+    for place, bar in enumerate(bars):
+        colour = STATUS_COLOURS[bar.status]
+        if bar.distance is None:
+            axes.annotate(bar.status, (0.1, place), va="center", fontsize=7, color=colour)
+            continue
+        ends = np.clip([bar.low, bar.high], -FARTHEST, FARTHEST)
+        axes.hlines(place, *ends, color=colour, linewidth=2.4, zorder=3)
+        axes.scatter(np.clip(bar.distance, -FARTHEST, FARTHEST), place, s=26, color=colour, zorder=4)
+        if bar.original is not None:
+            axes.scatter(
+                np.clip(bar.original, -FARTHEST, FARTHEST), place, s=24, marker="x", color="#868e96", zorder=2,
+                label="original" if place == 0 else None,
+            )  # fmt: skip
+    axes.set(yticks=range(len(bars)), yticklabels=[bar.name for bar in bars], ylim=(len(bars) - 0.4, -0.6))
+    axes.set(xlim=(-FARTHEST - 0.3, FARTHEST + 0.3))
+    axes.set_xlabel(
+        "distance from retrained models, in margins (more: remembers more; at the edge: that far or farther)",
+        fontsize=8,
+    )
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="x", color="#e9ecef", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7, loc="lower right")
+    axes.set_title(title, loc="left", fontsize=10)
+    for panel, (name, models) in zip(
+        below[0].subplots(1, columns, sharey=True, squeeze=False)[0] if below else (), recovery.items(), strict=True
+    ):
+        seen = set()
+        for model, (steps, values) in models.items():
+            kind = {"audited": "unlearned", "original": "original"}.get(model, "retrained")
+            label = None if kind in seen else {"unlearned": "audited"}.get(kind, kind)
+            seen.add(kind)
+            width = 1.8 if kind == "unlearned" else 1.0
+            panel.plot(
+                steps,
+                100 * np.asarray(values),
+                color=COLOURS[kind],
+                linewidth=width,
+                label=label,
+                zorder=3 if kind == "unlearned" else 2,
+            )
+        panel.set_title(name, fontsize=8)
+        panel.set_xlabel("steps", fontsize=8)
+        panel.set_ylim(-3, 103)
+        panel.tick_params(labelsize=7)
+        panel.grid(color="#e9ecef")
+        panel.spines[["top", "right"]].set_visible(False)
+    if below:
+        below[0].axes[0].set_ylabel("forgotten rows right, %", fontsize=8)
+        below[0].axes[0].legend(frameon=False, fontsize=7)
     return _write(figure, path)
 
 

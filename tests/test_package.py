@@ -18,7 +18,7 @@ from transformers import Trainer
 
 import hf_unlearn
 from hf_unlearn.cli import VERBS
-from hf_unlearn.jobs.recipe.methods import DEMO, FILTER, INFLUENCE, UNLEARN, chosen, read
+from hf_unlearn.jobs.recipe.methods import AUDIT, DEMO, FILTER, INFLUENCE, UNLEARN, chosen, read
 from hf_unlearn.jobs.recipe.reading import options
 
 
@@ -122,10 +122,16 @@ class TestDocuments:
             verb, *words = shlex.split(line.replace(" …", ""), comments=True)
             if verb == "list":
                 continue
-            methods = {"unlearn": UNLEARN, "influence": INFLUENCE, "filter": FILTER, "demo": {"demo": DEMO}}[verb]
+            methods = {
+                "unlearn": UNLEARN,
+                "influence": INFLUENCE,
+                "filter": FILTER,
+                "demo": {"demo": DEMO},
+                "audit": {"audit": AUDIT},
+            }[verb]
             name = words.pop(0) if verb == "filter" else None
             given = options(words)
-            name = verb if verb == "demo" else name or chosen(given, methods)
+            name = verb if verb in ("demo", "audit") else name or chosen(given, methods)
             others = list(methods.values()) if verb == "filter" else []
             values = read(methods[name], given, others, help="")
             methods[name].job_of(values)

@@ -64,9 +64,9 @@ def compared(readings: Readings, margin: float, checks: int, *, never_seen: floa
         sees = None if readings.original is None else readings.original.value - never_seen > margin
         status = "beyond" if distance - down > margin else "unknown"
         return Comparison(distance, distance - down, distance + up, margin, status, sees)
-    values = np.array([one.value for one in references])
-    count, mean, spread = len(values), values.mean(), values.std(ddof=1)
-    of_references = stats.t.ppf(CONFIDENCE, count - 1) * spread / math.sqrt(count)
+    values, count = [one.value for one in references], len(references)
+    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
+    of_references = float(stats.t.ppf(CONFIDENCE, count - 1)) * spread / math.sqrt(count)
     down, up = (math.hypot(side, of_references) for side in sampling_error(audited, references))
     allowance = allowed(spread, count, checks)
     distance, limit = audited.value - mean, margin + allowance
@@ -87,33 +87,36 @@ def compared(readings: Readings, margin: float, checks: int, *, never_seen: floa
 def allowed(spread: float, references: int, checks: int) -> float:
     """What is added to a stated margin: see the module."""
     beyond = stats.t.ppf(1 - (1 - CONFIDENCE) / checks, references - 1) * math.sqrt(1 + 1 / references)
-    return spread * (beyond + stats.t.ppf(CONFIDENCE, references - 1) / math.sqrt(references))
+    return float(spread * (beyond + stats.t.ppf(CONFIDENCE, references - 1) / math.sqrt(references)))
 
 
 def sampling_error(audited: Reading, references: Sequence[Reading]) -> tuple[float, float]:
     """How far below and above the distance may lie for other examples of the same kind, each bound at [`CONFIDENCE`].
 
-    Of right or wrong answers Clopper and Pearson's interval, narrowed by how much less the paired differences vary than the answers;
+    Of right or wrong answers Clopper and Pearson's interval, as much narrower or wider as the paired differences vary less or more than the answers;
     of other means Student's t of the differences; of what is no mean the standard errors.
     """
     if audited.per_example is None or len(audited.per_example) < 1:
         errors = [one.error or 0.0 for one in references]
         error = math.hypot(audited.error or 0.0, math.sqrt(sum(e * e for e in errors)) / max(1, len(errors)))
-        return (stats.norm.ppf(CONFIDENCE) * error,) * 2
+        return (float(stats.norm.ppf(CONFIDENCE) * error),) * 2
     values = np.array(audited.per_example)
-    paired = [
-        one.per_example for one in references if one.per_example is not None and len(one.per_example) == len(values)
-    ]
+    paired = [one.per_example for one in references if one.per_example and len(one.per_example) == len(values)]
     differences = values - np.mean(paired, axis=0) if paired else values
     count = len(values)
-    if set(np.unique(values)) <= {0.0, 1.0}:
-        right = int(values.sum())
-        interval = stats.binomtest(right, count).proportion_ci(2 * CONFIDENCE - 1, method="exact")
-        agreement = min(1.0, differences.std() / values.std()) if values.std() > 0 else 1.0
-        return agreement * (right / count - interval.low), agreement * (interval.high - right / count)
-    if count < 2:
-        return math.inf, math.inf
-    return (float(stats.t.ppf(CONFIDENCE, count - 1) * differences.std(ddof=1) / math.sqrt(count)),) * 2
+    of_mean = (
+        float(stats.t.ppf(CONFIDENCE, count - 1) * differences.std(ddof=1) / math.sqrt(count))
+        if count > 1
+        else math.inf
+    )
+    if not set(np.unique(values)) <= {0.0, 1.0}:
+        return of_mean, of_mean
+    right = int(values.sum())
+    interval = stats.binomtest(right, count).proportion_ci(2 * CONFIDENCE - 1, method="exact")
+    exact = float(right / count - interval.low), float(interval.high - right / count)
+    if values.std() == 0:  # all right, or all wrong
+        return tuple(max(side, of_mean if differences.std() > 0 else 0.0) for side in exact)
+    return tuple(float(differences.std() / values.std()) * side for side in exact)
 
 
 def equivalent(one: Reading, other: Reading, margin: float) -> bool:

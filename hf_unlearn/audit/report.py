@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import read_json, write_json
+from ..hub.card import Figure
 from .residual import ResidualMu
 from .result import CheckResult, readings_of
 from .verdict import Verdict
@@ -124,7 +125,7 @@ class AuditReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AuditReport:
-        """What [`to_dict`] gave.
+        """The report of `values` that [`to_dict`] gave.
 
         Raises:
             ValueError: of another format.
@@ -142,7 +143,7 @@ class AuditReport:
         return cls(**values)
 
     def save(self, path: str | Path) -> Path:
-        """Write a JSON file.
+        """Write a JSON file to `path`.
 
         Raises:
             ValueError: the name does not end in `.json`.
@@ -155,7 +156,7 @@ class AuditReport:
 
     @classmethod
     def load(cls, path: str | Path) -> AuditReport:
-        """Read what [`save`] wrote.
+        """Read what [`save`] wrote to `path`.
 
         Raises:
             ValueError: the file is missing, damaged, or no report.
@@ -166,7 +167,7 @@ class AuditReport:
             raise ValueError(f"{path}: is no audit report ({error})") from error
 
     def check_is_of(self, model: nn.Module) -> None:
-        """Refuse a report of another model.
+        """Refuse a report of another model than `model`.
 
         Raises:
             ValueError: the weights are not those that were audited.
@@ -178,10 +179,39 @@ class AuditReport:
 
     # For the Hub
 
+    @property
+    def passed(self) -> bool:
+        return self.verdict.word == "forgotten"
+
+    def to_figures(self) -> list[Figure]:
+        """Of a card: every check before, after, and the mean of retrained models."""
+        found = []
+        for one in self.results:
+            scale = 100 if one.unit == "%" else 1
+            retrained = scale * sum(one.retrained) / len(one.retrained) if one.retrained else None
+            before = None if one.original is None else scale * one.original
+            found.append(
+                Figure(
+                    metric=one.name,
+                    name=one.title,
+                    after=scale * one.audited,
+                    before=before,
+                    retrained=retrained,
+                    split="audit",
+                    unit=one.unit,
+                )
+            )
+        return found
+
     def to_eval_results(
         self, *, dataset_type: str = "unknown", dataset_name: str = "unknown", task: str = "other"
     ) -> list[EvalResult]:
-        """Entries of a card's `model-index`: the audited model's value in every check, and residual μ."""
+        """Entries of a card's `model-index`: the audited model's value in every check, and residual μ.
+
+        Args:
+            dataset_type, dataset_name (`str`, defaults to `"unknown"`): of the data: its id on the Hub, and what readers call it.
+            task (`str`, defaults to `"other"`): as in `"image-classification"`.
+        """
         from huggingface_hub import EvalResult
 
         kind = {"task_type": task, "dataset_type": dataset_type, "dataset_name": dataset_name}
@@ -201,7 +231,12 @@ class AuditReport:
         return found
 
     def to_eval_entries(self, dataset_id: str, task_id: str = "unlearning-audit") -> list[EvalResultEntry]:
-        """Entries of the Hub's `.eval_results/*.yaml`, a task a check, below `task_id`: as `eval_result_entries_to_yaml` takes them."""
+        """Entries of the Hub's `.eval_results/*.yaml`, as `eval_result_entries_to_yaml` takes them: a task a check.
+
+        Args:
+            dataset_id (`str`): of the data on the Hub.
+            task_id (`str`, defaults to `"unlearning-audit"`): what the names of the checks come after.
+        """
         from huggingface_hub import EvalResultEntry
 
         return [
@@ -218,13 +253,13 @@ class AuditReport:
     # To look at
 
     def plot(self, path: str | Path) -> Path:
-        """One page: the verdict, every check beside its margin, recovery curves. A PNG file."""
+        """One page: the verdict, every check beside its margin, recovery curves. A PNG file, at `path`."""
         from .page import picture
 
         return picture(self, path)
 
     def to_html(self, path: str | Path) -> Path:
-        """A page that needs no other file."""
+        """A page that needs no other file, at `path`."""
         from .page import page
 
         return page(self, path)

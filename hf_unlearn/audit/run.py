@@ -110,7 +110,7 @@ def audit(
     if isinstance(retrained, str | Path | nn.Module):
         retrained = [retrained]
     family, subjects, processing_class = _subjects(model, original, retrained, processing_class)
-    audited, *others = subjects
+    audited = subjects[0]
     size, chosen, unchecked = _chosen(family, checks)
     rows = family.data(audited, forget, retain, test, processing_class=processing_class, size=size, seed=seed)
     roles = [one.role for one in subjects]
@@ -119,6 +119,7 @@ def audit(
     if not chosen:
         name, why = next(iter(skipped.items()))
         raise ValueError(f"checks: none can be done with these rows and models (of {name}: {why})")
+    losses = _losses(family, subjects, rows)
     started = time.perf_counter()
     estimate = _estimate(family, audited, rows, chosen, len(subjects))
     if progress:
@@ -126,32 +127,23 @@ def audit(
             f"audit of {audited.name}: {len(chosen)} checks of {len(subjects)} models ({', '.join(f'{n:,} {name}' for name, n in rows.sizes.items())} "
             f"rows), about {_in_words(estimate)}"
         )
-    store = _Store(output_dir, rows.digest, seed)
-    found, failed = {}, {}
-    for one in tqdm(chosen, desc="Audit", disable=not progress):
-        try:
-            readings = _read(one, subjects, rows, seed, store)
-            found[one.name] = one.settled(readings, rows).map(lambda reading: reading.checked())
-        except Exception as error:  # whatever an attack raises: what did not run is not passed
-            failed[one.name] = first_line(error)
-            logger.warning("%s did not run: %s", one.name, failed[one.name])
+    found, failed = _run(chosen, subjects, rows, seed, _Store(output_dir, rows.digest, seed), progress)
     deciding = sum(one.layer != "beside" for one in chosen) + 1
-    references = len(roles) - 1 - ("original" in roles)
     results = tuple(_result(one, found[one.name], rows, deciding) for one in chosen if one.name in found)
-    losses = {
-        role: [family.forget_loss(one, rows) for one in subjects if one.role == role]
-        for role in ("audited", "original", "retrained")
-    }
-    residual = residual_mu(
-        losses["audited"][0], losses["retrained"], original=next(iter(losses["original"]), None), checks=deciding
+    original_loss = next(iter(losses["original"]), None)
+    residual = residual_mu(losses["audited"][0], losses["retrained"], original=original_loss, checks=deciding)
+    needed = [one() for one in family.QUICK if one.name in unchecked and one.layer != "beside"]
+    verdict = decide(
+        results,
+        residual,
+        references=roles.count("retrained"),
+        forget_examples=rows.sizes["forget"],
+        failed=failed,
+        left_out=[one.name for one in needed if one.missing(rows, roles) is None],
     )
-    verdict = decide(results, residual, references=references, forget_examples=rows.sizes["forget"], failed=failed)
     if rows.sizes["forget"] < FEW:
-        logger.warning(
-            "forget: %d rows; with fewer than %d the power is low, and nothing is called forgotten",
-            rows.sizes["forget"],
-            FEW,
-        )
+        say = "forget: %d rows; with fewer than %d the power is low, and nothing is called forgotten"
+        logger.warning(say, rows.sizes["forget"], FEW)
     report = AuditReport(
         verdict=verdict,
         results=results,
@@ -173,6 +165,8 @@ def audit(
     )
     if output_dir is not None:
         report.save(Path(output_dir, "audit.json"))
+        report.to_html(Path(output_dir, "audit.html"))
+        report.plot(Path(output_dir, "audit.png"))
     return report
 
 
@@ -194,7 +188,7 @@ def _subjects(
         own = next((known for known in _families() if known.fits(loaded)), None)
         if own is None:
             raise ValueError(
-                f"{argument}: audits of {type(loaded).__name__} are not there; of {', '.join(known.NAME for known in _families())} models they are"
+                f"{argument}: audits of {type(loaded).__name__} are not there; of {', '.join(f'{known.NAME}s' for known in _families())} they are"
             )
         if family is not None and own is not family:
             raise ValueError(f"{argument}: is a {own.NAME}, the audited model a {family.NAME}")
@@ -225,6 +219,18 @@ def _loaded(model: Any, argument: str) -> tuple[Any, Any, str | None]:
         return load_model(model, None, None)
     except ValueError as error:
         raise ValueError(f"{argument}: {str(error).removeprefix('model: ')}") from error
+
+
+def _losses(family: Family, subjects: Sequence[Subject], rows: AuditData) -> dict[Role, list[float]]:
+    """Of the forget rows, by role: the statistic of residual μ."""
+    found: dict[Role, list[float]] = {"audited": [], "original": [], "retrained": []}
+    for one in subjects:
+        try:
+            found[one.role].append(family.forget_loss(one, rows))
+        except ValueError as error:
+            argument = "model" if one.role == "audited" else _key(subjects, one)
+            raise ValueError(f"{argument}: gives outputs that are not finite; there is nothing to audit") from error
+    return found
 
 
 def _key(subjects: Sequence[Subject], one: Subject) -> str:
@@ -258,6 +264,21 @@ def _estimate(family: Family, audited: Subject, rows: AuditData, chosen: Sequenc
     forward, training = family.cost(audited, rows)
     costs = [(sum(rows.sizes.values()), 0), *(one.cost(rows) for one in chosen)]
     return models * sum(looked * forward + trained * training for looked, trained in costs)
+
+
+def _run(
+    chosen: Sequence[Check], subjects: Sequence[Subject], rows: AuditData, seed: int, store: _Store, progress: bool
+) -> tuple[dict[str, Readings], dict[str, str]]:
+    """What the checks found, and why others did not run."""
+    found, failed = {}, {}
+    for one in tqdm(chosen, desc="Audit", disable=not progress):
+        try:
+            readings = _read(one, subjects, rows, seed, store)
+            found[one.name] = one.settled(readings, rows).map(lambda reading: reading.checked())
+        except Exception as error:  # whatever an attack raises: what did not run is not passed
+            failed[one.name] = first_line(error)
+            logger.warning("%s did not run: %s", one.name, failed[one.name])
+    return found, failed
 
 
 def _read(check: Check, subjects: Sequence[Subject], rows: AuditData, seed: int, store: _Store) -> Readings:

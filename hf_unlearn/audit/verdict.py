@@ -43,6 +43,7 @@ def decide(
     references: int,
     forget_examples: int,
     failed: Mapping[str, str],
+    left_out: Sequence[str] = (),
 ) -> Verdict:
     """The verdict of all checks: never better than that of the weakest one.
 
@@ -52,6 +53,7 @@ def decide(
         references (`int`): retrained models.
         forget_examples (`int`): that the checks looked at.
         failed (`dict[str, str]`): checks that did not run, and why.
+        left_out (`Sequence[str]`, defaults to `()`): checks without which nothing is called forgotten, and that were not asked for.
     """
 
     def worst(layer: Layer, status: Status) -> CheckResult | None:
@@ -101,8 +103,11 @@ def decide(
                 else f"more than {references} retrained models"
             )
             return Verdict("undetermined", far.name, f"{far.title}: {far.in_words()}; nothing came back", (need, *few))
-    if not any(one.sees for one in results if one.layer in ("output", "below")):
-        why = "no check tells the original from retrained models, so there is nothing to see the forgetting by"
+    if left_out:
+        why = f"{', '.join(left_out)} {'was' if len(left_out) == 1 else 'were'} not asked for"
+        return Verdict("undetermined", left_out[0], why, ("checks='quick' or 'standard'", *few))
+    if not all(any(one.sees for one in results if one.layer == layer) for layer in ("output", "below")):
+        why = "no check of what is said, or none of what comes back, tells the original from retrained models: there is nothing to see the forgetting by"
         return Verdict(
             "undetermined",
             results[0].name if results else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from ..data import split_by_values
 from ..files import complete_or_not_there
 from ..training.collators import RawCollator
 from .cache import Progress, made_once
@@ -116,14 +118,17 @@ def _quiet_bar(trainer: Trainer) -> None:
             trainer.add_callback(_Bar())
 
 
-def cached_digits_classifier(seed: int = 0, *, progress: bool = True) -> Path:
-    """Folder of a classifier of all ten digits, trained on first use (seconds)."""
+def cached_digits_classifier(seed: int = 0, *, without: Sequence[int] = (), progress: bool = True) -> Path:
+    """Folder of a classifier of all ten digits, or of one that never saw those in `without`, trained on first use (seconds)."""
 
     def make(folder: Path) -> None:
-        train_classifier(digits()["train"], folder, seed=seed, progress=progress)
+        rows = digits()["train"]
+        kept = split_by_values(rows, "label", list(without))[1] if without else rows
+        train_classifier(kept, folder, seed=seed, progress=progress)
 
+    never_saw = "".join(f"-without-{digit}" for digit in sorted(without))
     return made_once(
-        f"digits-resnet-{seed}", lambda folder: (folder / "config.json").is_file(), make, progress=progress
+        f"digits-resnet{never_saw}-{seed}", lambda folder: (folder / "config.json").is_file(), make, progress=progress
     )
 
 

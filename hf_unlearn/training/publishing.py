@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from datasets import Dataset
 from yaml import YAMLError
@@ -187,6 +187,19 @@ def _taken(tried: Path, folder: Path) -> Path | None:
     return None
 
 
+class Audited(Protocol):
+    """What a card tells of an audit."""
+
+    verdict: Any
+
+    @property
+    def passed(self) -> bool: ...
+
+    def check_is_of(self, model: Any) -> None: ...
+
+    def to_figures(self) -> list[Figure]: ...
+
+
 class PublishingMixin(PushingMixin):
     """Card and push of an unlearning trainer. A kind of trainer says what its card tells by `_chosen`, `_forgotten`,
     `_card_defaults`, `failed_checks` and `passed_checks`.
@@ -195,6 +208,7 @@ class PublishingMixin(PushingMixin):
     outcome_figures: Sequence[Figure] = ()
     _commit_message = "End of unlearning"
     passed_checks: Sequence[str] = ()
+    _audit: Audited | None = None
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -287,6 +301,22 @@ class PublishingMixin(PushingMixin):
             steps=self._steps_taken,
         )
 
+    def push_to_hub(self, *args: Any, audit: Audited | None = None, **kwargs: Any):
+        """[`PushingMixin.push_to_hub`], with the figures and the verdict of an audit on the card.
+
+        Args:
+            audit ([`~hf_unlearn.AuditReport`], *optional*): of this model.
+            args, kwargs: see there.
+
+        Raises:
+            ValueError: the audit is of another model, or see there.
+        """
+        if audit is not None:
+            audit.check_is_of(self.model)
+            self._audit = audit
+            self.create_model_card()
+        return super().push_to_hub(*args, **kwargs)
+
     def model_card(self, source: str | Path, **kwargs: Any) -> ModelCard:
         """The card of the model as it is now.
 
@@ -302,6 +332,10 @@ class PublishingMixin(PushingMixin):
             "failed_checks": self.failed_checks,
             "passed_checks": self.passed_checks,
         }
+        if self._audit is not None:
+            name_of_list = "passed_checks" if self._audit.passed else "failed_checks"
+            values["results"] = [*values["results"], *self._audit.to_figures()]
+            values[name_of_list] = [*values[name_of_list], f"Audit: {self._audit.verdict}"]
         given = {name: value for name, value in (self.card_values | kwargs).items() if name != "forgotten"}
         tags = given.pop("tags", ())
         given["tags"] = (self._method, *((tags,) if isinstance(tags, str) else tags))

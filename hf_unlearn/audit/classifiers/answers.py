@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from ..check import Check, Reading, Role
-from .data import ClassifierData, Part
+from .data import ClassifierData
 from .subject import ClassifierSubject
 
 
@@ -111,13 +110,3 @@ class UnseenError(Kept):
     name, title = "unseen_error", "Errors on unseen rows of what is kept"
     parts = ("test_retain",)
     what = "What forgetting cost on rows that nobody trained on."
-
-
-def retained_sample(data: ClassifierData, count: int, seed: int) -> Part:
-    """So many retained rows, as many of each class as there are."""
-    part = data.retain.shuffled(seed, 11)
-    ranks = np.zeros(len(part), dtype=int)
-    labels = part.labels.numpy()
-    for c in np.unique(labels):
-        ranks[labels == c] = np.arange((labels == c).sum())
-    return part.select(np.argsort(ranks, kind="stable")[:count].copy())

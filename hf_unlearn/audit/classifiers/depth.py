@@ -67,7 +67,7 @@ class LinearProbe(OfFeatures):
 
 
 class RefittedHead(OfFeatures):
-    name, title, margin, paper = "refitted_head", "Head refitted with 2 % of the forget data", 0.1, "2411.00113"
+    name, title, margin, paper = "refitted_head", "Head refitted with 2 % of the forget data", 0.1, "2405.17878"
     what = (
         "Whether a few forget rows, beside retained ones, bring the class back through the features that are there. What only changed the "
         "head fails."

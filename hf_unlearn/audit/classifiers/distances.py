@@ -1,4 +1,4 @@
-"""How far a classifier's answers about the forget rows lie from those of retrained models: to be told apart, not to remember."""
+"""How a classifier's answers about the forget rows lie beside those of retrained models: told apart, and membership by likelihood."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
 
 from ..check import Reading, Readings, Role, against_others
+from ..membership import delong
 from .answers import OnRows
 from .data import ClassifierData
-from .subject import ClassifierSubject
+from .membership import found_at_few_alarms, unseen
+from .subject import ClassifierSubject, Look
 
 
 class FromRetrained(OnRows):
@@ -49,10 +52,7 @@ class MarginDivergence(FromRetrained):
     what = "KL of each forget row's logit margin from its law over retrained models (KLoM), for one model: half the square of its shift in their spread."
 
     def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
-        look = subject.look(data.forget)
-        own = look.logits.double().gather(1, look.labels[:, None])[:, 0]
-        others = look.logits.double().scatter(1, look.labels[:, None], -torch.inf).logsumexp(1)
-        return Reading.mean_of(own - others)
+        return Reading.mean_of(margins_of(subject.look(data.forget)))
 
     def compared(self, one: Reading, references: Sequence[Reading]) -> Reading:
         margins = np.array([reference.per_example for reference in references])
@@ -61,3 +61,43 @@ class MarginDivergence(FromRetrained):
         shift = np.array(one.per_example) - margins.mean(0)
         divergence = shift**2 / (2 * spread * (1 + 1 / len(references)))
         return replace(one, value=float(divergence.mean()), per_example=tuple(divergence.tolist()))
+
+
+class MembershipByLikelihood(FromRetrained):
+    name, title, unit, margin, layer = "membership_lira", "Membership by likelihood ratio", "AUC", 0.1, "below"
+    paper = "2112.03570"
+    what = (
+        "Whether the logit margins of forget rows lie farther above their law over models that never saw them than those of unseen rows do "
+        "(LiRA, offline: retrained models are its shadows)."
+    )
+
+    def missing(self, data: ClassifierData, roles: Sequence[Role]) -> str | None:
+        few = len(unseen(data)) < 2
+        return "there are no unseen rows to compare with" if few else super().missing(data, roles)
+
+    def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
+        others = margins_of(subject.look(unseen(data)))
+        return replace(Reading.mean_of(margins_of(subject.look(data.forget))), figures={"unseen": others.tolist()})
+
+    def compared(self, one: Reading, references: Sequence[Reading]) -> Reading:
+        members = np.array(one.per_example) - np.mean([reference.per_example for reference in references], axis=0)
+        others = np.array(one.figures["unseen"]) - np.mean(
+            [reference.figures["unseen"] for reference in references], axis=0
+        )
+        # One spread for all rows changes no order, so it is left out.
+        truth = np.repeat([1, 0], [len(members), len(others)])
+        auc = float(roc_auc_score(truth, np.concatenate([members, others])))
+        return replace(
+            one,
+            value=auc,
+            per_example=None,
+            error=delong(members, others),
+            figures=found_at_few_alarms(members, others),
+        )
+
+
+def margins_of(look: Look) -> np.ndarray:
+    """How far each row's right logit lies above all others together, `[n]`: log p/(1 − p)."""
+    logits, labels = look.logits.double(), look.labels[:, None]
+    own = logits.gather(1, labels)[:, 0]
+    return (own - logits.scatter(1, labels, -torch.inf).logsumexp(1)).numpy()

@@ -11,7 +11,7 @@ from ..check import Check, Role
 from .answers import ForgetAccuracy, NeighbourLeakage, RetainError, UnseenAccuracy, UnseenError
 from .data import ClassifierData, classifier_data
 from .depth import LinearProbe, RefittedHead
-from .distances import AnswerDistance, MarginDivergence
+from .distances import AnswerDistance, MarginDivergence, MembershipByLikelihood
 from .disturbed import Noisy, Pruned, Quantised
 from .membership import MembershipByEntropy, MembershipByLoss
 from .relearning import RelearnForget, RelearnRetained, RelearnUnrelated
@@ -24,7 +24,7 @@ QUICK: tuple[type[Check], ...] = (
 )  # fmt: skip
 STANDARD: tuple[type[Check], ...] = (
     ForgetAccuracy, UnseenAccuracy, NeighbourLeakage, LinearProbe, RefittedHead, RelearnForget, RelearnRetained, RelearnUnrelated, Quantised,
-    Pruned, Noisy, MembershipByLoss, MembershipByEntropy, AnswerDistance, MarginDivergence, RetainError, UnseenError,
+    Pruned, Noisy, MembershipByLoss, MembershipByEntropy, MembershipByLikelihood, AnswerDistance, MarginDivergence, RetainError, UnseenError,
 )  # fmt: skip
 EVERY: tuple[type[Check], ...] = (*STANDARD,)
 

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from ..check import Reading, Role
 from ..membership import delong, membership_by_entropy
 from .answers import OnRows
-from .data import ClassifierData
+from .data import ClassifierData, Part
 from .subject import ClassifierSubject
 
 
@@ -19,22 +19,20 @@ LOW = 0.05  # false positive rate at which the share that is found is told besid
 
 class MembershipByLoss(OnRows):
     name, title, unit, margin, layer = "membership_loss", "Membership by loss", "AUC", 0.1, "below"
-    parts = ("forget", "test_retain")
     what = "Whether forget rows have a lower loss than unseen rows of their classes. Blind where the model generalises: then the original passes too."
 
     def missing(self, data: ClassifierData, roles: Sequence[Role]) -> str | None:
-        if data.classes and len(data.test_forget) < 2:
-            return "there are no unseen rows of the forgotten classes"
-        return super().missing(data, roles)
+        few = len(unseen(data)) < 2
+        return "there are no unseen rows to compare with" if few else super().missing(data, roles)
 
     def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
         members = -subject.look(data.forget).losses.numpy()
-        others = -subject.look(data.test_forget if data.classes else data.test_retain).losses.numpy()
+        others = -subject.look(unseen(data)).losses.numpy()
         truth = np.repeat([1, 0], [len(members), len(others)])
         auc = float(roc_auc_score(truth, np.concatenate([members, others])))
-        found = float((members > np.quantile(others, 1 - LOW, method="higher")).mean())
-        error = delong(members, others)
-        return Reading(auc, None, error, len(members), figures={f"found_at_{LOW:.0%}_false_alarms": found}).checked()
+        return Reading(
+            auc, None, delong(members, others), len(members), figures=found_at_few_alarms(members, others)
+        ).checked()
 
 
 class MembershipByEntropy(OnRows):
@@ -46,3 +44,15 @@ class MembershipByEntropy(OnRows):
         logits = [subject.look(part).logits.numpy() for part in (data.retain, data.test_retain, data.forget)]
         share, count = membership_by_entropy(*logits), len(data.forget)
         return Reading(share, None, float(np.sqrt(share * (1 - share) / count)), count).checked()
+
+
+def unseen(data: ClassifierData) -> Part:
+    """Rows that nobody trained on, of the classes of the forget rows."""
+    return data.test_forget if data.classes else data.test_retain
+
+
+def found_at_few_alarms(members: np.ndarray, others: np.ndarray) -> dict[str, float]:
+    """The share of members above nearly all others."""
+    return {
+        f"found_at_{LOW:.0%}_false_alarms": float((members > np.quantile(others, 1 - LOW, method="higher")).mean())
+    }

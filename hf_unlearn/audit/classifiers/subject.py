@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ...modes import looking
 from ...training.losses import cross_entropy
@@ -84,7 +85,7 @@ def look_at(model: nn.Module, part: Part, *, features: bool = True) -> Look:
     logits, depths = [], []
     head, given = head_of(model), []
     handle = head.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
-    wanted = {"output_hidden_states": True} if features and hasattr(model, "config") else {}
+    wanted = {"output_hidden_states": True} if features and isinstance(model, PreTrainedModel) else {}
     try:
         with looking(model) as device:
             for inputs, _ in part.batches(device):

@@ -22,7 +22,7 @@ GRADIENTS = 100  # rows of a part of which gradients are taken, at most
 class Membership(OnRows):
     """An attacker who says "member" where a score is low: the area under the curve, ½ where the score tells nothing."""
 
-    margin, layer = 0.1, "below"
+    unit, margin, layer = "AUC", 0.1, "below"
     parts = ("forget", "test")
     score = ""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -50,9 +51,16 @@ class LanguageSubject:
         return attacked
 
     def look(self, part: Part) -> LanguageScores:
-        """What it gives to the answers of a part, and what it writes in their place if that is wanted."""
+        """What it gives to the answers of a part, and what it writes in their place if that is wanted.
+
+        Raises:
+            ValueError: losses that are not finite.
+        """
         if id(part) not in self._looks:  # the part is kept beside, so that its id stays its own
-            self._looks[id(part)] = part, part.evaluation(self.model)
+            scores = part.evaluation(self.model)
+            if not np.isfinite(scores.nll).all():
+                raise ValueError("what the model gave is not finite")
+            self._looks[id(part)] = part, scores
         return self._looks[id(part)][1]
 
 

@@ -114,6 +114,7 @@ FILTER = {
     "run": Method("filter.FilterRunJob", "filter.run.run_filtered"),
     "evaluate": Method("filter.FilterEvaluateJob", "filter.evaluate.run_evaluate"),
 }
+AUDIT = Method("audit.AuditJob", "audit.run_audit")
 DEMO = Method("demo.DemoJob", "demo.run_demo")
 
 

@@ -1,0 +1,274 @@
+"""What an audit says of classifiers whose truth is known: planted cases, methods, and one more retrained model.
+
+    python benchmarks/audit_power.py [--quick] [--fashion] [--models]
+
+Digits: each seed has its original, and forgets one of four classes in every way; six retrained models a class are the references. Verdicts and
+values go to benchmarks/results/audit_power.json, the tables to docs/benchmarks.md. Models are kept in ~/.cache/hf_unlearn/benchmarks/audit, what
+checks read of them as well. `--models` only makes the models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from class_unlearning import Digits, RandomLabelTrainer, part, stock_training, unlearn
+from fashion_mnist import CACHE
+from rows import QUIET, keep, rounded
+from torch import nn
+from transformers import AutoModelForImageClassification
+from transformers.utils import logging as transformers_logging
+
+from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig, UnlearnTrainer
+from hf_unlearn.audit.classifiers.data import classifier_data
+from hf_unlearn.audit.classifiers.subject import head_of, look_at
+from hf_unlearn.audit.run import audit
+from hf_unlearn.examples.classifier import TRAINING, digits_model
+
+
+RESULTS = Path(__file__).parent / "results" / "audit_power.json"
+FOLDER = CACHE / "audit"
+CLASSES = (3, 5, 7, 8)
+REFERENCES = 6
+POOL = 12  # retrained models of the first class, from which references are drawn
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to a model, and the verdict that is right of it by construction; None where it is to be found out."""
+
+    make: Callable[..., nn.Module]
+    right: str | None = None
+
+
+# Ways to forget: `(world, seed, forgotten) -> model`
+
+
+def original(world: Digits, seed: int, forgotten: int) -> nn.Module:
+    return world.original(seed)
+
+
+def masked(world: Digits, seed: int, forgotten: int) -> nn.Module:
+    """The class's bias at −10,000."""
+    model = world.original(seed)
+    with torch.no_grad():
+        head_of(model).bias[forgotten] = -1e4
+    return model
+
+
+def projected(world: Digits, seed: int, forgotten: int) -> nn.Module:
+    """The last features without the direction of the class's mean from that of all others, as POUR (arXiv 2511.19339) projects it away, folded into
+    the head; the class's own row is left with nothing, below the others.
+    """
+    model = world.original(seed)
+    rows = world.splits["train"]
+    data = classifier_data(
+        part(rows, forgotten, True),
+        part(rows, forgotten, False),
+        world.splits["test"],
+        num_labels=10,
+        processing_class=None,
+        size="standard",
+        seed=0,
+    )
+    inside, others = (look_at(model, one).features[-1].mean(0) for one in (data.forget, data.retain))
+    direction = nn.functional.normalize(inside - others, dim=0)
+    head = head_of(model)
+    with torch.no_grad():
+        head.weight -= (head.weight @ direction)[:, None] * direction
+        head.weight[forgotten] = 0
+        head.bias[forgotten] = head.bias.min() - 10
+    return model
+
+
+def head_only(world: Digits, seed: int, forgotten: int) -> nn.Module:
+    """A new head on the same features, trained on the other classes; the rest stays."""
+    model = world.original(seed)
+    head = head_of(model)
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+    torch.manual_seed(seed)
+    head.reset_parameters()
+    images, labels = world.images["train"], torch.tensor(world.labels["train"])
+    kept = labels != forgotten
+    given = []
+    handle = head.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    with torch.no_grad():
+        for images_ in images[kept].split(512):
+            model(pixel_values=images_)
+    handle.remove()
+    features, labels = torch.cat(given), labels[kept]
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(head(features), labels).backward()
+        optimizer.step()
+    return model.requires_grad_(True)
+
+
+def retrained(world: Digits, seed: int, forgotten: int) -> nn.Module:
+    model = digits_model(2000 + seed)
+    stock_training(model, part(world.splits["train"], forgotten, False), 2000 + seed, TRAINING)
+    return model
+
+
+def by(trainer: type, **settings) -> Callable[..., nn.Module]:
+    """An unlearning method with the settings that benchmarks/class_unlearning.py chose, on the forget images alone."""
+    plain = {"forget_weight": 1.0, "replay_weight": 0.0, "isotropic_weight": 0.0, "guard": False}
+    plain |= {"per_device_train_batch_size": 64, "lr_scheduler_type": "constant"}
+
+    def make(world: Digits, seed: int, forgotten: int) -> nn.Module:
+        model = world.original(seed)
+        with tempfile.TemporaryDirectory() as folder:
+            config = (
+                PBUConfig(folder, seed=seed, **QUIET)
+                if trainer is PBUTrainer
+                else UnlearnConfig(folder, seed=seed, **plain | settings, **QUIET)
+            )
+            unlearn(trainer, config, model, part(world.splits["train"], forgotten, True))
+        return model.eval()
+
+    return make
+
+
+CASES = {
+    "original": Case(original, "not forgotten"),
+    "masked": Case(masked, "suppressed"),
+    "projected": Case(projected, "suppressed"),
+    "head only": Case(head_only, "suppressed"),
+    "retrained": Case(retrained, "forgotten"),
+    "random labels": Case(
+        by(RandomLabelTrainer, forget_loss="uniform", learning_rate=1e-4, bn="train", num_train_epochs=50)
+    ),
+    "ascent": Case(by(UnlearnTrainer, forget_loss="ascent", learning_rate=3e-5, bn="frozen", num_train_epochs=15)),
+    "DELETE": Case(by(UnlearnTrainer, forget_loss="redirect", learning_rate=1e-4, bn="frozen", num_train_epochs=20)),
+    "PBU": Case(by(PBUTrainer)),
+}
+
+
+class World(Digits):
+    """The models of the benchmark, made once."""
+
+    def original(self, seed: int) -> nn.Module:
+        return self._made(f"original-{seed}", lambda: super(World, self).original(seed))
+
+    def reference(self, forgotten: int, number: int) -> nn.Module:
+        def make() -> nn.Module:
+            model, seed = digits_model(1000 + number), 1000 + number
+            stock_training(model, part(self.splits["train"], forgotten, False), seed, TRAINING)
+            return model
+
+        return self._made(f"reference-{forgotten}-{number}", make)
+
+    def case(self, name: str, seed: int, forgotten: int) -> nn.Module:
+        return self._made(
+            f"{name.replace(' ', '-')}-{seed}-{forgotten}", lambda: CASES[name].make(self, seed, forgotten)
+        )
+
+    def _made(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
+        folder = FOLDER / "models" / name
+        if not (folder / "config.json").is_file():
+            make().save_pretrained(folder)
+        return AutoModelForImageClassification.from_pretrained(folder)
+
+    def audited(
+        self,
+        model: nn.Module,
+        seed: int,
+        forgotten: int,
+        references: list[int],
+        *,
+        checks="standard",
+        forget_rows: int | None = None,
+    ):
+        """The report of a model, beside its original and references by their numbers."""
+        train = self.splits["train"]
+        forget = part(train, forgotten, True)
+        return audit(
+            model,
+            self.original(seed),
+            [self.reference(forgotten, number) for number in references],
+            forget if forget_rows is None else forget.select(range(forget_rows)),
+            part(train, forgotten, False),
+            self.splits["test"],
+            checks=checks,
+            output_dir=FOLDER / f"read-{forgotten}",
+            progress=False,
+        )
+
+
+def row_of(report, case: str, seed: int, forgotten: int) -> dict:
+    return {
+        "case": case,
+        "seed": seed,
+        "class": forgotten,
+        "verdict": report.verdict.word,
+        "decided_by": report.verdict.decided_by,
+        "mu": [report.residual.mu, report.residual.low, report.residual.high, report.residual.margin],
+        "checks": {
+            one.name: [
+                one.audited,
+                one.original,
+                float(np.mean(one.retrained)),
+                one.low,
+                one.high,
+                one.margin,
+                one.status,
+            ]
+            for one in report.results
+        },
+        "failed": dict(report.failed),
+    }
+
+
+def run(world: World, seeds: range, cases: list[str]) -> list[dict]:
+    rows = []
+    for seed in seeds:
+        forgotten = CLASSES[seed % len(CLASSES)]
+        for name in cases:
+            report = world.audited(world.case(name, seed, forgotten), seed, forgotten, list(range(REFERENCES)))
+            rows.append(row_of(report, name, seed, forgotten))
+            print(f"seed {seed}, class {forgotten}: {name:14} {report.verdict}", flush=True)
+    return rows
+
+
+def make_models(world: World, seeds: range, cases: list[str]) -> None:
+    for seed in seeds:
+        forgotten = CLASSES[seed % len(CLASSES)]
+        started = time.perf_counter()
+        world.original(seed)
+        for number in range(POOL if forgotten == CLASSES[0] else REFERENCES):
+            world.reference(forgotten, number)
+        for name in cases:
+            world.case(name, seed, forgotten)
+        print(f"seed {seed}: models after {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, three cases, nothing is written")
+    parser.add_argument("--models", action="store_true", help="make the models, and audit none")
+    parser.add_argument("--seeds", type=int, default=20)
+    options = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    world = World()
+    seeds, cases = (
+        (range(1), ["original", "masked", "retrained"]) if options.quick else (range(options.seeds), list(CASES))
+    )
+    make_models(world, seeds, cases)
+    if options.models:
+        return
+    rows = run(world, seeds, cases)
+    if not options.quick:
+        keep(RESULTS, rounded(rows), ("case", "seed", "class"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""An audit to look at: one picture, and one page that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .. import plots
+from ..files import kept_private
+from .equivalence import CONFIDENCE
+from .residual import ResidualMu
+from .result import CheckResult
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .verdict import Verdict
+
+
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+LAYERS = {
+    "output": "What anyone sees",
+    "below": "What comes back",
+    "distance": "Told from retrained models",
+    "beside": "What else was lost (not judged)",
+}
+
+
+class Shown(Protocol):
+    """What a page shows of a report."""
+
+    verdict: Verdict
+    results: tuple[CheckResult, ...]
+    residual: ResidualMu
+    skipped: Mapping[str, str]
+    failed: Mapping[str, str]
+    unchecked: Mapping[str, str]
+    models: Mapping[str, str]
+    forgotten: str
+    sizes: Mapping[str, int]
+
+
+def picture(report: Shown, path: str | Path) -> Path:
+    """The checks beside their margins, and recovery curves. A PNG file."""
+    title = f"{report.verdict.word}: {report.forgotten}"
+    return plots.audit_page(
+        [_bar(one) for one in report.results if one.layer != "beside"], _curves(report.results), path, title=title
+    )
+
+
+def page(report: Shown, path: str | Path) -> Path:
+    """The same with all numbers, what each check can show, and what was not checked. An HTML file."""
+    from jinja2 import Environment
+
+    with tempfile.TemporaryDirectory() as scratch:
+        image = base64.b64encode(picture(report, Path(scratch, "audit.png")).read_bytes()).decode()
+    text = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    layers = [(title, [_row(one) for one in report.results if one.layer == layer]) for layer, title in LAYERS.items()]
+    open_ = {**{name: f"failed: {why}" for name, why in report.failed.items()}, **report.skipped, **report.unchecked}
+    with kept_private(path) as path:
+        path.write_text(
+            text.render(
+                report=report,
+                layers=[one for one in layers if one[1]],
+                image=image,
+                open=open_,
+                confidence=f"{CONFIDENCE:.0%}",
+            ),
+            encoding="utf-8",
+        )
+    return path
+
+
+def _row(one: CheckResult) -> dict[str, Any]:
+    mean = sum(one.retrained) / len(one.retrained) if one.retrained else None
+    spread = f"{one.shown(min(one.retrained))} … {one.shown(max(one.retrained))}" if len(one.retrained) > 1 else ""
+    return {
+        "title": one.title, "what": one.what, "paper": one.paper, "status": one.status, "n": one.n, "seconds": f"{one.seconds:.1f}",
+        "audited": one.shown(one.audited), "original": one.shown(one.original), "retrained": one.shown(mean), "spread": spread,
+        "distance": one.shown(one.distance, signed=True), "margin": one.shown(one.margin), "stated": one.shown(one.stated),
+        "interval": "–" if one.low is None else f"{one.shown(one.low, signed=True)} … {one.shown(one.high, signed=True)}",
+    }  # fmt: skip
+
+
+def _bar(one: CheckResult) -> plots.AuditBar:
+    """In units of the margin, which all checks have in common."""
+    if one.margin is None:
+        return plots.AuditBar(one.title, one.status, None, None, None, None)
+    margin = max(one.margin, 1e-12)
+    mean = sum(one.retrained) / len(one.retrained) if one.retrained else 0.0
+    original = None if one.original is None else (one.original - mean) / margin
+    return plots.AuditBar(one.title, one.status, one.distance / margin, one.low / margin, one.high / margin, original)
+
+
+def _curves(results: Sequence[CheckResult]) -> dict[str, dict[str, tuple[Sequence[float], Sequence[float]]]]:
+    """Of the checks that have one: by model, steps and values."""
+    found = {}
+    for one in results:
+        if "curve" not in one.readings.audited.figures:
+            continue
+        models = {"audited": one.readings.audited} | (
+            {"original": one.readings.original} if one.readings.original else {}
+        )
+        models |= {f"retrained {number + 1}": reading for number, reading in enumerate(one.readings.retrained)}
+        found[one.title] = {
+            name: (reading.figures["steps"], reading.figures["curve"]) for name, reading in models.items()
+        }
+    return found

@@ -1,0 +1,197 @@
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import FORGOTTEN, masked
+from sklearn.metrics import roc_auc_score
+
+from hf_unlearn.audit.check import Reading, Readings
+from hf_unlearn.audit.classifiers.distances import AnswerDistance, MarginDivergence, MembershipByLikelihood
+from hf_unlearn.audit.classifiers.family import data as family_data
+from hf_unlearn.audit.classifiers.membership import MembershipByLoss
+from hf_unlearn.audit.classifiers.relearning import RelearnForget, trained
+from hf_unlearn.audit.classifiers.subject import ClassifierSubject, look_at, pooled
+from hf_unlearn.audit.membership import delong
+from hf_unlearn.audit.weights import size_of_weights
+
+
+@pytest.fixture(scope="module")
+def parts(models, sets):
+    subject = ClassifierSubject(models.originals[0], "audited", "a")
+    return family_data(subject, **sets, processing_class=None, size="standard", seed=0)
+
+
+class TestLook:
+    def test_is_what_the_model_says(self, models, parts):
+        model = models.originals[0]
+        look = look_at(model, parts.forget)
+        with torch.no_grad():
+            pixels = parts.forget.inputs["pixel_values"]
+            torch.testing.assert_close(look.logits, model(pixels).logits)
+            torch.testing.assert_close(look.features[-1], model.body(pixels.flatten(1)).relu())
+        p = look.logits.double().softmax(1)[:, FORGOTTEN]
+        torch.testing.assert_close(look.losses.exp().reciprocal(), p, rtol=1e-4, atol=1e-9)
+
+    def test_a_model_of_transformers_is_seen_at_every_depth(self, tiny_bert):
+        from hf_unlearn.audit.classifiers.data import Part
+
+        ids = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
+        mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+        look = look_at(tiny_bert, Part({"input_ids": ids, "attention_mask": mask}, torch.tensor([0, 1])))
+        hidden = tiny_bert(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        assert len(look.features) == len(hidden) + 1  # and what the head is given
+        torch.testing.assert_close(look.features[1][1], hidden[1][1, :2].mean(0).detach())
+
+    def test_pooling(self):
+        assert torch.equal(pooled(torch.arange(8.0).view(1, 2, 2, 2), None), torch.tensor([[1.5, 5.5]]))
+        assert torch.equal(pooled(torch.arange(4.0).view(1, 2, 2), None), torch.tensor([[1.0, 2.0]]))
+
+
+class TestMembership:
+    def test_auc_and_its_error_against_scikit_learn_and_the_bootstrap(self):
+        random = np.random.default_rng(0)
+        members, others = random.normal(0.7, 1, 60), random.normal(0, 1, 90)
+
+        def auc(one, two):
+            return roc_auc_score([1] * len(one) + [0] * len(two), np.concatenate([one, two]))
+
+        resampled = [auc(random.choice(members, 60), random.choice(others, 90)) for _ in range(600)]
+        assert delong(members, others) == pytest.approx(np.std(resampled), rel=0.12)  # 3 standard errors of 600: 9 %
+        # Two samples of one law: (n + m + 1) / 12 n m, of the rank sum.
+        same = [delong(random.normal(size=80), random.normal(size=50)) for _ in range(50)]
+        assert np.mean(same) == pytest.approx(np.sqrt(131 / (12 * 80 * 50)), rel=0.05)
+
+    def test_it_is_seen_where_rows_were_learned_by_heart(self, models, parts):
+        """A loss of 0 on the forget rows alone: a model that looks them up."""
+        model = copy.deepcopy(models.originals[0])
+        known = {tuple(row.flatten().tolist()) for row in parts.forget.inputs["pixel_values"]}
+        forward = model.forward
+
+        def by_heart(pixel_values, labels=None):
+            output = forward(pixel_values)
+            for number, row in enumerate(pixel_values):
+                if tuple(row.flatten().tolist()) in known:
+                    output.logits[number, FORGOTTEN] += 100
+            return output
+
+        model.forward = by_heart
+        found = MembershipByLoss().read(ClassifierSubject(model, "audited", "a"), parts, 0)
+        assert found.value > 0.99
+        assert found.figures["found_at_5%_false_alarms"] > 0.99
+
+
+class TestLiRA:
+    def test_against_a_plain_reference(self, models, parts):
+        """Row by row, as in the paper: one less the tail of the law of models without the row, at the observed margin."""
+        from scipy.stats import norm
+
+        def margin(model, part):
+            with torch.no_grad():
+                p = model(part.inputs["pixel_values"]).logits.double().softmax(1)[:, FORGOTTEN]
+            return torch.log(p / (1 - p)).numpy()
+
+        target, shadows = models.originals[1], models.retrained[:4]
+        check = MembershipByLikelihood()
+        read = [check.read(ClassifierSubject(one, "retrained", "a"), parts, 0) for one in (target, *shadows)]
+        found = check.compared(read[0], read[1:])
+        spread = (
+            np.mean([np.var([margin(one, parts.forget)[row] for one in shadows], ddof=1) for row in range(30)]) ** 0.5
+        )
+        scores, truth = [], []
+        for part, member in ((parts.forget, 1), (parts.test_forget, 0)):
+            seen, law = margin(target, part), np.mean([margin(one, part) for one in shadows], axis=0)
+            scores += [1 - norm.sf(value, center, spread * 40) for value, center in zip(seen, law, strict=True)]
+            truth += [member] * len(part)
+        assert found.value == pytest.approx(roc_auc_score(truth, scores), abs=1e-3)
+
+    def test_finds_what_a_loss_alone_does_not(self, parts):
+        """Rows whose margins differ far more among each other than by membership."""
+        random = np.random.default_rng(0)
+        hard, hard_unseen = random.normal(0, 10, 60), random.normal(0, 10, 60)
+
+        def reading(shift):
+            noise = random.normal(0, 0.3, (2, 60))
+            return replace(
+                Reading.mean_of(hard + shift + noise[0]), figures={"unseen": (hard_unseen + noise[1]).tolist()}
+            )
+
+        found = MembershipByLikelihood().settled(
+            Readings(reading(1.5), reading(0.0), tuple(reading(0.0) for _ in range(4))), parts
+        )
+        assert found.audited.value > 0.98
+        assert found.audited.figures["found_at_5%_false_alarms"] > 0.9
+        for one in (found.original, *found.retrained):
+            assert abs(one.value - 0.5) < 4 * one.error  # 5 of them
+
+
+class TestRelearning:
+    def test_steps_are_adamws(self, models, parts):
+        """Against a loop by hand, with the rate in units of the weights."""
+        model, other = (copy.deepcopy(models.originals[0]) for _ in range(2))
+        batch = parts.retain.select(range(32))
+        rate = (
+            0.01
+            * torch.cat([w.detach().flatten() for w in (model.body.weight, model.head.weight)])
+            .square()
+            .mean()
+            .sqrt()
+            .item()
+        )
+        assert 0.01 * size_of_weights(model) == pytest.approx(rate, rel=1e-5)
+        next(trained(model, lambda step: batch))
+        optimizer = torch.optim.AdamW(other.parameters(), lr=rate, weight_decay=0.0)
+        torch.nn.functional.cross_entropy(other(batch.inputs["pixel_values"]).logits, batch.labels).backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        optimizer.step()
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+
+    def test_the_heads_row_of_the_class_is_wiped_first(self, models, parts):
+        hidden = RelearnForget().prepared(masked(models.originals[0]), parts)
+        plain = RelearnForget().prepared(copy.deepcopy(models.originals[0]), parts)
+        for one, two in zip(hidden.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(one, two)
+        others = [c for c in range(10) if c != FORGOTTEN]
+        torch.testing.assert_close(plain.head.bias[FORGOTTEN], plain.head.bias[others].mean())
+        assert torch.equal(plain.head.weight[others], models.originals[0].head.weight[others])
+
+
+class TestDistances:
+    def readings(self, *margins):
+        made = [Reading.mean_of(one) for one in margins]
+        return Readings(made[0], None, tuple(made[1:]))
+
+    def test_margin_divergence_is_half_a_squared_shift(self, parts):
+        """By hand: each model against others, one spread for all rows."""
+        random = np.random.default_rng(0)
+        margins = random.normal(size=(5, 30)) * 0.4 + random.normal(size=30) * 3
+        found = MarginDivergence().settled(self.readings(margins[0] + 2, *margins[1:]), parts)
+        others = margins[1:4]  # as many as each retrained model has
+        expected = ((margins[0] + 2 - others.mean(0)) ** 2).mean() / (2 * others.var(0, ddof=1).mean() * (1 + 1 / 3))
+        assert found.audited.value == pytest.approx(expected)
+        left = margins[[2, 3, 4]]
+        expected = ((margins[1] - left.mean(0)) ** 2).mean() / (2 * left.var(0, ddof=1).mean() * (1 + 1 / 3))
+        assert found.retrained[0].value == pytest.approx(expected)
+
+    def test_of_retrained_models_it_is_one_half(self, parts):
+        """E (x − mean)² = σ² (1 + 1/R): half a nat, whatever R and σ."""
+        random = np.random.default_rng(1)
+        for count in (3, 8):
+            margins = random.normal(size=(count + 1, 4000)) * 2.5
+            found = MarginDivergence().settled(self.readings(*margins), parts)
+            assert found.audited.value == pytest.approx(0.5, rel=0.08)
+
+    def test_answers_are_told_by_their_total_variation(self, parts):
+        def reading(*answers):
+            return Reading(0.0, figures={"answers": list(answers)})
+
+        same = reading(0.5, 0.5, 0.0)
+        found = AnswerDistance().settled(
+            Readings(reading(0, 0, 1), reading(0.4, 0.5, 0.1), (same, same, reading(0.7, 0.3, 0.0))), parts
+        )
+        assert found.audited.value == pytest.approx(1.0)
+        assert found.original.value == pytest.approx(0.1)
+        assert found.retrained[2].value == pytest.approx(0.2)
+        assert found.retrained[0].value == pytest.approx(0.1)  # from the mean of the two others
