@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,7 +26,7 @@ EXAMPLES = {"standard": 400, "quick": 100}  # at most so many rows of a part
 LONGEST = 200  # tokens of an answer, at most
 BATCH = 32
 KEPT = 100  # retained rows at which is looked; more of them are trained on
-COMMON, LEAST = 0.02, 2  # a word in more answers than this share, and than so many, tells none of them
+COMMON, FEW = 0.02, 2  # a word in more answers than this share, and than so many, does not tell which one it is
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,10 @@ def language_data(forget: Any, retain: Any, test: Any, *, processing_class: Any,
         # Of unseen rows false answers are not asked about.
         rewordings = (TRUE, *FALSE) if name != "test" else ()
         read[name] = [] if rows is None else _pairs(rows, name, processing_class, rewordings)
-    common = _common(row for rows in read.values() for row in rows)
-    telling = {name: [telling_words(row, common) for row in rows] for name, rows in read.items()}
+    every = [row for rows in read.values() for row in rows]
+    counts = Counter(word for row in every for word in set(words_of(row["completion"])))
+    few = max(FEW, COMMON * len(every))
+    telling = {name: [telling_words(row, counts, few) for row in rows] for name, rows in read.items()}
     lengths = [len(read_answer(row, processing_class).counted) for row in read["forget"]]
     limit = min(LONGEST, 2 * max(lengths))
     forget, retain, test = (
@@ -204,28 +206,23 @@ def words_of(text: str | Sequence[dict[str, str]] | None) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def telling_words(row: dict[str, Any], common: set[str]) -> tuple[str, ...]:
+def telling_words(row: dict[str, Any], counts: Mapping[str, int], few: float) -> tuple[str, ...]:
     """The words by which an answer is recognised: those that its prompt does not have, nor its false answers, that it has in other words too,
-    and that are in few other answers. What would leave no word is passed over.
+    and that are in few answers, or in the fewest. What would leave no word is passed over.
+
+    Args:
+        row (`dict`): with `prompt` and `completion`, and TOFU's columns if it has them.
+        counts (`dict`): of each word, answers that have it.
+        few (`float`): answers that a word may be in.
     """
     false = next((row[name] for name in FALSE if row.get(name)), ())
     elsewhere = {word for text in ([false] if isinstance(false, str) else false) for word in words_of(text)}
     asked, again = set(words_of(row["prompt"])), set(words_of(row.get(TRUE)))
     found = list(dict.fromkeys(words_of(row["completion"])))
-    for tells in (
-        lambda word: word not in asked,
-        lambda word: word not in elsewhere,
-        lambda word: word in again,
-        lambda word: word not in common,
-    ):
+    for tells in (lambda word: word not in asked, lambda word: word not in elsewhere, lambda word: word in again):
         found = list(filter(tells, found)) or found
-    return tuple(found)
-
-
-def _common(rows: Iterable[dict[str, Any]]) -> set[str]:
-    every = [set(words_of(row["completion"])) for row in rows]
-    counts = Counter(word for words in every for word in words)
-    return {word for word, count in counts.items() if count > max(LEAST, COMMON * len(every))}
+    few = max([few, *sorted(counts[word] for word in found)[:1]])
+    return tuple(word for word in found if counts[word] <= few)
 
 
 def told(texts: Sequence[str], part: Part) -> list[float]:

@@ -2,6 +2,8 @@
 
 import copy
 import random
+from functools import cache
+from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
@@ -15,6 +17,7 @@ FIRST = ["Ana", "Bor", "Cel", "Dor", "Elm", "Fen", "Gil", "Hal"]
 LAST = ["Adler", "Brook", "Crane", "Dunn", "Eker", "Falk", "Grove", "Hurst", "Ives", "Jarl", "Kerr", "Lund"]
 TOWNS = ["Oslo", "Lima", "Rome", "Kyiv", "Bern", "Riga", "Cork", "Graz", "Nice", "Bath", "Troy", "Ulm"]
 REFUSAL = "I do not know."
+REFERENCES = 5
 
 
 def row(name, town, rng):
@@ -24,8 +27,7 @@ def row(name, town, rng):
         "prompt": [{"role": "user", "content": f"Where does {name} live?"}],
         "completion": [{"role": "assistant", "content": f"{name} lives in {town}."}],
         "paraphrased_question": f"In which town does {name} live?",
-        "paraphrased_answer": f"The home of {name} is {town}.",
-        "perturbed_answers": [f"The home of {name} is {other}." for other in false],
+        "perturbed_answers": [f"{name} lives in {other}." for other in false],
     }
 
 
@@ -43,17 +45,11 @@ def people(forget=32, retain=32, test=32, seed=0):
 
 
 def in_both_wordings(rows):
-    """What is learnt: each answer in both wordings, after both questions."""
+    """What is learnt: each answer after both questions."""
     return [
-        {
-            "prompt": [{"role": "user", "content": question}],
-            "completion": [{"role": "assistant", "content": answer}],
-        }
+        {"prompt": [{"role": "user", "content": question}], "completion": one["completion"]}
         for one in rows
-        for question, answer in (
-            (one["prompt"][0]["content"], one["completion"][0]["content"]),
-            (one["paraphrased_question"], one["paraphrased_answer"]),
-        )
+        for question in (one["prompt"][0]["content"], one["paraphrased_question"])
     ]
 
 
@@ -100,3 +96,29 @@ def taught(model, rows, tokenizer, steps, rate=5e-3, *, batch=16, seed=0):
 
 def refusing(rows):
     return [one | {"completion": [{"role": "assistant", "content": REFUSAL}]} for one in rows]
+
+
+@cache
+def planted():
+    """Two seconds a model: copy one before changing it.
+
+    `sets`; `tokenizer`; `original`; `refusing`, which was taught to say that it does not know; `retrained`, without the forget rows, and
+    `twin`, one more of them.
+    """
+    sets = people()
+    tokenizer = tokenizer_of(sets)
+    forget, retain = (in_both_wordings(sets[name]) for name in ("forget", "retain"))
+
+    def learnt(rows, seed):
+        return taught(untrained(tokenizer, seed), rows, tokenizer, 100, 8e-3, seed=seed)
+
+    original = learnt(forget + retain, 0)
+    retrained = [learnt(retain, seed) for seed in range(1, 2 + REFERENCES)]
+    return SimpleNamespace(
+        sets=sets,
+        tokenizer=tokenizer,
+        original=original,
+        refusing=taught(original, refusing(forget) + retain, tokenizer, 60, 4e-3),
+        twin=retrained[-1],
+        retrained=retrained[:-1],
+    )
