@@ -118,7 +118,7 @@ def planted():
         sets=sets,
         tokenizer=tokenizer,
         original=original,
-        refusing=taught(original, refusing(forget) + retain, tokenizer, 60, 4e-3),
+        refusing=taught(original, refusing(forget) + retain, tokenizer, 150, 1e-3),
         twin=retrained[-1],
         retrained=retrained[:-1],
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from people import planted, refusing, taught
+from people import planted
 from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score
 
@@ -229,32 +229,32 @@ class TestRelearning:
         assert rate < moved < 1.01 * MARKS[0] * rate
 
     def test_what_was_refused_comes_back_from_retained_rows(self, case, data):
-        """One and the same for a twin that never saw them: 0.30 against 0.13, of 27 rows."""
+        """And not in a twin that never saw them: 0.5 against 0.1, of 27 rows."""
         subjects = [LanguageSubject(model, "audited", "a") for model in (case.refusing, case.twin)]
         refused, twin = (RelearnRetained().read(one, data, 0) for one in subjects)
         assert refused.figures["curve"][0] < 0.1 < refused.value
         assert refused.figures["steps"] == [0, *MARKS]
         assert refused.value == max(refused.figures["curve"])
-        assert twin.value < 0.25
-        assert refused.value > twin.value + 0.05
+        assert refused.value > twin.value + 0.15
 
 
 class TestPlantedCases:
     def test_the_original_is_not_forgotten(self, case, folder):
-        report = audited(case.original, case, folder)
+        report = audited(case.original, case, folder, checks="quick")
         assert not report.failed
         assert report.verdict.word == "not forgotten"
         assert report[report.verdict.decided_by].layer == "output"
-        assert report["relearn_few"].audited == report["relearn_few"].original
-        assert {one.name for one in report.results} == {check.name for check in STANDARD}
+        assert all(one.audited == one.original for one in report.results)
+        assert {one.name for one in report.results} == {check.name for check in QUICK}
 
     def test_a_taught_refusal_is_suppressed(self, case, folder):
         report = audited(case.refusing, case, folder)
         assert not report.failed
         assert report.verdict.word == "suppressed", str(report.verdict)
+        assert {one.name for one in report.results} == {check.name for check in STANDARD}
         assert report["answer"].audited < 0.1 < 0.8 < report["answer"].original
         assert all(one.status == "within" for one in report.results if one.layer == "output")
-        assert report["probability"].status == report["extraction_strength"].status == "beyond"
+        assert report["answer_begun"].status == "beyond"
 
     def test_one_more_retrained_model_is_no_worse_than_the_others(self, case, folder):
         """With few rows most margins are wide; what is beyond or unclear would be wrong."""
@@ -268,12 +268,8 @@ class TestPlantedCases:
     def test_without_references(self, case, folder):
         """Where there are false answers, more than a guess among them and the true one is memory."""
         settings = {"retrained": (), "checks": "quick"}
-        words = [
-            audited(model, case, folder, **settings).verdict.word
-            for model in (case.original, case.refusing, case.twin)
+        found = [
+            audited(model, case, folder, **settings).verdict for model in (case.original, case.refusing, case.twin)
         ]
-        assert words == ["not forgotten", "undetermined", "undetermined"]
-        begun = taught(case.original, refusing(case.sets["forget"]), case.tokenizer, 16, 4e-3)
-        report = audited(begun, case, folder, **settings)
-        assert report["answer"].audited < 0.25
-        assert (report.verdict.word, report.verdict.decided_by) == ("suppressed", "answer_begun"), str(report.verdict)
+        assert [one.word for one in found] == ["not forgotten", "suppressed", "undetermined"]
+        assert found[1].decided_by == "answer_begun"
