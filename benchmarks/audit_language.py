@@ -17,7 +17,7 @@ from pathlib import Path
 
 from audit_power import row_of
 from language_attacks import silence
-from language_unlearning import OURS, PEERS, PLAIN, data_of, folder_of, tuning, unlearn
+from language_unlearning import OURS, PEERS, PLAIN, data_of, folder_of, loaded, tuning, unlearn
 from rows import keep, rounded
 from transformers import AutoTokenizer
 
@@ -59,7 +59,7 @@ def settings_of(case: str) -> dict:
 def audited(recipe: FactsRecipe, model: Path, references: int, checks: str) -> AuditReport:
     rows, original = data_of(recipe), folder_of(recipe)
     return audit(
-        str(model),
+        loaded(model),
         str(original),
         [str(retrained(recipe, FIRST + number)) for number in range(references)],
         rows["forget"],
