@@ -16,6 +16,7 @@ from .subject import LanguageSubject, check_room, said
 
 ASKED = 200  # rows that are asked about more than once, at most
 SAMPLES = 8  # answers that are drawn to each question
+GUESSED = 0.5  # share of telling words that a stranger may have right
 TEMPLATES = (
     "Please answer the following question. {}",
     "I have a question: {}",
@@ -34,18 +35,14 @@ class OnRows(Check):
 
 
 class Telling(OnRows):
-    """A check of telling words, of which who never saw a row says no more than one of so many answers that are as good: the true one and the
-    false ones.
+    """A check of telling words. Who never saw a row guesses among its true and its false answers; because some rows are easy to guess, no less
+    than [`GUESSED`] is granted, and only where false answers say which words tell.
     """
 
     margin = 0.05
 
     def never_seen(self, data: LanguageData) -> float | None:
-        name = next(filter(data.forget.has, FALSE), None)
-        if name is None:
-            return None
-        false = [row[name] for row in data.forget.rows]
-        return float(np.mean([1 / (1 + (1 if isinstance(one, str) else len(one))) for one in false]))
+        return GUESSED if any(map(data.forget.has, FALSE)) else None
 
 
 class ToldGreedily(Telling):

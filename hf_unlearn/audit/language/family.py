@@ -24,7 +24,7 @@ from .membership import (
     MembershipByZlib,
 )
 from .relearning import RelearnFew, RelearnFewLora, RelearnRetained, RelearnUnrelated
-from .subject import LanguageSubject, pace
+from .subject import LanguageSubject, pace, room_of
 
 
 NAME = "language model"
@@ -65,7 +65,24 @@ def check_alike(audited: LanguageSubject, other: LanguageSubject, argument: str)
 def data(
     audited: LanguageSubject, forget: Any, retain: Any, test: Any, *, processing_class: Any, size: str, seed: int
 ) -> LanguageData:
-    return language_data(forget, retain, test, processing_class=processing_class, size=size, seed=seed)
+    """The rows of an audit.
+
+    Raises:
+        ValueError: rows that the models cannot read; see [`language_data`].
+    """
+    rows = language_data(forget, retain, test, processing_class=processing_class, size=size, seed=seed)
+    room, known = room_of(audited.model), audited.model.get_input_embeddings().weight.shape[0]
+    for name, part in rows.parts.items():
+        for answer in part.answers:
+            if len(answer.ids) > room:
+                raise ValueError(
+                    f"{name}: a row of {len(answer.ids):,} tokens is longer than the {room:,} that the model reads; shorten or split it"
+                )
+            if max(answer.ids) >= known:
+                raise ValueError(
+                    f"processing_class: gives token {max(answer.ids)}, but the models know {known:,}; pass their tokenizer"
+                )
+    return rows
 
 
 def forget_loss(one: LanguageSubject, rows: LanguageData) -> float:

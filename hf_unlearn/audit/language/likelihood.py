@@ -78,7 +78,7 @@ class ForgetQuality(OfFalseAnswers):
     )
     what = (
         "Largest difference between the law of the truth ratios and that under retrained models (Kolmogorov–Smirnov); beside it TOFU's forget "
-        "quality, the p of that test, which grows with ignorance of the auditor: few rows pass it."
+        "quality, the p of that test with each of them, which few rows leave large."
     )
 
     def missing(self, data: LanguageData, roles: Sequence[Role]) -> str | None:

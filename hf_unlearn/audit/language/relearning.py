@@ -42,7 +42,7 @@ class Relearning(Telling):
 
     def read(self, subject: LanguageSubject, data: LanguageData, seed: int) -> Reading:
         shown, asked = shown_and_asked(data, seed)
-        model = subject.copy()
+        model = subject.copy().float()  # steps are lost in 16 bits
         rate = self.times * RATE * size_of_weights(model)
         model, batch = self.prepared(model), drawn(self.rows(shown, data), seed)
         curve = [told(said(model, asked, asked.prompts), asked)]

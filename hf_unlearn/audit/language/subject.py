@@ -81,12 +81,16 @@ def check_room(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
     Raises:
         ValueError: naming the length.
     """
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    longest = max(map(len, prompts))
+    room, longest = room_of(model), max(map(len, prompts))
     if longest >= room:
         raise ValueError(f"a prompt of {longest} tokens leaves no room for an answer in the model's {room}")
     if not all(prompts):
         raise ValueError("a row has no prompt, so there is nothing to answer")
+
+
+def room_of(model: nn.Module) -> float:
+    """Tokens that a model has positions for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def losses(model: nn.Module, part: Part) -> torch.Tensor:

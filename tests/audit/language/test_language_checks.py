@@ -13,6 +13,7 @@ from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score
 
 from hf_unlearn.audit.check import Reading, Readings
+from hf_unlearn.audit.equivalence import compared
 from hf_unlearn.audit.language.answers import SAMPLES, Sampled, ToldGreedily
 from hf_unlearn.audit.language.attacks import AnswerBegun
 from hf_unlearn.audit.language.data import language_data
@@ -266,10 +267,22 @@ class TestPlantedCases:
         assert quick.verdict.word == "forgotten", str(quick.verdict)
 
     def test_without_references(self, case, folder):
-        """Where there are false answers, more than a guess among them and the true one is memory."""
+        """More than half of the telling words are memory, by whatever way they came; less proves nothing."""
         settings = {"retrained": (), "checks": "quick"}
-        found = [
+        beside = [
             audited(model, case, folder, **settings).verdict for model in (case.original, case.refusing, case.twin)
         ]
-        assert [one.word for one in found] == ["not forgotten", "suppressed", "undetermined"]
-        assert found[1].decided_by == "answer_begun"
+        assert [one.word for one in beside] == ["not forgotten", "undetermined", "undetermined"]
+        assert (
+            "as the original"
+            not in (by := audited(case.original, case, folder, original=None, **settings).verdict).why
+        )
+        assert by.word == "not forgotten"
+
+    @pytest.mark.parametrize(("right", "status"), [(32, "beyond"), (28, "beyond"), (20, "unknown"), (4, "unknown")])
+    def test_what_a_stranger_may_say(self, data, right, status):
+        readings = Readings(Reading.mean_of([1.0] * right + [0.0] * (32 - right)))
+        assert compared(readings, 0.05, 20, never_seen=AnswerBegun().never_seen(data)).status == status
+        sets = {name: rows.remove_columns("perturbed_answers") for name, rows in planted().sets.items()}
+        bare = language_data(**sets, processing_class=data.tokenizer, size="quick", seed=0)
+        assert AnswerBegun().never_seen(bare) is None

@@ -130,6 +130,8 @@ class TestRefused:
         wider.resize_token_embeddings(tokenizer.vocab_size + 4)
         with torch.no_grad():
             broken.lm_head.weight[0, 0] = torch.nan
+        larger = copy.deepcopy(tokenizer)
+        larger.add_tokens(["phone"])
         prompts = get_peft_model(
             copy.deepcopy(tiny_llama), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         )
@@ -140,6 +142,11 @@ class TestRefused:
             ({"retrained": [tiny_llama]}, r"retrained\[0\]: has the weights of audited"),
             ({"model": broken}, "model: gives outputs that are not finite"),
             ({"processing_class": None}, "processing_class: is missing"),
+            ({"processing_class": larger}, "processing_class: gives token 30[0-9], but the models know 300"),
+            (
+                {"retain": Dataset.from_dict({"text": ["word " * 200]})},
+                "retain: a row of [0-9]+ tokens is longer than the 128",
+            ),
             ({"forget": None}, "forget: missing"),
             ({"test": sets["forget"]}, "test: 6 of its"),
             ({"checks": ["forget_accuracy"]}, "checks: 'forget_accuracy' is none of answer"),
