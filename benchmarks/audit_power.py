@@ -1,20 +1,21 @@
 """What an audit says of classifiers whose truth is known: planted cases, methods, and one more retrained model.
 
-    python benchmarks/audit_power.py [--quick] [--fashion] [--models]
+    python benchmarks/audit_power.py [--quick]
 
-Digits: each seed has its original, and forgets one of four classes in every way; six retrained models a class are the references. Verdicts and
-values go to benchmarks/results/audit_power.json, the tables to docs/benchmarks.md. Models are kept in ~/.cache/hf_unlearn/benchmarks/audit, what
-checks read of them as well. `--models` only makes the models.
+Digits: five originals, of which each of four classes is to be forgotten; six retrained models a class are the references. Verdicts and values go to
+benchmarks/results/audit_power.json as they are found, the tables to docs/benchmarks.md. Models, and what checks read of them, are kept in
+~/.cache/hf_unlearn/benchmarks/audit.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,9 +27,12 @@ from transformers import AutoModelForImageClassification
 from transformers.utils import logging as transformers_logging
 
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig, UnlearnTrainer
+from hf_unlearn.audit.check import Reading, Readings
 from hf_unlearn.audit.classifiers.data import classifier_data
+from hf_unlearn.audit.classifiers.family import STANDARD
 from hf_unlearn.audit.classifiers.subject import head_of, look_at
-from hf_unlearn.audit.run import audit
+from hf_unlearn.audit.digests import digest_of
+from hf_unlearn.audit.run import Store, audit, judged
 from hf_unlearn.examples.classifier import TRAINING, digits_model
 
 
@@ -36,7 +40,8 @@ RESULTS = Path(__file__).parent / "results" / "audit_power.json"
 FOLDER = CACHE / "audit"
 CLASSES = (3, 5, 7, 8)
 REFERENCES = 6
-POOL = 12  # retrained models of the first class, from which references are drawn
+SEEDS = 5
+PLANTED = ("original", "masked", "projected", "head only")
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,9 @@ def head_only(world: Digits, seed: int, forgotten: int) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def retrained(world: Digits, seed: int, forgotten: int) -> nn.Module:
-    model = digits_model(2000 + seed)
-    stock_training(model, part(world.splits["train"], forgotten, False), 2000 + seed, TRAINING)
-    return model
+def retrained(world: World, seed: int, forgotten: int) -> nn.Module:
+    """One that is none of the references."""
+    return world.reference(forgotten, REFERENCES + seed)
 
 
 def by(trainer: type, **settings) -> Callable[..., nn.Module]:
@@ -224,50 +228,103 @@ def row_of(report, case: str, seed: int, forgotten: int) -> dict:
             for one in report.results
         },
         "failed": dict(report.failed),
+        "seconds": sum(one.readings.audited.seconds for one in report.results),
     }
 
 
-def run(world: World, seeds: range, cases: list[str]) -> list[dict]:
-    rows = []
-    for seed in seeds:
-        forgotten = CLASSES[seed % len(CLASSES)]
-        for name in cases:
-            report = world.audited(world.case(name, seed, forgotten), seed, forgotten, list(range(REFERENCES)))
-            rows.append(row_of(report, name, seed, forgotten))
-            print(f"seed {seed}, class {forgotten}: {name:14} {report.verdict}", flush=True)
+# Power: what fewer and more references would have said, from what the checks have read
+
+
+class Pool:
+    """Readings of the models of the first class, of which any set of references may be drawn."""
+
+    def __init__(self, world: World):
+        forgotten = CLASSES[0]
+        train = world.splits["train"]
+        inside, others = (part(train, forgotten, side) for side in (True, False))
+        self.rows = classifier_data(
+            inside, others, world.splits["test"], num_labels=10, processing_class=None, size="standard", seed=0
+        )
+        self.store = Store(FOLDER / f"read-{forgotten}", self.rows.digest, 0)
+        self.checks = [kind() for kind in STANDARD]
+        models = {f"reference {number}": world.reference(forgotten, number) for number in range(REFERENCES + SEEDS)}
+        models |= {f"{name} {seed}": world.case(name, seed, forgotten) for name in PLANTED for seed in range(SEEDS)}
+        self.read = {name: self._of(model) for name, model in models.items()}
+
+    def _of(self, model: nn.Module) -> dict[str, Reading]:
+        subject = SimpleNamespace(digest=digest_of(model))
+        return {check.name: self.store.kept(check, subject) for check in self.checks}
+
+    def verdict(self, audited: str, original: str, references: list[str]) -> str:
+        names = [audited, original, *references]
+        loss = {name: self.read[name]["forget_accuracy"].figures["loss"] for name in names}
+        losses = {
+            "audited": [loss[audited]],
+            "original": [loss[original]],
+            "retrained": [loss[name] for name in references],
+        }
+        found = {}
+        for check in self.checks:
+            one, two, *rest = (self.read[name][check.name] for name in names)
+            found[check.name] = check.settled(Readings(one, two, tuple(rest)), self.rows)
+        return judged(self.checks, found, losses, self.rows, failed={})[2].word
+
+
+def power(world: World, draws: int = 20) -> list[dict]:
+    """Verdicts by the number of references, each time drawn anew from the pool; retrained models are none of their own references."""
+    pool, random, rows = Pool(world), np.random.default_rng(0), []
+    every = [f"reference {number}" for number in range(REFERENCES + SEEDS)]
+    for count in (3, 4, 5, 6, 8, 10):
+        for name in (*PLANTED, "retrained"):
+            words = []
+            for draw in range(draws):
+                chosen = random.permutation(every).tolist()
+                audited = chosen.pop() if name == "retrained" else f"{name} {draw % SEEDS}"
+                words.append(pool.verdict(audited, f"original {draw % SEEDS}", chosen[:count]))
+            rows.append(
+                {"references": count, "case": name, **{word: words.count(word) for word in dict.fromkeys(words)}}
+            )
+            print(rows[-1], flush=True)
     return rows
 
 
-def make_models(world: World, seeds: range, cases: list[str]) -> None:
-    for seed in seeds:
-        forgotten = CLASSES[seed % len(CLASSES)]
-        started = time.perf_counter()
-        world.original(seed)
-        for number in range(POOL if forgotten == CLASSES[0] else REFERENCES):
-            world.reference(forgotten, number)
-        for name in cases:
-            world.case(name, seed, forgotten)
-        print(f"seed {seed}: models after {time.perf_counter() - started:.0f} s", flush=True)
+def plan(quick: bool) -> list[tuple[str, int, int]]:
+    """Cases, seeds and classes: what is planted for every class of every original, what is found out for one class of each."""
+    if quick:
+        return [(name, 0, CLASSES[0]) for name in ("original", "masked", "retrained")]
+    planted, methods = (
+        [name for name, case in CASES.items() if (case.right is None) == open_] for open_ in (False, True)
+    )
+    every = []
+    for seed in range(SEEDS):
+        every += [(name, seed, forgotten) for forgotten in CLASSES for name in planted]
+        every += [(name, seed, CLASSES[seed % len(CLASSES)]) for name in methods]
+    return every
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed, three cases, nothing is written")
-    parser.add_argument("--models", action="store_true", help="make the models, and audit none")
-    parser.add_argument("--seeds", type=int, default=20)
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     world = World()
-    seeds, cases = (
-        (range(1), ["original", "masked", "retrained"]) if options.quick else (range(options.seeds), list(CASES))
-    )
-    make_models(world, seeds, cases)
-    if options.models:
-        return
-    rows = run(world, seeds, cases)
+    for name, seed, forgotten in plan(options.quick):
+        report = world.audited(world.case(name, seed, forgotten), seed, forgotten, list(range(REFERENCES)))
+        print(f"seed {seed}, class {forgotten}: {name:14} {report.verdict}", flush=True)
+        if not options.quick:
+            keep(
+                RESULTS,
+                rounded([row_of(report, name, seed, forgotten)]),
+                ("case", "seed", "class"),
+                power=kept_power(),
+            )
     if not options.quick:
-        keep(RESULTS, rounded(rows), ("case", "seed", "class"))
+        keep(RESULTS, [], ("case", "seed", "class"), power=power(world))
+
+
+def kept_power() -> list[dict]:
+    return json.loads(RESULTS.read_text())["power"] if RESULTS.is_file() else []
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import statistics
 from pathlib import Path
 
+import audit_report
 import diffusion_report
 import filter_report
 import filter_text_to_image_report
@@ -193,6 +194,8 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
     for name in ("passages", "requests"):
         if (HERE / "results" / f"language_{name}.json").is_file():
             parts.append(getattr(language_report, name)(results(f"language_{name}")["rows"]))
+    if (HERE / "results" / "audit_power.json").is_file():
+        parts.append(audit_report.render(results("audit_power")))
     if (HERE / "results" / "poison_unlearning.json").is_file():
         parts.append(poison_report.render(results("poison_unlearning")))
     if all((HERE / "results" / f"text_to_image{name}.json").is_file() for name in ("", "_tuning")):

@@ -332,10 +332,7 @@ def audit_page(
             )  # fmt: skip
     axes.set(yticks=range(len(bars)), yticklabels=[bar.name for bar in bars], ylim=(len(bars) - 0.4, -0.6))
     axes.set(xlim=(-FARTHEST - 0.3, FARTHEST + 0.3))
-    axes.set_xlabel(
-        "distance from retrained models, in margins (more: remembers more; at the edge: that far or farther)",
-        fontsize=8,
-    )
+    axes.set_xlabel("distance from retrained models, in margins (at the edge: farther)", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(axis="x", color="#e9ecef", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)

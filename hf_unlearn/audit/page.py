@@ -52,12 +52,12 @@ def picture(report: Shown, path: str | Path) -> Path:
     )
 
 
-def page(report: Shown, path: str | Path) -> Path:
-    """The same with all numbers, what each check can show, and what was not checked. An HTML file."""
+def page(report: Shown, path: str | Path, drawn: str | Path | None = None) -> Path:
+    """The same with all numbers, what each check can show, and what was not checked. An HTML file; `drawn` is its picture, if it is there."""
     from jinja2 import Environment
 
     with tempfile.TemporaryDirectory() as scratch:
-        image = base64.b64encode(picture(report, Path(scratch, "audit.png")).read_bytes()).decode()
+        image = base64.b64encode(Path(drawn or picture(report, Path(scratch, "audit.png"))).read_bytes()).decode()
     text = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..files import read_json, write_json
 from ..hub.card import Figure
 from .residual import ResidualMu
-from .result import CheckResult, readings_of
+from .result import CheckResult, bare, readings_of
 from .verdict import Verdict
 
 
@@ -93,28 +93,34 @@ class AuditReport:
         return DataFrame(rows)
 
     def summary(self) -> Table:
-        """For the terminal."""
+        """For the terminal; shares in percent."""
+        from rich import box
         from rich.table import Table
 
         table = Table(
-            title=str(self.verdict), title_justify="left", caption=self.residual.in_words(), caption_justify="left"
+            title=str(self.verdict),
+            title_justify="left",
+            caption=self.residual.in_words(),
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
-        for heading in ("check", "audited", "original", "retrained", "distance", "interval", "margin", ""):
-            table.add_column(heading, justify="left" if heading in ("check", "") else "right")
+        for heading in ("check", "audited", "original", "retrained", "distance", "margin", ""):
+            left = heading in ("check", "")
+            table.add_column(
+                heading, justify="left" if left else "right", min_width=18 if heading == "check" else None
+            )
         for one in self.results:
             mean = sum(one.retrained) / len(one.retrained) if one.retrained else None
-            bounds = (
-                "–" if one.low is None else f"{one.shown(one.low, signed=True)} … {one.shown(one.high, signed=True)}"
+            low, high = (bare(value, one.unit, signed=True) for value in (one.low, one.high))
+            values = (bare(value, one.unit) for value in (one.audited, one.original, mean))
+            table.add_row(
+                one.name,
+                *values,
+                f"{low} … {high}" if one.low is not None else "–",
+                bare(one.margin, one.unit),
+                one.status,
             )
-            cells = (
-                one.shown(one.audited),
-                one.shown(one.original),
-                one.shown(mean),
-                one.shown(one.distance, signed=True),
-                bounds,
-                one.shown(one.margin),
-            )
-            table.add_row(one.title, *cells, one.status)
         return table
 
     # As files
@@ -181,6 +187,7 @@ class AuditReport:
 
     @property
     def passed(self) -> bool:
+        """Whether the verdict is `"forgotten"`."""
         return self.verdict.word == "forgotten"
 
     def to_figures(self) -> list[Figure]:
@@ -258,8 +265,8 @@ class AuditReport:
 
         return picture(self, path)
 
-    def to_html(self, path: str | Path) -> Path:
-        """A page that needs no other file, at `path`."""
+    def to_html(self, path: str | Path, drawn: str | Path | None = None) -> Path:
+        """A page that needs no other file, at `path`; `drawn` is what [`plot`] made, if it is there."""
         from .page import page
 
-        return page(self, path)
+        return page(self, path, drawn)

@@ -86,9 +86,12 @@ def reading_of(values: Mapping[str, Any]) -> Reading:
 
 def shown(value: float | None, unit: str, *, signed: bool = False) -> str:
     """A value with its unit; shares as percentages."""
+    return bare(value, unit, signed=signed) + (f" {unit}" if unit and value is not None else "")
+
+
+def bare(value: float | None, unit: str, *, signed: bool = False) -> str:
+    """The same without the unit."""
     if value is None:
         return "–"
     sign = "+" if signed else ""
-    if unit == "%":
-        return f"{100 * value:{sign}.1f} %"
-    return f"{value:{sign}.3g}" + (f" {unit}" if unit else "")
+    return f"{100 * value:{sign}.1f}" if unit == "%" else f"{value:{sign}.2g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,9 +24,9 @@ from ..training.models import load_model
 from .check import AuditData, Check, Reading, Readings, Role, Subject, timed
 from .equivalence import compared
 from .report import AuditReport
-from .residual import residual_mu
+from .residual import ResidualMu, residual_mu
 from .result import CheckResult, reading_of
-from .verdict import FEW, decide
+from .verdict import FEW, Verdict, decide
 
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ def audit(
     ```
 
     Args:
-        model: the unlearned model, or its folder or id.
+        model: the unlearned model, or its folder or id; or an unlearning trainer, which fills in what it knows of `original`, `forget`, `retain` and
+            `processing_class`.
         original (*optional*): the model that unlearning started from. Without it no check can show that it would notice memory.
         retrained (sequence, defaults to `()`): models trained like the original without the forget data, each with a seed of its own; at least 3
             for `"forgotten"`, and with 5 or more the margins are useful.
@@ -107,6 +108,14 @@ def audit(
         ValueError: an argument that does not fit; nothing was run.
     """
     check_number("seed", seed, SEEDS)
+    if hasattr(model, "source_dataset") and hasattr(
+        model, "base_model"
+    ):  # an unlearning trainer, which knows some of it
+        trainer, model = model, model.model
+        original = trainer.base_model if original is None else original
+        forget = trainer.source_dataset if forget is None else forget
+        retain = trainer.retain_dataset if retain is None else retain
+        processing_class = trainer.processing_class if processing_class is None else processing_class
     if isinstance(retrained, str | Path | nn.Module):
         retrained = [retrained]
     family, subjects, processing_class = _subjects(model, original, retrained, processing_class)
@@ -127,20 +136,10 @@ def audit(
             f"audit of {audited.name}: {len(chosen)} checks of {len(subjects)} models ({', '.join(f'{n:,} {name}' for name, n in rows.sizes.items())} "
             f"rows), about {_in_words(estimate)}"
         )
-    found, failed = _run(chosen, subjects, rows, seed, _Store(output_dir, rows.digest, seed), progress)
-    deciding = sum(one.layer != "beside" for one in chosen) + 1
-    results = tuple(_result(one, found[one.name], rows, deciding) for one in chosen if one.name in found)
-    original_loss = next(iter(losses["original"]), None)
-    residual = residual_mu(losses["audited"][0], losses["retrained"], original=original_loss, checks=deciding)
+    found, failed = _run(chosen, subjects, rows, seed, Store(output_dir, rows.digest, seed), progress)
     needed = [one() for one in family.QUICK if one.name in unchecked and one.layer != "beside"]
-    verdict = decide(
-        results,
-        residual,
-        references=roles.count("retrained"),
-        forget_examples=rows.sizes["forget"],
-        failed=failed,
-        left_out=[one.name for one in needed if one.missing(rows, roles) is None],
-    )
+    left_out = [one.name for one in needed if one.missing(rows, roles) is None]
+    results, residual, verdict = judged(chosen, found, losses, rows, failed=failed, left_out=left_out)
     if rows.sizes["forget"] < FEW:
         say = "forget: %d rows; with fewer than %d the power is low, and nothing is called forgotten"
         logger.warning(say, rows.sizes["forget"], FEW)
@@ -165,8 +164,7 @@ def audit(
     )
     if output_dir is not None:
         report.save(Path(output_dir, "audit.json"))
-        report.to_html(Path(output_dir, "audit.html"))
-        report.plot(Path(output_dir, "audit.png"))
+        report.to_html(Path(output_dir, "audit.html"), report.plot(Path(output_dir, "audit.png")))
     return report
 
 
@@ -267,7 +265,7 @@ def _estimate(family: Family, audited: Subject, rows: AuditData, chosen: Sequenc
 
 
 def _run(
-    chosen: Sequence[Check], subjects: Sequence[Subject], rows: AuditData, seed: int, store: _Store, progress: bool
+    chosen: Sequence[Check], subjects: Sequence[Subject], rows: AuditData, seed: int, store: Store, progress: bool
 ) -> tuple[dict[str, Readings], dict[str, str]]:
     """What the checks found, and why others did not run."""
     found, failed = {}, {}
@@ -281,7 +279,7 @@ def _run(
     return found, failed
 
 
-def _read(check: Check, subjects: Sequence[Subject], rows: AuditData, seed: int, store: _Store) -> Readings:
+def _read(check: Check, subjects: Sequence[Subject], rows: AuditData, seed: int, store: Store) -> Readings:
     found: dict[str, list] = {"audited": [], "original": [], "retrained": []}
     for one in subjects:
         reading = store.kept(check, one)
@@ -298,13 +296,38 @@ def _read(check: Check, subjects: Sequence[Subject], rows: AuditData, seed: int,
     return Readings(found["audited"][0], next(iter(found["original"]), None), tuple(found["retrained"]))
 
 
+def judged(
+    chosen: Sequence[Check],
+    found: Mapping[str, Readings],
+    losses: Mapping[Role, Sequence[float]],
+    rows: AuditData,
+    *,
+    failed: Mapping[str, str],
+    left_out: Sequence[str] = (),
+) -> tuple[tuple[CheckResult, ...], ResidualMu, Verdict]:
+    """What follows from readings: a result for each check that ran, residual μ, and the verdict.
+
+    Args:
+        chosen (`Sequence[Check]`): checks that were asked for, K of which take part in the verdict, with residual μ.
+        found (`dict[str, Readings]`): what they read, settled.
+        losses (`dict[str, Sequence[float]]`): of the forget rows, by role.
+        failed, left_out: see [`decide`].
+    """
+    deciding = sum(one.layer != "beside" for one in chosen) + 1
+    results = tuple(_result(one, found[one.name], rows, deciding) for one in chosen if one.name in found)
+    original = next(iter(losses["original"]), None)
+    residual = residual_mu(losses["audited"][0], losses["retrained"], original=original, checks=deciding)
+    few = {"references": len(losses["retrained"]), "forget_examples": rows.sizes["forget"]}
+    return results, residual, decide(results, residual, **few, failed=failed, left_out=left_out)
+
+
 def _result(check: Check, readings: Readings, rows: AuditData, deciding: int) -> CheckResult:
     about = {name: getattr(check, name) for name in ("name", "title", "unit", "layer", "paper", "what")}
     comparison = compared(readings, check.margin, deciding, never_seen=check.never_seen(rows))
     return CheckResult(**about, stated=check.margin, readings=readings, **asdict(comparison))
 
 
-class _Store:
+class Store:
     """What checks read, model by model, below `output_dir/_private/`: an audit that was stopped goes on, and one of another model with the same
     references does not look at these again.
     """

@@ -164,7 +164,9 @@ def _read(dataset: Any, rows: Sequence[int], processing_class: Any) -> Part:
         text = isinstance(processing_class, PreTrainedTokenizerBase)
         collator = DataCollatorWithPadding(processing_class) if text else default_data_collator
     column = label_column(dataset)
-    inputs = dict(collator([_inputs_of(dataset[row]) for row in (rows or [0])]))
+    at_once = getattr(dataset, "__getitems__", None)  # a `Dataset` reads many rows in one go
+    read = at_once(list(rows or [0])) if at_once else [dataset[row] for row in rows or [0]]
+    inputs = dict(collator([_inputs_of(row) for row in read]))
     label = next((name for name in (column, "labels") if name in inputs), "labels")
     labels = torch.as_tensor(inputs.pop(label)).long()
     inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}

@@ -66,8 +66,8 @@ class ClassifierSubject:
         return next(self.model.parameters()).device
 
     def copy(self) -> nn.Module:
-        """A model of its own to attack, in eval mode, of which every weight may be trained."""
-        attacked = copy.deepcopy(self.model).eval()
+        """A model of its own to attack, in eval mode and fp32, of which every weight may be trained: in 16 bits small steps are lost."""
+        attacked = copy.deepcopy(self.model).eval().float()
         return attacked.requires_grad_(True)
 
     def look(self, part: Part) -> Look:
@@ -88,7 +88,11 @@ def look_at(model: nn.Module, part: Part, *, features: bool = True) -> Look:
     wanted = {"output_hidden_states": True} if features and isinstance(model, PreTrainedModel) else {}
     try:
         with looking(model) as device:
+            dtype = next(model.parameters()).dtype
             for inputs, _ in part.batches(device):
+                inputs = {
+                    name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()
+                }
                 given.clear()
                 output = model(**inputs, **wanted)
                 logits.append(output.logits.float().cpu())
