@@ -14,6 +14,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,7 @@ from hf_unlearn.audit.classifiers.subject import head_of, look_at
 from hf_unlearn.audit.digests import digest_of
 from hf_unlearn.audit.run import Store, audit, judged
 from hf_unlearn.examples.classifier import TRAINING, digits_model
+from hf_unlearn.files import complete_or_not_there
 
 
 RESULTS = Path(__file__).parent / "results" / "audit_power.json"
@@ -175,10 +177,17 @@ class World(Digits):
             f"{name.replace(' ', '-')}-{seed}-{forgotten}", lambda: CASES[name].make(self, seed, forgotten)
         )
 
+    def is_made(self, name: str, forgotten: int) -> bool:
+        """Of a case or a reference and its number."""
+        kind, _, number = name.rpartition(" ")
+        parts = (kind, forgotten, number) if kind == "reference" else (kind.replace(" ", "-"), number, forgotten)
+        return (FOLDER / "models" / "-".join(map(str, parts)) / "config.json").is_file()
+
     def _made(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
         folder = FOLDER / "models" / name
         if not (folder / "config.json").is_file():
-            make().save_pretrained(folder)
+            with complete_or_not_there(folder) as scratch:
+                make().save_pretrained(scratch)
         return AutoModelForImageClassification.from_pretrained(folder)
 
     def audited(
@@ -247,9 +256,14 @@ class Pool:
         )
         self.store = Store(FOLDER / f"read-{forgotten}", self.rows.digest, 0)
         self.checks = [kind() for kind in STANDARD]
-        models = {f"reference {number}": world.reference(forgotten, number) for number in range(REFERENCES + SEEDS)}
-        models |= {f"{name} {seed}": world.case(name, seed, forgotten) for name in PLANTED for seed in range(SEEDS)}
-        self.read = {name: self._of(model) for name, model in models.items()}
+        makers = {
+            f"reference {number}": partial(world.reference, forgotten, number) for number in range(REFERENCES + SEEDS)
+        }
+        makers |= {
+            f"{name} {seed}": partial(world.case, name, seed, forgotten) for name in PLANTED for seed in range(SEEDS)
+        }
+        read = {name: self._of(make()) for name, make in makers.items() if world.is_made(name, forgotten)}
+        self.read = {name: one for name, one in read.items() if all(one.values())}
 
     def _of(self, model: nn.Module) -> dict[str, Reading]:
         subject = SimpleNamespace(digest=digest_of(model))
@@ -273,14 +287,15 @@ class Pool:
 def power(world: World, draws: int = 20) -> list[dict]:
     """Verdicts by the number of references, each time drawn anew from the pool; retrained models are none of their own references."""
     pool, random, rows = Pool(world), np.random.default_rng(0), []
-    every = [f"reference {number}" for number in range(REFERENCES + SEEDS)]
-    for count in (3, 4, 5, 6, 8, 10):
+    every = [name for name in pool.read if name.startswith("reference")]
+    seeds = [seed for seed in range(SEEDS) if all(f"{name} {seed}" in pool.read for name in PLANTED)]
+    for count in (one for one in (3, 4, 5, 6, 8, 10) if one < len(every)):
         for name in (*PLANTED, "retrained"):
             words = []
             for draw in range(draws):
-                chosen = random.permutation(every).tolist()
-                audited = chosen.pop() if name == "retrained" else f"{name} {draw % SEEDS}"
-                words.append(pool.verdict(audited, f"original {draw % SEEDS}", chosen[:count]))
+                chosen, seed = random.permutation(every).tolist(), seeds[draw % len(seeds)]
+                audited = chosen.pop() if name == "retrained" else f"{name} {seed}"
+                words.append(pool.verdict(audited, f"original {seed}", chosen[:count]))
             rows.append(
                 {"references": count, "case": name, **{word: words.count(word) for word in dict.fromkeys(words)}}
             )
@@ -305,11 +320,14 @@ def plan(quick: bool) -> list[tuple[str, int, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed, three cases, nothing is written")
+    parser.add_argument(
+        "--power", action="store_true", help="only what fewer references would have said, of what has been read"
+    )
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     world = World()
-    for name, seed, forgotten in plan(options.quick):
+    for name, seed, forgotten in () if options.power else plan(options.quick):
         report = world.audited(world.case(name, seed, forgotten), seed, forgotten, list(range(REFERENCES)))
         print(f"seed {seed}, class {forgotten}: {name:14} {report.verdict}", flush=True)
         if not options.quick:
@@ -324,7 +342,7 @@ def main() -> None:
 
 
 def kept_power() -> list[dict]:
-    return json.loads(RESULTS.read_text())["power"] if RESULTS.is_file() else []
+    return json.loads(RESULTS.read_text()).get("power", []) if RESULTS.is_file() else []
 
 
 if __name__ == "__main__":

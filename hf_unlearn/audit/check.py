@@ -25,6 +25,8 @@ class Reading:
         value (`float`): more is more memory of the forget data (`distance`: farther away, `beside`: more lost).
         per_example (`tuple[float, ...]`, *optional*): `[n]` values whose mean is `value`, in the order of the rows, which is the same for
             every model: what its interval is made of.
+        per_other (`tuple[float, ...]`, *optional*): `[m]` of other rows, where `value` is a mean over pairs of a forget row and one of those (an
+            AUC): the mean over the pairs of each.
         error (`float`, *optional*): standard error of `value` over examples, where it is no mean.
         n (`int`, defaults to 0): examples behind it.
         seconds (`float`, defaults to 0): that it took.
@@ -33,6 +35,7 @@ class Reading:
 
     value: float
     per_example: tuple[float, ...] | None = None
+    per_other: tuple[float, ...] | None = None
     error: float | None = None
     n: int = 0
     seconds: float = 0.0
@@ -46,14 +49,22 @@ class Reading:
             ValueError: one of them is not finite, or there are none.
         """
         values = np.asarray(per_example, dtype=np.float64).ravel()
-        return cls(
-            float(values.mean()) if len(values) else float("nan"),
-            tuple(values.tolist()),
-            None,
-            len(values),
-            0.0,
-            figures,
-        ).checked()
+        mean = float(values.mean()) if len(values) else float("nan")
+        return cls(mean, tuple(values.tolist()), n=len(values), figures=figures).checked()
+
+    @classmethod
+    def auc_of(cls, members: ArrayLike, others: ArrayLike, **figures: Any) -> Reading:
+        """The share of pairs in which the member has the higher score, ties half: scores `[n]` of forget rows and `[m]` of others.
+
+        Raises:
+            ValueError: one of them is not finite, or there are none.
+        """
+        members, others = (np.asarray(one, dtype=np.float64) for one in (members, others))
+        if not (np.isfinite(members).all() and np.isfinite(others).all()):
+            raise ValueError("what the model gave is not finite")
+        above = (members[:, None] > others[None]) + 0.5 * (members[:, None] == others[None])
+        own, other = above.mean(1), above.mean(0)
+        return replace(cls.mean_of(own, **figures), per_other=tuple(other.tolist()))
 
     def checked(self) -> Reading:
         """Itself.

@@ -8,7 +8,8 @@ retrained models differ among each other,
 $$ M = m + s \left( t_{R-1, 1-\alpha/K} \sqrt{1 + 1/R} + t_{R-1, 1-\alpha} / \sqrt R \right), $$
 
 so that one more retrained model is within all K margins in 95 audits of 100. *Beyond* is a lower bound above M, *within* an upper bound
-up to M. With few references M is wide: a check whose margin hides the original itself is *blind*, which is not passed.
+up to M. With few references M is wide: a check whose margin hides the original itself, which endless references would tell apart, is *blind*, and that is
+not passed. (Where the original lies among retrained models, $D_o \le m + z_{1-\alpha/K}\, s$, there is nothing to see by that check.)
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Comparison:
     Args:
         distance, low, high, margin (`float`, *optional*): D with its bounds, and M. None where there is nothing to compare with.
         status (`str`): `"beyond"`, `"within"`, `"blind"`, `"unclear"` or `"unknown"`.
-        sees (`bool`, *optional*): whether the original is beyond the margin: whether the check would notice memory. None without it.
+        sees (`bool`, *optional*): whether the original is beyond the margin: whether the check would notice memory. False without it, None where nothing
+            is known.
     """
 
     distance: float | None
@@ -75,13 +77,18 @@ def compared(readings: Readings, margin: float, checks: int, *, never_seen: floa
         status = "beyond"
     elif distance + up > limit:
         status = "unclear"
-    elif allowance > margin and (original is None or margin < original <= limit):
+    elif allowance > margin if original is None else margin + spread * spreads_apart(checks) < original <= limit:
         status = "blind"
     else:
         status = "within"
     return Comparison(
         distance, distance - down, distance + up, limit, status, original is not None and original > limit
     )
+
+
+def spreads_apart(checks: int) -> float:
+    """How many of their standard deviations one more retrained model may lie from the mean of endless others, in all K checks."""
+    return float(stats.norm.ppf(1 - (1 - CONFIDENCE) / checks))
 
 
 def allowed(spread: float, references: int, checks: int) -> float:
@@ -94,16 +101,18 @@ def sampling_error(audited: Reading, references: Sequence[Reading]) -> tuple[flo
     """How far below and above the distance may lie for other examples of the same kind, each bound at [`CONFIDENCE`].
 
     Of right or wrong answers Clopper and Pearson's interval, as much narrower or wider as the paired differences vary less or more than the answers;
-    of other means Student's t of the differences; of what is no mean the standard errors.
+    of other means Student's t of the differences; of means over pairs DeLong's error of paired areas; of what is no mean the standard errors.
     """
     if audited.per_example is None or len(audited.per_example) < 1:
         errors = [one.error or 0.0 for one in references]
         error = math.hypot(audited.error or 0.0, math.sqrt(sum(e * e for e in errors)) / max(1, len(errors)))
         return (float(stats.norm.ppf(CONFIDENCE) * error),) * 2
     values = np.array(audited.per_example)
-    paired = [one.per_example for one in references if one.per_example and len(one.per_example) == len(values)]
-    differences = values - np.mean(paired, axis=0) if paired else values
-    count = len(values)
+    differences, count = _differences(audited, references, "per_example"), len(values)
+    if audited.per_other is not None:
+        others = _differences(audited, references, "per_other")
+        errors = (one.var(ddof=1) / len(one) if len(one) > 1 else math.inf for one in (differences, others))
+        return (float(stats.norm.ppf(CONFIDENCE)) * math.sqrt(sum(errors)),) * 2
     of_mean = (
         float(stats.t.ppf(CONFIDENCE, count - 1) * differences.std(ddof=1) / math.sqrt(count))
         if count > 1
@@ -117,6 +126,14 @@ def sampling_error(audited: Reading, references: Sequence[Reading]) -> tuple[flo
     if values.std() == 0:  # all right, or all wrong
         return tuple(max(side, of_mean if differences.std() > 0 else 0.0) for side in exact)
     return tuple(float(differences.std() / values.std()) * side for side in exact)
+
+
+def _differences(audited: Reading, references: Sequence[Reading], name: str) -> np.ndarray:
+    """Row by row, of the audited model from the mean of the references that were asked the same rows."""
+    values = np.array(getattr(audited, name))
+    others = [getattr(one, name) for one in references]
+    paired = [one for one in others if one and len(one) == len(values)]
+    return values - np.mean(paired, axis=0) if paired else values
 
 
 def equivalent(one: Reading, other: Reading, margin: float) -> bool:

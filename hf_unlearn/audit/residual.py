@@ -18,7 +18,7 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from ..tradeoff.curve import auc_of
-from .equivalence import CONFIDENCE, Status
+from .equivalence import CONFIDENCE, Status, spreads_apart
 
 
 STATED = 1.0  # μ that counts as none: the best test then has an AUC of 0.76
@@ -85,7 +85,7 @@ def residual_mu(audited: float, references: Sequence[float], *, original: float 
         status = "beyond"
     elif far > margin:
         status = "unclear"
-    elif of_original is None or abs(of_original) <= margin:
+    elif of_original is None or spreads_apart(2 * checks) < abs(of_original) <= margin:
         status = "blind"
     else:
         status = "within"

@@ -80,8 +80,8 @@ def readings_of(values: Mapping[str, Any]) -> Readings:
 
 def reading_of(values: Mapping[str, Any]) -> Reading:
     """From JSON values."""
-    per_example = values["per_example"]
-    return Reading(**dict(values) | {"per_example": None if per_example is None else tuple(per_example)})
+    arrays = {name: tuple(values[name]) for name in ("per_example", "per_other") if values.get(name) is not None}
+    return Reading(**dict(values) | arrays)
 
 
 def shown(value: float | None, unit: str, *, signed: bool = False) -> str:

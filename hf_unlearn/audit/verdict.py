@@ -77,31 +77,20 @@ def decide(
     if failed:
         name, error = next(iter(failed.items()))
         return Verdict("undetermined", name, f"{name} did not run ({error})", (f"a run of {name}", *few))
+    more = f"more than {references} retrained models"
     for status, say, need in (
-        ("unclear", "cannot be told from the margin", "more forget examples or more retrained models"),
-        (
-            "blind",
-            "the margin of so few references hides the original too",
-            f"more than {references} retrained models",
-        ),
+        ("unclear", "cannot be told from the margin", f"more forget examples, or {more}"),
+        ("blind", "the margin of so few references hides the original too", more),
     ):
         for layer in ("output", "below"):
             if open_ := worst(layer, status):
                 return Verdict("undetermined", open_.name, f"{open_.title}: {open_.in_words()}; {say}", (need, *few))
+    further = "unlearning that goes as far as retraining and no further"
     if residual.status != "within":
-        need = (
-            "unlearning that goes no further than retraining"
-            if residual.status == "beyond"
-            else f"more than {references} retrained models"
-        )
-        return Verdict("undetermined", "residual_mu", residual.in_words(), (need, *few))
-    for status in ("beyond", "unclear", "blind"):
+        need = further if residual.status == "beyond" else more
+        return Verdict("undetermined", "residual_mu", f"{residual.in_words()}; nothing came back", (need, *few))
+    for status, need in (("beyond", further), ("unclear", more), ("blind", more)):
         if far := worst("distance", status):
-            need = (
-                "unlearning that goes no further than retraining"
-                if status == "beyond"
-                else f"more than {references} retrained models"
-            )
             return Verdict("undetermined", far.name, f"{far.title}: {far.in_words()}; nothing came back", (need, *few))
     if left_out:
         why = f"{', '.join(left_out)} {'was' if len(left_out) == 1 else 'were'} not asked for"

@@ -86,6 +86,35 @@ def models(rows):
     return SimpleNamespace(originals=made[:2], retrained=made[2:])
 
 
+@pytest.fixture(scope="session")
+def by_heart(rows):
+    """Eighty training rows with wrong labels: `originals` (1) that learned them by heart, `retrained` (9) without them, and the sets of an audit."""
+    images, labels = rows.train
+    labels = labels.clone()
+    wrong = torch.arange(len(labels)) < 80
+    labels[wrong] = (labels[wrong] + 1 + torch.arange(80) % 9) % CLASSES
+    every, kept = torch.arange(len(labels)), (~wrong).nonzero().flatten()
+    state = train_ensemble(
+        lambda seed: Logits(), images, labels, [every] + [kept] * 9, list(range(20, 30)), epochs=60, batch_size=40, lr=3e-3, optimizer="adamw",
+    )  # fmt: skip
+    made = []
+    for number in range(10):
+        model = Logits()
+        model.load_state_dict({name: value[number] for name, value in state.items()})
+        made.append(model.network.eval())
+    sets = {
+        "forget": dataset(images, labels, wrong),
+        "retain": dataset(images, labels, ~wrong),
+        # As wrong as those that are to be forgotten: rows of the same kind that nobody was trained on.
+        "test": dataset(
+            rows.test[0],
+            (rows.test[1] + 1 + torch.arange(len(rows.test[1])) % 9) % CLASSES,
+            torch.arange(len(rows.test[1])) < 200,
+        ),
+    }
+    return SimpleNamespace(originals=made[:1], retrained=made[1:], sets=sets)
+
+
 def masked(model):
     """The class's bias at −10,000."""
     model = copy.deepcopy(model)

@@ -62,7 +62,8 @@ class TestStatus:
         margin = 0.05 + allowed(0.01, 5, 10)
         half = stats.t.ppf(0.95, 4) * 0.01 / math.sqrt(5)
         assert self.of(0.5 + margin + half + 1e-6, 0.9).status == "beyond"
-        assert self.of(0.5 + margin, 0.9).status == "unclear"
+        for inside in (-0.9, 0.0, 0.9):  # of the interval's half
+            assert self.of(0.5 + margin + inside * half, 0.9).status == "unclear"
         assert self.of(0.5 + margin - half - 1e-6, 0.9).status == "within"
         assert self.of(0.0, 0.9).status == "within"  # less memory than a retrained model is no memory
 
@@ -71,7 +72,8 @@ class TestStatus:
         hidden = self.of(0.5, 0.9, spread=0.05, references=3)
         assert (hidden.status, hidden.sees) == ("blind", False)
         assert self.of(0.5, 0.9, spread=0.05, references=40).status == "within"
-        # There is nothing to hide where the original itself is as near as was stated.
+        # There is nothing to hide where the original itself lies among retrained models: 0.05 + 2.58 · 0.05 at the corrected level.
+        assert [self.of(0.5, 0.5 + d, spread=0.05, references=3).status for d in (0.17, 0.19)] == ["within", "blind"]
         assert self.of(0.5, 0.52, spread=0.05, references=3).status == "within"
 
     def test_without_the_original_a_margin_may_not_be_wider_than_twice_what_was_stated(self):

@@ -104,6 +104,18 @@ class TestSingleExamples:
         assert found["quantised"].audited > 0.5
         assert found["quantised"].status == "within"
 
+    def test_rows_learned_by_heart(self, by_heart):
+        """Wrong labels, which nobody answers who was not taught them."""
+        original, retrained = by_heart.originals[0], by_heart.retrained
+        known, gone = (
+            audit(copy.deepcopy(one), original, retrained[:8], **by_heart.sets, progress=False)
+            for one in (original, retrained[8])
+        )
+        assert known.verdict.word == "not forgotten"
+        assert known["quantised"].status == "beyond"
+        assert known["membership_lira"].audited > max(known["membership_lira"].retrained) + 0.1
+        assert gone.verdict.word == "forgotten", str(gone.verdict)
+
 
 class TestResume:
     def test_a_stopped_audit_goes_on_where_it_was(self, tmp_path, models, sets, monkeypatch):

@@ -82,7 +82,7 @@ class NeighbourLeakage(OfClasses):
         # Each model has its own nearest rows: they make no pairs.
         error = float(nearest.std() / len(nearest) ** 0.5)
         return Reading(
-            float(nearest.mean()), None, error, len(nearest), figures={"all_rows": float(values.mean())}
+            float(nearest.mean()), error=error, n=len(nearest), figures={"all_rows": float(values.mean())}
         ).checked()
 
 

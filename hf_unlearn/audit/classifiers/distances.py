@@ -7,10 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 
 from ..check import Reading, Readings, Role, against_others
-from ..membership import delong
 from .answers import OnRows
 from .data import ClassifierData
 from .membership import found_at_few_alarms, unseen
@@ -85,15 +83,7 @@ class MembershipByLikelihood(FromRetrained):
             [reference.figures["unseen"] for reference in references], axis=0
         )
         # One spread for all rows changes no order, so it is left out.
-        truth = np.repeat([1, 0], [len(members), len(others)])
-        auc = float(roc_auc_score(truth, np.concatenate([members, others])))
-        return replace(
-            one,
-            value=auc,
-            per_example=None,
-            error=delong(members, others),
-            figures=found_at_few_alarms(members, others),
-        )
+        return replace(Reading.auc_of(members, others, **found_at_few_alarms(members, others)), seconds=one.seconds)
 
 
 def margins_of(look: Look) -> np.ndarray:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from ..check import Reading, Role
-from ..membership import delong, membership_by_entropy
+from ..membership import membership_by_entropy
 from .answers import OnRows
 from .data import ClassifierData, Part
 from .subject import ClassifierSubject
@@ -28,11 +27,7 @@ class MembershipByLoss(OnRows):
     def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
         members = -subject.look(data.forget).losses.numpy()
         others = -subject.look(unseen(data)).losses.numpy()
-        truth = np.repeat([1, 0], [len(members), len(others)])
-        auc = float(roc_auc_score(truth, np.concatenate([members, others])))
-        return Reading(
-            auc, None, delong(members, others), len(members), figures=found_at_few_alarms(members, others)
-        ).checked()
+        return Reading.auc_of(members, others, **found_at_few_alarms(members, others))
 
 
 class MembershipByEntropy(OnRows):
@@ -43,7 +38,7 @@ class MembershipByEntropy(OnRows):
     def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
         logits = [subject.look(part).logits.numpy() for part in (data.retain, data.test_retain, data.forget)]
         share, count = membership_by_entropy(*logits), len(data.forget)
-        return Reading(share, None, float(np.sqrt(share * (1 - share) / count)), count).checked()
+        return Reading(share, error=float(np.sqrt(share * (1 - share) / count)), n=count).checked()
 
 
 def unseen(data: ClassifierData) -> Part:

@@ -30,18 +30,23 @@ class Relearning(OnRows):
     of_stranger = 0.0
 
     def cost(self, data: ClassifierData) -> tuple[float, float]:
-        return (len(MARKS) + 1) * min(LOOKED_AT, len(data.forget) // 2 + len(data.test_forget)), MARKS[-1] * BATCH
+        return (len(MARKS) + 1) * min(LOOKED_AT, len(data.forget) + len(data.test_forget)), MARKS[-1] * BATCH
 
     def missing(self, data: ClassifierData, roles: Sequence[Role]) -> str | None:
         return "a single forget row leaves none to ask about" if len(data.forget) < 2 else super().missing(data, roles)
 
     def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
-        shown, asked = halves(data, seed)
+        shown, asked = self.halves(data, seed)
         model = self.prepared(subject.copy(), data)
         looks = [look_at(model, asked, features=False)]
         looks += [look_at(copy, asked, features=False) for copy in trained(model, self.batches(shown, data, seed))]
         right = torch.stack([look.right for look in looks])
         return Reading.mean_of(self.value(looks), steps=[0, *MARKS], curve=right.mean(1).tolist())
+
+    def halves(self, data: ClassifierData, seed: int) -> tuple[Part, Part]:
+        """Forget rows to train on, and rows to ask about: all of them, and unseen ones of their classes, where none is trained on."""
+        asked = data.forget + data.test_forget
+        return data.forget.select([]), asked.select(range(min(LOOKED_AT, len(asked))))
 
     def prepared(self, model: nn.Module, data: ClassifierData) -> nn.Module:
         """The copy as training begins with it."""
@@ -63,6 +68,12 @@ class RelearnForget(Relearning):
         "How soon the class is back where some of its rows are at hand: what others of them are given, averaged over 20 steps. The head "
         "forgets its row of the class first, so that no bias hides what lies below."
     )
+
+    def halves(self, data: ClassifierData, seed: int) -> tuple[Part, Part]:
+        part = data.forget.shuffled(seed, 21)
+        middle = (len(part) + 1) // 2
+        asked = part.select(range(middle, len(part))) + data.test_forget
+        return part.select(range(middle)), asked.select(range(min(LOOKED_AT, len(asked))))
 
     def prepared(self, model: nn.Module, data: ClassifierData) -> nn.Module:
         head, gone = head_of(model), data.is_forgotten
@@ -112,14 +123,6 @@ def in_pieces(values: Tensor, generator: torch.Generator) -> Tensor:
     flat = values.flatten(1)
     order = torch.rand(flat.shape, generator=generator).argsort(1)
     return flat.gather(1, order).view(values.shape)
-
-
-def halves(data: ClassifierData, seed: int) -> tuple[Part, Part]:
-    """Forget rows that may be trained on, and others, with unseen ones of their classes, that are asked about."""
-    part = data.forget.shuffled(seed, 21)
-    middle = (len(part) + 1) // 2
-    asked = part.select(range(middle, len(part))) + data.test_forget
-    return part.select(range(middle)), asked.select(range(min(LOOKED_AT, len(asked))))
 
 
 def drawn(part: Part, size: int, seed: int, key: int) -> Callable[[int], Part]:

@@ -26,7 +26,7 @@ class UtilityLost(OnRows):
     def read(self, subject: LanguageSubject, data: LanguageData, seed: int) -> Reading:
         look = subject.look(data.kept)
         utility = compare(subject.look(data.forget), kept=[look])["model_utility"]
-        return Reading(1 - utility, None, None, len(data.kept), figures=look.summary()).checked()
+        return Reading(1 - utility, n=len(data.kept), figures=look.summary()).checked()
 
 
 class UnseenLoss(OnRows):

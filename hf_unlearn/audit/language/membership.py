@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ...metrics.language import membership_auc, privleak
+from ...metrics.language import privleak
 from ..check import Reading, Readings, Role, against_others
-from ..membership import delong
 from .answers import OnRows
 from .data import LanguageData, Part
 from .subject import LanguageSubject, losses
@@ -31,7 +30,8 @@ class Membership(OnRows):
         return super().missing(data, roles) or ("a single row has no law" if few else None)
 
     def read(self, subject: LanguageSubject, data: LanguageData, seed: int) -> Reading:
-        return told_apart(*(self.scores(subject, part, seed) for part in (data.forget, data.test)))
+        members, others = (self.scores(subject, part, seed) for part in (data.forget, data.test))
+        return Reading.auc_of(-members, -others)
 
     def scores(self, subject: LanguageSubject, part: Part, seed: int) -> np.ndarray:
         return getattr(subject.look(part), self.score)
@@ -86,7 +86,7 @@ class MembershipByReference(Membership):
     def compared(self, one: Reading, references: Sequence[Reading]) -> Reading:
         members = np.array(one.per_example) - np.mean([reference.per_example for reference in references], axis=0)
         others = np.array(one.figures["unseen"]) - np.mean([each.figures["unseen"] for each in references], axis=0)
-        return replace(told_apart(members, others), seconds=one.seconds)
+        return replace(Reading.auc_of(-members, -others), seconds=one.seconds)
 
 
 class MembershipByGradient(Membership):
@@ -106,8 +106,3 @@ class MembershipByGradient(Membership):
             gradients = torch.autograd.grad(losses(model, part.select([row])).mean(), weights, allow_unused=True)
             norms.append(sum(float(one.double().square().sum()) for one in gradients if one is not None) ** 0.5)
         return np.array(norms)
-
-
-def told_apart(members: np.ndarray, others: np.ndarray) -> Reading:
-    error = delong(-np.asarray(members), -np.asarray(others))
-    return Reading(membership_auc(members, others), None, error, len(members)).checked()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FORGOTTEN, masked
+from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 from hf_unlearn.audit.check import Reading, Readings
@@ -13,8 +14,13 @@ from hf_unlearn.audit.classifiers.family import data as family_data
 from hf_unlearn.audit.classifiers.membership import MembershipByLoss
 from hf_unlearn.audit.classifiers.relearning import RelearnForget, trained
 from hf_unlearn.audit.classifiers.subject import ClassifierSubject, look_at, pooled
-from hf_unlearn.audit.membership import delong
+from hf_unlearn.audit.equivalence import sampling_error
 from hf_unlearn.audit.weights import size_of_weights
+
+
+def error_of(reading, references=()):
+    """Standard error of an AUC."""
+    return sampling_error(reading, references)[0] / norm.ppf(0.95)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +64,25 @@ class TestMembership:
             return roc_auc_score([1] * len(one) + [0] * len(two), np.concatenate([one, two]))
 
         resampled = [auc(random.choice(members, 60), random.choice(others, 90)) for _ in range(600)]
-        assert delong(members, others) == pytest.approx(np.std(resampled), rel=0.12)  # 3 standard errors of 600: 9 %
+        found = Reading.auc_of(members, others)
+        assert found.value == pytest.approx(auc(members, others))
+        assert error_of(found) == pytest.approx(np.std(resampled), rel=0.12)  # 3 standard errors of 600: 9 %
         # Two samples of one law: (n + m + 1) / 12 n m, of the rank sum.
-        same = [delong(random.normal(size=80), random.normal(size=50)) for _ in range(50)]
+        same = [error_of(Reading.auc_of(random.normal(size=80), random.normal(size=50))) for _ in range(50)]
         assert np.mean(same) == pytest.approx(np.sqrt(131 / (12 * 80 * 50)), rel=0.05)
+
+    def test_models_that_find_the_same_rows_hard_are_compared_more_sharply(self):
+        """The bootstrap over rows of the difference of two areas, both models on the same rows."""
+        random = np.random.default_rng(1)
+        hard, hard_other = random.normal(size=70), random.normal(size=50)
+        one, two = ((hard + 0.4 + random.normal(0, 0.3, 70), hard_other + random.normal(0, 0.3, 50)) for _ in range(2))
+        found = error_of(Reading.auc_of(*one), [Reading.auc_of(*two)])
+        resampled = []
+        for _ in range(400):
+            rows, others = random.choice(70, 70), random.choice(50, 50)
+            resampled.append(np.subtract(*(Reading.auc_of(a[rows], b[others]).value for a, b in (one, two))))
+        assert found == pytest.approx(np.std(resampled), rel=0.15)
+        assert found < 0.6 * error_of(Reading.auc_of(*one))
 
     def test_it_is_seen_where_rows_were_learned_by_heart(self, models, parts):
         """A loss of 0 on the forget rows alone: a model that looks them up."""
@@ -85,7 +106,6 @@ class TestMembership:
 class TestLiRA:
     def test_against_a_plain_reference(self, models, parts):
         """Row by row, as in the paper: one less the tail of the law of models without the row, at the observed margin."""
-        from scipy.stats import norm
 
         def margin(model, part):
             with torch.no_grad():
@@ -123,7 +143,7 @@ class TestLiRA:
         assert found.audited.value > 0.98
         assert found.audited.figures["found_at_5%_false_alarms"] > 0.9
         for one in (found.original, *found.retrained):
-            assert abs(one.value - 0.5) < 4 * one.error  # 5 of them
+            assert abs(one.value - 0.5) < 4 * error_of(one)  # 5 of them
 
 
 class TestRelearning:

@@ -3,7 +3,7 @@ import torch
 from datasets import Dataset
 
 from hf_unlearn.audit.classifiers.data import Part, classifier_data
-from hf_unlearn.audit.classifiers.relearning import drawn, halves, in_pieces
+from hf_unlearn.audit.classifiers.relearning import RelearnForget, RelearnRetained, drawn, in_pieces
 
 
 def labelled(labels, begin=0):
@@ -66,11 +66,15 @@ class TestWhatIsRelearned:
         return read([1] * 21, [0] * 30 + [2] * 10, [0] * 4 + [1] * 5)
 
     def test_no_row_is_shown_and_asked_about(self):
-        shown, asked = halves(self.data(), seed=0)
+        shown, asked = RelearnForget().halves(self.data(), seed=0)
         of = [set(part.inputs["pixel_values"].flatten().tolist()) for part in (shown, asked)]
         assert (len(shown), len(asked)) == (11, 10 + 5)
         assert not of[0] & of[1]
         assert of[0] | of[1] == set(range(21)) | {2004, 2005, 2006, 2007, 2008}
+
+    def test_all_are_asked_about_where_none_is_shown(self):
+        shown, asked = RelearnRetained().halves(self.data(), seed=0)
+        assert (len(shown), len(asked)) == (0, 21 + 5)
 
     def test_batches_take_every_row_once_before_one_again(self):
         batch = drawn(self.data().forget, 7, 0, 1)
