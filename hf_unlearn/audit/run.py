@@ -31,7 +31,7 @@ from .verdict import FEW, Verdict, decide
 
 logger = logging.getLogger(__name__)
 Size = Literal["standard", "quick"]
-FAMILIES = ("classifiers", "generators")  # folders beside this file, each with a `family`
+FAMILIES = ("classifiers", "language", "generators")  # folders beside this file, each with a `family`
 
 
 class Family(Protocol):
@@ -198,7 +198,7 @@ def _subjects(
         own = next((known for known in _families() if known.fits(loaded)), None)
         if own is None:
             raise ValueError(
-                f"{argument}: audits of {type(loaded).__name__} are not there; of {', '.join(known.NAME for known in _families())} models they are"
+                f"{argument}: audits of {type(loaded).__name__} are not there; of {', '.join(f'{known.NAME}s' for known in _families())} they are"
             )
         if family is not None and own is not family:
             raise ValueError(f"{argument}: is a {own.NAME}, the audited model a {family.NAME}")

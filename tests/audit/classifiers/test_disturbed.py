@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_unlearn.audit.classifiers.disturbed import Noisy, Pruned, Quantised, _noise, quantised, weights_of
+from hf_unlearn.audit.classifiers.disturbed import Noisy, Pruned, Quantised, _noise
 from hf_unlearn.audit.classifiers.subject import ClassifierSubject, head_of
+from hf_unlearn.audit.weights import quantised, weights_of
 
 
 class TestQuantised:

@@ -12,9 +12,10 @@ from hf_unlearn.audit.check import Reading, Readings
 from hf_unlearn.audit.classifiers.distances import AnswerDistance, MarginDivergence, MembershipByLikelihood
 from hf_unlearn.audit.classifiers.family import data as family_data
 from hf_unlearn.audit.classifiers.membership import MembershipByLoss
-from hf_unlearn.audit.classifiers.relearning import RelearnForget, size_of_weights, trained
+from hf_unlearn.audit.classifiers.relearning import RelearnForget, trained
 from hf_unlearn.audit.classifiers.subject import ClassifierSubject, look_at, pooled
 from hf_unlearn.audit.equivalence import sampling_error
+from hf_unlearn.audit.weights import size_of_weights
 
 
 def error_of(reading, references=()):

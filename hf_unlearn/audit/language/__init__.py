@@ -1,0 +1,1 @@
+"""Checks of causal language models: one file a kind."""
