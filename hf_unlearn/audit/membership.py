@@ -43,10 +43,3 @@ def membership_by_entropy(members: ArrayLike, nonmembers: ArrayLike, suspects: A
         np.repeat([1, 0], size),
     )
     return float(attacker.predict(features["suspects"]).mean())
-
-
-def delong(members: np.ndarray, others: np.ndarray) -> float:
-    """Standard error of an AUC, from how each row of one group lies in the other."""
-    above = (members[:, None] > others[None]) + 0.5 * (members[:, None] == others[None])
-    parts = [one.var(ddof=1) / len(one) if len(one) > 1 else np.inf for one in (above.mean(1), above.mean(0))]
-    return float(np.sqrt(sum(parts)))
