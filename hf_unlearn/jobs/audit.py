@@ -10,6 +10,7 @@ from rich.text import Text
 from ..audit.run import audit
 from ..examples.classifier import cached_digits_classifier
 from ..examples.datasets import load, one_split
+from ..training.models import load_model
 from .keys import console
 from .selecting import select
 
@@ -32,6 +33,7 @@ def run_audit(job: AuditJob) -> None:
     Raises:
         ValueError: something in the recipe does not fit the models or the data; nothing was written.
     """
+    load_model(job.model, None, None)  # what is not there is said before others are trained
     parts = select(job, job.id_column)
     test = one_split(load(job.dataset, revision=job.dataset_revision), "test_split", job.test_split)
     checks = job.checks or ["standard"]
