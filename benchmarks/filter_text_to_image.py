@@ -1,6 +1,6 @@
 """A filter from twenty marks on what a text-to-image pipeline draws: alone, in Stable Diffusion's slot, and beside unlearning.
 
-    python benchmarks/filter_text_to_image.py           # three minutes on one core, once the small models are in the cache
+    python benchmarks/filter_text_to_image.py           # a quarter of an hour on one core, once the small models are in the cache
     python benchmarks/filter_text_to_image.py --quick   # of a pipeline that has learnt nothing; writes no figures
 
 The pipeline draws coloured digits as it is asked to (hf_unlearn.examples.text_to_image); undesired is "three". One picture of each of the 240

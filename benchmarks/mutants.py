@@ -104,6 +104,7 @@ MUTANTS = [
     bug("unlearning/diffusion/objective.py", "(self.guidance if scale is None else scale) * (answer - unprompted)", "(answer - unprompted)", "test_vdu_stability.py"),
     bug("unlearning/diffusion/vdu.py", "len(self.forget_dataset) * (high - low)", "len(self.forget_dataset)", "test_vdu_losses.py"),
     bug("unlearning/diffusion/vdu.py", "neutral - eta *", "neutral + eta *", "test_vdu_losses.py"),
+    bug("unlearning/diffusion/vdu.py", "of_guided = self._error(self.guide(answer, unprompted)", "of_guided = self._error(answer", "test_unprompted.py"),
     bug("unlearning/diffusion/unprompted.py", "unprompted - concept_share(", "unprompted + concept_share(", "test_unprompted.py"),
     bug("unlearning/gan/feedback.py", "check_marks(*(kind.detach()", "tuple((kind.detach()", "test_feedback.py"),
     # GANs

@@ -190,9 +190,16 @@ class DenoisingMixin:
 
     def guided(self, forward: Callable, batch: Batch, scale: float | None = None) -> Tensor:
         """What the sampler sees: ε(∅) + s (ε(c) − ε(∅)), s a guidance scale, by default that which is drawn with (arXiv 2207.12598)."""
-        unprompted, _ = self.predictions(forward, self.without_words(batch))
-        answer, _ = self.predictions(forward, batch)
+        return self.guide(*self.both_answers(forward, batch), scale)
+
+    def guide(self, answer: Tensor, unprompted: Tensor, scale: float | None = None) -> Tensor:
+        """ε(∅) + s (ε(c) − ε(∅)) of answers that are at hand."""
         return unprompted + (self.guidance if scale is None else scale) * (answer - unprompted)
+
+    def both_answers(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+        """ε(c) and ε(∅)."""
+        answer, unprompted = (self.predictions(forward, shown)[0] for shown in (batch, self.without_words(batch)))
+        return answer, unprompted
 
     def without_words(self, batch: Batch) -> Batch:
         """The batch as it is shown to the sampler's unprompted half."""

@@ -176,8 +176,9 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
 
     def forget_loss(self, model: Callable, batch: Batch) -> Tensor:
         if self._goes_without_words:
-            return self._both_ways(model, batch, *self._answers_without(batch))
-        value = super().forget_loss(model, batch)
+            value = self._both_ways(model, batch, *self._answers_without(batch))
+        else:
+            value = super().forget_loss(model, batch)
         if not self.args.forget_sum:
             return value
         low, high = self._timesteps
@@ -220,26 +221,22 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
     @torch.no_grad()
     def _answers_without(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The guided answer to the concept's words, that of the original to the neutral prompt, and ε*(∅)."""
-        neutral, concept, unprompted = (
-            self.predictions(self.reference_forward, shown)[0]
-            for shown in ({**batch, "conditioning": batch["neutral"]}, batch, self.without_words(batch))
-        )
-        return unprompted + self.guidance * (neutral - unprompted), without_concept(unprompted, concept, neutral)
+        neutral, unprompted = self.both_answers(self.reference_forward, {**batch, "conditioning": batch["neutral"]})
+        concept, _ = self.predictions(self.reference_forward, batch)
+        return self.guide(neutral, unprompted), without_concept(unprompted, concept, neutral)
 
     def _both_ways(self, model: Callable, batch: Batch, guided: Tensor, untold: Tensor) -> Tensor:
         """Squared distance of what is answered without words, and of the guided answer by the square of its scale, `[batch]`."""
-        answer, unprompted = (self.predictions(model, shown)[0] for shown in (batch, self.without_words(batch)))
-        now = unprompted + self.guidance * (answer - unprompted)
-        return 0.5 * (self._error(now, guided, batch) / self.guidance**2 + self._error(unprompted, untold, batch))
+        answer, unprompted = self.both_answers(model, batch)
+        of_guided = self._error(self.guide(answer, unprompted), guided, batch) / self.guidance**2
+        return 0.5 * (of_guided + self._error(unprompted, untold, batch))
 
     def replay_loss(self, model: Callable, batch: Batch) -> Tensor:
         if not self._goes_without_words:
             return super().replay_loss(model, batch)
         with torch.no_grad():
-            answer, unprompted = (
-                self.predictions(self.reference_forward, shown)[0] for shown in (batch, self.without_words(batch))
-            )
-        return self._both_ways(model, batch, unprompted + self.guidance * (answer - unprompted), unprompted)
+            answer, unprompted = self.both_answers(self.reference_forward, batch)
+        return self._both_ways(model, batch, self.guide(answer, unprompted), unprompted)
 
     def retain_loss(self, model: Callable, batch: Batch) -> Tensor:
         value = super().retain_loss(model, batch)

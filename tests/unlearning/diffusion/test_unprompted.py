@@ -83,6 +83,9 @@ class TestTheTrainer:
         expected = weights * apart.mean((1, 2, 3)) / 2
         assert expected.min() > 1e-5
         assert_close(trainer.forget_loss(trainer.model, batch).detach(), expected, rtol=1e-3, atol=1e-7)
+        trainer.args.forget_sum = True  # over images, timesteps and numbers of a latent
+        every = len(trainer.forget_dataset) * len(trainer.schedule) * batch["clean"][0].numel()
+        assert_close(trainer.forget_loss(trainer.model, batch).detach(), every * expected, rtol=1e-3, atol=0)
 
     def test_what_is_kept_is_held_with_words_and_without(self, tmp_path):
         trainer, original, ask = begun(tmp_path)
