@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
@@ -108,12 +109,14 @@ class Subject(Protocol):
         name (`str`): what the report calls it: its folder or id, or its role.
         model (`nn.Module`): left as it is by every check.
         digest (`str`): of its weights.
+        device (`torch.device`): where it is.
     """
 
     role: Role
     name: str
     model: nn.Module
     digest: str
+    device: torch.device
 
 
 class AuditData(Protocol):

@@ -307,10 +307,7 @@ def _read(check: Check, subjects: Sequence[Subject], rows: AuditData, seed: int,
         reading = store.kept(check, one)
         if reading is None:
             started = time.perf_counter()
-            devices = (
-                [one.model.device] if getattr(getattr(one.model, "device", None), "type", "cpu") == "cuda" else []
-            )
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=[one.device] if one.device.type == "cuda" else []):
                 torch.manual_seed(int(np.random.SeedSequence([seed, 17]).generate_state(1)[0]))
                 reading = check.read(one, rows, seed)
             reading = store.keep(check, one, timed(reading, time.perf_counter() - started))

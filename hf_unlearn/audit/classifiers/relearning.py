@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...modes import seeded_generator
 from ...training.losses import cross_entropy
+from ..audited import reshuffled, trained_on
 from ..check import Reading, Role
 from ..weights import size_of_weights
 from .answers import OnRows
@@ -126,23 +127,18 @@ def in_pieces(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def drawn(part: Part, size: int, seed: int, key: int) -> Callable[[int], Part]:
-    """Batches of a part by step: reshuffled without replacement, and as long as there is need."""
-    generator = seeded_generator("cpu", seed, key)
-    rounds = -(-MARKS[-1] * size // len(part))
-    order = torch.cat([torch.randperm(len(part), generator=generator) for _ in range(rounds)])
-    return lambda step: part.select(order[step * size : (step + 1) * size])
+    """Batches of a part by step."""
+    rows = reshuffled(len(part), size, MARKS[-1], seed, key)
+    return lambda step: part.select(rows[step])
 
 
 def trained(model: nn.Module, batch: Callable[[int], Part]) -> Iterator[nn.Module]:
-    """The model after each of the marks' steps, in training mode as a user's would be; AdamW with a rate in units of the weights' size."""
-    model.train()
+    """The model after each of the marks' steps, at a rate in units of the weights' size."""
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE * size_of_weights(model), weight_decay=0.0)
-    for step in range(MARKS[-1]):
-        for inputs, labels in batch(step).batches(device):
-            cross_entropy(model(**inputs).logits, labels).mean().backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        if step + 1 in MARKS:
-            yield model
+
+    def loss(step: int) -> Tensor:
+        ((inputs, labels),) = batch(step).batches(device)
+        return cross_entropy(model(**inputs).logits, labels).mean()
+
+    for _ in trained_on(model, loss, MARKS, RATE * size_of_weights(model)):
+        yield model

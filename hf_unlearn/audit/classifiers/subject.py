@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,7 @@ from transformers import PreTrainedModel
 
 from ...modes import looking
 from ...training.losses import cross_entropy
-from ..check import Role
-from ..digests import digest_of
+from ..audited import AuditedModel
 from .data import BATCH, ClassifierData, Part
 
 
@@ -45,25 +43,8 @@ class Look:
         return cross_entropy(self.logits, self.labels).double()
 
 
-class ClassifierSubject:
-    """One model of an audit.
-
-    Args:
-        model (`nn.Module`): a classifier of Transformers, on any device. It is looked at and copied, never changed.
-        role (`str`), name (`str`): see [`Subject`][hf_unlearn.audit.check.Subject].
-    """
-
-    def __init__(self, model: nn.Module, role: Role, name: str):
-        self.model, self.role, self.name = model, role, name
-        self._looks: dict[int, tuple[Part, Look]] = {}
-
-    @cached_property
-    def digest(self) -> str:
-        return digest_of(self.model)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+class ClassifierSubject(AuditedModel):
+    """A classifier of Transformers."""
 
     def copy(self) -> nn.Module:
         """A model of its own to attack, in eval mode and fp32, of which every weight may be trained: in 16 bits small steps are lost."""
@@ -71,9 +52,7 @@ class ClassifierSubject:
         return attacked.requires_grad_(True)
 
     def look(self, part: Part) -> Look:
-        if id(part) not in self._looks:  # the part is kept beside, so that its id stays its own
-            self._looks[id(part)] = part, look_at(self.model, part)
-        return self._looks[id(part)][1]
+        return self.once(part, lambda: look_at(self.model, part))
 
 
 def look_at(model: nn.Module, part: Part, *, features: bool = True) -> Look:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...images import to_latents
 from ...modes import seeded_generator
 from ...training.noise import FlowSchedule, NoiseSchedule
+from ..audited import trained_on
 from ..weights import size_of_weights
 from .data import Images
 from .subject import in_eval, part_of, takes
@@ -146,24 +147,22 @@ def finetuned(
     clean, told = model.clean(images.pixels), model.told(images.prompts)
     generator = seeded_generator("cpu", seed, 51)
     trained, dtype = model.denoiser, next(model.denoiser.parameters()).dtype
-    trained.float().requires_grad_(True).train()
+    trained.float().requires_grad_(True)
     last = len(model.schedule(clean))
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=RATE * size_of_weights(trained), weight_decay=0.0)
-    for step in range(max(marks)):
+
+    def loss(step: int) -> Tensor:
         rows = batch(step)
         noise = torch.randn(clean[rows].shape, generator=generator)
         times = torch.randint(last, (len(rows),), generator=generator)
-        model.losses(clean[rows], rows_of(told, rows), noise, times).mean().backward()
-        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step + 1 in marks:
-            if dtype == torch.float32:
-                yield pipe
-            else:
-                drawing_pipe = copy.copy(pipe)
-                drawing_pipe.register_modules(**{part_of(pipe): copy.deepcopy(trained).to(dtype)})
-                yield drawing_pipe
+        return model.losses(clean[rows], rows_of(told, rows), noise, times).mean()
+
+    for _ in trained_on(trained, loss, marks, RATE * size_of_weights(trained)):
+        if dtype == torch.float32:
+            yield pipe
+        else:
+            drawing_pipe = copy.copy(pipe)
+            drawing_pipe.register_modules(**{part_of(pipe): copy.deepcopy(trained).to(dtype)})
+            yield drawing_pipe
 
 
 def rows_of(told: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:

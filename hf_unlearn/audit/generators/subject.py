@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...modes import in_eval_mode
-from ..check import Role
-from ..digests import digest_of
+from ..audited import AuditedModel
 from .data import Asked, GeneratorData
 from .marker import Marker
 
@@ -41,21 +40,12 @@ class Look:
     extractor: str
 
 
-class GeneratorSubject:
-    """One pipeline of an audit.
+class GeneratorSubject(AuditedModel):
+    """A pipeline."""
 
-    Args:
-        model (`DiffusionPipeline`): on any device. It is looked at and copied, never changed.
-        role (`str`), name (`str`): see [`Subject`][hf_unlearn.audit.check.Subject].
-    """
-
-    def __init__(self, model: Any, role: Role, name: str):
-        self.model, self.role, self.name = model, role, name
-        self._looks: dict[int, tuple[Asked, Look]] = {}
-
-    @cached_property
-    def digest(self) -> str:
-        return digest_of(self.model)
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     @property
     def is_prompted(self) -> bool:
@@ -105,9 +95,7 @@ class GeneratorSubject:
         return draw(self.pipe, asked, drawing)
 
     def look(self, asked: Asked, marker: Marker, drawing: Mapping[str, Any]) -> Look:
-        if id(asked) not in self._looks:  # what is asked is kept beside, so that its id stays its own
-            self._looks[id(asked)] = asked, look_at(self.pipe, asked, marker, drawing)
-        return self._looks[id(asked)][1]
+        return self.once(asked, lambda: look_at(self.pipe, asked, marker, drawing))
 
 
 def is_gan(pipe: Any) -> bool:

@@ -6,10 +6,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
 from torch import nn
 
-from ...modes import seeded_generator
+from ..audited import reshuffled, trained_on
 from ..check import Reading, Role
 from ..weights import size_of_weights
 from .answers import Telling
@@ -106,23 +105,12 @@ def shown_and_asked(data: LanguageData, seed: int) -> tuple[Part, Part]:
 
 
 def drawn(part: Part, seed: int) -> Callable[[int], Part]:
-    """Batches of a part by step: reshuffled without replacement, and as long as there is need."""
-    size = min(BATCH, len(part))
-    generator = seeded_generator("cpu", seed, 46)
-    rounds = -(-MARKS[-1] * size // len(part))
-    order = torch.cat([torch.randperm(len(part), generator=generator) for _ in range(rounds)]).tolist()
-    return lambda step: part.select(order[step * size : (step + 1) * size])
+    """Batches of a part by step."""
+    rows = reshuffled(len(part), min(BATCH, len(part)), MARKS[-1], seed, 46)
+    return lambda step: part.select(rows[step].tolist())
 
 
 def trained(model: nn.Module, batch: Callable[[int], Part], rate: float) -> Iterator[nn.Module]:
-    """The model after each of the marks' steps of AdamW, in training mode as a user's would be."""
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
-    model.train()
-    for step in range(MARKS[-1]):
-        losses(model, batch(step)).mean().backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step + 1 in MARKS:
-            yield model
+    """The model after each of the marks' steps."""
+    for _ in trained_on(model, lambda step: losses(model, batch(step)).mean(), MARKS, rate):
+        yield model

@@ -6,7 +6,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,30 +15,12 @@ from torch import nn
 from ...training.answers import as_inputs, greedy_answers, padded
 from ...training.evaluation import LanguageScores
 from ...training.losses import IGNORED, cross_entropy, next_tokens
-from ..check import Role
-from ..digests import digest_of
+from ..audited import AuditedModel
 from .data import BATCH, LanguageData, Part
 
 
-class LanguageSubject:
-    """One model of an audit.
-
-    Args:
-        model (`nn.Module`): a causal language model, with or without an adapter, on any device. It is looked at and copied, never changed.
-        role (`str`), name (`str`): see [`Subject`][hf_unlearn.audit.check.Subject].
-    """
-
-    def __init__(self, model: nn.Module, role: Role, name: str):
-        self.model, self.role, self.name = model, role, name
-        self._looks: dict[int, tuple[Part, LanguageScores]] = {}
-
-    @cached_property
-    def digest(self) -> str:
-        return digest_of(self.model)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+class LanguageSubject(AuditedModel):
+    """A causal language model, with or without an adapter."""
 
     def copy(self) -> nn.Module:
         """A model of its own to attack, in eval mode, adapters merged, of which every weight may be trained."""
@@ -56,12 +37,13 @@ class LanguageSubject:
         Raises:
             ValueError: losses that are not finite.
         """
-        if id(part) not in self._looks:  # the part is kept beside, so that its id stays its own
-            scores = part.evaluation(self.model)
-            if not np.isfinite(scores.nll).all():
-                raise ValueError("what the model gave is not finite")
-            self._looks[id(part)] = part, scores
-        return self._looks[id(part)][1]
+        return self.once(part, lambda: self._scores(part))
+
+    def _scores(self, part: Part) -> LanguageScores:
+        scores = part.evaluation(self.model)
+        if not np.isfinite(scores.nll).all():
+            raise ValueError("what the model gave is not finite")
+        return scores
 
 
 def said(model: nn.Module, part: Part, prompts: Sequence[Sequence[int]]) -> list[str]:
