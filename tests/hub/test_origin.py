@@ -3,10 +3,10 @@
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from filter_data import fitted_filter
-from hub_server import LoopbackHub
 from huggingface_hub import snapshot_download
 
 from hf_unlearn import FilteredPipeline
+from hf_unlearn.examples.loopback_hub import LoopbackHub
 from hf_unlearn.hub.origin import check_is_not_original_repository, hub_id, inherited, origin, revision_of, said_of
 from hf_unlearn.hub.publish import publish_folder
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 from filter_data import fitted_filter
-from hub_server import LoopbackHub
 from peft import LoraConfig, get_peft_model
 from peft.utils import load_peft_weights
 from safetensors.torch import save_file
@@ -15,6 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging as transformers_logging
 
 from hf_unlearn import FASTSafetyChecker, FilteredPipeline
+from hf_unlearn.examples.loopback_hub import LoopbackHub
 from hf_unlearn.hub.publish import publish_folder
 from hf_unlearn.hub.superseded import superseded
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 import yaml
 from fresh import run_python
-from hub_server import LoopbackHub
 from huggingface_hub import ModelCard, snapshot_download
 from image_data import QUIET, arguments, images, same, weights
 from language_data import masked, settings
@@ -16,6 +15,7 @@ from transformers import ViTForImageClassification
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnTrainer
 from hf_unlearn.data import fingerprint, split_by_values
 from hf_unlearn.examples.classifier import digits_processor
+from hf_unlearn.examples.loopback_hub import LoopbackHub
 from hf_unlearn.hub.publish import publishable_files
 
 

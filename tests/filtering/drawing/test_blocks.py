@@ -18,9 +18,9 @@ from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from filter_data import BrightnessChecker, fitted_filter, seeded, tiny_sdxl
 from fresh import run_python
-from hub_server import LoopbackHub
 
 from hf_unlearn import FilterBlock, FilteredImageError, FilteredPipeline
+from hf_unlearn.examples.loopback_hub import LoopbackHub
 
 
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")

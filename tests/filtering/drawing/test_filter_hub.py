@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from filter_data import Case, fitted_filter, loaders_without_a_filter
-from hub_server import LoopbackHub
 from safetensors.torch import load, save
 
 from hf_unlearn import FilteredPipeline
+from hf_unlearn.examples.loopback_hub import LoopbackHub
 
 
 pytestmark = pytest.mark.slow  # two interpreters: the Hub's address is read when huggingface_hub is imported

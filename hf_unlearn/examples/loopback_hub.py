@@ -1,9 +1,11 @@
-"""A Hugging Face Hub on loopback, over real HTTP and in memory, for tests that push a model and load it again.
+"""A Hugging Face Hub on loopback, over real HTTP and in memory, for a demo and for tests that push a model and load it again.
 
 It has model repositories only, no LFS, and no rights: every token reads and writes everything. A new repository is empty,
 where the real Hub puts a .gitattributes. Whatever it does not understand it answers with 501, which huggingface_hub 2.4
 does not try again, and keeps in `LoopbackHub.unknown`.
 """
+
+from __future__ import annotations
 
 import base64
 import hashlib
@@ -11,13 +13,12 @@ import json
 import os
 import re
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
+from unittest.mock import patch
 from urllib.parse import parse_qsl, unquote, urlsplit
-
-import pytest
 
 
 USER = "me"  # who owns a repository that is created without an owner
@@ -85,13 +86,11 @@ class LoopbackHub:
             "ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": cache,
             "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True, "HF_HUB_DISABLE_PROGRESS_BARS": True,
         }  # fmt: skip
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in exchanged.items():
-                patch.setattr(constants, name, value)
-            patch.setattr(hf_api.api, "endpoint", self.url)
-            patch.setattr("transformers.utils.hub._hf_api", None)  # made at the first call
-            patch.setenv("HF_TOKEN", "hf_loopback")
-            patch.setenv("NO_PROXY", "127.0.0.1")
+        with ExitStack() as stack:
+            stack.enter_context(patch.multiple(constants, **exchanged))
+            stack.enter_context(patch.object(hf_api.api, "endpoint", self.url))
+            stack.enter_context(patch("transformers.utils.hub._hf_api", None))  # made at the first call
+            stack.enter_context(patch.dict(os.environ, {"HF_TOKEN": "hf_loopback", "NO_PROXY": "127.0.0.1"}))
             close_session()
             yield self
         close_session()

@@ -8,7 +8,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from hub_server import LoopbackHub
+
+from hf_unlearn.examples.loopback_hub import LoopbackHub
 
 
 LARGE = bytes(range(256)) * 40
