@@ -7,19 +7,24 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
+from ...modes import looking, seeded_generator
+from .prompt_effect import BATCH, SHARES
 from .text_side import TextSide
-from .wordings import GENERIC, KINDS, filled, kind_of, naming
+from .wordings import GENERIC, KINDS, filled, kind_of, naming, templates_for
 
 
 TEMPLATE = "a photo of a {}"
-NEAREST = 5  # words of the kind, of which the one is taken that is the least confused with others
 SAME = 0.5  # of the usual distance between neighbours of a kind: what is nearer is another word for the same thing
+NEAREST, WORDS, LOOKS = 8, 12, 2 * len(SHARES)  # candidates, words that are asked of a kind, and how often each
+MANY = 16  # concepts without an anchor: as many as these are not asked of the denoiser any more
+ISOLATED = 5  # candidates then
 
 
 class AnchorWords:
-    """Finds for a concept another word of its kind: one that the text encoder puts near, so that little else of a prompt changes, and that
-    it keeps apart from other words.
+    """Finds for a concept another word of its kind: one that the text encoder puts near, so that little else of a prompt changes, and at
+    which the denoiser answers the opposite of what it answers at the concept.
 
     Args:
         side (`TextSide`): of the pipeline.
@@ -31,9 +36,14 @@ class AnchorWords:
         self.side, self.concepts, self.batch_size = side, list(concepts), batch_size
         self._known: dict[str, Tensor] = {}
 
-    def of(self, concept: str) -> str:
-        """The anchor of a concept: of the words of its kind that are not the same thing, the nearest few, and of these the one whose own
-        nearest neighbour is the furthest away; a generic word where nothing of the kind is known.
+    def of(self, concept: str, *, asks: bool = True) -> str:
+        """The anchor of a concept: of the words of its kind that are not the same thing, the nearest few, and of these the one that the
+        denoiser answers the least like the concept ([`~AnchorWords.likeness`]); a generic word where nothing of the kind is known.
+
+        Args:
+            concept (`str`): a word or a phrase.
+            asks (`bool`, defaults to `True`): ask the denoiser. Without, the one of the nearest few is taken whose own nearest neighbour is
+                the furthest away: the text encoder alone does not know whether the denoiser follows a word, nor as what.
         """
         kind = kind_of(concept) or self._nearest_kind(concept)
         forbidden = naming(self.concepts)
@@ -44,9 +54,44 @@ class AnchorWords:
         away = (states - self.states([concept])).norm(dim=1)
         apart = torch.cdist(states, states).fill_diagonal_(torch.inf).amin(1)
         away[away < SAME * apart.median()] = torch.inf
-        nearest = away.argsort()[:NEAREST]
+        order = away.argsort()
+        nearest = order[:NEAREST] if asks else order[:ISOLATED]
         nearest = nearest[away[nearest].isfinite()]
-        return words[nearest[apart[nearest].argmax()]] if len(nearest) else GENERIC
+        if not len(nearest):
+            return GENERIC
+        if not asks:
+            return words[nearest[apart[nearest].argmax()]]
+        like = self.likeness(concept, [words[place] for place in order[:WORDS]], kind)
+        return words[nearest[like[: len(nearest)].argmin()]]
+
+    def likeness(self, concept: str, words: Sequence[str], kind: str | None) -> Tensor:
+        r"""How much the denoiser's answer at each word is like that at the concept, −1 to 1, `[words]`:
+
+        $$ \cos\big(\epsilon(x_t, w) - \bar\epsilon,\; \epsilon(x_t, c) - \bar\epsilon\big), $$
+
+        the mean over a few wordings, times and noises, with $\bar\epsilon$ the mean over all these words and the concept. Near 0 where the
+        denoiser does not know the word, or as something else: whoever asks for it may still be shown the concept. Below 0 where it is
+        one of the things that are drawn in its place.
+        """
+        templates = templates_for(concept, kind)
+        found = torch.zeros(len(words))
+        with looking(self.side.denoiser):
+            for number in range(LOOKS):
+                prompts = [filled(templates[number % len(templates)], word) for word in (concept, *words)]
+                answers = self._answers(prompts, SHARES[number % len(SHARES)], number)
+                answers -= answers.mean(0)
+                found += cosine_similarity(answers[1:], answers[:1]) / LOOKS
+        return found
+
+    def _answers(self, prompts: Sequence[str], share: float, seed: int) -> Tensor:
+        """The denoiser's answers to one noise, `[prompts, …]` flat, fp32, on the CPU."""
+        noise = self.side.noise(1, seeded_generator("cpu", seed)).to(self.side.device, self.side.denoiser.dtype)
+        answers = []
+        for begin in range(0, len(prompts), BATCH):
+            told = self.side.told(prompts[begin : begin + BATCH])
+            noisy = noise.expand(len(told.tokens), *noise.shape[1:])
+            answers.append(self.side.answer(noisy, share, told).float().flatten(1).cpu())
+        return torch.cat(answers)
 
     def _nearest_kind(self, concept: str) -> str | None:
         """The kind of the nearest listed word; None where half of all words are as near to the one that is nearest to them."""

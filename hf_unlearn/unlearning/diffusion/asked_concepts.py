@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...training.checks import shown
-from .anchor_words import AnchorWords
+from .anchor_words import MANY, AnchorWords
 from .text_moments import last_words
 from .text_side import TextSide
 from .wordings import exchanged, filled, kind_of, naming, templates_for
@@ -45,10 +45,10 @@ def anchors_for(
     anchors = _given_anchors(concepts, anchor, may_be_empty)
     _check_anchors(concepts, anchors)
     words = AnchorWords(side, concepts, batch_size)
-    for name in concepts:
-        if name not in anchors:
-            anchors[name] = words.of(name)
-            logger.info("anchor: %r is redirected to %r", name, anchors[name])
+    without = [name for name in concepts if name not in anchors]
+    for name in without:
+        anchors[name] = words.of(name, asks=len(without) <= MANY)
+        logger.info("anchor: %r is redirected to %r", name, anchors[name])
     _check_anchors(concepts, anchors)
     return {name: anchors[name] for name in concepts}
 

@@ -150,6 +150,33 @@ class TestAnchors:
         words.states = lambda some: torch.stack([plane[word] for word in some]).double()
         return words
 
+    def test_what_the_denoiser_draws_instead(self):
+        """A dog is nearer, but drawn like a cat; a fox means nothing to the denoiser, a wolf is a landscape; of a mouse there is less cat."""
+        places = {"cat": [0.0, 0.0], "dog": [4.0, 0.0], "fox": [0.0, 6.0], "wolf": [-8.0, 0.0], "mouse": [-9.0, 9.0]}
+        words = self.states_of(places)
+        drawn = {"cat": [2.0, 0.0], "dog": [1.5, 0.5], "wolf": [0.5, 9.0], "mouse": [-1.0, 0.5]}
+
+        def answers(prompts, share, seed):
+            named = [[word for word in drawn if word in prompt] for prompt in prompts]
+            return torch.tensor([drawn[found[0]] if found else [0.0, 0.0] for found in named]) + seed
+
+        words._answers = answers
+        assert words.of("cat") == "mouse"
+        likeness = words.likeness("cat", ["dog", "fox", "wolf", "mouse"], "animal")
+        centred = torch.tensor([drawn["cat"], drawn["dog"], [0.0, 0.0], drawn["wolf"], drawn["mouse"]])
+        centred -= centred.mean(0)
+        angles = torch.atan2(centred[:, 1], centred[:, 0])
+        torch.testing.assert_close(likeness, torch.cos(angles[1:] - angles[0]))
+
+    def test_asks_the_denoiser_as_it_is_asked_for_a_prompt(self):
+        """Of a tiny one: all words in one batch or in several, one noise for all, as [`PromptEffect`] asks it."""
+        words = AnchorWords(text_side_of(tiny("sd")), ["cat"])
+        prompts = [f"a photo of a {word}" for word in ("cat", "dog", "fox", "wolf", "mouse", "lion")]
+        whole = words._answers(prompts, 0.75, 3)
+        for place in range(len(prompts)):
+            torch.testing.assert_close(words._answers(prompts[place : place + 1], 0.75, 3), whole[[place]])
+        assert (whole - words._answers(prompts, 0.75, 4)).abs().amax() > 0.1
+
     def test_the_least_confused_of_the_nearest(self):
         """Fox and wolf are nearer, but beside each other; the mouse is by itself."""
         places = {
@@ -160,11 +187,12 @@ class TestAnchors:
             "bear": [13.0, 0.0],
             "dog": [13.0, 4.0],
         }
-        assert self.states_of(places).of("cat") == "mouse"
+        assert self.states_of(places).of("cat", asks=False) == "mouse"
 
     def test_not_another_word_for_the_same(self):
         places = {"cat": [0.0, 0.0], "mouse": [-1.0, 0.0], "bear": [-90.0, 0.0]}
-        assert self.states_of(places).of("cat") == "bear"
+        assert self.states_of(places).of("cat", asks=False) == "bear"
+        assert self.states_of(places).of("cat") != "mouse"
 
     def test_an_unlisted_word_is_of_its_neighbours_kind(self):
         near = self.states_of({"kitty": [100.0 + 10 * 13, 101.0]})  # beside the first animal
