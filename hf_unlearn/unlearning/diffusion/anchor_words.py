@@ -37,13 +37,14 @@ class AnchorWords:
         self._known: dict[str, Tensor] = {}
 
     def of(self, concept: str, *, asks: bool = True) -> str:
-        """The anchor of a concept: of the words of its kind that are not the same thing, the nearest few, and of these the one that the
-        denoiser answers the least like the concept ([`~AnchorWords.likeness`]); a generic word where nothing of the kind is known.
+        """The anchor of a concept: of the words of its kind that are not the same thing, the nearest few; of these the half that the text
+        encoder confuses the least with others, as a word that it hardly knows; and of these the one that the denoiser answers the least like
+        the concept ([`~AnchorWords.likeness`]). A generic word where nothing of the kind is known.
 
         Args:
             concept (`str`): a word or a phrase.
-            asks (`bool`, defaults to `True`): ask the denoiser. Without, the one of the nearest few is taken whose own nearest neighbour is
-                the furthest away: the text encoder alone does not know whether the denoiser follows a word, nor as what.
+            asks (`bool`, defaults to `True`): ask the denoiser. Without, the least confused of the nearest few is taken: the text encoder
+                alone does not know whether the denoiser follows a word, nor as what.
         """
         kind = kind_of(concept) or self._nearest_kind(concept)
         forbidden = naming(self.concepts)
@@ -59,10 +60,11 @@ class AnchorWords:
         nearest = nearest[away[nearest].isfinite()]
         if not len(nearest):
             return GENERIC
+        alone = apart[nearest]
         if not asks:
-            return words[nearest[apart[nearest].argmax()]]
-        like = self.likeness(concept, [words[place] for place in order[:WORDS]], kind)
-        return words[nearest[like[: len(nearest)].argmin()]]
+            return words[nearest[alone.argmax()]]
+        like = self.likeness(concept, [words[place] for place in order[:WORDS]], kind)[: len(nearest)]
+        return words[nearest[like.where(alone >= alone.median(), torch.inf).argmin()]]
 
     def likeness(self, concept: str, words: Sequence[str], kind: str | None) -> Tensor:
         r"""How much the denoiser's answer at each word is like that at the concept, −1 to 1, `[words]`:

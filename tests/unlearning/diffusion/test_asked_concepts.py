@@ -151,10 +151,21 @@ class TestAnchors:
         return words
 
     def test_what_the_denoiser_draws_instead(self):
-        """A dog is nearer, but drawn like a cat; a fox means nothing to the denoiser, a wolf is a landscape; of a mouse there is less cat."""
-        places = {"cat": [0.0, 0.0], "dog": [4.0, 0.0], "fox": [0.0, 6.0], "wolf": [-8.0, 0.0], "mouse": [-9.0, 9.0]}
+        """A dog is nearer, but drawn like a cat; a fox means nothing to the denoiser, a wolf is a landscape; of a mouse there is less cat. There
+        is still less at the last two, which are one word to the text encoder.
+        """
+        places = {
+            "cat": [0.0, 0.0],
+            "dog": [4.0, 0.0],
+            "fox": [0.0, 6.0],
+            "wolf": [-8.0, 0.0],
+            "mouse": [-9.0, 9.0],
+            "lion": [9.0, 9.0],
+            "tiger": [9.1, 9.0],
+        }
         words = self.states_of(places)
         drawn = {"cat": [2.0, 0.0], "dog": [1.5, 0.5], "wolf": [0.5, 9.0], "mouse": [-1.0, 0.5]}
+        drawn |= {"lion": [-3.0, 0.0], "tiger": [-3.0, 0.0]}
 
         def answers(prompts, share, seed):
             named = [[word for word in drawn if word in prompt] for prompt in prompts]
