@@ -94,6 +94,8 @@ class RedirectMixin:
             model, tokenizer, self._own_samples, chat=self._is_chat, max_new_tokens=self._longest, seed=seed,
             progress=not self.args.disable_tqdm,
         )  # fmt: skip
+        limit = self.args.max_length  # which a question that was read again may be longer than
+        texts = [(ids[:limit], begin, answer) for ids, begin, answer in texts if limit is None or answer < limit]
         own = kept_rows((ids, [IGNORED] * begin + ids[begin:]) for ids, begin, _ in texts)
         self.subjects = subjects = Subjects(self._words, prompts, [pair.ids for pair in (*keep, *own)], self._marked)
         if without := sum(not subject for subject in subjects.of):
@@ -128,9 +130,10 @@ class RedirectMixin:
 
     @property
     def _longest(self) -> int:
-        """Tokens at most of a question or an answer that the original writes."""
-        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2 * LONGEST
-        return min(LONGEST, room // 2 - 1)
+        """Tokens at most of a question or an answer that the original writes: both have room in what the model, and the user, read at once."""
+        read = getattr(self.model.config.get_text_config(), "max_position_embeddings", None), self.args.max_length
+        room = min(filter(None, read), default=2 * LONGEST)
+        return max(1, min(LONGEST, room // 2 - 1))
 
     @property
     def _is_chat(self) -> bool:

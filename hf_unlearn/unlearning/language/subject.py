@@ -349,7 +349,9 @@ class Subjects:
             if not mark and not wanted & names and 2 * len(wanted) > len(here) > 1:
                 wanted = set()  # nothing tells the subject from the question
             self.of.append(_whole_name(row, wanted, names))
-            self.surface = {word.text: word.surface for word in row if word.text in self.of[-1]} | self.surface
+            named = [word for word in reversed(row) if word.text in self.of[-1]]
+            named.sort(key=lambda word: word.capital)  # the first with a capital letter last: Will, who will
+            self.surface = {word.text: word.surface for word in named} | self.surface
         self._known = {word.text for row in (*rows, *background) for word in row}
         self._others = _names_by_place(background, set(self.surface))
         self.strangers = self.drawn(0)
@@ -378,7 +380,8 @@ class Subjects:
     def replaced(
         self, ids: Sequence[int], new: Mapping[str, str], read: Sequence[Word] | None = None
     ) -> Counterfactual:
-        """The row with every word that `new` has another one for replaced, wherever it stands.
+        """The row with every word that `new` has another one for replaced, wherever it stands; but where it has the name with a capital
+        letter, in small letters it is another word: Will, who will.
 
         Args:
             ids: of the row.
@@ -388,8 +391,10 @@ class Subjects:
         found: list[int] = []
         places: list[int] = []
         done = 0
-        for word in self.words.of(ids) if read is None else read:
-            if word.text not in new:
+        read = self.words.of(ids) if read is None else read
+        names = {word.text for word in read if word.capital and self.surface.get(word.text, "")[:1].isupper()}
+        for word in read:
+            if word.text not in new or (word.text in names and not word.capital):
                 continue
             places += range(len(found), len(found) + word.begin - done)
             found += ids[done : word.begin]
@@ -405,9 +410,12 @@ class Subjects:
     def named_by(self, ids: Sequence[int], subject: tuple[str, ...]) -> int:
         """The place after the words of the subject that stand together first."""
         words = self.words.of(ids)
-        begin = next((number for number, word in enumerate(words) if word.text in subject), None)
-        if begin is None:
+        named = [number for number, word in enumerate(words) if word.text in subject]
+        if not named:
             return 0
+        begin = max(
+            named, key=lambda number: words[number].surface == self.surface.get(words[number].text)
+        )  # the first
         last = next((word for word, after in pairwise(words[begin:]) if after.text not in subject), words[-1])
         return last.end
 

@@ -197,6 +197,14 @@ class TestTrainer:
                 forgetting(parrot, tokenizer, tmp_path / "x", retain=retain, own_samples=None)._own_samples == expected
             )
 
+    def test_own_texts_are_no_longer_than_what_is_read(self, tiny_llama, tokenizer, tmp_path):
+        """A model that never ends its texts, of 128 places, whose user reads 24 tokens at once."""
+        for max_length, longest in ((None, 63), (24, 11)):
+            trainer = forgetting(tiny_llama, tokenizer, tmp_path / str(max_length), max_length=max_length)
+            assert trainer._longest == longest
+        own = trainer._made()["kept"].rows["input_ids"]
+        assert max(map(len, own)) == 24
+
     def test_what_the_guard_sees_equals_plain_loops(self, parrot, tokenizer, tmp_path):
         original = copy.deepcopy(parrot)
         trainer = forgetting(

@@ -222,6 +222,23 @@ class TestSubjects:
         assert set(self.of(prompts, others * 20, marked=marks).of) == {("university", "oslo")}
         assert self.of(["what of the end?"], others * 20, marked=["the end"]).of == [("the", "end")]
 
+    def test_a_name_that_is_another_word_in_small_letters(self):
+        """Who writes no capitals at all has the name replaced, as ever."""
+        subjects = self.of(["When will Will Riga, who will sing, come to WILL?"], marked=["Will Riga"])
+        new = dict(zip(("will", "riga"), ("Karl", "Meier"), strict=True))
+
+        def told(text):
+            ids = subjects.replaced(ids_of(subjects.words, text), new).ids
+            return subjects.words.tokenizer.decode(ids)
+
+        assert subjects.surface["will"] == "Will"
+        assert told("When will Will Riga, who will sing, come?") == "When will Karl Meier, who will sing, come?"
+        assert told("when does will riga sing?") == "when does karl meier sing?"
+        ids = ids_of(subjects.words, "When will Will Riga sing?")
+        assert (
+            subjects.words.tokenizer.decode(ids[: subjects.named_by(ids, ("will", "riga"))]) == "When will Will Riga"
+        )
+
     @pytest.mark.parametrize("others", [[], FORGET, ["The weather is fine."]])
     def test_are_none_where_nothing_tells_them_from_the_question(self, others):
         """Nothing to compare with, the same of both, or small letters alone that nobody else writes."""
