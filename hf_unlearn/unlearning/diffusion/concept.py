@@ -15,7 +15,7 @@ from .asked_concepts import anchors_for, wordings_for
 from .encoded import prompts_of
 from .pipelines import architecture_of, text_side_of
 from .text_side import TextSide
-from .wordings import exchanged, kept_prompts
+from .wordings import exchanged, kept_prompts, neighbours
 
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def settled(args: Any, pipeline: DiffusionPipeline, dataset: Any) -> Any:
     if args.replay_prompts is None:
         made.replay_prompts = _kept(made.redirected(prompts), anchors)
         logger.info(
-            "replay_prompts: %d of our own, half of them with %s, half of other things; give yours, for what must stay",
+            "replay_prompts: %d of our own, a third of them with %s, a third with other words of the kind, the rest of other things; give "
+            "yours, for what must stay",
             len(made.replay_prompts),
             " and ".join(map(repr, dict.fromkeys(anchors.values()))),
         )
@@ -127,8 +128,10 @@ def settled(args: Any, pipeline: DiffusionPipeline, dataset: Any) -> Any:
 
 
 def _kept(instead: Sequence[str], anchors: Mapping[str, str]) -> list[str]:
-    """What is asked instead and prompts of all kinds in turn."""
-    instead = list(dict.fromkeys(instead))
-    kept = kept_prompts(anchors)
-    random.Random(0).shuffle(kept)  # of all kinds from the first on
-    return list(chain.from_iterable(zip((instead[i % len(instead)] for i in range(len(kept))), kept, strict=True)))
+    """What is asked instead, the neighbours of what is forgotten and prompts of all kinds in turn."""
+    kept, near = kept_prompts(anchors), neighbours(anchors)
+    for prompts in (kept, near):
+        random.Random(0).shuffle(prompts)  # of all kinds from the first on
+    often = [list(dict.fromkeys(instead)), *([near] if near else [])]
+    turns = [[prompts[i % len(prompts)] for i in range(len(kept))] for prompts in often]
+    return list(chain.from_iterable(zip(*turns, kept, strict=True)))

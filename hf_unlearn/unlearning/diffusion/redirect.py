@@ -21,7 +21,7 @@ from .pipelines import architecture_of, text_side_of
 from .prompt_effect import LASTING, PromptEffect, measured
 from .text_moments import TextMoments, moments_between, moments_of, weighted
 from .text_side import TextLayer, TextSide
-from .wordings import kept_prompts
+from .wordings import kept_prompts, neighbours
 
 
 if TYPE_CHECKING:
@@ -246,8 +246,10 @@ def _kept(side: TextSide, keep: Any, anchors: Mapping[str, str], batch_size: int
     if isinstance(keep, TextMoments):
         keep.check_fits(side)
         return keep
-    prompts = kept_prompts(anchors) if keep is None else kept_without(side, keep, anchors)
-    return moments_of(side, weighted(prompts), batch_size)
+    if keep is not None:
+        return moments_of(side, weighted(kept_without(side, keep, anchors)), batch_size)
+    prompts, near = kept_prompts(anchors), neighbours(anchors)
+    return moments_of(side, weighted(prompts, near), batch_size)
 
 
 def _asked(

@@ -123,10 +123,13 @@ class TextMoments:
                 )
 
 
-def weighted(prompts: Iterable[str]) -> dict[str, float]:
-    """Each different prompt with its weight of one, and the empty one with a share of all."""
+def weighted(prompts: Iterable[str], near: Sequence[str] = ()) -> dict[str, float]:
+    """Each different prompt with its weight of one, the empty one with a share of all, and others that weigh as much together."""
     weights = dict.fromkeys(prompts, 1.0)
-    return weights | {"": max(1.0, EMPTY_SHARE * len(weights))}
+    each = len(weights) / max(len(near), 1)
+    for prompt in near:
+        weights[prompt] = weights.get(prompt, 0.0) + each
+    return weights | {"": max(1.0, EMPTY_SHARE * sum(weights.values()))}
 
 
 @torch.no_grad()

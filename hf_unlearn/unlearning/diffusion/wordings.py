@@ -109,6 +109,19 @@ def kept_prompts(without: Iterable[str] = ()) -> list[str]:
     return [prompt for prompt in dict.fromkeys(made) if not (named and named.search(prompt))]
 
 
+def neighbours(concepts: Iterable[str]) -> list[str]:
+    """The other words of each concept's kind, asked for as the concepts are: what is harmed first where they go.
+
+    Args:
+        concepts (`Iterable[str]`): of which none is named.
+    """
+    concepts = list(concepts)
+    kinds = dict.fromkeys(kind for concept in concepts if (kind := kind_of(concept)))
+    made = [filled(template, word) for kind in kinds for word in KINDS[kind] for template in templates_for(word, kind)]
+    named = naming(concepts)
+    return [prompt for prompt in dict.fromkeys(made) if not named.search(prompt)]
+
+
 def filled(template: str, word: str) -> str:
     """A template with a word in each of its `{}`; an article before it is "a" or "an" as the word wants."""
     parts = template.split("{}")

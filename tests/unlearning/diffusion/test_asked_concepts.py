@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 
 import diffusers
 import pytest
@@ -11,7 +12,7 @@ from text_to_image_data import KIND_NAMES, denoiser_of, tiny, unet
 from hf_unlearn import ConceptRedirection, PromptEffect, redirect_concept
 from hf_unlearn.unlearning.diffusion.anchor_words import AnchorWords
 from hf_unlearn.unlearning.diffusion.pipelines import TEXT_SIDES, text_side_of
-from hf_unlearn.unlearning.diffusion.text_moments import aligned, aligned_places
+from hf_unlearn.unlearning.diffusion.text_moments import aligned, aligned_places, weighted
 from hf_unlearn.unlearning.diffusion.wordings import (
     GENERIC,
     KINDS,
@@ -20,6 +21,7 @@ from hf_unlearn.unlearning.diffusion.wordings import (
     kept_prompts,
     kind_of,
     naming,
+    neighbours,
     plural,
 )
 
@@ -71,6 +73,18 @@ class TestWords:
     )
     def test_plural(self, word, expected):
         assert plural(word) == expected
+
+    def test_neighbours_are_asked_for_as_the_concepts_are(self):
+        found = neighbours(["red", "cat"])
+        assert {"a photo of a blue house", "a green thing", "a photo of a dog", "a painting of an owl"} <= set(found)
+        assert not any(re.search(r"\b(red|cats?)\b", prompt) for prompt in found)
+        assert len(found) == len(set(found))
+        assert neighbours(["Ada Lovelace"]) == []
+
+    def test_neighbours_weigh_as_much_as_all_else(self):
+        weights = weighted(["a", "b", "c", "d"], ["d", "e"])
+        assert weights == {"a": 1, "b": 1, "c": 1, "d": 3, "e": 2, "": 1}
+        assert weighted(map(str, range(100)))[""] == 5
 
     def test_kept_prompts_name_no_concept(self):
         whole, without = kept_prompts(), kept_prompts(["Cat", "red"])

@@ -10,7 +10,7 @@ from vdu_data import prompted_arguments, rows
 from hf_unlearn import VDUTrainer, redirect_concept
 from hf_unlearn.unlearning.diffusion.concept import common_phrase
 from hf_unlearn.unlearning.diffusion.pipelines import text_side_of
-from hf_unlearn.unlearning.diffusion.wordings import templates_for
+from hf_unlearn.unlearning.diffusion.wordings import neighbours, templates_for
 
 
 WANTED = {"cat": "horse"}
@@ -59,8 +59,9 @@ class TestWhatFollows:
             assert {"cat", anchor} == (set(words) ^ set(others)) - {"a", "an"}
         assert (settled.closed_form, settled.negative_guidance) == (True, None)
         assert {"cat", "cats"}.isdisjoint(" ".join(settled.replay_prompts).split())
-        assert set(settled.replay_prompts[::2]) == set(instead)
-        assert not set(settled.replay_prompts[1::2]) <= set(instead)
+        assert set(settled.replay_prompts[::3]) == set(instead)
+        assert set(settled.replay_prompts[1::3]) == set(neighbours(["cat"]))
+        assert not set(settled.replay_prompts[2::3]) <= {*instead, *neighbours(["cat"])}
         assert all(".attn2." in name for name, p in trainer.model.named_parameters() if p.requires_grad)
         assert (args.concept, args.forget_prompts, args.redirect_prompt, args.trainable) == ("cat", None, None, None)
 
