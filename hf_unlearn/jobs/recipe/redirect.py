@@ -46,8 +46,8 @@ class RedirectJob:
     wordings: list[str] | None = None
     keep: list[str] | None = None
     strength: float = 1.0
-    keep_weight: float = 1.0
-    ridge: float = 1e-3
+    keep_weight: float = 5.0
+    ridge: float = 1e-4
     null_space: bool = False
     lora_rank: int | None = None
     prompts: list[str] | None = None

@@ -65,8 +65,8 @@ class ConceptRedirection:
         anchor: str | Sequence[str] | Mapping[str, str] | None = None,
         wordings: Sequence[str] | None = None,
         keep: Sequence[str] | TextMoments | str | Path | None = None,
-        keep_weight: float = 1.0,
-        ridge: float = 1e-3,
+        keep_weight: float = 5.0,
+        ridge: float = 1e-4,
         null_space: bool = False,
         batch_size: int = 16,
     ) -> ConceptRedirection:
@@ -179,8 +179,8 @@ def redirect_concept(
     wordings: Sequence[str] | None = None,
     keep: Sequence[str] | TextMoments | str | Path | None = None,
     strength: float = 1.0,
-    keep_weight: float = 1.0,
-    ridge: float = 1e-3,
+    keep_weight: float = 5.0,
+    ridge: float = 1e-4,
     null_space: bool = False,
     batch_size: int = 16,
     measure: bool = True,
@@ -210,8 +210,8 @@ def redirect_concept(
         keep (`Sequence[str]` | [`TextMoments`] | `str` | `Path`, *optional*): prompts to keep, their moments, or the file of these. Default:
             some thousand prompts made from short lists of words; they decide how little else is lost, so give your own.
         strength (`float`, defaults to 1.0): how far to go from the old weights (0) to the new ones (1).
-        keep_weight (`float`, defaults to 1.0): w, of what is kept beside one concept.
-        ridge (`float`, defaults to 1e-3): λ, as a share of the mean squared entry of kept text states.
+        keep_weight (`float`, defaults to 5.0): w, of what is kept beside one concept. Higher keeps more of the rest, and at some point the concept, too.
+        ridge (`float`, defaults to 1e-4): λ, as a share of the mean squared entry of kept text states.
         null_space (`bool`, defaults to `False`): change nothing along directions in which what is kept is stronger than the ridge, as SPEED does;
             for the few concepts and short lists that leave such directions.
         batch_size (`int`, defaults to 16): prompts encoded at once.

@@ -155,7 +155,14 @@ class TestNullSpace:
         lost, left = {}, {}
         for null_space in (False, True):
             found = ConceptRedirection.of(
-                tiny("sd"), "cat", anchor="horse", wordings=[ASKED], keep=KEPT, null_space=null_space, ridge=1e-4
+                tiny("sd"),
+                "cat",
+                anchor="horse",
+                wordings=[ASKED],
+                keep=KEPT,
+                null_space=null_space,
+                ridge=1e-4,
+                keep_weight=1,
             )
             change = found.changes["tokens"].T
             lost[null_space] = (kept @ change).norm() / kept.norm()
