@@ -25,7 +25,7 @@ def load(
 
     Args:
         name (`str`): `"digits"` (embedded, no network), `"opinions"` (instructions with a planted opinion), `"facts"` (questions about invented
-            people), `"fashion_mnist"` (of the Debian package where it is installed), a folder written by `save_to_disk`, a folder of images or of other data files, or an
+            people), `"coloured-digits"` (pictures with captions), `"fashion_mnist"` (of the Debian package where it is installed), a folder written by `save_to_disk`, a folder of images or of other data files, or an
             id on the Hub.
         config (`str`, *optional*): which of several data sets of one folder or id, as in `"forget10"`.
         revision (`str`, *optional*): of a dataset on the Hub.
@@ -46,6 +46,10 @@ def load(
         from .facts import facts_data
 
         return facts_data()
+    if name == "coloured-digits":
+        from .coloured_digits import coloured_digits
+
+        return coloured_digits()
     if name == "fashion_mnist":
         if FASHION_MNIST.is_dir():
             return fashion_mnist()

@@ -72,7 +72,7 @@ def test_a_report_is_written_and_what_came_out_is_said(untrained, work, capsys):
         (("--model", "a", "--dataset", "digits", "--output_dir", "out"), "forget_column: missing"),
         (("--model", "a", *WORDS[:4], *WORDS[6:]), "forget_values: missing"),
         (("--model", "a", "--original", "a", *WORDS), "original: is the audited model itself"),
-        (("--model", "a", "--retrain", "3", *WORDS), "retrain: only models of 'digits'"),
+        (("--model", "a", "--retrain", "3", *WORDS), "retrain: only small models are trained here"),
         (("--model", "a", "--seed", "-1", *WORDS), "seed=-1"),
         (("--model", "a", "--check", "quick", *WORDS), "unknown key 'check'"),
     ],
