@@ -51,12 +51,26 @@ def page(report: AuditFindings, path: str | Path, drawn: str | Path | None = Non
                 layers=[one for one in layers if one[1]],
                 image=image,
                 open=open_,
+                models=_models(report),
                 headings=HEADINGS,
                 confidence=f"{CONFIDENCE:.0%}",
             ),
             encoding="utf-8",
         )
     return path
+
+
+def _models(report: AuditFindings) -> dict[str, str]:
+    """Who is who; retrained models on one line. Models that were passed as objects have no names but their roles."""
+    found: dict[str, list[str]] = {}
+    for role, name in report.models.items():
+        found.setdefault(role.split()[0], []).append(name)
+    return {
+        role: (f"{len(names)} models" if len(names) > 1 else "a model") + " without a name"
+        if set(names) == {role}
+        else ", ".join(names)
+        for role, names in found.items()
+    }
 
 
 def _row(one: CheckResult) -> dict[str, Any]:
