@@ -55,10 +55,8 @@ def test_the_page_tells_every_check_and_asks_for_nothing(report, tmp_path):
     assert "<script" not in page
     assert "none &amp; nothing" in page
     assert "3 models without a name" in page
-    assert set(re.findall(r'(?:src|href)="(\w+:[^",]{0,18})', page)) <= {
-        "data:image/png;base64",
-        "https://arxiv.org/abs",
-    }
+    asked = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert all(one.startswith(("data:image/png;base64,", "https://arxiv.org/abs/")) for one in asked)
     named = replace(report, models={"audited": "me/b", "original": "me/a", "retrained 1": "c", "retrained 2": "d"})
     assert "<dt>retrained</dt><dd>c, d</dd>" in named.to_html(tmp_path / "named.html").read_text()
 
