@@ -289,7 +289,7 @@ STATUS_COLOURS = {
     "beyond": "#c92a2a",
     "within": "#2b8a3e",
     "unclear": "#e67700",
-    "blind": "#e67700",
+    "blind": "#fab005",
     "unknown": "#868e96",
 }
 FARTHEST = 6.0  # margins that are drawn; what is farther stands at the edge
@@ -314,30 +314,40 @@ def audit_page(
     figure = Figure(figsize=(8.6, tall + (2.6 if recovery else 0)), layout="constrained")
     top, *below = figure.subfigures(2, 1, height_ratios=[tall, 2.6]) if recovery else [figure]
     axes = top.subplots()
-    axes.axvspan(-FARTHEST, 1, color="#ebfbee", zorder=0)
+    lowest = min((bar.low for bar in bars if bar.low is not None), default=0.0)
+    left = max(-FARTHEST, min(-1.0, lowest - 0.2))
+    axes.axvspan(left - 0.3, 1, color="#ebfbee", zorder=0)
     axes.axvline(1, color="#2b8a3e", linewidth=1, linestyle="--", label="margin", zorder=1)
-    axes.axvline(0, color="#1c7ed6", linewidth=1, label="retrained, mean", zorder=1)
+    axes.axvline(0, color=COLOURS["retrained"], linewidth=1, label="retrained, mean", zorder=1)
     for place, bar in enumerate(bars):
         colour = STATUS_COLOURS[bar.status]
         if bar.distance is None:
             axes.annotate(bar.status, (0.1, place), va="center", fontsize=7, color=colour)
             continue
-        ends = np.clip([bar.low, bar.high], -FARTHEST, FARTHEST)
+        ends = np.clip([bar.low, bar.high], left, FARTHEST)
         axes.hlines(place, *ends, color=colour, linewidth=2.4, zorder=3)
-        axes.scatter(np.clip(bar.distance, -FARTHEST, FARTHEST), place, s=26, color=colour, zorder=4)
+        axes.scatter(np.clip(bar.distance, left, FARTHEST), place, s=26, color=colour, zorder=4)
         if bar.original is not None:
-            axes.scatter(
-                np.clip(bar.original, -FARTHEST, FARTHEST), place, s=24, marker="x", color="#868e96", zorder=2,
-                label="original" if place == 0 else None,
-            )  # fmt: skip
+            axes.scatter(np.clip(bar.original, left, FARTHEST), place, s=24, marker="x", color="#868e96", zorder=2)
     axes.set(yticks=range(len(bars)), yticklabels=[bar.name for bar in bars], ylim=(len(bars) - 0.4, -0.6))
-    axes.set(xlim=(-FARTHEST - 0.3, FARTHEST + 0.3))
+    axes.set(xlim=(left - 0.3, FARTHEST + 0.3))
     axes.set_xlabel("distance from retrained models, in margins (at the edge: farther)", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(axis="x", color="#e9ecef", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7, loc="lower right")
-    axes.set_title(title, loc="left", fontsize=10)
+    if any(bar.original is not None for bar in bars):
+        axes.scatter([], [], s=24, marker="x", color="#868e96", label="original")
+    for status in dict.fromkeys(bar.status for bar in bars if bar.distance is not None):
+        axes.scatter([], [], s=26, color=STATUS_COLOURS[status], label=status)
+    above = {
+        "loc": "lower right",
+        "bbox_to_anchor": (1.01, 1.0),
+        "borderaxespad": 0.2,
+        "columnspacing": 1.2,
+        "handletextpad": 0.4,
+    }
+    axes.legend(frameon=False, fontsize=7, ncols=8, **above)
+    top.suptitle(title, x=0.01, ha="left", fontsize=10)
     for panel, (name, models) in zip(
         below[0].subplots(1, columns, sharey=True, squeeze=False)[0] if below else (), recovery.items(), strict=True
     ):
@@ -362,7 +372,7 @@ def audit_page(
         panel.grid(color="#e9ecef")
         panel.spines[["top", "right"]].set_visible(False)
     if below:
-        below[0].axes[0].set_ylabel("forgotten rows right, %", fontsize=8)
+        below[0].axes[0].set_ylabel("known of the forgotten, %", fontsize=8)
         below[0].axes[0].legend(frameon=False, fontsize=7)
     return _write(figure, path)
 

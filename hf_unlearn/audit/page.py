@@ -6,19 +6,13 @@ import base64
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from .. import plots
 from ..files import kept_private
 from .equivalence import CONFIDENCE
-from .residual import ResidualMu
+from .findings import AuditFindings
 from .result import CheckResult
-
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from .verdict import Verdict
 
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -28,23 +22,10 @@ LAYERS = {
     "distance": "Told from retrained models",
     "beside": "What else was lost (not judged)",
 }
+HEADINGS = ("audited", "original", "retrained", "distance", "margin", "rows", "status")
 
 
-class Shown(Protocol):
-    """What a page shows of a report."""
-
-    verdict: Verdict
-    results: tuple[CheckResult, ...]
-    residual: ResidualMu
-    skipped: Mapping[str, str]
-    failed: Mapping[str, str]
-    unchecked: Mapping[str, str]
-    models: Mapping[str, str]
-    forgotten: str
-    sizes: Mapping[str, int]
-
-
-def picture(report: Shown, path: str | Path) -> Path:
+def picture(report: AuditFindings, path: str | Path) -> Path:
     """The checks beside their margins, and recovery curves. A PNG file."""
     title = f"{report.verdict.word}: {report.forgotten}"
     return plots.audit_page(
@@ -52,15 +33,15 @@ def picture(report: Shown, path: str | Path) -> Path:
     )
 
 
-def page(report: Shown, path: str | Path, drawn: str | Path | None = None) -> Path:
+def page(report: AuditFindings, path: str | Path, drawn: str | Path | None = None) -> Path:
     """The same with all numbers, what each check can show, and what was not checked. An HTML file; `drawn` is its picture, if it is there."""
     from jinja2 import Environment
 
     with tempfile.TemporaryDirectory() as scratch:
         image = base64.b64encode(Path(drawn or picture(report, Path(scratch, "audit.png"))).read_bytes()).decode()
-    text = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["first_upper"] = lambda text: text[:1].upper() + text[1:]
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     layers = [(title, [_row(one) for one in report.results if one.layer == layer]) for layer, title in LAYERS.items()]
     open_ = {**{name: f"failed: {why}" for name, why in report.failed.items()}, **report.skipped, **report.unchecked}
     with kept_private(path) as path:
@@ -70,6 +51,8 @@ def page(report: Shown, path: str | Path, drawn: str | Path | None = None) -> Pa
                 layers=[one for one in layers if one[1]],
                 image=image,
                 open=open_,
+                models=_models(report),
+                headings=HEADINGS,
                 confidence=f"{CONFIDENCE:.0%}",
             ),
             encoding="utf-8",
@@ -77,15 +60,34 @@ def page(report: Shown, path: str | Path, drawn: str | Path | None = None) -> Pa
     return path
 
 
+def _models(report: AuditFindings) -> dict[str, str]:
+    """Who is who; retrained models on one line. Models that were passed as objects have no names but their roles."""
+    found: dict[str, list[str]] = {}
+    for role, name in report.models.items():
+        found.setdefault(role.split()[0], []).append(name)
+    return {
+        role: (f"{len(names)} models" if len(names) > 1 else "a model") + " without a name"
+        if set(names) == {role}
+        else ", ".join(names)
+        for role, names in found.items()
+    }
+
+
 def _row(one: CheckResult) -> dict[str, Any]:
+    """A check's line: what it is called, and by heading a value and what stands below it."""
     mean = sum(one.retrained) / len(one.retrained) if one.retrained else None
     spread = f"{one.shown(min(one.retrained))} … {one.shown(max(one.retrained))}" if len(one.retrained) > 1 else ""
-    return {
-        "title": one.title, "what": one.what, "paper": one.paper, "status": one.status, "n": one.n, "seconds": f"{one.seconds:.1f}",
-        "audited": one.shown(one.audited), "original": one.shown(one.original), "retrained": one.shown(mean), "spread": spread,
-        "distance": one.shown(one.distance, signed=True), "margin": one.shown(one.margin), "stated": one.shown(one.stated),
-        "interval": "–" if one.low is None else f"{one.shown(one.low, signed=True)} … {one.shown(one.high, signed=True)}",
-    }  # fmt: skip
+    interval = "" if one.low is None else f"{one.shown(one.low, signed=True)} … {one.shown(one.high, signed=True)}"
+    cells = (
+        (one.shown(one.audited), ""),
+        (one.shown(one.original), ""),
+        (one.shown(mean), spread),
+        (one.shown(one.distance, signed=True), interval),
+        (one.shown(one.margin), "" if one.layer == "beside" else f"stated {one.shown(one.stated)}"),
+        (f"{one.n:,}", ""),
+        (one.status, ""),
+    )
+    return {"title": one.title, "what": one.what, "paper": one.paper, "cells": list(zip(HEADINGS, cells, strict=True))}
 
 
 def _bar(one: CheckResult) -> plots.AuditBar:

@@ -93,5 +93,7 @@ def bare(value: float | None, unit: str, *, signed: bool = False) -> str:
     """The same without the unit."""
     if value is None:
         return "–"
-    sign = "+" if signed else ""
-    return f"{100 * value:{sign}.1f}" if unit == "%" else f"{value:{sign}.2g}"
+    sign = "+z" if signed else "z"  # no −0.0
+    if unit == "%":
+        return f"{100 * value:{sign}.1f}"
+    return f"{value:{sign}.2f}" if abs(value) < 100 else f"{value:{sign}.2g}"

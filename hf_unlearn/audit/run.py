@@ -17,12 +17,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..files import PRIVATE, first_line, loading, read_json, write_json
+from ..files import PRIVATE, first_line, read_json, write_json
 from ..hub.provenance import library_versions
 from ..training.checks import SEEDS, check_number, shown
 from ..training.models import load_model
 from .check import AuditData, Check, Reading, Readings, Role, Subject, timed
 from .equivalence import compared
+from .pipelines import load_pipeline
 from .report import AuditReport
 from .residual import ResidualMu, residual_mu
 from .result import CheckResult, reading_of
@@ -227,10 +228,7 @@ def _loaded(model: Any, argument: str, marked: bool) -> tuple[Any, Any, str | No
     if isinstance(model, str | Path) and (
         Path(model, "model_index.json").is_file() or (marked and not Path(model).is_dir())
     ):
-        from diffusers import DiffusionPipeline
-
-        with loading(argument, str(model), "a pipeline"):
-            return DiffusionPipeline.from_pretrained(str(model)), None, str(model)
+        return load_pipeline(model, argument), None, str(model)
     try:
         return load_model(model, None, None)
     except ValueError as error:

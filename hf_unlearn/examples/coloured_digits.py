@@ -10,7 +10,7 @@ import numpy as np
 
 from ..images import grey_images
 from . import captions
-from .datasets import digits
+from .digits import digits
 
 
 if TYPE_CHECKING:

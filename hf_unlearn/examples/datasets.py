@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..data import LABEL_COLUMNS, label_column, labels_of
 from ..files import first_line
+from .digits import digits
 
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def load(
 
     Args:
         name (`str`): `"digits"` (embedded, no network), `"opinions"` (instructions with a planted opinion), `"facts"` (questions about invented
-            people), `"fashion_mnist"` (of the Debian package where it is installed), a folder written by `save_to_disk`, a folder of images or of other data files, or an
+            people), `"coloured-digits"` (pictures with captions), `"fashion_mnist"` (of the Debian package where it is installed), a folder written by `save_to_disk`, a folder of images or of other data files, or an
             id on the Hub.
         config (`str`, *optional*): which of several data sets of one folder or id, as in `"forget10"`.
         revision (`str`, *optional*): of a dataset on the Hub.
@@ -46,6 +47,10 @@ def load(
         from .facts import facts_data
 
         return facts_data()
+    if name == "coloured-digits":
+        from .coloured_digits import coloured_digits
+
+        return coloured_digits()
     if name == "fashion_mnist":
         if FASHION_MNIST.is_dir():
             return fashion_mnist()
@@ -77,41 +82,6 @@ def one_split(splits: DatasetDict, key: str, name: str) -> Dataset:
     if name not in splits:
         raise ValueError(f"{key}: {name!r} is not in the dataset (it has {', '.join(splits)})")
     return splits[name]
-
-
-def digits() -> DatasetDict:
-    """The 1,797 real handwritten digits inside scikit-learn: 8 × 8 grey images, ten classes.
-
-    Returns:
-        `DatasetDict`: `train` (1,077), `validation` (270) and `test` (450), stratified and always the same, with columns
-        `id` (the row in scikit-learn's array), `image` and `label`.
-    """
-    import numpy as np
-    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-    from PIL import Image as PILImage
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    source = load_digits()
-    pixels = (source.images * (255 / 16)).round().astype(np.uint8)
-    rest, test = train_test_split(np.arange(len(pixels)), test_size=0.25, random_state=0, stratify=source.target)
-    train, validation = train_test_split(rest, test_size=0.2, random_state=0, stratify=source.target[rest])
-    features = Features(
-        {"id": Value("int64"), "image": Image(), "label": ClassLabel(names=[str(c) for c in range(10)])}
-    )
-    return DatasetDict(
-        {
-            name: Dataset.from_dict(
-                {
-                    "id": rows,
-                    "image": [PILImage.fromarray(pixels[row]) for row in rows],
-                    "label": source.target[rows],
-                },
-                features=features,
-            )
-            for name, rows in (("train", train), ("validation", validation), ("test", test))
-        }
-    )
 
 
 def fashion_mnist() -> DatasetDict:

@@ -99,15 +99,20 @@ def _selected(job: LanguageJob, id_column: str) -> Parts:
     parts = replace(parts, **named)
     return replace(
         parts,
-        forget=_readable(job, parts.forget, "forget_dataset"),
-        retain=_readable(job, parts.retain, "retain_dataset"),
-        heldout=_readable(job, parts.heldout, "heldout_dataset"),
-        evaluation={name: _readable(job, rows, "eval_split") for name, rows in parts.evaluation.items()},
+        forget=readable(job, parts.forget, "forget_dataset"),
+        retain=readable(job, parts.retain, "retain_dataset"),
+        heldout=readable(job, parts.heldout, "heldout_dataset"),
+        evaluation={name: readable(job, rows, "eval_split") for name, rows in parts.evaluation.items()},
     )
 
 
-def _readable(job: LanguageJob, rows: Dataset | None, key: str) -> Dataset | None:
-    """With columns as [`~hf_unlearn.training.texts.as_prompt_completion`] knows them."""
+def readable(job: Any, rows: Dataset | None, key: str) -> Dataset | None:
+    """With columns as [`~hf_unlearn.training.texts.as_prompt_completion`] knows them.
+
+    Args:
+        job: with the keys `chat`, `system_prompt` and `chat_template_kwargs`.
+        key (`str`): what to call the rows in an error.
+    """
     if rows is None or "choices" in rows.column_names:
         return rows
     if {"prompt", "gt"} <= {*rows.column_names}:  # MUSE's texts to go on with
@@ -124,7 +129,7 @@ def _asked(job: LanguageJob, trainer: UnlearnSFTTrainer, parts: Parts) -> list[A
         words = getattr(job, key) or []
         for word in [words] if isinstance(words, str) else words:
             _, *named = place(word)
-            rows = _readable(job, rows_of(word, key), key)
+            rows = readable(job, rows_of(word, key), key)
             split = ":".join(filter(None, named)) or role
             found.append(Asked(role, split, _evaluation(rows, key, named[0], trainer)))
     for name, rows in parts.evaluation.items():

@@ -154,6 +154,8 @@ def generator_data(
         if hasattr(forget, "column_names") and rows is not None and (shared := overlap(forget, rows, "id")):
             raise ValueError(f"{name}: {shared.replace('forget_dataset', 'forget')}; take them out")
     drawing = dict(drawing or {})
+    if odd := [name for name in drawing if not audited.takes(name)]:
+        raise ValueError(f"drawing: {type(audited.model).__name__} takes no {odd[0]!r}; leave it out")
     shape = tuple(audited.draw(Asked((0,), ("",) if audited.is_prompted else None), drawing).shape[1:])
     parts = {
         name: _read(rows, name, shape, audited.is_prompted, IMAGES[size], seed)

@@ -20,7 +20,8 @@ class Marker:
     """Says of images whether they show the forgotten kind.
 
     Args:
-        marker ([`ClassifierFeatures`] or callable): of images `[n, channels, height, width]` in [−1, 1] to `[n]`, class numbers or bools.
+        marker ([`ClassifierFeatures`] or callable): of images `[n, channels, height, width]` in [−1, 1] to `[n]`, class numbers or bools; or a pair of
+            one that gives class numbers and of those that were to be forgotten, which stand above `classes`.
         classes (`tuple[int, …]`): the forgotten ones, for a marker that gives class numbers.
 
     Raises:
@@ -28,6 +29,9 @@ class Marker:
     """
 
     def __init__(self, marker: Any, classes: tuple[int, ...]):
+        if isinstance(marker, tuple):
+            marker, chosen = marker if len(marker) == 2 else (None, ())
+            classes = tuple(map(int, chosen))
         if not callable(marker):
             raise ValueError(
                 "marker: missing; an audit of a generator needs to know which images show what was to be forgotten: pass a ClassifierFeatures, or a "

@@ -91,6 +91,10 @@ class GeneratorSubject(AuditedModel):
             attacked.register_modules(**{name: copy.deepcopy(getattr(self.model, name)).eval()})
         return attacked
 
+    def takes(self, argument: str) -> bool:
+        """Whether its call has such a keyword."""
+        return takes(self.model, argument) is not None
+
     def draw(self, asked: Asked, drawing: Mapping[str, Any]) -> Tensor:
         return draw(self.pipe, asked, drawing)
 

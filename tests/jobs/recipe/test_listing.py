@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_unlearn import cli
-from hf_unlearn.jobs.recipe.methods import DEMO, FILTER, INFLUENCE, UNLEARN
+from hf_unlearn.jobs.recipe.methods import AUDIT, DEMO, FILTER, INFLUENCE, UNLEARN
 from hf_unlearn.jobs.recipe.reading import RECIPES, shipped_recipes
 
 
@@ -14,6 +14,7 @@ COMMANDS = [
     *((("unlearn", "--method", name), method) for name, method in UNLEARN.items()),
     *((("influence", "--method", name), method) for name, method in INFLUENCE.items()),
     *((("filter", name), method) for name, method in FILTER.items()),
+    (("audit",), AUDIT),
     (("demo",), DEMO),
 ]
 
@@ -56,7 +57,7 @@ def test_list_shows_each_recipe_with_what_it_needs(capsys):
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 119
     recipes = re.findall(
-        r"^  (\w+) \((unlearn|influence|filter fit)\)\n(?:      \S.*\n)+?      needs \S.*\n      takes \S.*\n",
+        r"^  (\w+) \((unlearn|influence|filter fit|audit)\)\n(?:      \S.*\n)+?      needs \S.*\n      takes \S.*\n",
         shown,
         re.MULTILINE,
     )
