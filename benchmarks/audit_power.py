@@ -168,6 +168,24 @@ class World(Digits):
 
     name, folder, classes, seeds, references = "audit_power", CACHE / "audit", CLASSES, SEEDS, REFERENCES
 
+    def __init__(self, quick: bool = False):
+        super().__init__()
+        if quick:
+            self._shorten()
+
+    def _shorten(self) -> None:
+        """Three references and a few hundred rows, kept apart."""
+        self.folder, self.references = self.folder.with_name(f"{self.folder.name}-quick"), 3
+        self.splits = {
+            name: rows.select(range(min(len(rows), 600 if name == "train" else 300)))
+            for name, rows in self.splits.items()
+        }
+        self._read()
+
+    def _read(self) -> None:
+        self.images = {name: rows["pixel_values"][:] for name, rows in self.splits.items()}
+        self.labels = {name: np.asarray(rows.with_format(None)["label"][:]) for name, rows in self.splits.items()}
+
     def original(self, seed: int) -> nn.Module:
         return self._made(f"original-{seed}", lambda: super(World, self).original(seed))
 
@@ -236,15 +254,8 @@ class FashionWorld(World):
     )
 
     def __init__(self, quick: bool):
-        splits, self.quick = load_fashion_mnist(), quick
-        self.splits = {"train": splits["train"], "test": splits["test"]}
-        if quick:
-            self.folder, self.references = CACHE / "audit-fashion-quick", 3
-            self.splits = {
-                name: split.select(range(600 if name == "train" else 300)) for name, split in self.splits.items()
-            }
-        self.images = {name: split["pixel_values"][:] for name, split in self.splits.items()}
-        self.labels = {name: np.asarray(split.with_format(None)["label"][:]) for name, split in self.splits.items()}
+        self.splits, self.quick = dict(load_fashion_mnist()), quick
+        self._shorten() if quick else self._read()
 
     def original(self, seed: int) -> nn.Module:
         return self._trained("original", self.splits["train"], seed)
@@ -399,7 +410,9 @@ def plan(world: World, quick: bool) -> list[tuple[str, int, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, three cases, nothing is written")
+    parser.add_argument(
+        "--quick", action="store_true", help="three references, a few hundred rows, three cases: nothing is written"
+    )
     parser.add_argument(
         "--power", action="store_true", help="only what fewer references and forget examples would have said"
     )
@@ -407,7 +420,7 @@ def main() -> None:
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    world = World() if options.data == "digits" else FashionWorld(options.quick)
+    world = World(options.quick) if options.data == "digits" else FashionWorld(options.quick)
     results, key = RESULTS / f"{world.name}.json", ("case", "seed", "class")
     for name, seed, forgotten in () if options.power else plan(world, options.quick):
         report = world.audited(

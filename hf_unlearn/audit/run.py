@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -247,10 +248,26 @@ def _chosen(family: Family, checks: Size | Sequence[str]) -> tuple[str, list[Che
 
 
 def _estimate(family: Family, audited: Subject, rows: AuditData, chosen: Sequence[Check], models: int) -> float:
-    """Seconds, from what an example costs forward and in training."""
-    forward, training = family.cost(audited, rows)
+    """Seconds, from what an example costs forward and in training.
+
+    Raises:
+        ValueError: outputs that are not finite.
+    """
+    with _finite("model"):
+        forward, training = family.cost(audited, rows)
     costs = [(getattr(rows, "shared_cost", sum(rows.sizes.values())), 0), *(one.cost(rows) for one in chosen)]
     return models * sum(looked * forward + trained * training for looked, trained in costs)
+
+
+@contextmanager
+def _finite(name: str) -> Iterator[None]:
+    """Names a model whose outputs are not finite, or that cannot be looked at for another reason."""
+    try:
+        yield
+    except ValueError as error:
+        if "finite" not in str(error):
+            raise ValueError(f"{name}: {first_line(error)}") from error
+        raise ValueError(f"{name}: gives outputs that are not finite; there is nothing to audit") from error
 
 
 def _run(
@@ -275,13 +292,8 @@ def _run(
             with one.opened() as subject:
                 if one.is_made:
                     _check_made(models, one, subject)
-                try:
+                with _finite(one.argument if one.role == "audited" else key(models, one)):
                     losses[one.role].append(models[0].family.forget_loss(subject, rows))
-                except ValueError as error:
-                    name = one.argument if one.role == "audited" else key(models, one)
-                    raise ValueError(
-                        f"{name}: gives outputs that are not finite; there is nothing to audit"
-                    ) from error
                 for check in chosen:
                     bar.update()
                     if check.name in failed:
