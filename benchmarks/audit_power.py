@@ -1,10 +1,13 @@
 """What an audit says of classifiers whose truth is known: planted cases, methods, and one more retrained model.
 
-    python benchmarks/audit_power.py [--quick]
+    python benchmarks/audit_power.py [--quick] [--power] [--data fashion_mnist]
 
 Digits: five originals, of which each of four classes is to be forgotten; six retrained models a class are the references. Verdicts and values go to
 benchmarks/results/audit_power.json as they are found, the tables to docs/benchmarks.md. Models, and what checks read of them, are kept in
-~/.cache/hf_unlearn/benchmarks/audit.
+~/.cache/hf_unlearn/benchmarks/audit. Fashion-MNIST, the confirmation: a ResNet-18, two originals and one class, to audit_power_fashion_mnist.json.
+
+`--power`: what fewer references and fewer forget examples would have said. References are drawn anew from those that were read before; of each number of examples, the
+first ones of the class, every model is read again.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ import numpy as np
 import torch
 from class_unlearning import Digits, RandomLabelTrainer, part, stock_training, unlearn
 from fashion_mnist import CACHE
+from fashion_mnist import load as load_fashion_mnist
+from fashion_mnist import trained as trained_on_fashion_mnist
 from rows import QUIET, keep, rounded
 from torch import nn
 from transformers import AutoModelForImageClassification
@@ -38,11 +43,11 @@ from hf_unlearn.examples.classifier import TRAINING, digits_model
 from hf_unlearn.files import complete_or_not_there
 
 
-RESULTS = Path(__file__).parent / "results" / "audit_power.json"
-FOLDER = CACHE / "audit"
+RESULTS = Path(__file__).parent / "results"
 CLASSES = (3, 5, 7, 8)
 REFERENCES = 6
 SEEDS = 5
+EXAMPLES = (5, 10, 20, 40, 80)  # of the forgotten class
 PLANTED = ("original", "masked", "projected", "head only")
 
 
@@ -121,7 +126,7 @@ def head_only(world: Digits, seed: int, forgotten: int) -> nn.Module:
 
 def retrained(world: World, seed: int, forgotten: int) -> nn.Module:
     """One that is none of the references."""
-    return world.reference(forgotten, REFERENCES + seed)
+    return world.reference(forgotten, world.references + seed)
 
 
 def by(trainer: type, **settings) -> Callable[..., nn.Module]:
@@ -161,6 +166,26 @@ CASES = {
 class World(Digits):
     """The models of the benchmark, made once."""
 
+    name, folder, classes, seeds, references = "audit_power", CACHE / "audit", CLASSES, SEEDS, REFERENCES
+
+    def __init__(self, quick: bool = False):
+        super().__init__()
+        if quick:
+            self._shorten()
+
+    def _shorten(self) -> None:
+        """Three references and a few hundred rows, kept apart."""
+        self.folder, self.references = self.folder.with_name(f"{self.folder.name}-quick"), 3
+        self.splits = {
+            name: rows.select(range(min(len(rows), 600 if name == "train" else 300)))
+            for name, rows in self.splits.items()
+        }
+        self._read()
+
+    def _read(self) -> None:
+        self.images = {name: rows["pixel_values"][:] for name, rows in self.splits.items()}
+        self.labels = {name: np.asarray(rows.with_format(None)["label"][:]) for name, rows in self.splits.items()}
+
     def original(self, seed: int) -> nn.Module:
         return self._made(f"original-{seed}", lambda: super(World, self).original(seed))
 
@@ -181,10 +206,10 @@ class World(Digits):
         """Of a case or a reference and its number."""
         kind, _, number = name.rpartition(" ")
         parts = (kind, forgotten, number) if kind == "reference" else (kind.replace(" ", "-"), number, forgotten)
-        return (FOLDER / "models" / "-".join(map(str, parts)) / "config.json").is_file()
+        return (self.folder / "models" / "-".join(map(str, parts)) / "config.json").is_file()
 
     def _made(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
-        folder = FOLDER / "models" / name
+        folder = self.folder / "models" / name
         if not (folder / "config.json").is_file():
             with complete_or_not_there(folder) as scratch:
                 make().save_pretrained(scratch)
@@ -203,6 +228,7 @@ class World(Digits):
         """The report of a model, beside its original and references by their numbers."""
         train = self.splits["train"]
         forget = part(train, forgotten, True)
+        few = "" if forget_rows is None else f"-{forget_rows}"
         return audit(
             model,
             self.original(seed),
@@ -211,9 +237,42 @@ class World(Digits):
             part(train, forgotten, False),
             self.splits["test"],
             checks=checks,
-            output_dir=FOLDER / f"read-{forgotten}",
+            output_dir=self.folder / f"read-{forgotten}{few}",
             progress=False,
         )
+
+
+class FashionWorld(World):
+    """The same of Fashion-MNIST; `quick` are a few hundred rows and a network of a few thousand weights."""
+
+    name, folder, classes, seeds, references = (
+        "audit_power_fashion_mnist",
+        CACHE / "audit-fashion",
+        (6,),
+        2,
+        REFERENCES,
+    )
+
+    def __init__(self, quick: bool):
+        self.splits, self.quick = dict(load_fashion_mnist()), quick
+        self._shorten() if quick else self._read()
+
+    def original(self, seed: int) -> nn.Module:
+        return self._trained("original", self.splits["train"], seed)
+
+    def reference(self, forgotten: int, number: int) -> nn.Module:
+        return self._trained(f"without-{forgotten}", part(self.splits["train"], forgotten, False), 1000 + number)
+
+    def _trained(self, name: str, rows, seed: int) -> nn.Module:
+        if not self.quick:
+            return AutoModelForImageClassification.from_pretrained(trained_on_fashion_mnist(name, rows, seed))
+
+        def make() -> nn.Module:
+            model = digits_model(seed)
+            stock_training(model, rows, seed, TRAINING | {"num_train_epochs": 12})
+            return model
+
+        return self._made(f"{name}-{seed}", make)
 
 
 def row_of(report, case: str, seed: int, forgotten: int) -> dict:
@@ -254,8 +313,8 @@ class Pool:
         self.rows = classifier_data(
             inside, others, world.splits["test"], num_labels=10, processing_class=None, size="standard", seed=0
         )
-        self.store = Store(FOLDER / f"read-{forgotten}", self.rows.digest, 0)
-        self.checks = [kind() for kind in STANDARD]
+        self.store = Store(world.folder / f"read-{forgotten}", self.rows.digest, 0)
+        self.checks = [kind() for kind in STANDARD if kind.is_kept]
         makers = {
             f"reference {number}": partial(world.reference, forgotten, number) for number in range(REFERENCES + SEEDS)
         }
@@ -303,46 +362,87 @@ def power(world: World, draws: int = 10) -> list[dict]:
     return rows
 
 
-def plan(quick: bool) -> list[tuple[str, int, int]]:
+def power_of_examples(world: World, quick: bool) -> list[dict]:
+    """Verdicts by the number of forget examples, beside all references, with the distance that decided in units of its margin."""
+    rows, forgotten = [], world.classes[0]
+    cases = ("masked", "retrained") if quick else (*PLANTED, "retrained")
+    for count in (10, 40) if quick else EXAMPLES:
+        for name in cases:
+            found = [
+                world.audited(
+                    world.case(name, seed, forgotten), seed, forgotten, list(range(world.references)), forget_rows=count,
+                    checks="quick" if quick else "standard",
+                )
+                for seed in range(1 if quick else world.seeds)
+            ]  # fmt: skip
+            words = [one.verdict.word for one in found]
+            widths = [
+                [(result.high - result.low) / 2 for result in one.results if result.name == "refitted_head"]
+                for one in found
+            ]
+            rows.append(
+                {
+                    "examples": count,
+                    "case": name,
+                    "refitted_head_half_width": float(np.mean(widths)),
+                    **{word: words.count(word) for word in dict.fromkeys(words)},
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def plan(world: World, quick: bool) -> list[tuple[str, int, int]]:
     """Cases, seeds and classes: what is planted for every class of every original, what is found out for one class of each."""
     if quick:
-        return [(name, 0, CLASSES[0]) for name in ("original", "masked", "retrained")]
+        return [(name, 0, world.classes[0]) for name in ("original", "masked", "retrained")]
     planted, methods = (
         [name for name, case in CASES.items() if (case.right is None) == open_] for open_ in (False, True)
     )
     every = []
-    for seed in range(SEEDS):
-        every += [(name, seed, forgotten) for forgotten in CLASSES for name in planted]
-        every += [(name, seed, CLASSES[seed % len(CLASSES)]) for name in methods]
+    if isinstance(world, FashionWorld):
+        methods = ["PBU"]  # of the others no setting was chosen there
+    for seed in range(world.seeds):
+        every += [(name, seed, forgotten) for forgotten in world.classes for name in planted]
+        every += [(name, seed, world.classes[seed % len(world.classes)]) for name in methods]
     return every
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, three cases, nothing is written")
     parser.add_argument(
-        "--power", action="store_true", help="only what fewer references would have said, of what has been read"
+        "--quick", action="store_true", help="three references, a few hundred rows, three cases: nothing is written"
     )
+    parser.add_argument(
+        "--power", action="store_true", help="only what fewer references and forget examples would have said"
+    )
+    parser.add_argument("--data", choices=("digits", "fashion_mnist"), default="digits")
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    world = World()
-    for name, seed, forgotten in () if options.power else plan(options.quick):
-        report = world.audited(world.case(name, seed, forgotten), seed, forgotten, list(range(REFERENCES)))
+    world = World(options.quick) if options.data == "digits" else FashionWorld(options.quick)
+    results, key = RESULTS / f"{world.name}.json", ("case", "seed", "class")
+    for name, seed, forgotten in () if options.power else plan(world, options.quick):
+        report = world.audited(
+            world.case(name, seed, forgotten), seed, forgotten, list(range(world.references)),
+            checks="quick" if options.quick and options.data != "digits" else "standard",
+        )  # fmt: skip
         print(f"seed {seed}, class {forgotten}: {name:14} {report.verdict}", flush=True)
         if not options.quick:
-            keep(
-                RESULTS,
-                rounded([row_of(report, name, seed, forgotten)]),
-                ("case", "seed", "class"),
-                power=kept_power(),
-            )
+            keep(results, rounded([row_of(report, name, seed, forgotten)]), key, **kept_power(results))
+    if options.quick and options.power:
+        power_of_examples(world, True)
     if not options.quick:
-        keep(RESULTS, [], ("case", "seed", "class"), power=power(world))
+        found = kept_power(results)
+        found["power"] = power(world) if options.data == "digits" else []
+        if options.power:
+            found["power_of_examples"] = rounded(power_of_examples(world, False))
+        keep(results, [], key, **found)
 
 
-def kept_power() -> list[dict]:
-    return json.loads(RESULTS.read_text()).get("power", []) if RESULTS.is_file() else []
+def kept_power(results: Path) -> dict[str, list[dict]]:
+    kept = json.loads(results.read_text()) if results.is_file() else {}
+    return {name: kept.get(name, []) for name in ("power", "power_of_examples")}
 
 
 if __name__ == "__main__":

@@ -72,16 +72,16 @@ def checks(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def power(rows: list[dict]) -> str:
-    counts = sorted({row["references"] for row in rows})
+def power(rows: list[dict], by: str = "references") -> str:
+    counts = sorted({row[by] for row in rows})
     lines = [
-        "| model | " + " | ".join(f"{count} references" for count in counts) + " |",
+        "| model | " + " | ".join(f"{count} {by}" for count in counts) + " |",
         "|---" * (1 + len(counts)) + "|",
     ]
     for case in dict.fromkeys(row["case"] for row in rows):
         cells = []
         for count in counts:
-            row = next(one for one in rows if (one["case"], one["references"]) == (case, count))
+            row = next(one for one in rows if (one["case"], one[by]) == (case, count))
             words = {word: row[word] for word in WORDS if word in row}
             total = sum(words.values())
             cells.append(", ".join(f"{100 * number / total:.0f} % {word}" for word, number in words.items()))
@@ -114,6 +114,13 @@ What told them apart: medians, and in how many audits a check was beyond its mar
             f"""What fewer and more references would have said, ten draws of them each, class 3:
 
 {power(results["power"])}
+"""
+        )
+    if results.get("power_of_examples"):
+        parts.append(
+            f"""What fewer forget examples say, beside six references, class 3:
+
+{power(results["power_of_examples"], "examples")}
 """
         )
     return "\n".join(parts)

@@ -29,6 +29,7 @@ class Reading:
         per_other (`tuple[float, ...]`, *optional*): `[m]` of other rows, where `value` is a mean over pairs of a forget row and one of those (an
             AUC): the mean over the pairs of each.
         error (`float`, *optional*): standard error of `value` over examples, where it is no mean.
+        freedom (`int`, *optional*): degrees of freedom of `error`, where it was found from few values; else it counts as known.
         n (`int`, defaults to 0): examples behind it.
         seconds (`float`, defaults to 0): that it took.
         figures (`dict`, defaults to `{}`): what else was found, as JSON values: curves, values at each setting.
@@ -38,6 +39,7 @@ class Reading:
     per_example: tuple[float, ...] | None = None
     per_other: tuple[float, ...] | None = None
     error: float | None = None
+    freedom: int | None = None
     n: int = 0
     seconds: float = 0.0
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -144,6 +146,9 @@ class Check:
         layer (`str`): see [`Layer`].
         paper (`str`, *optional*): arXiv id of who proposed it.
         what (`str`): what it can show and cannot, in one sentence.
+        by_construction (`float`, *optional*): value of retrained models, where that is known without one.
+        settle (`str`, *optional*): what would settle it where it is open, if that is not more retrained models.
+        is_kept (`bool`): whether what it reads depends on the model and the rows alone, so that another audit need not read it again.
     """
 
     name: ClassVar[str]
@@ -153,6 +158,9 @@ class Check:
     layer: ClassVar[Layer]
     paper: ClassVar[str | None] = None
     what: ClassVar[str] = ""
+    by_construction: ClassVar[float | None] = None
+    settle: ClassVar[str | None] = None
+    is_kept: ClassVar[bool] = True
 
     def missing(self, data: Any, roles: Sequence[Role]) -> str | None:
         """Why it cannot be done with such data and models, or None. `roles`: of all the models."""

@@ -48,7 +48,14 @@ class Comparison:
     sees: bool | None = None
 
 
-def compared(readings: Readings, margin: float, checks: int, *, never_seen: float | None = None) -> Comparison:
+def compared(
+    readings: Readings,
+    margin: float,
+    checks: int,
+    *,
+    never_seen: float | None = None,
+    by_construction: float | None = None,
+) -> Comparison:
     """[`Comparison`] of a check's readings.
 
     Args:
@@ -56,8 +63,15 @@ def compared(readings: Readings, margin: float, checks: int, *, never_seen: floa
         checks (`int`): K, of all that take part in the verdict.
         never_seen (`float`, *optional*): value of a model that never saw a forgotten class; used below two references, and then proves
             memory but not its absence.
+        by_construction (`float`, *optional*): value of retrained models, which need not be asked: there is no spread, and the margin is the stated one.
     """
     references, audited = readings.retrained, readings.audited
+    if by_construction is not None:
+        down, up = sampling_error(audited, ())
+        distance = audited.value - by_construction
+        status = "beyond" if distance - down > margin else "within" if distance + up <= margin else "unclear"
+        sees = readings.original is not None and readings.original.value - by_construction > margin
+        return Comparison(distance, distance - down, distance + up, margin, status, sees)
     if len(references) < 2:
         if never_seen is None:
             return Comparison(None, None, None, None, "unknown")
@@ -106,7 +120,8 @@ def sampling_error(audited: Reading, references: Sequence[Reading]) -> tuple[flo
     if audited.per_example is None or len(audited.per_example) < 1:
         errors = [one.error or 0.0 for one in references]
         error = math.hypot(audited.error or 0.0, math.sqrt(sum(e * e for e in errors)) / max(1, len(errors)))
-        return (float(stats.norm.ppf(CONFIDENCE) * error),) * 2
+        law = stats.norm if audited.freedom is None else stats.t(audited.freedom)
+        return (float(law.ppf(CONFIDENCE) * error),) * 2
     values = np.array(audited.per_example)
     differences, count = _differences(audited, references, "per_example"), len(values)
     if audited.per_other is not None:

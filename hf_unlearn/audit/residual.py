@@ -39,6 +39,7 @@ class ResidualMu:
         original (`float`, *optional*): μ of the original.
         loss (`float`, *optional*): of the audited model on the forget data, as its family has it. None where it has none for such data.
         retrained_loss (`tuple[float, ...]`): of each retrained one.
+        chance (`float`, *optional*): loss of who says of the forget data what one says who knows nothing. None where that is not known.
     """
 
     mu: float | None
@@ -50,6 +51,15 @@ class ResidualMu:
     original: float | None
     loss: float | None
     retrained_loss: tuple[float, ...]
+    chance: float | None = None
+
+    @property
+    def knows(self) -> bool:
+        """Whether it proves memory: far better than models that never saw the data, and better than who knows nothing, who beats a model that is sure of
+        something wrong.
+        """
+        beyond = self.status == "beyond" and self.mu is not None and self.mu > 0
+        return beyond and (self.chance is None or self.loss < self.chance)
 
     def in_words(self) -> str:
         if self.loss is None:
@@ -68,7 +78,12 @@ class ResidualMu:
 
 
 def residual_mu(
-    audited: float | None, references: Sequence[float | None], *, original: float | None, checks: int
+    audited: float | None,
+    references: Sequence[float | None],
+    *,
+    original: float | None,
+    checks: int,
+    chance: float | None = None,
 ) -> ResidualMu:
     """[`ResidualMu`] of losses of the forget set.
 
@@ -76,12 +91,13 @@ def residual_mu(
         audited, original (`float`): the second one is optional. None where there is no loss, of the references too.
         references (`Sequence[float]`): of the retrained models.
         checks (`int`): K, of all that take part in the verdict.
+        chance (`float`, *optional*): see [`ResidualMu`].
     """
     if audited is None:
         return ResidualMu(None, None, None, None, "unknown", len(references), None, None, ())
     losses, count = tuple(map(float, references)), len(references)
     if count < MIN_REFERENCES:
-        return ResidualMu(None, None, None, None, "unknown", count, None, audited, losses)
+        return ResidualMu(None, None, None, None, "unknown", count, None, audited, losses, chance)
     mean, spread = float(np.mean(losses)), float(np.std(losses, ddof=1))
     mu, of_original = (None if loss is None else _ratio(mean - loss, spread) for loss in (audited, original))
     low, high = interval(mu, count)
@@ -95,7 +111,7 @@ def residual_mu(
         status = "blind"
     else:
         status = "within"
-    return ResidualMu(mu, low, high, margin, status, count, of_original, audited, losses)
+    return ResidualMu(mu, low, high, margin, status, count, of_original, audited, losses, chance)
 
 
 def interval(mu: float, references: int) -> tuple[float, float]:

@@ -15,10 +15,12 @@ class CheckResult:
     """One check: what it found in each model, and how far the audited one is from retrained ones.
 
     Args:
-        name, title, unit, layer, paper, what: see [`Check`].
+        name, title, unit, layer, paper, what, settle: see [`Check`].
         stated (`float`): the margin that was stated.
         readings ([`Readings`]): of all the models, with values by example, so that whoever has the file can judge anew.
         distance, low, high, margin, status, sees: see [`Comparison`].
+        over_seeds (`dict`, *optional*): what repeated trainings and unlearnings found: `mean` and `sd` of one audit, its variance in the parts `training`,
+            `unlearning` and `evaluation`, and `values` `[trainings, unlearnings, evaluations]`. It decides nothing.
     """
 
     name: str
@@ -35,6 +37,8 @@ class CheckResult:
     margin: float | None
     status: Status
     sees: bool | None
+    settle: str | None = None
+    over_seeds: Mapping[str, Any] | None = None
 
     @property
     def audited(self) -> float:

@@ -1,66 +1,38 @@
-"""`audit`: every check on every model, one by one, and what follows."""
+"""`audit`: every check on every model, one model after the other, and what follows."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import __version__
-from ..files import PRIVATE, first_line, read_json, write_json
+from ..files import first_line
 from ..hub.provenance import library_versions
 from ..training.checks import SEEDS, check_number, shown
-from ..training.models import load_model
-from .check import AuditData, Check, Reading, Readings, Role, Subject, timed
+from .check import AuditData, Check, Reading, Readings, Role, Subject
 from .equivalence import compared
-from .pipelines import load_pipeline
+from .functions import TRAININGS, UNLEARNINGS, Functions, check_functions
+from .given import Family, Handed, check_beside, checked, is_pipeline, key
 from .report import AuditReport
 from .residual import ResidualMu, residual_mu
-from .result import CheckResult, reading_of
+from .result import CheckResult
+from .seeds import is_of_one_model, over_seeds
+from .store import Store, read_by
 from .verdict import FEW, Verdict, decide
 
 
 logger = logging.getLogger(__name__)
 Size = Literal["standard", "quick"]
-FAMILIES = ("classifiers", "language", "generators")  # folders beside this file, each with a `family`
-
-
-class Family(Protocol):
-    """What the module `family` of a folder offers.
-
-    Attributes:
-        NAME (`str`): of its models, as in `"classifier"`.
-        QUICK, STANDARD, EVERY (`tuple[type[Check], ...]`): its checks; what is in `EVERY` alone is asked for by name.
-    """
-
-    NAME: str
-    QUICK: tuple[type[Check], ...]
-    STANDARD: tuple[type[Check], ...]
-    EVERY: tuple[type[Check], ...]
-
-    def fits(self, model: Any) -> bool: ...
-
-    def subject(self, model: Any, role: Role, name: str) -> Subject: ...
-
-    def check_alike(self, audited: Any, other: Any, argument: str) -> None: ...
-
-    def data(
-        self, audited: Any, forget: Any, retain: Any, test: Any, *, processing_class: Any, size: str, seed: int
-    ) -> AuditData: ...  # and, of generators, `original`, `marker` and `drawing`
-
-    def forget_loss(self, one: Any, rows: Any) -> float | None: ...
-
-    def cost(self, one: Any, rows: Any) -> tuple[float, float]: ...
+MADE = 5  # retrained models, where a function makes them
 
 
 def audit(
@@ -77,6 +49,10 @@ def audit(
     processing_class: Any = None,
     marker: Any = None,
     drawing: Mapping[str, Any] | None = None,
+    unlearn_fn: Callable[[nn.Module, Any, Any], nn.Module] | None = None,
+    train_fn: Callable[[Any, int], nn.Module] | None = None,
+    shadows: int | Sequence[tuple[Any, Sequence[int]]] | None = None,
+    training_seeds: int = TRAININGS,
     progress: bool = True,
 ) -> AuditReport:
     """Attack an unlearned model, and say how far it is from models that never saw the data.
@@ -94,10 +70,11 @@ def audit(
             `processing_class`.
         original (*optional*): the model that unlearning started from. Without it no check can show that it would notice memory.
         retrained (sequence, defaults to `()`): models trained like the original without the forget data, each with a seed of its own; at least 3
-            for `"forgotten"`, and with 5 or more the margins are useful.
+            for `"forgotten"`, and with 5 or more the margins are useful. Without any, `train_fn` makes 5. Models given by folder or id are in
+            memory one at a time.
         forget, retain, test (`Dataset`): rows as the trainers take them: what was to be forgotten, other training rows, and rows that nobody
             trained on, the forgotten classes among them.
-        checks (`"standard"` | `"quick"` | list of `str`, defaults to `"standard"`): which.
+        checks (`"standard"` | `"quick"` | list of `str`, defaults to `"standard"`): which; a list may name one of these sets beside single checks.
         seed (`int`, defaults to 0): of all that is drawn.
         output_dir (*optional*): folder that gets `audit.json`, `audit.html` and `audit.png`. What an audit found so far is kept in its `_private/`, so that
             the same call goes on where it was stopped.
@@ -105,13 +82,23 @@ def audit(
         marker ([`ClassifierFeatures`] or callable, *optional*): for generators: images `[n, channels, height, width]` in [−1, 1] to `[n]`, class numbers
             (the forgotten ones are the labels of the forget rows) or bools: which show what was to be forgotten.
         drawing (`dict`, *optional*): for generators: keyword arguments of every call of the pipelines, as in `{"num_inference_steps": 25}`.
+        unlearn_fn (callable, *optional*): for classifiers: `(model, forget, retain) -> model`, the way to unlearn, for the checks that try it on shadow
+            models. It is given a copy of a model, which it may change and return, some of the rows of `forget`, which that model was trained on,
+            and all of `retain`, both as they are here; random states are set for each run and restored.
+        train_fn (callable, *optional*): for classifiers: `(rows, seed) -> model`: trained from scratch like the original. It makes retrained models and
+            shadows where none are given; with `unlearn_fn` training and unlearning are repeated, and the variance of what checks find is split.
+        shadows (`int` or list of `(model, rows)`, *optional*): for `unlearn_fn`: how many shadow models to make (an even number, by default 8), or models that were
+            trained on `retain` and on these rows of `forget`, by their numbers: two by two such that each has rows that the other has not. Without
+            `train_fn` those of small models without BatchNorm and dropout are trained here, many at once.
+        training_seeds (`int`, defaults to 5): trainings that are repeated where both functions are given; 0 for none.
         progress (`bool`, defaults to `True`): print the estimate and show bars.
 
     Returns:
         [`AuditReport`]
 
     Raises:
-        ValueError: an argument that does not fit; nothing was run.
+        ValueError: an argument that does not fit: before anything long starts, but for the outputs of references that are not finite, which are seen when
+            it is their turn, and functions that give no model.
     """
     check_number("seed", seed, SEEDS)
     if hasattr(model, "source_dataset") and hasattr(
@@ -122,37 +109,58 @@ def audit(
         forget = trainer.source_dataset if forget is None else forget
         retain = trainer.retain_dataset if retain is None else retain
         processing_class = trainer.processing_class if processing_class is None else processing_class
-    if isinstance(retrained, str | Path | nn.Module) or _is_pipeline(retrained):
+    check_functions(unlearn_fn, train_fn, shadows, training_seeds)
+    if isinstance(retrained, str | Path | nn.Module) or is_pipeline(retrained):
         retrained = [retrained]
-    family, subjects, processing_class = _subjects(model, original, retrained, processing_class, marker is not None)
-    audited = subjects[0]
+    if original is not None and original is model:
+        raise ValueError("original: is the audited model itself; pass the model as it was before unlearning")
+    functions = Functions(unlearn_fn, train_fn, forget, retain, seed)
+    models = _handed(model, original, retrained, functions, marker is not None)
+    family, processor = checked(models)
+    processing_class = processing_class or processor
+    audited = models[0].hold()
     size, chosen, unchecked = _chosen(family, checks)
     more = {"marker": marker, "drawing": drawing}
     if getattr(family, "MARKED", False):
-        more["original"] = next((one for one in subjects if one.role == "original"), None)
+        more["original"] = next((one.hold() for one in models if one.role == "original"), None)
     elif given := [name for name, value in more.items() if value is not None]:
         raise ValueError(f"{given[0]}: is for generators of images, and this is a {family.NAME}; leave it out")
     else:
         more = {}
+    tried = getattr(family, "with_trials", None)
+    if tried is None and (given := [name for name in ("unlearn_fn", "train_fn") if getattr(functions, name)]):
+        raise ValueError(f"{given[0]}: is for classifiers, and this is a {family.NAME}; leave it out")
     rows = family.data(audited, forget, retain, test, processing_class=processing_class, size=size, seed=seed, **more)
-    roles = [one.role for one in subjects]
+    store = Store(output_dir, rows.digest, seed)
+    if unlearn_fn is not None and any(not one.is_kept for one in chosen):
+        rows = tried(rows, audited, functions, shadows, processing_class=processing_class, size=size, store=store)
+    roles = [one.role for one in models]
     skipped = {one.name: why for one in chosen if (why := one.missing(rows, roles))}
     chosen = [one for one in chosen if one.name not in skipped]
     if not chosen:
         name, why = next(iter(skipped.items()))
         raise ValueError(f"checks: none can be done with these rows and models (of {name}: {why})")
-    losses = _losses(family, subjects, rows)
+    repeated = [one for one in chosen if is_of_one_model(one)] if unlearn_fn and train_fn and training_seeds else []
     started = time.perf_counter()
-    estimate = _estimate(family, audited, rows, chosen, len(subjects))
+    looks = len(models) + (training_seeds * UNLEARNINGS if repeated else 0)
+    estimate = _estimate(family, audited, rows, chosen, looks)
     if progress:
         print(
-            f"audit of {audited.name}: {len(chosen)} checks of {len(subjects)} models ({', '.join(f'{n:,} {name}' for name, n in rows.sizes.items())} "
-            f"rows), about {_in_words(estimate)}"
+            f"audit of {audited.name}: {len(chosen)} checks of {len(models)} models ({', '.join(f'{n:,} {name}' for name, n in rows.sizes.items())} "
+            f"rows), about {_in_words(estimate)}{_runs(models, rows, training_seeds if repeated else 0)}"
         )
-    found, failed = _run(chosen, subjects, rows, seed, Store(output_dir, rows.digest, seed), progress)
+    del audited, more  # what holds a model holds it in memory
+    found, losses, failed = _run(chosen, models, rows, seed, store, progress)
+    spread: Mapping[str, Any] = {}
+    if repeated:
+        spread = over_seeds(
+            functions, [one for one in repeated if one.name in found], rows, partial(family.subject, role="audited", name="repeated"),
+            lambda digest: Store(output_dir, digest, seed), seed=seed, trainings=training_seeds, progress=progress,
+        )  # fmt: skip
     needed = [one() for one in family.QUICK if one.name in unchecked and one.layer != "beside"]
     left_out = [one.name for one in needed if one.missing(rows, roles) is None]
     results, residual, verdict = judged(chosen, found, losses, rows, failed=failed, left_out=left_out)
+    results = tuple(replace(one, over_seeds=spread.get(one.name)) for one in results)
     if rows.sizes["forget"] < FEW:
         say = "forget: %d rows; with fewer than %d the power is low, and nothing is called forgotten"
         logger.warning(say, rows.sizes["forget"], FEW)
@@ -163,8 +171,8 @@ def audit(
         skipped=skipped,
         failed=failed,
         unchecked=unchecked,
-        models={_key(subjects, one): one.name for one in subjects},
-        model_digest=audited.digest,
+        models={key(models, one): one.name for one in models},
+        model_digest=models[0].digest,
         forgotten=rows.forgotten,
         sizes=dict(rows.sizes),
         family=family.NAME,
@@ -184,76 +192,36 @@ def audit(
 # Models
 
 
-def _subjects(
-    model: Any, original: Any, retrained: Sequence[Any], processing_class: Any, marked: bool
-) -> tuple[Family, list[Subject], Any]:
-    """The family of the audited model, and all models: the audited one, the original, the retrained ones."""
-    if original is not None and original is model:
-        raise ValueError("original: is the audited model itself; pass the model as it was before unlearning")
-    given = [("model", "audited", model), *[("original", "original", original)] * (original is not None)]
-    given += [(f"retrained[{number}]", "retrained", one) for number, one in enumerate(retrained)]
-    family, subjects = None, []
-    for argument, role, one in given:
-        loaded, processor, name = _loaded(one, argument, marked)
-        processing_class = processing_class or processor
-        own = next((known for known in _families() if known.fits(loaded)), None)
-        if own is None:
-            raise ValueError(
-                f"{argument}: audits of {type(loaded).__name__} are not there; of {', '.join(f'{known.NAME}s' for known in _families())} they are"
-            )
-        if family is not None and own is not family:
-            raise ValueError(f"{argument}: is a {own.NAME}, the audited model a {family.NAME}")
-        family = own
-        subject = family.subject(loaded, role, str(name or role))
-        if subjects:
-            family.check_alike(subjects[0], subject, argument)
-        subjects.append(subject)
-    for number, one in enumerate(subjects):
-        for other in subjects[:number]:
-            if one.role == "retrained" and other.digest == one.digest:
-                raise ValueError(
-                    f"{given[number][0]}: has the weights of {_key(subjects, other)}; pass models trained with seeds of their own"
-                )
-    return family, subjects, processing_class
+def _handed(model: Any, original: Any, retrained: Sequence[Any], functions: Functions, marked: bool) -> list[Handed]:
+    """All models: the audited one, the original, the retrained ones, which are made where none are given and a function can."""
+    made = range(MADE if not len(retrained) and functions.train_fn else 0)
+    found = [Handed("model", "audited", model, marked)]
+    found += [Handed("original", "original", original, marked)] * (original is not None)
+    found += [Handed(f"retrained[{number}]", "retrained", one, marked) for number, one in enumerate(retrained)]
+    return found + [Handed("train_fn", "retrained", partial(functions.trained, (), 0, number)) for number in made]
 
 
-def _families() -> list[Family]:
-    return [importlib.import_module(f"{__package__}.{name}.family") for name in FAMILIES]
+def _check_made(models: Sequence[Handed], one: Handed, subject: Subject) -> None:
+    """Refuse what a function made of another kind, or twice.
+
+    Raises:
+        ValueError: naming the function.
+    """
+    with models[0].opened() as audited:
+        check_beside(models[0], audited, one, subject)
+    if any(other is not one and other.digest == one.digest for other in models):
+        raise ValueError(
+            f"{one.argument}: gives the same model whatever the seed; let it seed the initialisation and the order"
+        )
 
 
-def _loaded(model: Any, argument: str, marked: bool) -> tuple[Any, Any, str | None]:
-    """The model or pipeline, its processor, and its name. `marked`: an id is that of a pipeline."""
-    if _is_pipeline(model):
-        return model, None, model.config.get("_name_or_path") or None
-    if isinstance(model, str | Path) and (
-        Path(model, "model_index.json").is_file() or (marked and not Path(model).is_dir())
-    ):
-        return load_pipeline(model, argument), None, str(model)
-    try:
-        return load_model(model, None, None)
-    except ValueError as error:
-        raise ValueError(f"{argument}: {str(error).removeprefix('model: ')}") from error
-
-
-def _is_pipeline(model: Any) -> bool:
-    return hasattr(model, "components") and hasattr(model, "save_pretrained")
-
-
-def _losses(family: Family, subjects: Sequence[Subject], rows: AuditData) -> dict[Role, list[float | None]]:
-    """Of the forget rows, by role: the statistic of residual μ."""
-    found: dict[Role, list[float | None]] = {"audited": [], "original": [], "retrained": []}
-    for one in subjects:
-        try:
-            found[one.role].append(family.forget_loss(one, rows))
-        except ValueError as error:
-            argument = "model" if one.role == "audited" else _key(subjects, one)
-            raise ValueError(f"{argument}: gives outputs that are not finite; there is nothing to audit") from error
-    return found
-
-
-def _key(subjects: Sequence[Subject], one: Subject) -> str:
-    same = [other for other in subjects if other.role == one.role]
-    return one.role if one.role != "retrained" else f"retrained {same.index(one) + 1}"
+def _runs(models: Sequence[Handed], rows: Any, repeated: int) -> str:
+    """What functions are to run, which nobody can tell the time of."""
+    trials = getattr(rows, "trials", None)
+    trained = sum(one.is_made for one in models) + repeated + (trials.made if trials else 0)
+    unlearned = repeated * UNLEARNINGS + (len(trials) if trials else 0)
+    parts = [f"{n} {what}{'s' * (n > 1)}" for n, what in ((trained, "training"), (unlearned, "unlearning")) if n]
+    return f", beside {' and '.join(parts)} by the functions given" if parts else ""
 
 
 # Checks
@@ -268,7 +236,9 @@ def _chosen(family: Family, checks: Size | Sequence[str]) -> tuple[str, list[Che
             raise ValueError(f"checks={shown(checks)}: must be 'standard', 'quick', or a list of {', '.join(every)}")
         names, size = [one.name for one in sizes[checks]], checks
     else:
-        names, size = list(dict.fromkeys(checks)), "standard"
+        sets = {"standard": family.STANDARD, "quick": family.QUICK}
+        spread = [[one.name for one in sets[name]] if name in sets else [name] for name in checks]
+        names, size = list(dict.fromkeys(name for names in spread for name in names)), "standard"
         if unknown := [name for name in names if name not in every]:
             raise ValueError(f"checks: {shown(unknown[0])} is none of {', '.join(every)}")
         if not names:
@@ -278,39 +248,76 @@ def _chosen(family: Family, checks: Size | Sequence[str]) -> tuple[str, list[Che
 
 
 def _estimate(family: Family, audited: Subject, rows: AuditData, chosen: Sequence[Check], models: int) -> float:
-    """Seconds, from what an example costs forward and in training."""
-    forward, training = family.cost(audited, rows)
+    """Seconds, from what an example costs forward and in training.
+
+    Raises:
+        ValueError: outputs that are not finite.
+    """
+    with _finite("model"):
+        forward, training = family.cost(audited, rows)
     costs = [(getattr(rows, "shared_cost", sum(rows.sizes.values())), 0), *(one.cost(rows) for one in chosen)]
     return models * sum(looked * forward + trained * training for looked, trained in costs)
 
 
+@contextmanager
+def _finite(name: str) -> Iterator[None]:
+    """Names a model whose outputs are not finite, or that cannot be looked at for another reason."""
+    try:
+        yield
+    except ValueError as error:
+        if "finite" not in str(error):
+            raise ValueError(f"{name}: {first_line(error)}") from error
+        raise ValueError(f"{name}: gives outputs that are not finite; there is nothing to audit") from error
+
+
 def _run(
-    chosen: Sequence[Check], subjects: Sequence[Subject], rows: AuditData, seed: int, store: Store, progress: bool
-) -> tuple[dict[str, Readings], dict[str, str]]:
-    """What the checks found, and why others did not run."""
-    found, failed = {}, {}
-    for one in tqdm(chosen, desc="Audit", disable=not progress):
+    chosen: Sequence[Check], models: Sequence[Handed], rows: AuditData, seed: int, store: Store, progress: bool
+) -> tuple[dict[str, Readings], dict[Role, list[float | None]], dict[str, str]]:
+    """What the checks found, the loss of the forget rows, which is the statistic of residual μ, by role, and why checks did not run. One model after the
+    other, and none of them longer than that.
+
+    Raises:
+        ValueError: a model whose outputs are not finite, or that a function did not make.
+    """
+    read: dict[str, dict[Role, list[Reading]]] = {one.name: {} for one in chosen}
+    losses: dict[Role, list[float | None]] = {"audited": [], "original": [], "retrained": []}
+    failed: dict[str, str] = {}
+
+    def fail(check: Check, error: Exception) -> None:
+        failed[check.name] = first_line(error)
+        logger.warning("%s did not run: %s", check.name, failed[check.name])
+
+    with tqdm(total=len(chosen) * len(models), desc="Audit", disable=not progress) as bar:
+        for one in models:
+            with one.opened() as subject:
+                if one.is_made:
+                    _check_made(models, one, subject)
+                with _finite(one.argument if one.role == "audited" else key(models, one)):
+                    losses[one.role].append(models[0].family.forget_loss(subject, rows))
+                for check in chosen:
+                    bar.update()
+                    if check.name in failed:
+                        continue
+                    try:
+                        reading = read_by(check, subject, rows, seed, store)
+                        read[check.name].setdefault(one.role, []).append(reading)
+                    except Exception as error:  # whatever an attack raises: what did not run is not passed
+                        fail(check, error)
+            del subject
+            one.release()
+    found = {}
+    for check in chosen:
+        if check.name in failed:
+            continue
+        roles = read[check.name]
+        readings = Readings(
+            roles["audited"][0], next(iter(roles.get("original", ())), None), tuple(roles.get("retrained", ()))
+        )
         try:
-            readings = _read(one, subjects, rows, seed, store)
-            found[one.name] = one.settled(readings, rows).map(lambda reading: reading.checked())
-        except Exception as error:  # whatever an attack raises: what did not run is not passed
-            failed[one.name] = first_line(error)
-            logger.warning("%s did not run: %s", one.name, failed[one.name])
-    return found, failed
-
-
-def _read(check: Check, subjects: Sequence[Subject], rows: AuditData, seed: int, store: Store) -> Readings:
-    found: dict[str, list] = {"audited": [], "original": [], "retrained": []}
-    for one in subjects:
-        reading = store.kept(check, one)
-        if reading is None:
-            started = time.perf_counter()
-            with torch.random.fork_rng(devices=[one.device] if one.device.type == "cuda" else []):
-                torch.manual_seed(int(np.random.SeedSequence([seed, 17]).generate_state(1)[0]))
-                reading = check.read(one, rows, seed)
-            reading = store.keep(check, one, timed(reading, time.perf_counter() - started))
-        found[one.role].append(reading)
-    return Readings(found["audited"][0], next(iter(found["original"]), None), tuple(found["retrained"]))
+            found[check.name] = check.settled(readings, rows).map(lambda reading: reading.checked())
+        except Exception as error:
+            fail(check, error)
+    return found, losses, failed
 
 
 def judged(
@@ -328,44 +335,27 @@ def judged(
         chosen (`Sequence[Check]`): checks that were asked for, K of which take part in the verdict, with residual μ.
         found (`dict[str, Readings]`): what they read, settled.
         losses (`dict[str, Sequence[float]]`): of the forget rows, by role.
-        failed, left_out: see [`decide`].
+        failed (`dict[str, str]`): checks that did not run, and why; those that decide nothing may fail.
+        left_out: see [`decide`].
     """
     deciding = sum(one.layer != "beside" for one in chosen) + 1
     results = tuple(_result(one, found[one.name], rows, deciding) for one in chosen if one.name in found)
     original = next(iter(losses["original"]), None)
-    residual = residual_mu(losses["audited"][0], losses["retrained"], original=original, checks=deciding)
+    chance = getattr(rows, "chance_loss", None)
+    residual = residual_mu(
+        losses["audited"][0], losses["retrained"], original=original, checks=deciding, chance=chance
+    )
     few = {"references": len(losses["retrained"]), "forget_examples": rows.sizes["forget"]}
+    beside = {one.name for one in chosen if one.layer == "beside"}
+    failed = {name: why for name, why in failed.items() if name not in beside}
     return results, residual, decide(results, residual, **few, failed=failed, left_out=left_out)
 
 
 def _result(check: Check, readings: Readings, rows: AuditData, deciding: int) -> CheckResult:
-    about = {name: getattr(check, name) for name in ("name", "title", "unit", "layer", "paper", "what")}
-    comparison = compared(readings, check.margin, deciding, never_seen=check.never_seen(rows))
+    about = {name: getattr(check, name) for name in ("name", "title", "unit", "layer", "paper", "what", "settle")}
+    known = {"never_seen": check.never_seen(rows), "by_construction": check.by_construction}
+    comparison = compared(readings, check.margin, deciding, **known)
     return CheckResult(**about, stated=check.margin, readings=readings, **asdict(comparison))
-
-
-class Store:
-    """What checks read, model by model, below `output_dir/_private/`: an audit that was stopped goes on, and one of another model with the same
-    references does not look at these again.
-    """
-
-    def __init__(self, output_dir: str | Path | None, rows: str, seed: int):
-        self.folder = None if output_dir is None else Path(output_dir, PRIVATE, "audit", f"{rows}-{seed}")
-
-    def _file(self, check: Check, subject: Subject) -> Path | None:
-        return None if self.folder is None else self.folder / check.name / f"{subject.digest}.json"
-
-    def kept(self, check: Check, subject: Subject) -> Reading | None:
-        file = self._file(check, subject)
-        if file is None or not file.is_file():
-            return None
-        values = read_json(file)
-        return reading_of(values["reading"]) if values["version"] == __version__ else None
-
-    def keep(self, check: Check, subject: Subject, reading: Reading) -> Reading:
-        if file := self._file(check, subject):
-            write_json({"version": __version__, "reading": asdict(reading)}, file)
-        return reading
 
 
 def _in_words(seconds: float) -> str:

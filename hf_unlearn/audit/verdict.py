@@ -52,7 +52,7 @@ def decide(
         residual ([`ResidualMu`]): how well the model is told from retrained ones by the loss of the forget data.
         references (`int`): retrained models.
         forget_examples (`int`): that the checks looked at.
-        failed (`dict[str, str]`): checks that did not run, and why.
+        failed (`dict[str, str]`): checks that decide and did not run, and why.
         left_out (`Sequence[str]`, defaults to `()`): checks without which nothing is called forgotten, and that were not asked for.
     """
 
@@ -67,6 +67,9 @@ def decide(
         return same
     if back := worst("below", "beyond"):
         return Verdict("suppressed", back.name, f"{back.title}: {back.in_words()}")
+    if residual.knows:
+        why = f"{residual.in_words()}: the data are far likelier to it than to models that never saw them"
+        return Verdict("suppressed", "residual_mu", why)
     if references < 2:
         first = next((one for one in results if one.layer == "output"), None)
         number = f"; {first.title}: {first.in_words()}" if first else ""
@@ -84,7 +87,12 @@ def decide(
     ):
         for layer in ("output", "below"):
             if open_ := worst(layer, status):
-                return Verdict("undetermined", open_.name, f"{open_.title}: {open_.in_words()}; {say}", (need, *few))
+                return Verdict(
+                    "undetermined",
+                    open_.name,
+                    f"{open_.title}: {open_.in_words()}; {say}",
+                    (open_.settle or need, *few),
+                )
     further = "unlearning that goes as far as retraining and no further"
     if residual.status != "within":
         of_loss = "forget data of which such a model gives a loss"
@@ -92,6 +100,7 @@ def decide(
         return Verdict("undetermined", "residual_mu", f"{residual.in_words()}; nothing came back", (need, *few))
     for status, need in (("beyond", further), ("unclear", more), ("blind", more)):
         if far := worst("distance", status):
+            need = need if status == "beyond" else far.settle or need
             return Verdict("undetermined", far.name, f"{far.title}: {far.in_words()}; nothing came back", (need, *few))
     if left_out:
         why = f"{', '.join(left_out)} {'was' if len(left_out) == 1 else 'were'} not asked for"

@@ -164,3 +164,18 @@ def test_against_others_leaves_each_model_out_of_its_own_references():
         10 - 3,
         20 - 3,
     )  # of as many references as each retrained one
+
+
+class TestKnownByConstruction:
+    def test_interval_is_students_and_the_margin_the_stated_one(self):
+        """Of a mean of 4 pairs with its standard error; retrained models need not be asked, and have no spread."""
+        values = np.array([0.55, 0.6, 0.5, 0.59])
+        error = float(values.std(ddof=1) / 2)
+        reading = Reading(float(values.mean()), error=error, freedom=3, n=4)
+        found = compared(Readings(reading, plain(0.9)), 0.1, 20, by_construction=0.5)
+        low, high = stats.t(3, values.mean(), error).interval(2 * CONFIDENCE - 1)
+        assert (found.low, found.high) == pytest.approx((low - 0.5, high - 0.5))
+        assert (found.margin, found.sees, found.status) == (0.1, True, "unclear")
+        assert compared(Readings(reading, plain(0.55)), 0.2, 20, by_construction=0.5).status == "within"
+        assert not compared(Readings(reading, plain(0.55)), 0.2, 20, by_construction=0.5).sees
+        assert compared(Readings(reading), 0.0001, 20, by_construction=0.5).status == "beyond"

@@ -1,7 +1,9 @@
 import copy
+import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -134,8 +136,11 @@ class TestResume:
             audited(model, models, sets, 3, checks="quick", output_dir=tmp_path)
         assert not (tmp_path / "audit.json").exists()
 
-        def never(self, *arguments):
-            raise AssertionError("was read before")
+        again = ForgetAccuracy.read
+
+        def never(self, subject, *arguments):
+            assert subject.role == "retrained", "was read before"
+            return again(self, subject, *arguments)
 
         monkeypatch.setattr(ForgetAccuracy, "read", never)
         found = audited(model, models, sets, 3, checks="quick", output_dir=tmp_path)
@@ -166,6 +171,41 @@ class TestResume:
         audited(masked(models.originals[0]), models, sets, 3, checks=["forget_accuracy"], output_dir=tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {"_private", "audit.json", "audit.html", "audit.png"}
         assert (tmp_path / "_private").stat().st_mode & 0o077 == 0
+
+
+class TestMemory:
+    def test_models_by_name_are_in_memory_one_at_a_time(self, tmp_path, sets, monkeypatch, capsys):
+        """With the audited one, for the look that compares them; what is printed comes before anything is read."""
+        from transformers import ResNetConfig, ResNetForImageClassification
+
+        from hf_unlearn.audit import given
+
+        folders = []
+        for seed in range(5):
+            torch.manual_seed(seed)
+            config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=10)
+            folders.append(str(tmp_path / str(seed)))
+            ResNetForImageClassification(config).save_pretrained(folders[-1])
+        load, alive, most, printed = given.load_model, [], [], []
+
+        def watched(model, *rest):
+            loaded = load(model, *rest)
+            alive.append(weakref.ref(loaded[0]))
+            gc.collect()
+            most.append(sum(one() is not None for one in alive))
+            return loaded
+
+        read = ForgetAccuracy.read
+        monkeypatch.setattr(given, "load_model", watched)
+        monkeypatch.setattr(
+            ForgetAccuracy, "read", lambda *arguments: printed.append(capsys.readouterr().out) or read(*arguments)
+        )
+        found = audit(folders[0], folders[1], folders[2:], **sets, checks=["forget_accuracy", "answer_distance"])
+        assert most == [1, 2, 2, 2, 2, 1, 1, 1, 1]
+        assert "2 checks of 5 models" in printed[0]
+        assert found.models["retrained 3"] == folders[4]
+        gc.collect()
+        assert not any(one() is not None for one in alive)
 
 
 class TestWhatDoesNotRun:

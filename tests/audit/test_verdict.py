@@ -77,6 +77,37 @@ def test_what_did_not_run_is_not_passed():
     assert verdict([*FINE, beyond("probe", "below")], failed={"attack": "x"}).word == "suppressed"  # which is worse
 
 
+def test_what_decides_nothing_may_fail():
+    """Through `judged`, which knows the layers."""
+    from types import SimpleNamespace
+
+    from hf_unlearn.audit.classifiers.answers import ForgetAccuracy, UnseenError
+    from hf_unlearn.audit.run import judged
+
+    rows = SimpleNamespace(classes=(3,), sizes={"forget": 100})
+    found = {"forget_accuracy": Readings(GONE, KNOWS, (GONE,) * 5)}
+    losses = {"audited": [2.0], "original": [-50.0], "retrained": [1.8, 1.9, 2.0, 2.1, 2.2]}
+    for name, blocks in (("unseen_error", False), ("forget_accuracy", True)):
+        word = judged([ForgetAccuracy(), UnseenError()], found, losses, rows, failed={name: "out of memory"})[2]
+        assert (word.decided_by == name) == blocks
+
+
+def test_an_output_that_is_fine_with_a_likelihood_that_is_not_is_suppressed():
+    losses, settings = (11.8, 11.9, 12.0, 12.1, 12.2), {"original": -50.0, "checks": 5}
+    knows = residual_mu(2.0, losses, **settings)  # 63 standard deviations
+    assert (knows.status, knows.knows) == ("beyond", True)
+    found = verdict(FINE, knows)
+    assert (found.word, found.decided_by) == ("suppressed", "residual_mu")
+    assert "+63.2" in found.why
+    assert verdict([*FINE, beyond("bad", "output")], knows).word == "not forgotten"  # which is worse
+    # Retrained models are surer of something wrong than one that says nothing: no memory makes up that difference.
+    shrugs = residual_mu(2.0, losses, **settings, chance=1.9)
+    assert (shrugs.status, shrugs.knows) == ("beyond", False)
+    assert verdict(FINE, shrugs).word == "undetermined"
+    assert residual_mu(2.0, losses, **settings, chance=2.3).knows
+    assert not residual_mu(90.0, losses, **settings).knows  # driven further
+
+
 @pytest.mark.parametrize(
     "residual",
     [
@@ -106,6 +137,14 @@ def test_nor_where_a_check_was_not_asked_for():
     found = verdict(FINE, left_out=["quantised"])
     assert (found.word, found.decided_by) == ("undetermined", "quantised")
     assert verdict([beyond("probe", "below"), *FINE], left_out=["quantised"]).word == "suppressed"
+
+
+def test_what_would_settle_a_check_of_shadows_is_more_of_them():
+    for layer, status in (("below", "unclear"), ("distance", "unclear")):
+        open_ = replace(result("swap", layer, status, high=0.2), settle="more shadow models")
+        assert verdict([*FINE, open_]).needs == ("more shadow models",)
+    further = replace(beyond("lira", "distance"), settle="more shadow models")
+    assert "as far as retraining" in verdict([*FINE, further]).needs[0]
 
 
 def test_few_examples_are_never_forgotten():

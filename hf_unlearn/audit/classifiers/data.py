@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -67,6 +68,8 @@ class ClassifierData:
         classes (`tuple[int, ...]`): the forgotten classes; empty where single examples were to be forgotten.
         num_labels (`int`): of the models.
         forgotten (`str`): in words.
+        trials (`Trials`, *optional*): of the way to unlearn, on shadow models.
+        no_trials (`str`): why there are none.
     """
 
     forget: Part
@@ -76,6 +79,21 @@ class ClassifierData:
     classes: tuple[int, ...]
     num_labels: int
     forgotten: str
+    trials: Any = None
+    no_trials: str = "needs the way to unlearn (unlearn_fn=)"
+
+    @property
+    def chance_loss(self) -> float:
+        """Of who gives all classes alike, nats."""
+        return math.log(self.num_labels)
+
+    def half(self, seed: int, *key: int) -> ClassifierData:
+        """The same with a random half of the rows of each part."""
+        parts = {
+            name: part.shuffled(seed, number, *key).select(range((len(part) + 1) // 2))
+            for number, (name, part) in enumerate(self.parts.items())
+        }
+        return replace(self, **parts, trials=None)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -135,7 +153,7 @@ def classifier_data(
         dataset = sets[name]
         limit = _limit(dataset, processing_class, EXAMPLES[size])
         drawn = rows[torch.randperm(len(rows), generator=seeded_generator("cpu", seed, key))[:limit]]
-        return _read(dataset, drawn.sort().values.tolist(), processing_class)
+        return read_part(dataset, drawn.sort().values.tolist(), processing_class)
 
     every = {name: torch.arange(len(values)) for name, values in labels.items()}
     words = (class_names(forget) or in_words(classes)) if classes else f"{len(forget)} examples"
@@ -151,13 +169,13 @@ def classifier_data(
 
 
 def _limit(dataset: Any, processing_class: Any, examples: int) -> int:
-    one = _read(dataset, [0], processing_class)
+    one = read_part(dataset, [0], processing_class)
     return max(
         1, min(examples, BYTES // max(1, sum(value.numel() * value.element_size() for value in one.inputs.values())))
     )
 
 
-def _read(dataset: Any, rows: Sequence[int], processing_class: Any) -> Part:
+def read_part(dataset: Any, rows: Sequence[int], processing_class: Any) -> Part:
     """Rows as the trainers' collators make inputs of them; of none, an empty part with the inputs of the first row."""
     collator = raw_collator(dataset, processing_class)
     if collator is None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ...training.models import is_causal_lm
 from ..check import Check, Role
+from ..functions import Functions
+from ..store import Store
 from .answers import ForgetAccuracy, NeighbourLeakage, RetainError, UnseenAccuracy, UnseenError
-from .data import ClassifierData, classifier_data
+from .data import EXAMPLES, ClassifierData, classifier_data
 from .depth import LinearProbe, RefittedHead
-from .distances import AnswerDistance, MarginDivergence, MembershipByLikelihood
+from .distances import AnswerDistance, InterpolatedMembership, MarginDivergence, MembershipByLikelihood
 from .disturbed import Noisy, Pruned, Quantised
 from .membership import MembershipByEntropy, MembershipByLoss
-from .relearning import RelearnForget, RelearnRetained, RelearnUnrelated
+from .relearning import RelearnBesideNew, RelearnForget, RelearnRetained, RelearnUnrelated
+from .shadows import ROWS, SwapTest, UnlearningLiRA, trials
 from .subject import ClassifierSubject, head_of, pace
 
 
@@ -24,9 +28,11 @@ QUICK: tuple[type[Check], ...] = (
 )  # fmt: skip
 STANDARD: tuple[type[Check], ...] = (
     ForgetAccuracy, UnseenAccuracy, NeighbourLeakage, LinearProbe, RefittedHead, RelearnForget, RelearnRetained, RelearnUnrelated, Quantised,
-    Pruned, Noisy, MembershipByLoss, MembershipByEntropy, MembershipByLikelihood, AnswerDistance, MarginDivergence, RetainError, UnseenError,
+    Pruned, Noisy, MembershipByLoss, MembershipByEntropy, MembershipByLikelihood, SwapTest, UnlearningLiRA, AnswerDistance, MarginDivergence, RetainError,
+    UnseenError,
 )  # fmt: skip
-EVERY: tuple[type[Check], ...] = (*STANDARD,)
+# Beside them what asks almost the same again: every check widens the margins of all.
+EVERY: tuple[type[Check], ...] = (*STANDARD, RelearnBesideNew, InterpolatedMembership)
 
 
 def fits(model: Any) -> bool:
@@ -64,6 +70,36 @@ def data(
     return classifier_data(
         forget, retain, test, num_labels=labels, processing_class=processing_class, size=size, seed=seed
     )
+
+
+def with_trials(
+    rows: ClassifierData,
+    audited: ClassifierSubject,
+    functions: Functions,
+    shadows: Any,
+    *,
+    processing_class: Any,
+    size: str,
+    store: Store,
+) -> ClassifierData:
+    """The rows with shadow models to try the way to unlearn on.
+
+    Raises:
+        ValueError: see [`trials`].
+    """
+    config = audited.model.config
+
+    def alike(other: ClassifierSubject, argument: str) -> None:
+        if other.model.config.num_labels != config.num_labels:
+            raise ValueError(
+                f"{argument}: has {other.model.config.num_labels} classes, the audited model {config.num_labels}; pass models of one label set"
+            )
+
+    found = trials(
+        audited, functions, shadows, check_alike=alike, processing_class=processing_class, limit=EXAMPLES[size], store=store,
+    )  # fmt: skip
+    few = f"needs {ROWS} forget rows, to train shadow models on halves of them"
+    return replace(rows, trials=found, no_trials=few)
 
 
 def forget_loss(one: ClassifierSubject, rows: ClassifierData) -> float:

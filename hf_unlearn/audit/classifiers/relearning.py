@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,30 @@ class RelearnForget(Relearning):
         return torch.stack([look.probabilities.gather(1, look.labels[:, None])[:, 0] for look in looks[1:]]).mean(0)
 
 
+class RelearnBesideNew(RelearnForget):
+    name, title, margin = "relearn_beside_new", "Relearning beside a class never seen", 0.05
+    what = (
+        "By how much sooner the class is back than one that nobody saw, made of the same rows with their pixels (or tokens) in one other order, is learned: a model that "
+        "learns everything slowly cannot hide in that."
+    )
+
+    def cost(self, data: ClassifierData) -> tuple[float, float]:
+        return tuple(2 * count for count in super().cost(data))
+
+    def missing(self, data: ClassifierData, roles: Sequence[Role]) -> str | None:
+        return super().missing(data, roles) if data.classes else "single examples were to be forgotten, not classes"
+
+    def read(self, subject: ClassifierSubject, data: ClassifierData, seed: int) -> Reading:
+        known, new = (super(RelearnBesideNew, self).read(subject, rows, seed) for rows in (data, never_seen(data)))
+        sooner = torch.tensor(known.per_example) - torch.tensor(new.per_example)
+        return Reading.mean_of(sooner, **known.figures, new=new.figures["curve"])
+
+    def value(self, looks: Sequence[Look]) -> Tensor:
+        """Beyond what the rows were given before the first step, which differs between rows that resemble other classes and such that resemble none."""
+        first = looks[0].probabilities.gather(1, looks[0].labels[:, None])[:, 0]
+        return super().value(looks) - first
+
+
 class RelearnRetained(Relearning):
     name, title, margin, paper = "relearn_retained", "Relearning from retained data alone", 0.05, "2505.22310"
     what = (
@@ -117,9 +142,31 @@ class RelearnUnrelated(Relearning):
         return batch
 
 
+def never_seen(data: ClassifierData) -> ClassifierData:
+    """The same with a class in place of the forgotten ones that nobody saw: pixels of all rows in one other order, tokens all exchanged for others."""
+    both, count = data.forget + data.test_forget, len(data.forget)
+    inputs = {}
+    for number, (name, value) in enumerate(both.inputs.items()):
+        generator = seeded_generator("cpu", 41, number)
+        if value.is_floating_point():
+            flat = value.flatten(1)
+            inputs[name] = flat[:, torch.randperm(flat.shape[1], generator=generator)].view(value.shape)
+        elif _is_mask(value):
+            inputs[name] = value
+        else:
+            known, places = value.unique(return_inverse=True)
+            inputs[name] = known[torch.randperm(len(known), generator=generator)][places]
+    made = Part(inputs, both.labels)
+    return replace(data, forget=made.select(range(count)), test_forget=made.select(range(count, len(made))))
+
+
+def _is_mask(values: Tensor) -> bool:
+    return values.dim() < 2 or (values.dim() == 2 and bool((values <= 1).all()))
+
+
 def in_pieces(values: Tensor, generator: torch.Generator) -> Tensor:
     """Images with their pixels, texts with their tokens in random places; masks as they are."""
-    if values.dim() < 2 or (values.dim() == 2 and bool((values <= 1).all())):
+    if _is_mask(values):
         return values
     flat = values.flatten(1)
     order = torch.rand(flat.shape, generator=generator).argsort(1)

@@ -5,14 +5,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import FORGOTTEN, masked
-from scipy.stats import norm
+from scipy.stats import gumbel_r, norm
 from sklearn.metrics import roc_auc_score
 
 from hf_unlearn.audit.check import Reading, Readings
-from hf_unlearn.audit.classifiers.distances import AnswerDistance, MarginDivergence, MembershipByLikelihood
+from hf_unlearn.audit.classifiers.distances import (
+    AnswerDistance,
+    InterpolatedMembership,
+    MarginDivergence,
+    MembershipByLikelihood,
+    interpolated,
+    signal,
+    sketched,
+    weights_apart,
+)
 from hf_unlearn.audit.classifiers.family import data as family_data
 from hf_unlearn.audit.classifiers.membership import MembershipByLoss
-from hf_unlearn.audit.classifiers.relearning import RelearnForget, trained
+from hf_unlearn.audit.classifiers.relearning import RelearnBesideNew, RelearnForget, never_seen, trained
 from hf_unlearn.audit.classifiers.subject import ClassifierSubject, look_at, pooled
 from hf_unlearn.audit.equivalence import sampling_error
 from hf_unlearn.audit.weights import size_of_weights
@@ -177,8 +186,110 @@ class TestRelearning:
         torch.testing.assert_close(plain.head.bias[FORGOTTEN], plain.head.bias[others].mean())
         assert torch.equal(plain.head.weight[others], models.originals[0].head.weight[others])
 
+    def test_a_class_that_nobody_saw(self, parts):
+        """The same pixels of each row in one other order for all, rows and labels as they were."""
+        new = never_seen(parts)
+        for name in ("forget", "test_forget"):
+            one, two = (getattr(data, name).inputs["pixel_values"].flatten(1) for data in (parts, new))
+            assert torch.equal(one.sort(1).values, two.sort(1).values)
+            assert (one == two).float().mean() < 0.6  # many pixels are blank
+        assert torch.equal(new.forget.labels, parts.forget.labels)
+        both = [
+            torch.cat([data.forget.inputs["pixel_values"], data.test_forget.inputs["pixel_values"]]).flatten(1)
+            for data in (parts, new)
+        ]
+        assert torch.equal(both[0].var(0).sort().values, both[1].var(0).sort().values)  # one order for all
+        assert new.retain is parts.retain
+
+    def test_what_is_known_is_back_sooner_than_what_is_new(self, models, parts):
+        """A model that never saw the class, and the same with one hidden unit that sees it, from which nothing leads to the answers."""
+        plain, knows = (copy.deepcopy(models.retrained[0]) for _ in range(2))
+        pixels = torch.cat([part.inputs["pixel_values"].flatten(1) for part in (parts.forget, parts.retain)])
+        target = torch.cat([torch.ones(len(parts.forget)), -torch.ones(len(parts.retain))])
+        design = torch.cat([pixels, torch.ones(len(pixels), 1)], 1)
+        direction = torch.linalg.solve(design.T @ design + 10 * torch.eye(65), design.T @ target)
+        with torch.no_grad():
+            for model in (plain, knows):
+                model.head.weight[:, 0] = 0
+            knows.body.weight[0], knows.body.bias[0] = 30 * direction[:64], 30 * direction[64]
+        check = RelearnBesideNew()
+        one, two = (check.read(ClassifierSubject(model, "audited", "a"), parts, 0) for model in (knows, plain))
+        assert one.value > two.value + check.margin
+        assert len(one.figures["new"]) == len(one.figures["curve"]) == 8
+
+
+class TestInterpolatedMembership:
+    def test_against_a_plain_reference(self):
+        """IAM as its authors compute it: SciPy's Gumbel law by moments, step by step and row by row."""
+        random = np.random.default_rng(0)
+        observed, shadows, fitted = (
+            random.uniform(0, 1, 20),
+            random.uniform(0, 0.6, (3, 20)),
+            random.uniform(0.6, 1, 20),
+        )
+        alphas, total = np.linspace(0, 1, 100), np.zeros(20)
+        for i, alpha in enumerate(alphas[:-1]):
+            between = shadows + (fitted - shadows) * alpha
+            beta = between.std() * 6**0.5 / np.pi
+            for row in range(20):
+                law = gumbel_r(between[:, row].mean() - beta * np.euler_gamma, beta)
+                total[row] += alphas[i + 1] * law.cdf(observed[row])
+        np.testing.assert_allclose(interpolated(observed, shadows, fitted), total / alphas[1:].sum(), rtol=1e-9)
+
+    def test_from_generalising_to_fitted(self):
+        assert signal(np.array([0.0, 1.0])).tolist() == [0.0, 1.0]
+        assert (np.diff(signal(np.linspace(0, 1, 50))) > 0).all()
+        shadows, fitted = np.full((1, 9), 0.3) + np.linspace(-0.05, 0.05, 9), np.full(9, 0.9)
+        scores = [interpolated(np.full(9, at), shadows, fitted).mean() for at in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)]
+        assert (np.diff(scores) > 0).all()
+        assert scores[0] < 0.01
+        assert scores[-1] > 0.9
+
+    def test_of_models(self, by_heart):
+        rows = family_data(
+            ClassifierSubject(by_heart.originals[0], "audited", "a"),
+            **by_heart.sets,
+            processing_class=None,
+            size="standard",
+            seed=0,
+        )
+        check = InterpolatedMembership()
+        original, *gone = (
+            check.read(ClassifierSubject(one, "audited", "a"), rows, 0)
+            for one in (by_heart.originals[0], *by_heart.retrained[:4])
+        )
+        found = check.settled(Readings(gone[0], original, tuple(gone[1:])), rows)
+        assert found.original.value > 0.7
+        assert all(one.value < 0.2 for one in (found.audited, *found.retrained))
+
 
 class TestDistances:
+    def test_weights_in_few_numbers(self, models):
+        """Distances of the sketches are those of the weights: 1,024 numbers, a standard error of 2.2 %."""
+        flat = [torch.cat([p.detach().flatten() for p in one.parameters()]) for one in models.retrained[:3]]
+        sketches = [sketched(one) for one in models.retrained[:3]]
+        for i, j in ((0, 1), (1, 2), (2, 0)):
+            expected = float((flat[i] - flat[j]).norm() / flat[j].norm())
+            assert weights_apart(sketches[i], sketches[j]) == pytest.approx(expected, rel=0.1)
+        assert weights_apart(sketches[0], sketched(models.retrained[0])) == 0.0
+        assert weights_apart(sketches[0], sketched(torch.nn.Linear(3, 4))) is None
+
+    def test_figures_beside_the_answers(self, models, parts):
+        """KL by hand, and weights: an original is its own; they decide nothing, and what was compared is not in the report."""
+        made = [models.originals[1], models.originals[0], *models.retrained[:3]]
+        check = AnswerDistance()
+        readings = [check.read(ClassifierSubject(one, "audited", "a"), parts, 0) for one in made]
+        found = check.settled(Readings(readings[0], readings[1], tuple(readings[2:])), parts)
+        p = [look_at(one, parts.forget).probabilities for one in made]
+        mean = (p[2] + p[3]) / 2  # the last one is left out
+        assert found.audited.figures["kl"] == pytest.approx(
+            float((mean * (mean / p[0]).log()).sum(1).mean()), rel=1e-6
+        )
+        assert found.original.figures["weights_from_original"] == 0.0
+        assert 0.5 < found.audited.figures["weights_from_original"] < 2
+        assert 0.5 < found.retrained[0].figures["weights_from_retrained"] < 2
+        assert not {"rows", "weights"} & set(found.audited.figures)
+
     def readings(self, *margins):
         made = [Reading.mean_of(one) for one in margins]
         return Readings(made[0], None, tuple(made[1:]))
