@@ -52,6 +52,7 @@ _EXPORTS = {
     "UnlearnTrainer": "unlearning.trainer",
     "VDUConfig": "unlearning.diffusion.vdu",
     "VDUTrainer": "unlearning.diffusion.vdu",
+    "publish": "hub.objects",
     "redirect_concept": "unlearning.diffusion.redirect",
     "speed": "unlearning.diffusion.speed",
     "uce": "unlearning.diffusion.uce",

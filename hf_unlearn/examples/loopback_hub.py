@@ -1,6 +1,6 @@
 """A Hugging Face Hub on loopback, over real HTTP and in memory, for a demo and for tests that push a model and load it again.
 
-It has model repositories only, no LFS, and no rights: every token reads and writes everything. A new repository is empty,
+It has repositories of models and datasets (`datasets/me/name`), no LFS, and no rights: every token reads and writes everything. A new repository is empty,
 where the real Hub puts a .gitattributes. Whatever it does not understand it answers with 501, which huggingface_hub 2.4
 does not try again, and keeps in `LoopbackHub.unknown`.
 """
@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 USER = "me"  # who owns a repository that is created without an owner
 FOREIGN_SETTINGS = re.compile(r"(HF|HUGGING_?FACE|TRANSFORMERS)_.*|.*_PROXY", re.IGNORECASE)
-PARTS = {"repo": "([^/]+/[^/]+)", "revision": "([^/]+)", "path": "(.+)"}
+PARTS = {"type": "(models|datasets|spaces)", "repo": "([^/]+/[^/]+)", "revision": "([^/]+)", "path": "(.+)"}
 ROUTES = []
 
 
@@ -196,6 +196,11 @@ def _json(data, status=200, headers=()):
     return status, {"Content-Type": "application/json"} | dict(headers), json.dumps(data).encode()
 
 
+def _key(kind, repo_id):
+    """How the hub here calls a repository: by its address."""
+    return repo_id if kind == "models" else f"{kind}/{repo_id}"
+
+
 def _git_oid(content):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -203,9 +208,9 @@ def _git_oid(content):
 @_route("POST", "/api/repos/create")
 def _create(hub, request):
     asked = json.loads(request.body)
-    if asked.get("type", "model") != "model":
-        raise NotImplementedError("models only")
-    repo_id = f"{asked['organization'] or USER}/{asked['name']}"
+    if asked.get("type", "model") not in ("model", "dataset"):
+        raise NotImplementedError("models and datasets only")
+    repo_id = _key(f"{asked.get('type', 'model')}s", f"{asked['organization'] or USER}/{asked['name']}")
     url = {"url": f"{hub.url}/{repo_id}"}
     if repo_id in hub._commits:
         return _json(url | {"error": "You already created this model repo"}, 409)  # exist_ok=True reads the url
@@ -215,13 +220,19 @@ def _create(hub, request):
     return _json(url)
 
 
+@_route("GET", "/api/whoami-v2")
+def _whoami(hub, request):
+    return _json({"type": "user", "id": USER, "name": USER, "fullname": USER, "orgs": [], "auth": {}})
+
+
 @_route("POST", "/api/validate-yaml")  # of a card
 def _validate(hub, request):
     return _json({"errors": [], "warnings": []})
 
 
-@_route("POST", "/api/models/{repo}/branch/{revision}")
-def _branch(hub, request, repo_id, branch):
+@_route("POST", "/api/{type}/{repo}/branch/{revision}")
+def _branch(hub, request, kind, repo_id, branch):
+    repo_id = _key(kind, repo_id)
     sha, _ = hub._at(repo_id, json.loads(request.body).get("startingPoint", "main"))
     if branch in hub._branches[repo_id]:
         raise HubError(409, "", f"{branch} exists already")
@@ -229,9 +240,9 @@ def _branch(hub, request, repo_id, branch):
     return _json({})
 
 
-@_route("POST", "/api/models/{repo}/preupload/{revision}", query=["create_pr"])
-def _preupload(hub, request, repo_id, revision):
-    _, files = hub._at(repo_id, revision)
+@_route("POST", "/api/{type}/{repo}/preupload/{revision}", query=["create_pr"])
+def _preupload(hub, request, kind, repo_id, revision):
+    _, files = hub._at(_key(kind, repo_id), revision)
     answers = []
     for asked in json.loads(request.body)["files"]:
         known = {"oid": _git_oid(files[asked["path"]])} if asked["path"] in files else {}
@@ -239,19 +250,22 @@ def _preupload(hub, request, repo_id, revision):
     return _json({"files": answers})
 
 
-@_route("POST", "/api/models/{repo}/commit/{revision}", query=["create_pr"])
-def _commit(hub, request, repo_id, branch):
+@_route("POST", "/api/{type}/{repo}/commit/{revision}", query=["create_pr"])
+def _commit(hub, request, kind, repo_id, branch):
+    repo_id = _key(kind, repo_id)
     files = hub.files(repo_id, branch)
     if branch not in hub._branches[repo_id]:
         raise HubError(404, "RevisionNotFound", f"no branch {branch} of {repo_id}")
-    pull_request = {}
+    pull_request, base = {}, branch
     if request.query.get("create_pr") == "1":
         number = 1 + sum(name.startswith("refs/pr/") for name in hub._branches[repo_id])
         branch = f"refs/pr/{number}"
         pull_request = {"pullRequestUrl": f"{hub.url}/{repo_id}/discussions/{number}"}
     header, *operations = map(json.loads, request.body.splitlines())
-    if header["value"].keys() - {"summary", "description"}:
-        raise NotImplementedError(f"{header}")  # a parent commit, above all
+    if header["value"].keys() - {"summary", "description", "parentCommit"}:
+        raise NotImplementedError(f"{header}")
+    if header["value"].get("parentCommit", hub._at(repo_id, base)[0]) != hub._at(repo_id, base)[0]:
+        raise HubError(412, "", f"{base} has moved on since")
     for operation in operations:
         path = operation["value"]["path"]
         if operation["key"] == "deletedFile":
@@ -265,18 +279,19 @@ def _commit(hub, request, repo_id, branch):
     return _json({"commitOid": sha, "commitUrl": f"{hub.url}/{repo_id}/commit/{sha}"} | pull_request)
 
 
-@_route("GET", "/api/models/{repo}")
-@_route("GET", "/api/models/{repo}/revision/{revision}")
-def _model_info(hub, request, repo_id, revision="main"):
-    sha, files = hub._at(repo_id, revision)
+@_route("GET", "/api/{type}/{repo}")
+@_route("GET", "/api/{type}/{repo}/revision/{revision}")
+def _info(hub, request, kind, repo_id, revision="main"):
+    key = _key(kind, repo_id)
+    sha, files = hub._at(key, revision)
     siblings = [{"rfilename": path} for path in sorted(files)]
-    return _json({"id": repo_id, "sha": sha, "private": repo_id in hub._private, "tags": [], "siblings": siblings})
+    return _json({"id": repo_id, "sha": sha, "private": key in hub._private, "tags": [], "siblings": siblings})
 
 
-@_route("GET", "/api/models/{repo}/tree/{revision}", query=["recursive", "expand"])
-@_route("GET", "/api/models/{repo}/tree/{revision}/{path}", query=["recursive", "expand"])
-def _tree(hub, request, repo_id, revision, folder=""):
-    sha, files = hub._at(repo_id, revision)
+@_route("GET", "/api/{type}/{repo}/tree/{revision}", query=["recursive", "expand"])
+@_route("GET", "/api/{type}/{repo}/tree/{revision}/{path}", query=["recursive", "expand"])
+def _tree(hub, request, kind, repo_id, revision, folder=""):
+    sha, files = hub._at(_key(kind, repo_id), revision)
     inside = f"{folder}/" if folder else ""
     entries = {}
     for path, content in sorted(files.items()):
@@ -290,6 +305,11 @@ def _tree(hub, request, repo_id, revision, folder=""):
         raise HubError(404, "EntryNotFound", f"no folder {folder}", {"X-Repo-Commit": sha})
     deep = request.query.get("recursive") == "true"
     return _json([{"path": path} | entries[path] for path in entries if deep or "/" not in path.removeprefix(inside)])
+
+
+@_route("GET HEAD", "/datasets/{repo}/resolve/{revision}/{path}")
+def _file_of_dataset(hub, request, repo_id, revision, path):
+    return _file(hub, request, _key("datasets", repo_id), revision, path)
 
 
 @_route("GET HEAD", "/{repo}/resolve/{revision}/{path}")

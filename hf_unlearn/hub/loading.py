@@ -36,7 +36,7 @@ def loading_code(
     Raises:
         ValueError: a `processor` for a pipeline, or `lora_base` or `num_inference_steps` for another model.
     """
-    if _is_pipeline(model_class):
+    if is_pipeline(model_class):
         if processor is not None:
             raise ValueError(f"processor={processor!r}: {model_class.__name__} loads its own; leave it out")
         return _pipeline_code(model_class, model_name, lora_base, num_inference_steps)
@@ -79,7 +79,7 @@ def diffusion_task(pipeline_class: type) -> str | None:
     return None
 
 
-def _is_pipeline(model_class: type) -> bool:
+def is_pipeline(model_class: type) -> bool:
     """Without importing diffusers, which takes seconds."""
     return any(
         base.__name__ == "DiffusionPipeline" and base.__module__.startswith("diffusers.")

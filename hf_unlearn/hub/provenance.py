@@ -24,7 +24,7 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _today() -> str:
+def today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
@@ -66,7 +66,7 @@ class Provenance:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     forget_fingerprint: str | None = None
     versions: dict[str, str] = field(default_factory=library_versions)
-    created: str = field(default_factory=_today)
+    created: str = field(default_factory=today)
 
     def __post_init__(self) -> None:
         if self.forget_examples < 1:
