@@ -20,7 +20,7 @@ MADE = ("pbu_digits", "pbu_digits_paper", "unlearn_examples_digits", "influence_
 def verb_of(name):
     """As in "unlearn" or "filter fit"."""
     text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
-    return re.search(r"hf-unlearn ((?:filter )?\w+) ", text)[1]
+    return re.search(r"^#   hf-unlearn ((?:filter )?\w+) ", text, re.MULTILINE)[1]
 
 
 def card_of(name, folder):
@@ -36,36 +36,44 @@ def card_of(name, folder):
 
 def structure(card):
     """A card without what differs from run to run: numbers, digests, dates, versions, hardware."""
-    lines = [line for line in card.splitlines() if not re.match(r"\| (versions|hardware|made on|run) \|", line)]
+    lines = [
+        line
+        for line in card.splitlines()
+        if not re.match(r"\| (versions|hardware|made on|report made on|run) \|", line)
+    ]
     text = re.sub(r"`[0-9a-f]{40,64}`", "`…`", "\n".join(lines))
     return re.sub(r"[-+−]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?", "0", text)
+
+
+def told(text, field):
+    """What the head of a recipe says of "Needs" or "Takes"."""
+    found = re.search(rf"^# {field}: (.*?)\.?$(?=\n#   |\n# [A-Z]|\n\n)", text, re.MULTILINE | re.DOTALL)
+    return " ".join(found[1].replace("\n# ", " ").split()).replace("|", "\\|")
 
 
 def index():
     """Text of `model_cards/README.md`: all recipes, those with a card first."""
     lines = ["# Cards of the recipes", ""]
-    lines += [
-        "Each is what the recipe's command writes beside the model; `python benchmarks/model_cards.py` makes these anew.",
-        "",
-    ]
+    lines += ["What the recipe's command writes beside the model, or `publish` beside an influence report."]
+    lines += ["`python benchmarks/model_cards.py` makes these anew.", ""]
     lines += ["| recipe | what it does | card |", "|---|---|---|"]
     others = []
-    for name in sorted(shipped_recipes(), key=lambda name: (name not in MADE, name)):
-        what, *about = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-        what = what.removeprefix("# ").replace("|", "\\|")
+    for name in sorted(shipped_recipes()):
+        text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+        what = text.splitlines()[0].removeprefix("# ").replace("|", "\\|")
         if name in MADE:
             lines.append(f"| `{name}` | {what} | [{name}.md]({name}.md) |")
         elif verb_of(name) != "audit":  # which makes a report, and no card
-            told = {
-                line.split(": ")[0].removeprefix("# "): line.split(": ", 1)[1]
-                for line in about
-                if line.startswith(("# Needs: ", "# Takes: "))
-            }
-            others.append(
-                f"| `hf-unlearn {verb_of(name)} --config {name}` | {told['Needs'].rstrip('.')} | {told['Takes'].rstrip('.')} |"
-            )
-    lines += ["", "These take longer, or need more than a CPU. Their command writes the card too:", ""]
-    lines += ["| command | needs | takes |", "|---|---|---|", *others]
+            command = f"hf-unlearn {verb_of(name)} --config {name}"
+            others.append(f"| `{command}` | {told(text, 'Needs')} | {told(text, 'Takes')} |")
+    lines += [
+        "",
+        "These take longer, or need more than a CPU:",
+        "",
+        "| command | needs | takes |",
+        "|---|---|---|",
+        *others,
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -287,7 +287,7 @@ def _write_card(
     token: Any,
     given: dict[str, Any],
 ) -> None:
-    from huggingface_hub import metadata_update
+    from huggingface_hub import metadata_load, metadata_save
 
     given = {name: value for name, value in given.items() if value}
     if base is not None and _is_as_saved(folder, Path(base)):
@@ -295,7 +295,7 @@ def _write_card(
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(Path(base, name), folder / name)
         if given:
-            metadata_update(str(folder / CARD), given, overwrite=True)
+            metadata_save(folder / CARD, (metadata_load(folder / CARD) or {}) | given)
         return
     metadata = inherited(said_of(base, revision, token), given)
     card = plain_card(

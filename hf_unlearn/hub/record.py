@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,13 +135,35 @@ def read_record(path: str | PathLike) -> dict[str, Any]:
         ValueError: it is missing, damaged, or no record of this format.
     """
     record = read_json(path)
-    if (
-        record.get("format") != FORMAT
-        or not isinstance(record.get("files"), dict)
-        or not isinstance(record.get("earlier"), list)
-    ):
-        raise ValueError(f"{path}: is no provenance that this version reads (format {FORMAT})")
+    earlier = record.get("earlier")
+    if record.get("format") != FORMAT or not isinstance(earlier, list) or not all(map(_is_record, [*earlier, record])):
+        raise ValueError(
+            f"{path}: is no provenance that this version reads (format {FORMAT}); publish again with this version"
+        )
     return record
+
+
+def _is_record(values: Any) -> bool:
+    """Whether a file's JSON has what is read of it: it may come from anybody."""
+    if not isinstance(values, dict):
+        return False
+    parent, files, forget_set = values.get("parent"), values.get("files"), values.get("forget_set") or {}
+    return (
+        isinstance(parent, dict)
+        and {"repository", "provenance_sha256"} <= parent.keys()
+        and isinstance(files, dict)
+        and all(isinstance(values.get(name), str) for name in ("kind", "created"))
+        and isinstance(values.get("method") or {}, dict)
+        and isinstance(values.get("audit") or {}, dict)
+        and isinstance(forget_set, dict)
+        and ("digests" not in forget_set or _are_digests(forget_set))
+    )
+
+
+def _are_digests(forget_set: Mapping[str, Any]) -> bool:
+    salt, digests = forget_set.get("salt"), forget_set.get("digests")
+    is_salt = isinstance(salt, str) and re.fullmatch("([0-9a-f]{2})+", salt)
+    return bool(is_salt and isinstance(forget_set.get("key_check"), str) and isinstance(digests, list))
 
 
 def write_record(record: Mapping[str, Any], folder: str | PathLike, names: Sequence[str]) -> None:

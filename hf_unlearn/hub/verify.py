@@ -68,8 +68,9 @@ class ProvenanceReport:
             parent = one["parent"]["repository"] or "a model that is not on the Hub"
             lines.append(f"  {number}. {one['created']}: {method}{forgotten}, from {parent}")
         audit = record.get("audit")
-        lines.append("  no audit" if audit is None else f"  audit: {audit['verdict']}: {audit['why']}")
-        return "\n".join(lines)
+        lines.append("  no audit" if not audit else f"  audit: {audit.get('verdict')}: {audit.get('why')}")
+        # A record may be anybody's, and no text of it moves the cursor.
+        return "\n".join("".join(sign for sign in one_line if sign.isprintable()) for one_line in lines)
 
 
 def verify_provenance(

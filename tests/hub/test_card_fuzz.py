@@ -40,7 +40,8 @@ def check(card, headings):
     assert ModelCard(str(read)).data.to_dict() == read.data.to_dict()
     check_card(card.content)
     assert re.findall(r"^#+ .*", read.text, re.MULTILINE)[1:] == headings
-    assert not re.search(r"(?<!\\)<script|(?<!\\)\]\(javascript", read.text)
+    shown = re.sub(r"```.*?```", "", read.text, flags=re.DOTALL)
+    assert not re.search(r"(?<!\\)<script|(?<!\\)\]\(javascript", shown)
     return read
 
 

@@ -197,6 +197,20 @@ def test_what_was_changed_is_seen(hub, tiny_vit, tmp_path):
     assert "NOT all" in str(seen)
     (tmp_path / "out/config.json").unlink()
     assert verify_provenance(tmp_path / "out").missing == ("config.json",)
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    for change in (
+        {"format": 9}, {"earlier": 3}, {"earlier": [1]}, {"parent": None}, {"files": []}, {"kind": 1}, {"audit": "x"},
+        {"forget_set": {"digests": ["a"], "salt": "xyz", "key_check": "a"}}, {"method": "x"},
+    ):  # fmt: skip
+        (hostile / RECORD).write_text(json.dumps(record | change))
+        with pytest.raises(ValueError, match="is no provenance that this version reads"):
+            verify_provenance(hostile)
+    (hostile / RECORD).write_text(json.dumps(record | {"forgotten": "\x1b[2Jx", "files": {"../out/README.md": {}}}))
+    seen = verify_provenance(hostile)
+    assert seen.missing == ("../out/README.md",)
+    assert "\x1b" not in str(seen)
     for wrong in ("me/nothing", tmp_path / "more"):
         with pytest.raises((OSError, ValueError), match="no such|has no provenance.json") as error:
             verify_provenance(wrong)

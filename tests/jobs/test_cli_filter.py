@@ -193,7 +193,7 @@ class TestFit:
         assert "never publish it" in shown
 
         names = sorted(path.name for path in (work / "out").iterdir())
-        assert names == ["README.md", "_private", "config.json", "model.safetensors"]
+        assert names == ["README.md", "_private", "config.json", "model.safetensors", "provenance.json"]
         assert str(tmp_path) not in (work / "out/README.md").read_text()
         assert str(tmp_path) not in (work / "out/config.json").read_text()
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...hub.allowed import CARD
 from ...hub.objects import Written, check_options
-from ...hub.provenance import library_versions
+from ...hub.provenance import hardware, library_versions
 from ...hub.record import other_record, write_record
 from ...hub.text import all_tags, line
 
@@ -99,7 +99,15 @@ class PublishedReport:
             seen, finite = np.isfinite(mu), mu[np.isfinite(mu)]
             quantiles = [f"{value:.3g}" for value in np.quantile(finite, (0.0, 0.5, 1.0))] if seen.any() else ["–"] * 3
             found = [len(self.discoveries(0.05, name, side=side)) for side in ("helpful", "harmful")]
-            targets.append([line(name), f"{self.sigma[name]:.3g}", f"{seen.sum():,}", *quantiles, *map(str, found)])
+            targets.append(
+                [
+                    line(name),
+                    f"{self.sigma[name]:.3g}" if np.isfinite(self.sigma[name]) else "–",
+                    f"{seen.sum():,}",
+                    *quantiles,
+                    *map(str, found),
+                ]
+            )
         card = DatasetCard.from_template(
             data,
             template_path=str(TEMPLATE),
@@ -118,6 +126,8 @@ class PublishedReport:
                 if about.get(name) is not None
             ]
             + [("scale", f"{self.scale:g}"), ("burn_in", self.burn_in)],
+            own_loss="self" in self.targets,
+            hardware=hardware(),
             run=line(about.get("run_id", "not known")),
             versions=", ".join(f"{name} {number}" for name, number in library_versions().items()),
         )
