@@ -56,7 +56,7 @@ def check_card(text: str) -> None:
     for name, (fits, what) in TEXTS.items():
         given = data.get(name)
         values = given if isinstance(given, list) and name not in SINGLE else [] if given is None else [given]
-        for value in values:
+        for value in filter(lambda value: value != "", values):  # as PEFT writes it where it knows none
             if not isinstance(value, str) or not fits(value):
                 raise ValueError(f"README.md: {name}: {_shown(value)} is not {what}")
     relation = data.get("base_model_relation")
