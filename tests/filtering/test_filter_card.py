@@ -130,7 +130,7 @@ class TestWhatItSays:
     def test_text_cannot_break_out(self, card):
         found = card(of_latents({"x\n---\n# y": "{{ 7 * 7 }}\n## z"}))
         assert "**x --- # y**" in found.text
-        assert "| x --- # y | {{ 7 * 7 }} ## z |" in found.text
+        assert "| x --- # y | {{ 7 \\* 7 }} ## z |" in found.text
         assert "\n# y" not in found.content
 
     def test_no_local_paths(self, tiny_resnet, tmp_path):

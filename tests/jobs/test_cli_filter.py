@@ -193,7 +193,7 @@ class TestFit:
         assert "never publish it" in shown
 
         names = sorted(path.name for path in (work / "out").iterdir())
-        assert names == ["README.md", "_private", "config.json", "model.safetensors"]
+        assert names == ["README.md", "_private", "config.json", "model.safetensors", "provenance.json"]
         assert str(tmp_path) not in (work / "out/README.md").read_text()
         assert str(tmp_path) not in (work / "out/config.json").read_text()
 
@@ -211,7 +211,7 @@ class TestFit:
         pictures = sorted(path.name for path in Path("out/_private").glob("b*"))
         assert pictures == ["blocked.png", "border.png"]
         assert all(Image.open(f"out/_private/{name}").width > 500 for name in pictures)
-        assert publishable_files("out") == ["README.md", "config.json", "model.safetensors"]
+        assert publishable_files("out") == ["README.md", "config.json", "model.safetensors", "provenance.json"]
 
     def test_pictures_of_the_border(self, recipe, encoder, done, pictures):
         done("fit", "--config", recipe(encoder=encoder, unmarked=60, **MARKED))

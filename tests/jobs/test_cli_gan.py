@@ -201,7 +201,7 @@ class TestRuns:
         assert str(tmp_path) not in card.content
 
         names = sorted(path.name for path in (work / "out").iterdir())
-        assert names == ["README.md", "_private", "generator", "model_index.json", "pictures"]
+        assert names == ["README.md", "_private", "generator", "model_index.json", "pictures", "provenance.json"]
         assert json.loads((work / "out/model_index.json").read_text())["discriminator"] == [None, None]
         assert [path.name for path in (work / "out/pictures").iterdir()] == ["after.png"]
         assert sorted(path.name for path in (work / "out/_private/samples").iterdir()) == ["after.png", "before.png"]

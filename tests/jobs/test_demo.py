@@ -93,7 +93,7 @@ def test_leaves_a_model_a_card_and_a_picture(demo):
     folder = demo[0] / "unlearned"
     names = {path.name for path in folder.iterdir()}
     model = {"config.json", "model.safetensors", "preprocessor_config.json"}
-    assert names == model | {"README.md", "_private", "pictures"}
+    assert names == model | {"README.md", "_private", "pictures", "provenance.json"}
     assert "pictures/per_class.png" in (folder / "README.md").read_text()
     png = (folder / "pictures" / "per_class.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
