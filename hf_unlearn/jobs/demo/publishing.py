@@ -64,7 +64,7 @@ def quiet(text: str) -> None:
 
 
 def name_on_cards(corrected: Corrected, forgotten: Forgotten, stage: Stage) -> None:
-    """What the cards cannot know by themselves: the data, and figures before, after and of retraining."""
+    """What the cards cannot know by themselves: the data, where the models came from, and figures before, after and of retraining."""
     about = {"dataset_name": "scikit-learn digits", "dataset_type": "digits", "license": "apache-2.0"}
     answers, digit = corrected.answers, stage.forgotten
     corrected.trainer.results = [
@@ -80,9 +80,9 @@ def name_on_cards(corrected: Corrected, forgotten: Forgotten, stage: Stage) -> N
         ),
         compared("Accuracy on the other classes", {name: forgotten.on(name, digit)[1] for name in forgotten.accuracy}),
     ]
-    for act in (corrected, forgotten):
-        act.trainer.base_model = None  # a folder on this machine: no one else could look it up
-        act.trainer.card_values = about
+    corrected.trainer.base_model = None  # a folder on this machine: no one else could look it up
+    forgotten.trainer.base_model = "me/digits-corrected"  # which is what lies in the folder that it came from
+    corrected.trainer.card_values = forgotten.trainer.card_values = about
 
 
 def compared(name: str, shares: dict[str, float]) -> Figure:
