@@ -1,7 +1,7 @@
 """A Hugging Face Hub on loopback, over real HTTP and in memory, for a demo and for tests that push a model and load it again.
 
 It has repositories of models and datasets (`datasets/me/name`), no LFS, and no rights: every token reads and writes everything. A new repository is empty,
-where the real Hub puts a .gitattributes. Whatever it does not understand it answers with 501, which huggingface_hub 2.4
+where the real Hub puts a .gitattributes. What goes wrong on the way can be asked for: see [`Fault`]. Whatever it does not understand it answers with 501, which huggingface_hub 2.4
 does not try again, and keeps in `LoopbackHub.unknown`.
 """
 
@@ -13,10 +13,14 @@ import json
 import os
 import re
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -27,6 +31,26 @@ PARTS = {"type": "(models|datasets|spaces)", "repo": "([^/]+/[^/]+)", "revision"
 ROUTES = []
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong with one request: the next one that it fits. Put it into `LoopbackHub.faults`.
+
+    Args:
+        method (`str`), path (`str`): of the request; a part of the path.
+        status (`int`, *optional*): it is answered with this error, and nothing is done.
+        cut (`"before"` or `"after"`, *optional*): the connection is closed without an answer, before or after what was asked for is done.
+        wait (`threading.Event`, *optional*): it is answered once this is set.
+        then (callable, *optional*): is called before it is answered.
+    """
+
+    method: str
+    path: str
+    status: int | None = None
+    cut: str | None = None
+    wait: threading.Event | None = None
+    then: Callable[[], Any] | None = None
+
+
 class LoopbackHub:
     """Use as `with LoopbackHub() as hub:`; read and written by a client in a process of its own, and by the test here.
 
@@ -34,6 +58,7 @@ class LoopbackHub:
         url (`str`): the endpoint.
         requests (`list[tuple[str, str]]`): method and path, as sent but without the query, of every request so far.
         tokens (`set[str]`): all that came with them.
+        faults (`list[Fault]`): what is to go wrong; each once, and then it is taken out.
         unknown (`list[tuple[str, str]]`): method and target, with the query, of those answered with 501. A test that
             does not expect any asserts that it is empty: many callers go on after an error of the server.
     """
@@ -42,6 +67,7 @@ class LoopbackHub:
         self.requests: list[tuple[str, str]] = []
         self.tokens: set[str] = set()
         self.unknown: list[tuple[str, str]] = []
+        self.faults: list[Fault] = []
         self._lock = threading.RLock()
         self._commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repository, sha, path: content
         self._branches: dict[str, dict[str, str]] = {}  # repository, branch: sha
@@ -108,9 +134,26 @@ class LoopbackHub:
                 self._start(repo_id)
             return self._commit(repo_id, "main", self.files(repo_id) | added)
 
-    def answer(self, method: str, target: str, headers, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and content."""
+    def answer(self, method: str, target: str, headers, body: bytes) -> tuple[int, dict[str, str], bytes] | None:
+        """Status, headers and content; None where the connection is cut."""
         url = urlsplit(target)
+        fault = next((one for one in self.faults if one.method == method and one.path in url.path), None)
+        if fault is None:
+            return self._answer(method, target, url, headers, body)
+        self.faults.remove(fault)
+        if fault.then is not None:
+            fault.then()
+        if fault.wait is not None:
+            fault.wait.wait(60)
+        if fault.status is not None:
+            self.requests.append((method, url.path))
+            return _json({"error": "on purpose"}, fault.status)
+        if fault.cut == "before":
+            return None
+        answer = self._answer(method, target, url, headers, body)
+        return None if fault.cut == "after" else answer
+
+    def _answer(self, method, target, url, headers, body):
         request = SimpleNamespace(headers=headers, query=dict(parse_qsl(url.query)), body=body)
         with self._lock:
             self.requests.append((method, url.path))
@@ -161,7 +204,11 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        status, headers, content = self.server.hub.answer(self.command, self.path, self.headers, body)
+        answer = self.server.hub.answer(self.command, self.path, self.headers, body)
+        if answer is None:
+            self.close_connection = True
+            return
+        status, headers, content = answer
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(content))}).items():
             self.send_header(name, value)
@@ -243,10 +290,12 @@ def _branch(hub, request, kind, repo_id, branch):
 @_route("POST", "/api/{type}/{repo}/preupload/{revision}", query=["create_pr"])
 def _preupload(hub, request, kind, repo_id, revision):
     _, files = hub._at(_key(kind, repo_id), revision)
+    rules = files.get(".gitignore", b"").decode().split()
     answers = []
     for asked in json.loads(request.body)["files"]:
+        ignored = any(fnmatchcase(PurePosixPath(asked["path"]).name, rule) for rule in rules)
         known = {"oid": _git_oid(files[asked["path"]])} if asked["path"] in files else {}
-        answers.append({"path": asked["path"], "uploadMode": "regular", "shouldIgnore": False} | known)
+        answers.append({"path": asked["path"], "uploadMode": "regular", "shouldIgnore": ignored} | known)
     return _json({"files": answers})
 
 

@@ -36,6 +36,7 @@ class Weights:
 
 TRANSFORMERS, DIFFUSERS = Weights("model"), Weights("diffusion_pytorch_model")
 CONFIG, CARD, PIPELINE = "config.json", "README.md", "model_index.json"
+RECORD = "provenance.json"  # is made anew where it is published
 FILTERED, INNER = "FilteredPipeline", "pipeline"  # the class whose component of that name is a pipeline of its own
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
@@ -60,10 +61,11 @@ _PROCESSOR = {
 
 # What may lie in the folder of a pipeline's component, by the config that says what kind of component it is.
 COMPONENT = {**_MODEL, **_PROCESSOR, "scheduler_config.json": ()}
-PIPELINE_ROOT = (CARD, PIPELINE)
+PIPELINE_ROOT = (CARD, PIPELINE, RECORD)
 # Exact names wherever they are known: model*.safetensors would also let model_original.safetensors pass.
 ALLOWED = (
     CARD,
+    RECORD,
     CONFIG,
     *_MODEL[CONFIG],
     *TRANSFORMERS.names,
@@ -116,7 +118,9 @@ def inner_files(folder: Path) -> list[str]:
     """Files of the pipeline inside a filtered one; its card and pictures are not for others, the outer one has its own."""
     if components_of(folder) is None:
         raise ValueError(f"folder={str(folder)!r}: holds no pipeline; save the filtered pipeline again")
-    return [name for name in publishable_files(folder) if name != CARD and not name.startswith("pictures/")]
+    return [
+        name for name in publishable_files(folder) if name not in (CARD, RECORD) and not name.startswith("pictures/")
+    ]
 
 
 def left_behind(folder: str | Path) -> dict[str, str]:

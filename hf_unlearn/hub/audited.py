@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import yaml
+
+from .origin import hub_id
 from .text import line, shown
 
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("audit_section.md.jinja")
 SECTION = re.compile(r"\n## Audit\n.*?(?=\n## |\Z)", re.DOTALL)
+RESULTS = ".eval_results/hf_unlearn.yaml"
 PASSED = "within"  # the status of a check that passed
 
 
@@ -109,3 +113,36 @@ def audit_section(audit: Audited) -> str:
         seed=audit.seed,
         created=audit.created,
     )
+
+
+def results_of(card: str) -> dict[str, bytes]:
+    """The figures of a card as the Hub's leaderboards read them, in `.eval_results/`: those measured on a dataset whose id on the Hub the card
+    knows. The Hub's documentation calls `model-index`, where they stand too, legacy.
+
+    Args:
+        card (`str`): README.md.
+
+    Returns:
+        `dict[str, bytes]`: path in the repository, and content; empty without such figures.
+    """
+    from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_yaml
+
+    entries = [
+        EvalResultEntry(
+            dataset_id=one.dataset_type,
+            dataset_revision=one.dataset_revision,
+            task_id=".".join(part for part in (_word(one.dataset_split), _word(one.metric_type)) if part),
+            value=one.metric_value,
+            notes=" ".join(str(one.metric_name or one.metric_type).split()),
+        )
+        for one in ModelCard(card, ignore_metadata_errors=True).data.get("eval_results") or ()
+        if "/" in str(one.dataset_type) and hub_id(one.dataset_type)
+    ]
+    if not entries:
+        return {}
+    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), allow_unicode=True, sort_keys=False)
+    return {RESULTS: text.encode()}
+
+
+def _word(text: str | None) -> str:
+    return re.sub(r"\W+", "_", text or "").strip("_").lower()

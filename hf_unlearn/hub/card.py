@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .audited import Audited, with_audit
 from .origin import hub_id
 from .provenance import Provenance, library_versions, today
-from .text import line, shown
+from .text import all_tags, line, one_line, shown
 
 
 if TYPE_CHECKING:
@@ -140,14 +141,15 @@ def unlearning_card(
         EvalResult(
             task_type=task or pipeline_tag or "other",
             dataset_type=dataset_type,
-            dataset_name=dataset_name,
+            dataset_name=one_line(dataset_name),
             dataset_split=figure.split,
             metric_type=figure.metric,
-            metric_name=figure.name,
+            metric_name=one_line(figure.name),
             metric_value=float(figure.after),
         )
         for figure in results
     ]
+    cited = [(provenance.method_title, provenance.paper), *provenance.stands_on.items()]
     checks = [figure.check for figure in results if figure.check is not None]
     checks += [(False, one) for one in failed_checks] + [(True, one) for one in passed_checks]
     data = ModelCardData(
@@ -161,9 +163,9 @@ def unlearning_card(
         license_link=license_link,
         license_name=license_name,
         metrics=sorted({figure.metric for figure in results}) or None,
-        model_name=model_name,
+        model_name=one_line(model_name),
         pipeline_tag=pipeline_tag,
-        tags=list(dict.fromkeys((*TAGS, *((tags,) if isinstance(tags, str) else tags)))),
+        tags=all_tags(TAGS, tags),
     )
     return ModelCard.from_template(
         data,
@@ -185,12 +187,14 @@ def unlearning_card(
             (name, line(json.dumps(value, ensure_ascii=False)))
             for name, value in sorted(provenance.hyperparameters.items())
         ],
+        hardware=line(provenance.hardware),
         versions=", ".join(f"{name} {number}" for name, number in provenance.versions.items()),
         rows=[
             [line(figure.name), line(figure.split)]
             + [shown(value, figure.unit) for value in (figure.before, figure.after, figure.retrained)]
             for figure in results
         ],
+        citations=[(_bibtex(name), id) for name, id in cited if id],
         has_retrained=any(figure.retrained is not None for figure in results),
         has_before=any(figure.before is not None for figure in results),
         measured=next((line(figure.change) for figure in results if figure.change), None),
@@ -209,6 +213,7 @@ def plain_card(
     *,
     base_model: str | None = None,
     base_revision: str | None = None,
+    nearest: str | None = None,
     pipeline_tag: str | None = None,
     audit: Audited | None = None,
     **metadata: Any,
@@ -218,6 +223,7 @@ def plain_card(
     Args:
         model_name, library_name, load_snippet, base_model, pipeline_tag: see [`unlearning_card`].
         base_revision (`str`, *optional*): commit of `base_model`.
+        nearest (`str`, *optional*): id on the Hub of what `base_model` was made from, where it is not there itself.
         audit ([`~hf_unlearn.AuditReport`], *optional*): of it.
         metadata: license, language, tags and datasets.
     """
@@ -225,11 +231,11 @@ def plain_card(
 
     tags, base_id = metadata.pop("tags", None) or (), hub_id(base_model)
     data = ModelCardData(
-        base_model=base_id or metadata.pop("base_model", None),
+        base_model=base_id or nearest,
         library_name=library_name,
-        model_name=model_name,
+        model_name=one_line(model_name),
         pipeline_tag=pipeline_tag,
-        tags=list(dict.fromkeys(("hf_unlearn", *((tags,) if isinstance(tags, str) else tags)))),
+        tags=all_tags("hf_unlearn", tags),
         **metadata,
     )
     card = ModelCard.from_template(
@@ -243,6 +249,11 @@ def plain_card(
         versions=", ".join(f"{name} {number}" for name, number in library_versions().items()),
     )
     return card if audit is None else with_audit(card, audit)
+
+
+def _bibtex(text: str) -> str:
+    """Text that closes no field of an entry."""
+    return " ".join(re.sub(r"[{}\\`<>]", "", text).split())
 
 
 def _base_model_link(base_model: str | None, hub_id: str | None) -> str | None:

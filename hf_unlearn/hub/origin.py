@@ -159,7 +159,7 @@ def check_is_not_original_repository(
                 names.add(api.model_info(name).id.casefold())
         if wanted in names:
             raise ValueError(
-                f"hub_model_id: {repo_id!r} is the original's repository, whose history keeps it; choose another"
+                f"repo_id: {repo_id!r} is the original's repository, whose history keeps it; choose another"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +17,12 @@ from .adapters import UNFUSED
 from .allowed import (
     ADAPTER,
     ADAPTER_CONFIG,
+    CARD,
     CONFIG,
     INNER,
     LORA,
     PIPELINE,
+    RECORD,
     TRANSFORMERS,
     Weights,
     components_of,
@@ -31,8 +33,11 @@ from .allowed import (
     unreadable,
     weights_of,
 )
+from .audited import Audited, audit_section, results_of, with_audit
 from .origin import hub_id, named_in
+from .record import as_bytes, read_record, renewed
 from .sending import Publication, send
+from .valid import check_card
 
 
 logger = logging.getLogger(__name__)
@@ -88,6 +93,10 @@ def publish_folder(
     allow_adapter: bool = False,
     run_as_future: bool = False,
     dry_run: bool = False,
+    audit: Audited | None = None,
+    card: str | None = None,
+    left_out: Mapping[str, str] | None = None,
+    repo_type: str = "model",
     show: Callable[[str], Any] = logger.info,
 ) -> Publication:
     """Uploads the publishable files of `folder` and nothing else, in one commit that also deletes what is left in the repository
@@ -105,6 +114,10 @@ def publish_folder(
         allow_adapter (`bool`, defaults to `False`): see [`check_publishable`].
         run_as_future (`bool`, defaults to `False`): upload in the background. `folder` must stay as it is until then.
         dry_run (`bool`, defaults to `False`): send nothing.
+        audit ([`~hf_unlearn.AuditReport`], *optional*): of the model, for the card and the provenance; the caller has seen to it that it is.
+        card (`str`, *optional*): README.md instead of the one in `folder`.
+        left_out (`dict[str, str]`, *optional*): what else is to be told that stays, and why.
+        repo_type (`str`, defaults to `"model"`): `"dataset"`: all of `folder` is published, which is a dataset.
         show (callable): is given a text that says what goes up, what does not, and why. Default: the log.
 
     Returns:
@@ -114,13 +127,30 @@ def publish_folder(
         ValueError: see [`check_publishable`] and [`~hf_unlearn.hub.origin.check_is_not_original_repository`]; no file was sent.
         OSError: see [`~hf_unlearn.hub.sending.send`].
     """
+    from huggingface_hub import ModelCard
+
     folder = Path(folder)
-    files = check_publishable(folder, allow_adapter=allow_adapter)
+    if repo_type == "model":
+        names, left = check_publishable(folder, allow_adapter=allow_adapter), left_behind(folder)
+    else:
+        names, left = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()], {}
+    has_record = (folder / RECORD).is_file() and not (folder / RECORD).is_symlink()
+    record = read_record(folder / RECORD) if has_record else None
+    files: dict[str, Path | bytes] = {name: folder / name for name in names if name != RECORD}
+    if card is None and CARD in files:
+        card = (folder / CARD).read_text(encoding="utf-8")
+    if card is not None:
+        card = card if audit is None or audit_section(audit) in card else with_audit(ModelCard(card), audit).content
+        check_card(card)
+        files[CARD] = card.encode()
+        files |= results_of(card)
+    files[RECORD] = as_bytes(renewed(record, files, audit))
     return send(
-        {name: folder / name for name in files},
+        files,
         repo_id,
         originals=[*originals, *named_in(folder)],
-        left_out=left_behind(folder),
+        left_out={name: why for name, why in left.items() if name not in files} | dict(left_out or {}),
+        repo_type=repo_type,
         token=token,
         revision=revision,
         private=private,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,7 @@ def send(
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
         parent, present = _present(api, repo_id, repo_type, revision)
-    old = tuple(superseded(present, files)) if repo_type == "model" else ()
+    old = _superseded(present, files, repo_type)
     publication = replace(publication, repo_id=repo_id, is_new=is_new, deleted=old)
     show(str(publication))
     operations = [
@@ -138,6 +139,20 @@ def send(
 
     def commit() -> CommitInfo:
         with explained(repo_id):
+            api.preupload_lfs_files(
+                repo_id,
+                [one for one in operations if isinstance(one, CommitOperationAdd)],
+                repo_type=repo_type,
+                revision=revision,
+                create_pr=create_pr,
+                free_memory=False,
+            )
+            # Files that a .gitignore names are left out of the commit without a word, by huggingface_hub 2.4.
+            ignored = [one.path_in_repo for one in operations if getattr(one, "_should_ignore", False)]
+            if ignored:
+                raise OSError(
+                    f"{repo_id}: nothing was published: the repository's .gitignore leaves out {ignored[0]}; delete that line of it"
+                )
             return api.create_commit(
                 repo_id,
                 operations,
@@ -234,6 +249,13 @@ def _present(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> 
     return info.sha, [file.rfilename for file in info.siblings or ()]
 
 
+def _superseded(present: Iterable[str], files: Iterable[str], repo_type: str) -> tuple[str, ...]:
+    if repo_type == "model":
+        return tuple(superseded(present, files))
+    earlier = {name for name in present if fnmatchcase(name, "data/*.parquet")}  # load_dataset would read both
+    return tuple(sorted(earlier.difference(files)))
+
+
 def _looked_at(api: HfApi, publication: Publication, revision: str | None, originals: list) -> Publication:
     """Whether the repository is there, and what would be deleted from it, as far as can be seen without writing."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -253,7 +275,7 @@ def _looked_at(api: HfApi, publication: Publication, revision: str | None, origi
     except OSError as error:
         logger.warning("dry_run: the repository was not looked at (%s)", first_line(error))
         return publication
-    old = tuple(superseded(present, publication.files)) if repo_type == "model" else ()
+    old = _superseded(present, publication.files, repo_type)
     return replace(publication, repo_id=repo_id, is_new=False, deleted=old)
 
 

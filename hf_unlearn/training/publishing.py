@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from yaml import YAMLError
 
-from ..data import fingerprint
+from ..data import example_digest, example_digests, fingerprint
 from ..files import first_line, kept_private
-from ..hub.allowed import ADAPTER, ADAPTER_CONFIG, CONFIG, DIFFUSERS, TRANSFORMERS
+from ..hub.allowed import ADAPTER, ADAPTER_CONFIG, CARD, CONFIG, DIFFUSERS, TRANSFORMERS, publishable_files
 from ..hub.audited import Audited, with_audit
 from ..hub.card import Figure, unlearning_card
 from ..hub.objects import Written, check_options, publish
 from ..hub.origin import check_is_not_original_repository, inherited, origin, origins_of, revision_of, said_of
 from ..hub.provenance import Provenance, library_versions
+from ..hub.record import earlier_of, other_record, record_of, write_record
+from ..hub.verify import KEY, KEY_CHECK
 
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+AFTER = "pictures/after.png"
 OPTIONS = ("model_name", "license", "language", "tags", "datasets")  # of a card, that a push takes
 # Of what `evaluate` gives: no figures of the model.
 _UNTOLD = ("runtime", "per_second", "_time", "num_tokens", "epoch")
@@ -43,6 +46,7 @@ class PushingMixin:
 
     _commit_message = "End of training"
     _allow_adapter = False
+    _audit: Audited | None = None
     _base_model: str | None = None
 
     @property
@@ -67,9 +71,22 @@ class PushingMixin:
         """
         if self.is_world_process_zero():
             given = card if model_name is None else {"model_name": model_name, **card}
-            self.model_card(self.hub_model_id or self.args.output_dir, **given).save(
-                Path(self.args.output_dir, "README.md")
-            )
+            self._write_card(Path(self.args.output_dir), **given)
+
+    def _write_card(self, folder: Path, **card: Any) -> None:
+        """The card of what lies in a folder, and its provenance."""
+        self.model_card(self.hub_model_id or folder, **card).save(folder / CARD)
+        write_record(self._record(), folder, publishable_files(folder))
+
+    def _record(self) -> dict[str, Any]:
+        """What `provenance.json` says, besides its files."""
+        return other_record(
+            "model",
+            base_model=self.base_model,
+            base_revision=self._base_revision,
+            earlier=self._earlier,
+            seed=self.args.seed,
+        )
 
     def check_saving(self) -> None:
         """Try what saving and pushing need, on the model as it is and without its weights, so that it does not fail after training.
@@ -163,7 +180,8 @@ class PushingMixin:
         first = self.is_world_process_zero()
         if first:
             check_is_not_original_repository(repo_id, self._originals)
-        self._take_audit(audit)
+        if audit is not None:
+            self._audit = audit
         self.hub_model_id = repo_id
         self.save_model(_internal_call=True)
         if first and card:
@@ -171,21 +189,30 @@ class PushingMixin:
         folder = Path(self.args.output_dir)
         yield Written(folder, self._originals, self._commit_message, self._allow_adapter) if first else None
 
-    def _take_audit(self, audit: Audited | None) -> None:
-        if audit is not None:
-            raise ValueError("audit: is of an unlearned model, and this trainer unlearns nothing; leave it out")
+    def _check_audit(self, audit: Audited) -> None:
+        raise ValueError("audit: is of an unlearned model, and this trainer unlearns nothing; leave it out")
 
     @property
     def _base_revision(self) -> str | None:
         return revision_of(self.base_model)
 
+    @property
+    def _of_base(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What the base model's card says, and its provenance with all that came before."""
+        base, found = getattr(self, "_asked_of_base", (None, ({}, [])))
+        if base is not self.base_model:  # asked once: the Hub may be far
+            base, asked = self.base_model, (self.base_model, self._base_revision, self.args.hub_token)
+            found = said_of(*asked), earlier_of(*asked)
+            self._asked_of_base = base, found
+        return found
+
+    @property
+    def _earlier(self) -> list[dict[str, Any]]:
+        return self._of_base[1]
+
     def _inherited(self, given: dict[str, Any]) -> dict[str, Any]:
         """Metadata: what is given, and what the base model's card says."""
-        base, said = getattr(self, "_said_of", (None, {}))
-        if base is not self.base_model:  # asked once: the Hub may be far
-            base, said = self.base_model, said_of(self.base_model, self._base_revision, self.args.hub_token)
-            self._said_of = base, said
-        return inherited(said, given)
+        return inherited(self._of_base[0], given)
 
 
 def _taken(tried: Path, folder: Path) -> Path | None:
@@ -207,19 +234,40 @@ class PublishingMixin(PushingMixin):
     outcome_figures: Sequence[Figure] = ()
     _commit_message = "End of unlearning"
     passed_checks: Sequence[str] = ()
-    _audit: Audited | None = None
 
     @cached_property
-    def _fingerprint(self) -> str:
-        file = self.private_dir / "fingerprint.key"
+    def _key(self) -> bytes:
+        """Of the fingerprint and the digests: the owner's alone, one a folder."""
+        file = self.private_dir / KEY
         if not file.exists():
             with (
                 kept_private(file),
                 os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle,
             ):
                 handle.write(secrets.token_bytes(32))
+        return file.read_bytes()
+
+    @property
+    def _source_rows(self) -> Any:
         rows = self.source_dataset  # as they are stored: a transform may draw at random
-        return fingerprint(rows.with_format(None) if isinstance(rows, Dataset) else rows, file.read_bytes())
+        return rows.with_format(None) if isinstance(rows, Dataset) else rows
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._source_rows, self._key)
+
+    @cached_property
+    def _forget_set(self) -> dict[str, Any]:
+        """Keyed digests of each example, with a salt of this run."""
+        salt = secrets.token_bytes(16)
+        return {
+            "salt": salt.hex(),
+            "key_check": example_digest(KEY_CHECK, self._key, salt),
+            "digests": example_digests(self._source_rows, self._key, salt),
+        }
+
+    def _record(self) -> dict[str, Any]:
+        return record_of(self.provenance(), self._earlier, self._forget_set)
 
     @property
     def _stands_on(self) -> dict[str, str]:
@@ -300,10 +348,8 @@ class PublishingMixin(PushingMixin):
             steps=self._steps_taken,
         )
 
-    def _take_audit(self, audit: Audited | None) -> None:
-        if audit is not None:
-            audit.check_is_of(getattr(self, "pipeline", None) or self.model)
-            self._audit = audit
+    def _check_audit(self, audit: Audited) -> None:
+        audit.check_is_of(getattr(self, "pipeline", None) or self.model)
 
     def model_card(self, source: str | Path, **kwargs: Any) -> ModelCard:
         """The card of the model as it is now.
@@ -320,6 +366,8 @@ class PublishingMixin(PushingMixin):
             "failed_checks": self.failed_checks,
             "passed_checks": self.passed_checks,
         }
+        if Path(self.args.output_dir, AFTER).is_file():
+            values["picture"] = AFTER
         given = {name: value for name, value in (self.card_values | kwargs).items() if name != "forgotten"}
         tags = given.pop("tags", ())
         given["tags"] = (self._method, *((tags,) if isinstance(tags, str) else tags))

@@ -41,6 +41,7 @@ PROVENANCE = Provenance(
     hyperparameters={"learning_rate": 1e-4, "pattern": "a|b"},
     forget_fingerprint="ab" * 32,
     versions={"torch": "1.0"},
+    hardware="1 × H200",
     created="2020-02-29",
 )
 FIGURES = [
@@ -112,6 +113,7 @@ class TestUnlearningCard:
             "| made on | 2020-02-29 |",
             "| `learning_rate` | 0.0001 |",
             '| `pattern` | "a\\|b" |',
+            "| hardware | 1 × H200 |",
             "| versions | torch 1.0 |",
             f"| fingerprint of the forget set | `{'ab' * 32}` |",
         ]

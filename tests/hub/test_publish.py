@@ -13,7 +13,7 @@ GOOD = {
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "pictures/classes.png"),
 }
 HOSTILE = {
-    *("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "provenance.json"),
+    *("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
     *("model.bin", "pytorch_model.bin", "model.pkl", "README.md.pkl", ".env", "modeling_mine.py", "classes.png"),
     *("model_original.safetensors", "model.reference.safetensors", "anchor.safetensors"),
     *("model-00001-of-00002.safetensors", "original/model.safetensors", "pictures/model.safetensors"),

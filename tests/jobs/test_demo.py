@@ -118,6 +118,16 @@ class TestTheWholeLoop:
         assert "the same 450 answers of 450" in demo[1].stdout
         assert f"the same {filtering.SHOWN} images of {filtering.SHOWN}" in demo[1].stdout
 
+    def test_what_was_published_can_be_verified(self, demo):
+        told = demo[1].stdout
+        assert re.search(
+            r"provenance of me/digits-without-5 at \w+: all of \d+ files are as they were published", told
+        )
+        steps = re.findall(r"\d\. [\d-]+: (.*)", told)
+        assert len(steps) == 2  # the answers, then the class
+        assert steps[1].endswith("from me/digits-corrected")
+        assert "that an image was in the forget set: yes" in told
+
     def test_the_cards_tell(self, demo):
         card = (demo[0] / "unlearned/README.md").read_text()
         assert AuditReport.load(demo[0] / "audit/audit.json").verdict.word in card

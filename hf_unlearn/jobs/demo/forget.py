@@ -71,12 +71,26 @@ class Forgotten:
 def forget_answers(stage: Stage, found: Found, splits: DatasetDict) -> Corrected:
     """The suspects lose the answer that they taught. Nobody looks at them before: what is no wrong label among them is treated alike."""
     stage.say(f"the classifier unlearns what it says of the {len(found.suspects)} suspects, from these images alone")
+    trainer = without_answers(stage, found)
+    retrained = train(stage, found.kept, "retrained/without-suspects")
+    folders = {"original": found.model, "unlearned": trainer.args.output_dir, "retrained": retrained}
+    said = {name: answers(path, found, splits) for name, path in folders.items()}
+    for name, one in said.items():
+        stage.say(
+            f"{name:9}  the wrong label {one.wrong:2}, the digit itself {one.right:2} of {len(one.said)}; "
+            f"test accuracy {one.accuracy:.1%}"
+        )
+    return Corrected(trainer, retrained, said)
+
+
+def without_answers(stage: Stage, found: Found) -> UnlearnTrainer:
+    """An image stays what it is: it is its label that must go. `redirect` teaches what the original says when that label is left out."""
     trainer = UnlearnTrainer(
         found.model,
         args=UnlearnConfig(
             str(stage.folder / "corrected"),
             forget="examples",
-            forget_loss="redirect",  # to what it would say if the label it was taught were left out
+            forget_loss="redirect",
             replay_weight=1.0,
             learning_rate=2e-4,
             lr_scheduler_type="constant",
@@ -90,15 +104,7 @@ def forget_answers(stage: Stage, found: Found, splits: DatasetDict) -> Corrected
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
-    retrained = train(stage, found.kept, "retrained/without-suspects")
-    folders = {"original": found.model, "unlearned": trainer.args.output_dir, "retrained": retrained}
-    corrected = Corrected(trainer, retrained, {name: answers(path, found, splits) for name, path in folders.items()})
-    for name, said in corrected.answers.items():
-        stage.say(
-            f"{name:9}  the wrong label {said.wrong:2}, the digit itself {said.right:2} of {len(said.said)}; "
-            f"test accuracy {said.accuracy:.1%}"
-        )
-    return corrected
+    return trainer
 
 
 def answers(folder: str, found: Found, splits: DatasetDict) -> Answers:
@@ -114,30 +120,31 @@ def answers(folder: str, found: Found, splits: DatasetDict) -> Answers:
 
 def forget_class(stage: Stage, corrected: Corrected, found: Found, splits: DatasetDict) -> Forgotten:
     """The corrected classifier forgets a digit. Another one is trained from scratch without it, to compare."""
-    rows = found.kept.select_columns(["id", "image", "label"])
-    forget, retain = split_by_values(rows, "label", [stage.forgotten])
-    stage.say(
-        f"PBU: the digit {stage.forgotten} is forgotten from its {len(forget)} images; the other {len(retain)} are not touched"
-    )
+    digit = stage.forgotten
+    forget, retain = split_by_values(found.kept.select_columns(["id", "image", "label"]), "label", [digit])
+    stage.say(f"PBU: the {digit} is forgotten from its {len(forget)} images; the other {len(retain)} are not touched")
+    trainer = without_class(stage, corrected.model, forget)
+    retrained = train(stage, retain, f"retrained/without-{digit}-0")
+    folders = {"original": corrected.model, "unlearned": trainer.args.output_dir, "retrained": retrained}
+    accuracy = {name: by_class(path, splits["test"]) for name, path in folders.items()}
+    forgotten = Forgotten(trainer, forget, retain, retrained, accuracy)
+    for name in folders:
+        on_it, on_others = forgotten.on(name, digit)
+        stage.say(f"{name:9}  accuracy on the {digit} {on_it:6.1%}, on the others {on_others:.1%}")
+    return forgotten
+
+
+def without_class(stage: Stage, model: str, forget: Dataset) -> PBUTrainer:
+    """Nothing but images of the class is needed."""
     trainer = PBUTrainer(
-        corrected.model,
+        model,
         args=PBUConfig(str(stage.folder / "unlearned"), seed=stage.seed, **QUIET),
         forget_dataset=forget,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
-    retrained = train(stage, retain, f"retrained/without-{stage.forgotten}-0")
-    folders = {"original": corrected.model, "unlearned": trainer.args.output_dir, "retrained": retrained}
-    labels = np.array(splits["test"]["label"])
-    accuracy = {
-        name: per_class_accuracy(asked(path, splits["test"]), labels, 10).tolist() for name, path in folders.items()
-    }
-    forgotten = Forgotten(trainer, forget, retain, retrained, accuracy)
-    for name in folders:
-        on_it, on_others = forgotten.on(name, stage.forgotten)
-        stage.say(f"{name:9}  accuracy on the {stage.forgotten} {on_it:6.1%}, on the others {on_others:.1%}")
-    return forgotten
+    return trainer
 
 
 def train(stage: Stage, rows: Dataset, name: str, number: int = 0) -> str:
@@ -145,6 +152,11 @@ def train(stage: Stage, rows: Dataset, name: str, number: int = 0) -> str:
     folder = stage.folder / name
     train_classifier(rows, folder, seed=stage.seed + 1000 + number)
     return str(folder)
+
+
+def by_class(folder: str, rows: Dataset) -> list[float]:
+    """Accuracy of a saved classifier on each digit, `[10]` in [0, 1]."""
+    return per_class_accuracy(asked(folder, rows), np.array(rows["label"]), 10).tolist()
 
 
 def asked(folder: str, rows: Dataset) -> np.ndarray:

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from hf_unlearn import publish
+from hf_unlearn import in_forget_set, publish, verify_provenance
 from hf_unlearn.audit.report import AuditReport
 from hf_unlearn.examples.datasets import digits
 from hf_unlearn.examples.loopback_hub import LoopbackHub
 from hf_unlearn.hub.card import Figure
 from hf_unlearn.hub.sending import Publication
+from hf_unlearn.hub.verify import ProvenanceReport
 
 from .filtering import Filtered
 from .find import Found
@@ -31,10 +32,14 @@ class Published:
 
     Args:
         publications (`dict[str, Publication]`): by what it is, in words.
+        record ([`ProvenanceReport`]): of the classifier that forgot a digit.
+        proven (`bool`): whether the owner could show that an example was to be forgotten.
         same (`dict[str, Any]`): what the new process found; see [`hf_unlearn.jobs.demo.loading`].
     """
 
     publications: dict[str, Publication]
+    record: ProvenanceReport
+    proven: bool
     same: dict[str, Any]
 
 
@@ -53,10 +58,18 @@ def play(
             "the GAN with its filter": publish(
                 filtered.pipeline, "digits-gan-filtered", license="apache-2.0", show=quiet
             ),
+            "what f-INE found, as a dataset": publish(
+                found.report, "digits-influence", license="apache-2.0", show=quiet
+            ),
         }
         for what, one in publications.items():
             stage.say(f"{what}: {one.repo_id}, {len(one.files)} files{', private' if one.private else ''}")
-        return Published(publications, loaded_again(stage, hub, forgotten, filtered))
+        record = verify_provenance(f"me/digits-without-{stage.forgotten}")
+        stage.say(f"provenance of {record}".replace("\n", "\n  "))
+        # The key lies in the run's folder and is not published.
+        proven = in_forget_set(record, key=forgotten.model, example=forgotten.forget[0])
+        stage.say(f"the owner proves with the key that an image was in the forget set: {'yes' if proven else 'no'}")
+        return Published(publications, record, proven, loaded_again(stage, hub, forgotten, filtered))
 
 
 def quiet(text: str) -> None:
