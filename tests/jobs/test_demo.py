@@ -35,7 +35,7 @@ sys.exit(cli.main(["demo", "--output_dir", "out", "--forgotten", "5", "--seed", 
 def demo(tmp_path_factory):
     """`(folder, what the command printed)`."""
     folder = tmp_path_factory.mktemp("demo")
-    return folder / "out", run_python(COMMAND, cwd=folder, env={"OMP_NUM_THREADS": "1"}, timeout=900)
+    return folder / "out", run_python(COMMAND, cwd=folder, env={"OMP_NUM_THREADS": "1"}, timeout=1800)
 
 
 class Page(HTMLParser):
