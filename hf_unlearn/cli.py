@@ -84,7 +84,7 @@ FILTER_VERBS = {
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """train a classifier on real digits, make it forget one, check, save and load it again"""
+    """the whole loop on real digits: find, forget, verify, filter, publish, load again, and a page that shows it"""
     _plain("demo", arguments, DEMO, demo.__doc__)
 
 
