@@ -3,12 +3,17 @@
 import ast
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import build
+
+import hf_unlearn
 
 
 ROOT = Path(__file__).parents[1]
@@ -161,3 +166,68 @@ class TestBringYourOwn:
             assert all(any(token >= 0 for token in row["labels"]) for row in trainer.forget_dataset)
         else:
             assert trainer.state.global_step > 0
+
+
+class TestSite:
+    def test_reference_has_every_public_name(self):
+        told = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+        public = {f"hf_unlearn.{module}.{name}" for name, module in hf_unlearn._EXPORTS.items()}
+        assert set(told) - {"hf_unlearn.audit.run.audit"} == public
+        assert len(told) == len(set(told))
+
+    def test_every_page_is_in_the_navigation(self):
+        named = set(re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
+        pages = {page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/**/*.md")}
+        assert named == pages | {"index.md", "contributing.md", "changelog.md"}
+
+    def test_links_of_the_repository_become_those_of_the_site(self, monkeypatch):
+        monkeypatch.syspath_prepend(ROOT / "docs" / "builder")
+        from prepare import prepared
+
+        text = "[`a`](docs/faq.md#x) ![b](docs/pictures/demo.png) [c](benchmarks) `[d](docs/faq.md)` [e](https://a.b/c) [f](#g)"
+        there = "[`a`](faq.md#x) ![b](pictures/demo.png) {} `[d](docs/faq.md)` [e](https://a.b/c) [f](#g)"
+        assert prepared(text, "README.md") == there.format("c")
+        address = "https://example.org/me/it"
+        assert prepared(text, "README.md", address) == there.format(f"[c]({address}/blob/main/benchmarks)")
+        below = prepared("[a](../../README.md) [b](vdu.md) [c](../../CONTRIBUTING.md#add)", "docs/methods/pbu.md")
+        assert below == "[a](../index.md) [b](vdu.md) [c](../contributing.md#add)"
+
+    @pytest.mark.slow
+    def test_is_built_without_warnings_and_fetches_nothing(self, tmp_path):
+        for library in ("zensical", "mkdocstrings", "latex2mathml"):
+            pytest.importorskip(library)
+        for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "hf_unlearn", "docs"):
+            (tmp_path / name).symlink_to(ROOT / name)
+        python = [sys.executable, str(ROOT / "docs" / "builder" / "prepare.py"), "build/docs"]
+        subprocess.run(python, cwd=tmp_path, check=True)
+        paths = [str(ROOT / "docs" / "builder"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        done = subprocess.run(
+            [sys.executable, "-m", "zensical", "build", "--strict", "-f", "mkdocs.yml"],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        pages = {
+            path.relative_to(tmp_path / "site").as_posix(): path.read_text()
+            for path in tmp_path.glob("site/**/*.html")
+        }
+        assert len(pages) >= len(PAGES)
+        for name, page in pages.items():
+            fetched = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=\"([^\"]+)", page)
+            assert [url for url in fetched if re.match(r"(https?:)?//", url)] == [], name
+            assert "arithmatex" not in page, name  # no formula is left as it was
+            ids = {found for kinds in re.findall(r'\bid="?([^"\s>]+)|\bname="([^"]+)', page) for found in kinds}
+            for href in re.findall(r'<a\b[^>]*?\bhref="([^"]+)"', page):
+                if re.match(r"[a-z]+:|//", href) or name == "404.html":
+                    continue
+                file, _, anchor = href.partition("#")
+                there = os.path.normpath(os.path.join(os.path.dirname(name), file)) if file else name
+                there = "index.html" if there == "." else there
+                assert there in pages or (tmp_path / "site" / there).exists(), (name, href)
+                if anchor and not file:
+                    assert anchor in ids or anchor.startswith("__"), (name, href)
+        assert pages["methods/pbu.html"].count("<math") >= 1
+        reference = pages["api.html"]
+        missing = [
+            name for name, module in hf_unlearn._EXPORTS.items() if f'id="hf_unlearn.{module}.{name}"' not in reference
+        ]
+        assert missing == []

@@ -1,0 +1,44 @@
+"""Docstrings as they are written here (Hugging Face's way) to what mkdocstrings reads (Google's)."""
+
+import inspect
+import re
+
+import griffe
+
+import hf_unlearn
+
+
+# As in "    forget_weight (`float`, defaults to 1.0): weight of the forget loss."
+ARGUMENT = re.compile(r"^(?P<indent> +)(?P<names>[\w*]+(?:, [\w*]+)*) \((?P<kind>[^\n]*?)\): ", flags=re.MULTILINE)
+
+
+def as_google(text: str, told_defaults: bool = False) -> str:
+    """Groups of settings (`> What to forget`) become sections of that title, types plain words, and public names in brackets links to where they
+    are told. `told_defaults`: defaults are repeated in the text, where no signature has them.
+    """
+
+    def argument(found: re.Match) -> str:
+        kind, _, default = found["kind"].partition("defaults to ")
+        kind = re.sub(r",? *\*optional\*", "", kind).strip(" ,")
+        kind = re.sub(r"\[`~?([\w.]+)`\]", r"\1", kind).replace("`", "")
+        told = f"Default `{default.strip('`')}`. " if told_defaults and default else ""
+        return f"{found['indent']}{found['names']} ({kind}): {told}" if kind else f"{found['indent']}{found['names']}: {told}"
+
+    def name(found: re.Match) -> str:
+        last = found[1].rpartition(".")[2]
+        shown = last if found[1].startswith("~") else found[1]
+        module = hf_unlearn._EXPORTS.get(last)
+        return f"[`{shown}`][hf_unlearn.{module}.{last}]" if module else f"`{shown}`"
+
+    text = re.sub(r"^> (.+)$", r"Args: \1", text, flags=re.MULTILINE)
+    text = ARGUMENT.sub(argument, text)
+    return re.sub(r"\[`([^`\]]+)`\](?![\[(])", name, text)
+
+
+class Docstrings(griffe.Extension):
+    def on_instance(self, *, obj, **kwargs):
+        is_public = obj.path == f"hf_unlearn.{hf_unlearn._EXPORTS.get(obj.name)}.{obj.name}"
+        if is_public and obj.is_class:  # configs are told what their bases' docstrings say when they are made
+            obj.docstring = griffe.Docstring(inspect.getdoc(getattr(hf_unlearn, obj.name)), parent=obj)
+        if obj.docstring:
+            obj.docstring.value = as_google(obj.docstring.value, told_defaults=obj.name.endswith("Config"))
