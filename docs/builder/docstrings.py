@@ -22,7 +22,11 @@ def as_google(text: str, told_defaults: bool = False) -> str:
         kind = re.sub(r",? *\*optional\*", "", kind).strip(" ,")
         kind = re.sub(r"\[`~?([\w.]+)`\]", r"\1", kind).replace("`", "")
         told = f"Default `{default.strip('`')}`. " if told_defaults and default else ""
-        return f"{found['indent']}{found['names']} ({kind}): {told}" if kind else f"{found['indent']}{found['names']}: {told}"
+        return (
+            f"{found['indent']}{found['names']} ({kind}): {told}"
+            if kind
+            else f"{found['indent']}{found['names']}: {told}"
+        )
 
     def name(found: re.Match) -> str:
         last = found[1].rpartition(".")[2]

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 TOP = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 # Blocks of code, links, and code in a line: whichever begins first.
 PARTS = re.compile(
-    r"^```.*?^```|(?P<mark>!?)\[(?P<text>[^\]]*)\]\(<?(?P<target>[^)>\s]+)>?\)|`[^`\n]+`", flags=re.DOTALL | re.MULTILINE
+    r"^```.*?^```|(?P<mark>!?)\[(?P<text>[^\]]*)\]\(<?(?P<target>[^)>\s]+)>?\)|`[^`\n]+`",
+    flags=re.DOTALL | re.MULTILINE,
 )
 
 
@@ -23,7 +24,9 @@ def place(source: str) -> str | None:
     """Of a file of the repository on the site, relative to its root; None where it has none."""
     if source in TOP:
         return TOP[source]
-    is_page = source.startswith("docs/") and source.endswith((".md", ".png")) and not source.startswith("docs/builder/")
+    is_page = (
+        source.startswith("docs/") and source.endswith((".md", ".png")) and not source.startswith("docs/builder/")
+    )
     return source.removeprefix("docs/") if is_page else None
 
 
@@ -54,7 +57,9 @@ def main(folder: str, repository: str = "") -> None:
         page = Path(folder, name)
         page.parent.mkdir(parents=True, exist_ok=True)
         if page.suffix == ".md":
-            page.write_text(prepared((ROOT / source).read_text(encoding="utf-8"), source, repository), encoding="utf-8")
+            page.write_text(
+                prepared((ROOT / source).read_text(encoding="utf-8"), source, repository), encoding="utf-8"
+            )
         else:
             shutil.copy(ROOT / source, page)
     shutil.copy(ROOT / "docs/builder/extra.css", folder)
