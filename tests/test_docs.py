@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ import hf_unlearn
 
 
 ROOT = Path(__file__).parents[1]
-TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "notebooks/README.md")]
 PAGES = sorted([*TOP, *ROOT.glob("docs/**/*.md")])
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 
 
 def name_of(path):
@@ -82,6 +84,29 @@ class TestCode:
         for page in PAGES:
             blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
             assert len(blocks) == page.read_text().count("```python"), page
+
+
+class TestNotebooks:
+    @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
+    def test_is_small_without_outputs_and_links_lead_somewhere(self, notebook):
+        assert notebook.stat().st_size < 20_000
+        cells = json.loads(notebook.read_text())["cells"]
+        assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+        told = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        links = [link for link in re.findall(r"\]\(([^)#]+)", told) if not re.match(r"[a-z]+:", link)]
+        assert [link for link in links if not (notebook.parent / link).exists()] == []
+        assert notebook.name in (ROOT / "notebooks" / "README.md").read_text()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
+    def test_runs_and_shows_a_picture_or_a_table(self, notebook, tmp_path):
+        nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+        pytest.importorskip("ipykernel")
+        read = nbformat.read(notebook, 4)
+        nbclient.NotebookClient(read, timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        shown = [output.data for cell in read.cells for output in cell.get("outputs", []) if "data" in output]
+        assert sum("image/png" in data or "text/html" in data for data in shown) >= 2
+        assert list(tmp_path.iterdir()) == []
 
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "bring_your_own.md").read_text(), flags=re.DOTALL)
@@ -178,7 +203,7 @@ class TestSite:
     def test_every_page_is_in_the_navigation(self):
         named = set(re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
         pages = {page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/**/*.md")}
-        assert named == pages | {"index.md", "contributing.md", "changelog.md"}
+        assert named == pages | {"index.md", "contributing.md", "changelog.md", "notebooks.md"}
 
     def test_links_of_the_repository_become_those_of_the_site(self, monkeypatch):
         monkeypatch.syspath_prepend(ROOT / "docs" / "builder")
@@ -196,7 +221,8 @@ class TestSite:
     def test_is_built_without_warnings_and_fetches_nothing(self, tmp_path):
         for library in ("zensical", "mkdocstrings", "latex2mathml"):
             pytest.importorskip(library)
-        for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "hf_unlearn", "docs"):
+        shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+        for name in ("hf_unlearn", "docs"):
             (tmp_path / name).symlink_to(ROOT / name)
         python = [sys.executable, str(ROOT / "docs" / "builder" / "prepare.py"), "build/docs"]
         subprocess.run(python, cwd=tmp_path, check=True)

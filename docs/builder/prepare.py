@@ -12,7 +12,12 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
-TOP = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+TOP = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "notebooks/README.md": "notebooks.md",
+}
 # Blocks of code, links, and code in a line: whichever begins first.
 PARTS = re.compile(
     r"^```.*?^```|(?P<mark>!?)\[(?P<text>[^\]]*)\]\(<?(?P<target>[^)>\s]+)>?\)|`[^`\n]+`",
