@@ -12,21 +12,15 @@ import hf_unlearn
 ARGUMENT = re.compile(r"^(?P<indent> +)(?P<names>[\w*]+(?:, [\w*]+)*) \((?P<kind>[^\n]*?)\): ", flags=re.MULTILINE)
 
 
-def as_google(text: str, told_defaults: bool = False) -> str:
-    """Groups of settings (`> What to forget`) become sections of that title, types plain words, and public names in brackets links to where they
-    are told. `told_defaults`: defaults are repeated in the text, where no signature has them.
+def as_google(text: str) -> str:
+    """Groups of settings (`> What to forget`) become sections of that title, types plain words (defaults are read from the signature), and public
+    names in brackets links to where they are told.
     """
 
     def argument(found: re.Match) -> str:
-        kind, _, default = found["kind"].partition("defaults to ")
-        kind = re.sub(r",? *\*optional\*", "", kind).strip(" ,")
+        kind = re.sub(r",? *(?:\*optional\*|defaults to .*)", "", found["kind"]).strip(" ,")
         kind = re.sub(r"\[`~?([\w.]+)`\]", r"\1", kind).replace("`", "")
-        told = f"Default `{default.strip('`')}`. " if told_defaults and default else ""
-        return (
-            f"{found['indent']}{found['names']} ({kind}): {told}"
-            if kind
-            else f"{found['indent']}{found['names']}: {told}"
-        )
+        return f"{found['indent']}{found['names']} ({kind}): " if kind else f"{found['indent']}{found['names']}: "
 
     def name(found: re.Match) -> str:
         last = found[1].rpartition(".")[2]
@@ -43,6 +37,9 @@ class Docstrings(griffe.Extension):
     def on_instance(self, *, obj, **kwargs):
         is_public = obj.path == f"hf_unlearn.{hf_unlearn._EXPORTS.get(obj.name)}.{obj.name}"
         if is_public and obj.is_class:  # configs are told what their bases' docstrings say when they are made
-            obj.docstring = griffe.Docstring(inspect.getdoc(getattr(hf_unlearn, obj.name)), parent=obj)
+            text = inspect.getdoc(getattr(hf_unlearn, obj.name))
+            if obj.docstring is None:
+                obj.docstring = griffe.Docstring(text, parent=obj)
+            obj.docstring.value = text
         if obj.docstring:
-            obj.docstring.value = as_google(obj.docstring.value, told_defaults=obj.name.endswith("Config"))
+            obj.docstring.value = as_google(obj.docstring.value)
