@@ -52,9 +52,12 @@ _EXPORTS = {
     "UnlearnTrainer": "unlearning.trainer",
     "VDUConfig": "unlearning.diffusion.vdu",
     "VDUTrainer": "unlearning.diffusion.vdu",
+    "in_forget_set": "hub.verify",
+    "publish": "hub.objects",
     "redirect_concept": "unlearning.diffusion.redirect",
     "speed": "unlearning.diffusion.speed",
     "uce": "unlearning.diffusion.uce",
+    "verify_provenance": "hub.verify",
 }
 
 __all__ = ["__version__", *_EXPORTS]

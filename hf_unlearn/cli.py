@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from . import __version__
 from .jobs.recipe.listing import all_keys, methods_of, most_keys, recipes
-from .jobs.recipe.methods import AUDIT, DEMO, FILTER, INFLUENCE, UNLEARN, Method, chosen, read
+from .jobs.recipe.methods import AUDIT, DEMO, FILTER, INFLUENCE, PUBLISH, UNLEARN, VERIFY, Method, chosen, read
 from .jobs.recipe.reading import UsageError, nearest, options
 
 
@@ -84,14 +84,40 @@ FILTER_VERBS = {
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """train a classifier on real digits, make it forget one, check, save and load it again"""
+    """the whole loop on real digits: find, forget, verify, filter, publish, load again, and a page that shows it"""
     _plain("demo", arguments, DEMO, demo.__doc__)
 
 
-def _plain(verb: str, arguments: Sequence[str], method: Method, about: str, others: Sequence[Method] = ()) -> None:
+def publish(arguments: Sequence[str]) -> None:
+    """publish what a run saved in one commit, with its card and the digest of every file"""
+    _plain("publish", _named(arguments, "folder", "repo_id"), PUBLISH, publish.__doc__, words="FOLDER REPO_ID")
+
+
+def verify(arguments: Sequence[str]) -> None:
+    """compute the digests of what was published anew, and say what is not as it was"""
+    _plain("verify", _named(arguments, "source"), VERIFY, verify.__doc__, words="REPO_ID")
+
+
+def _named(arguments: Sequence[str], *names: str) -> list[str]:
+    """The first words, which have these names."""
+    first = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    if first > len(names):
+        raise UsageError(f"unexpected argument {arguments[len(names)][:50]!r}; keys are written --key value")
+    keys = [word for name, value in zip(names, arguments[:first], strict=False) for word in (f"--{name}", value)]
+    return [*keys, *arguments[first:]]
+
+
+def _plain(
+    verb: str,
+    arguments: Sequence[str],
+    method: Method,
+    about: str,
+    others: Sequence[Method] = (),
+    words: str = "recipe.yaml",
+) -> None:
     """A verb that has no methods."""
     if asked := HELP & set(arguments):
-        _usage(f"{verb} recipe.yaml [--key value ...]", about)
+        _usage(f"{verb} {words} [--key value ...]", about)
         _print_keys(method, verb, asked)
         return
     _run(method, options(arguments), f"hf-unlearn {verb} --help", others)
@@ -111,6 +137,8 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "unlearn": unlearn,
     "audit": audit,
     "filter": filter,
+    "publish": publish,
+    "verify": verify,
     "list": list_,
     "demo": demo,
 }

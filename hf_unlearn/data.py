@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -278,6 +280,33 @@ def _digest(value: Any, key: bytes) -> bytes:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.digest()
+
+
+def example_digest(example: Any, key: bytes, salt: bytes) -> str:
+    """Keyed digest of the content of one example (the columns of [`CONTENT`] where a row has some, else all of it): HMAC-SHA-256, of which
+    128 bits are kept.
+
+    Args:
+        example: a row, of the kinds that [`fingerprint`] knows.
+        key (`bytes`): see there.
+        salt (`bytes`): of one set of examples, public: the digests of two sets have nothing in common, whatever the sets have.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    if isinstance(example, Mapping):
+        names = [name for name in example if name in CONTENT] or list(example)
+        example = {name: example[name] for name in names}
+    return hmac.new(key, salt + _digest(example, key), hashlib.sha256).hexdigest()[:32]
+
+
+def example_digests(dataset: Iterable[Any], key: bytes, salt: bytes) -> list[str]:
+    """[`example_digest`] of each row, sorted, as many as there are rows: in place of one that occurs again is a random one, so that
+    nothing is to be seen but the number.
+    """
+    found = [example_digest(row, key, salt) for row in dataset]
+    once = set(found)
+    return sorted(once | {secrets.token_hex(16) for _ in range(len(found) - len(once))})
 
 
 def looks_of(dataset: Any, key: str) -> str | None:

@@ -15,8 +15,8 @@ import pytest
 from transformers import Trainer
 
 import hf_unlearn
-from hf_unlearn.cli import VERBS
-from hf_unlearn.jobs.recipe.methods import AUDIT, DEMO, FILTER, INFLUENCE, UNLEARN, chosen, read
+from hf_unlearn.cli import VERBS, _named
+from hf_unlearn.jobs.recipe.methods import AUDIT, DEMO, FILTER, INFLUENCE, PUBLISH, UNLEARN, VERIFY, chosen, read
 from hf_unlearn.jobs.recipe.reading import options
 
 
@@ -116,13 +116,18 @@ class TestDocuments:
                 "filter": FILTER,
                 "demo": {"demo": DEMO},
                 "audit": {"audit": AUDIT},
+                "publish": {"publish": PUBLISH},
+                "verify": {"verify": VERIFY},
             }[verb]
             name = words.pop(0) if verb == "filter" else None
+            if verb in ("publish", "verify"):
+                words = _named(words, *{"publish": ("folder", "repo_id"), "verify": ("source",)}[verb])
             given = options(words)
-            name = verb if verb in ("demo", "audit") else name or chosen(given, methods)
+            name = verb if verb in ("demo", "audit", "publish", "verify") else name or chosen(given, methods)
             others = list(methods.values()) if verb == "filter" else []
             values = read(methods[name], given, others, help="")
-            methods[name].job_of(values)
+            if verb != "publish":  # which looks for the folder
+                methods[name].job_of(values)
 
     def test_equations_are_where_the_pages_of_the_methods_say(self):
         wrong = []

@@ -19,6 +19,7 @@ FLOORS = [GROUND, {"parameters", "metrics", "hub"}, {"training"}, {"gan"}, {"inf
 EXCEPTIONS = {
     ("influence.propagated", "influence.report"),  # the sweep records what the report reads
     ("jobs.filter", "jobs.recipe"),  # what a job runs is what its recipe asked for
+    ("jobs.demo", "jobs.recipe"),
     ("filtering.fitting", "filtering.encoding"),  # a fitter looks through an encoder
 }
 

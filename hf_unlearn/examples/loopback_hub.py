@@ -1,7 +1,7 @@
 """A Hugging Face Hub on loopback, over real HTTP and in memory, for a demo and for tests that push a model and load it again.
 
-It has model repositories only, no LFS, and no rights: every token reads and writes everything. A new repository is empty,
-where the real Hub puts a .gitattributes. Whatever it does not understand it answers with 501, which huggingface_hub 2.4
+It has repositories of models and datasets (`datasets/me/name`), no LFS, and no rights: every token reads and writes everything. A new repository is empty,
+where the real Hub puts a .gitattributes. What goes wrong on the way can be asked for: see [`Fault`]. Whatever it does not understand it answers with 501, which huggingface_hub 2.4
 does not try again, and keeps in `LoopbackHub.unknown`.
 """
 
@@ -13,18 +13,42 @@ import json
 import os
 import re
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 
 USER = "me"  # who owns a repository that is created without an owner
 FOREIGN_SETTINGS = re.compile(r"(HF|HUGGING_?FACE|TRANSFORMERS)_.*|.*_PROXY", re.IGNORECASE)
-PARTS = {"repo": "([^/]+/[^/]+)", "revision": "([^/]+)", "path": "(.+)"}
+PARTS = {"type": "(models|datasets|spaces)", "repo": "([^/]+/[^/]+)", "revision": "([^/]+)", "path": "(.+)"}
 ROUTES = []
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong with one request: the next one that it fits. Put it into `LoopbackHub.faults`.
+
+    Args:
+        method (`str`), path (`str`): of the request; a part of the path.
+        status (`int`, *optional*): it is answered with this error, and nothing is done.
+        cut (`"before"` or `"after"`, *optional*): the connection is closed without an answer, before or after what was asked for is done.
+        wait (`threading.Event`, *optional*): it is answered once this is set.
+        then (callable, *optional*): is called before it is answered.
+    """
+
+    method: str
+    path: str
+    status: int | None = None
+    cut: str | None = None
+    wait: threading.Event | None = None
+    then: Callable[[], Any] | None = None
 
 
 class LoopbackHub:
@@ -34,6 +58,7 @@ class LoopbackHub:
         url (`str`): the endpoint.
         requests (`list[tuple[str, str]]`): method and path, as sent but without the query, of every request so far.
         tokens (`set[str]`): all that came with them.
+        faults (`list[Fault]`): what is to go wrong; each once, and then it is taken out.
         unknown (`list[tuple[str, str]]`): method and target, with the query, of those answered with 501. A test that
             does not expect any asserts that it is empty: many callers go on after an error of the server.
     """
@@ -42,6 +67,7 @@ class LoopbackHub:
         self.requests: list[tuple[str, str]] = []
         self.tokens: set[str] = set()
         self.unknown: list[tuple[str, str]] = []
+        self.faults: list[Fault] = []
         self._lock = threading.RLock()
         self._commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repository, sha, path: content
         self._branches: dict[str, dict[str, str]] = {}  # repository, branch: sha
@@ -108,9 +134,26 @@ class LoopbackHub:
                 self._start(repo_id)
             return self._commit(repo_id, "main", self.files(repo_id) | added)
 
-    def answer(self, method: str, target: str, headers, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and content."""
+    def answer(self, method: str, target: str, headers, body: bytes) -> tuple[int, dict[str, str], bytes] | None:
+        """Status, headers and content; None where the connection is cut."""
         url = urlsplit(target)
+        fault = next((one for one in self.faults if one.method == method and one.path in url.path), None)
+        if fault is None:
+            return self._answer(method, target, url, headers, body)
+        self.faults.remove(fault)
+        if fault.then is not None:
+            fault.then()
+        if fault.wait is not None:
+            fault.wait.wait(60)
+        if fault.status is not None:
+            self.requests.append((method, url.path))
+            return _json({"error": "on purpose"}, fault.status)
+        if fault.cut == "before":
+            return None
+        answer = self._answer(method, target, url, headers, body)
+        return None if fault.cut == "after" else answer
+
+    def _answer(self, method, target, url, headers, body):
         request = SimpleNamespace(headers=headers, query=dict(parse_qsl(url.query)), body=body)
         with self._lock:
             self.requests.append((method, url.path))
@@ -161,7 +204,11 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        status, headers, content = self.server.hub.answer(self.command, self.path, self.headers, body)
+        answer = self.server.hub.answer(self.command, self.path, self.headers, body)
+        if answer is None:
+            self.close_connection = True
+            return
+        status, headers, content = answer
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(content))}).items():
             self.send_header(name, value)
@@ -196,6 +243,11 @@ def _json(data, status=200, headers=()):
     return status, {"Content-Type": "application/json"} | dict(headers), json.dumps(data).encode()
 
 
+def _key(kind, repo_id):
+    """How the hub here calls a repository: by its address."""
+    return repo_id if kind == "models" else f"{kind}/{repo_id}"
+
+
 def _git_oid(content):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -203,9 +255,9 @@ def _git_oid(content):
 @_route("POST", "/api/repos/create")
 def _create(hub, request):
     asked = json.loads(request.body)
-    if asked.get("type", "model") != "model":
-        raise NotImplementedError("models only")
-    repo_id = f"{asked['organization'] or USER}/{asked['name']}"
+    if asked.get("type", "model") not in ("model", "dataset"):
+        raise NotImplementedError("models and datasets only")
+    repo_id = _key(f"{asked.get('type', 'model')}s", f"{asked['organization'] or USER}/{asked['name']}")
     url = {"url": f"{hub.url}/{repo_id}"}
     if repo_id in hub._commits:
         return _json(url | {"error": "You already created this model repo"}, 409)  # exist_ok=True reads the url
@@ -215,13 +267,19 @@ def _create(hub, request):
     return _json(url)
 
 
+@_route("GET", "/api/whoami-v2")
+def _whoami(hub, request):
+    return _json({"type": "user", "id": USER, "name": USER, "fullname": USER, "orgs": [], "auth": {}})
+
+
 @_route("POST", "/api/validate-yaml")  # of a card
 def _validate(hub, request):
     return _json({"errors": [], "warnings": []})
 
 
-@_route("POST", "/api/models/{repo}/branch/{revision}")
-def _branch(hub, request, repo_id, branch):
+@_route("POST", "/api/{type}/{repo}/branch/{revision}")
+def _branch(hub, request, kind, repo_id, branch):
+    repo_id = _key(kind, repo_id)
     sha, _ = hub._at(repo_id, json.loads(request.body).get("startingPoint", "main"))
     if branch in hub._branches[repo_id]:
         raise HubError(409, "", f"{branch} exists already")
@@ -229,29 +287,34 @@ def _branch(hub, request, repo_id, branch):
     return _json({})
 
 
-@_route("POST", "/api/models/{repo}/preupload/{revision}", query=["create_pr"])
-def _preupload(hub, request, repo_id, revision):
-    _, files = hub._at(repo_id, revision)
+@_route("POST", "/api/{type}/{repo}/preupload/{revision}", query=["create_pr"])
+def _preupload(hub, request, kind, repo_id, revision):
+    _, files = hub._at(_key(kind, repo_id), revision)
+    rules = files.get(".gitignore", b"").decode().split()
     answers = []
     for asked in json.loads(request.body)["files"]:
+        ignored = any(fnmatchcase(PurePosixPath(asked["path"]).name, rule) for rule in rules)
         known = {"oid": _git_oid(files[asked["path"]])} if asked["path"] in files else {}
-        answers.append({"path": asked["path"], "uploadMode": "regular", "shouldIgnore": False} | known)
+        answers.append({"path": asked["path"], "uploadMode": "regular", "shouldIgnore": ignored} | known)
     return _json({"files": answers})
 
 
-@_route("POST", "/api/models/{repo}/commit/{revision}", query=["create_pr"])
-def _commit(hub, request, repo_id, branch):
+@_route("POST", "/api/{type}/{repo}/commit/{revision}", query=["create_pr"])
+def _commit(hub, request, kind, repo_id, branch):
+    repo_id = _key(kind, repo_id)
     files = hub.files(repo_id, branch)
     if branch not in hub._branches[repo_id]:
         raise HubError(404, "RevisionNotFound", f"no branch {branch} of {repo_id}")
-    pull_request = {}
+    pull_request, base = {}, branch
     if request.query.get("create_pr") == "1":
         number = 1 + sum(name.startswith("refs/pr/") for name in hub._branches[repo_id])
         branch = f"refs/pr/{number}"
         pull_request = {"pullRequestUrl": f"{hub.url}/{repo_id}/discussions/{number}"}
     header, *operations = map(json.loads, request.body.splitlines())
-    if header["value"].keys() - {"summary", "description"}:
-        raise NotImplementedError(f"{header}")  # a parent commit, above all
+    if header["value"].keys() - {"summary", "description", "parentCommit"}:
+        raise NotImplementedError(f"{header}")
+    if header["value"].get("parentCommit", hub._at(repo_id, base)[0]) != hub._at(repo_id, base)[0]:
+        raise HubError(412, "", f"{base} has moved on since")
     for operation in operations:
         path = operation["value"]["path"]
         if operation["key"] == "deletedFile":
@@ -265,18 +328,19 @@ def _commit(hub, request, repo_id, branch):
     return _json({"commitOid": sha, "commitUrl": f"{hub.url}/{repo_id}/commit/{sha}"} | pull_request)
 
 
-@_route("GET", "/api/models/{repo}")
-@_route("GET", "/api/models/{repo}/revision/{revision}")
-def _model_info(hub, request, repo_id, revision="main"):
-    sha, files = hub._at(repo_id, revision)
+@_route("GET", "/api/{type}/{repo}")
+@_route("GET", "/api/{type}/{repo}/revision/{revision}")
+def _info(hub, request, kind, repo_id, revision="main"):
+    key = _key(kind, repo_id)
+    sha, files = hub._at(key, revision)
     siblings = [{"rfilename": path} for path in sorted(files)]
-    return _json({"id": repo_id, "sha": sha, "private": repo_id in hub._private, "tags": [], "siblings": siblings})
+    return _json({"id": repo_id, "sha": sha, "private": key in hub._private, "tags": [], "siblings": siblings})
 
 
-@_route("GET", "/api/models/{repo}/tree/{revision}", query=["recursive", "expand"])
-@_route("GET", "/api/models/{repo}/tree/{revision}/{path}", query=["recursive", "expand"])
-def _tree(hub, request, repo_id, revision, folder=""):
-    sha, files = hub._at(repo_id, revision)
+@_route("GET", "/api/{type}/{repo}/tree/{revision}", query=["recursive", "expand"])
+@_route("GET", "/api/{type}/{repo}/tree/{revision}/{path}", query=["recursive", "expand"])
+def _tree(hub, request, kind, repo_id, revision, folder=""):
+    sha, files = hub._at(_key(kind, repo_id), revision)
     inside = f"{folder}/" if folder else ""
     entries = {}
     for path, content in sorted(files.items()):
@@ -290,6 +354,11 @@ def _tree(hub, request, repo_id, revision, folder=""):
         raise HubError(404, "EntryNotFound", f"no folder {folder}", {"X-Repo-Commit": sha})
     deep = request.query.get("recursive") == "true"
     return _json([{"path": path} | entries[path] for path in entries if deep or "/" not in path.removeprefix(inside)])
+
+
+@_route("GET HEAD", "/datasets/{repo}/resolve/{revision}/{path}")
+def _file_of_dataset(hub, request, repo_id, revision, path):
+    return _file(hub, request, _key("datasets", repo_id), revision, path)
 
 
 @_route("GET HEAD", "/{repo}/resolve/{revision}/{path}")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.origin import hub_id, inherited, said_of
-from ..hub.provenance import library_versions
+from ..hub.provenance import hardware, library_versions
+from ..hub.text import all_tags, line, one_line
 from .config import FASTConfig
 
 
@@ -60,14 +61,14 @@ def filter_card(
     concepts = config.concepts
     spec = config.encoder_spec
     name = repo_id or HERE
-    names = ", ".join(_line(concept["name"]) for concept in concepts)
+    names = ", ".join(line(concept["name"]) for concept in concepts)
     results = [
         EvalResult(
             task_type="image-classification",
             dataset_type="generated",
             dataset_name="the generator's samples",
             metric_type=metric,
-            metric_name=f"{' '.join(concept['name'].split())}: {title}",
+            metric_name=f"{one_line(concept['name'])}: {title}",
             metric_value=float(value),
         )
         for concept in concepts
@@ -82,13 +83,13 @@ def filter_card(
         library_name="hf_unlearn",
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=(repo_id or f"filter-{names}").split("/")[-1],
-        tags=[*TAGS, *(["diffusers"] if inside else []), *((tags,) if isinstance(tags, str) else tags)],
+        tags=all_tags(TAGS, ["diffusers"] if inside else [], tags),
         **inherited(said_of(base, token=token), given),
     )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        title=(repo_id or "").split("/")[-1] or (f"{inside} without {names}" if inside else f"Filter: {names}"),
+        title=line((repo_id or "").split("/")[-1]) or (f"{inside} without {names}" if inside else f"Filter: {names}"),
         paper=PAPER,
         names=names,
         seen=_seen(spec),
@@ -100,6 +101,7 @@ def filter_card(
         slot=_slot(name) if _sees_images(spec) and not inside else None,
         own=spec is not None and spec.get("kind") == "custom",
         has_encoder=spec is not None,
+        hardware=hardware(),
         versions=", ".join(f"{name} {number}" for name, number in library_versions().items() if name in WITHIN),
     )
     return card.content.rstrip() + "\n"
@@ -120,8 +122,8 @@ def _shown(concept: Mapping[str, Any]) -> dict[str, Any]:
     if figures.get("auc") is not None:
         rows.append(("area under the ROC curve", f"{figures['auc']:.3f}", "–", "–"))
     return {
-        "name": _line(concept["name"]),
-        "description": _line(concept["description"]),
+        "name": line(concept["name"]),
+        "description": line(concept["description"]),
         "score": f"`{concept['score']}`: {SCORES.get(concept['score'], 'a score')}",
         "rule": threshold["rule"],
         "promise": threshold.get("promise"),
@@ -168,7 +170,7 @@ def _encoder(spec: Mapping[str, Any] | None) -> str:
     if spec is None:
         return "none: the generator's latents are judged as they are"
     known = encoder_id(spec)
-    name = f"[{known}](https://huggingface.co/{known})" if known else f"`{_line(spec.get('name') or '')}`"
+    name = f"[{known}](https://huggingface.co/{known})" if known else f"`{line(spec.get('name') or '')}`"
     if spec.get("kind") == "custom":
         return f"{name}, the user's own, which is not stored here"
     reference = spec.get("reference")
@@ -259,8 +261,3 @@ def _slot(name: str) -> str:
             ")",
         ]
     )
-
-
-def _line(text: str) -> str:
-    """Text that stays in one line and one table cell."""
-    return " ".join(str(text).split()).replace("|", "\\|")

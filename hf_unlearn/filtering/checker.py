@@ -401,6 +401,7 @@ class FASTSafetyChecker(FilterPushMixin, PreTrainedModel):
     # On the Hub
 
     _commit_message = "Upload filter"
+    _kind = "filter"
 
     def _made_from(self) -> list[str | None]:
         return [encoder_id(self.config.encoder_spec)]

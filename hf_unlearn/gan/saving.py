@@ -12,7 +12,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..files import load_tensors, save_tensors
 from ..hub.loading import loading_code
 from ..hub.origin import hub_id
+from ..hub.provenance import hardware, library_versions, today
 from ..hub.publish import forget_local_paths, save_settings
+from ..hub.text import all_tags, line
 from ..training.publishing import PushingMixin
 from ..training.runs import RunMixin
 from .pipeline import GANPipeline
@@ -91,7 +93,7 @@ class GANSavingMixin(PushingMixin, RunMixin):
                 self.guard.save(folder)
             return
         self.save_pipeline(folder)
-        self.model_card(self.hub_model_id or folder).save(folder / "README.md")
+        self._write_card(folder)
 
     def save_pipeline(self, folder: Path) -> None:
         """The pipeline, with its discriminator."""
@@ -117,15 +119,19 @@ class GANSavingMixin(PushingMixin, RunMixin):
         base = hub_id(self.base_model)
         data = ModelCardData(
             library_name="hf_unlearn",
-            tags=["gan", *((tags,) if isinstance(tags, str) else tags)],
+            tags=all_tags("gan", tags),
             pipeline_tag="unconditional-image-generation",
             **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
             **self._inherited(kwargs),
         )
+        versions = ", ".join(f"{name} {number}" for name, number in library_versions().items())
         text = (
-            f"# {title}\n\nA {type(self.averaged).__name__} of {self.averaged.config.sample_size} pixels, trained by "
+            f"# {line(title)}\n\nA {type(self.averaged).__name__} of {self.averaged.config.sample_size} pixels, trained by "
             f"hf_unlearn's GANTrainer: {self.state.global_step:,} steps of {self._train_batch_size * args.world_size} images, "
             f"learning rate {args.learning_rate:g}, R1 {args.r1_weight:g}, seed {args.seed}.\n\n"
-            f"```python\n{loading_code(GANPipeline, name)}\n```\n"
+            f"```python\n{loading_code(GANPipeline, name)}\n```\n\n"
+            f"| | |\n|---|---|\n| made on | {today()} |\n| hardware | {hardware()} |\n| versions | {versions} |\n\n"
+            "## Limitations\n\n- It draws what its training images were like, mistakes and biases of theirs included.\n"
+            "- Nothing was measured of it here, and no audit was run.\n"
         )
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

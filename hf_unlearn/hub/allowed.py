@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ..files import PRIVATE
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -34,9 +36,11 @@ class Weights:
 
 TRANSFORMERS, DIFFUSERS = Weights("model"), Weights("diffusion_pytorch_model")
 CONFIG, CARD, PIPELINE = "config.json", "README.md", "model_index.json"
+RECORD = "provenance.json"  # is made anew where it is published
 FILTERED, INNER = "FilteredPipeline", "pipeline"  # the class whose component of that name is a pipeline of its own
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
+PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 _CHAT_TEMPLATE = ("chat_template.jinja", "chat_template.json")
 TEMPLATES = "additional_chat_templates"  # folder beside a tokenizer or a processor that has several
 # All that tokenizers of transformers 5.23 call their files.
@@ -57,10 +61,11 @@ _PROCESSOR = {
 
 # What may lie in the folder of a pipeline's component, by the config that says what kind of component it is.
 COMPONENT = {**_MODEL, **_PROCESSOR, "scheduler_config.json": ()}
-PIPELINE_ROOT = (CARD, PIPELINE)
+PIPELINE_ROOT = (CARD, PIPELINE, RECORD)
 # Exact names wherever they are known: model*.safetensors would also let model_original.safetensors pass.
 ALLOWED = (
     CARD,
+    RECORD,
     CONFIG,
     *_MODEL[CONFIG],
     *TRANSFORMERS.names,
@@ -113,16 +118,36 @@ def inner_files(folder: Path) -> list[str]:
     """Files of the pipeline inside a filtered one; its card and pictures are not for others, the outer one has its own."""
     if components_of(folder) is None:
         raise ValueError(f"folder={str(folder)!r}: holds no pipeline; save the filtered pipeline again")
-    return [name for name in publishable_files(folder) if name != CARD and not name.startswith("pictures/")]
+    return [
+        name for name in publishable_files(folder) if name not in (CARD, RECORD) and not name.startswith("pictures/")
+    ]
 
 
-def left_behind(folder: str | Path) -> list[str]:
-    """Files and links below `folder` that [`publishable_files`] leaves out, sorted: what a push does not show anyone."""
+def left_behind(folder: str | Path) -> dict[str, str]:
+    """Files and links below `folder` that [`publishable_files`] leaves out, sorted, and why: what a push does not show anyone."""
     folder = _folder(folder)
     everything = {
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()
     }
-    return sorted(everything.difference(publishable_files(folder)))
+    return {name: _why(folder, name) for name in sorted(everything.difference(publishable_files(folder)))}
+
+
+def _why(folder: Path, name: str) -> str:
+    path = Path(name)
+    if any((folder / part).is_symlink() for part in (path, *path.parents[:-1])):
+        return "a link"
+    if PRIVATE in path.parts:
+        return "private: it could undo the unlearning, or tells what was forgotten"
+    if any(part.startswith("checkpoint-") for part in path.parts[:-1]):
+        return "a half-trained state"
+    if path.suffix in PICKLES:
+        return "a pickle, or made of one: it may run code when it is loaded"
+    for weights in (TRANSFORMERS, DIFFUSERS):
+        if fnmatchcase(path.name, weights.shard) or path.name == weights.index:
+            return "weights of an earlier save"
+    if path.suffix == ".safetensors":
+        return "weights that no stock from_pretrained asks for, or of another variant"
+    return "not part of what is loaded"
 
 
 def components_of(folder: Path) -> list[str] | None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .audited import Audited, with_audit
 from .origin import hub_id
-from .provenance import Provenance
+from .provenance import Provenance, library_versions, today
+from .text import all_tags, line, one_line, shown
 
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 TAGS = ("machine-unlearning", "hf_unlearn")
 TEMPLATE = Path(__file__).with_name("unlearning_card.md.jinja")
+PLAIN = Path(__file__).with_name("plain_card.md.jinja")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +65,16 @@ class Figure:
         """Whether it passed, and the line that says so; None without a target."""
         if self.target is None:
             return None
-        passed, bound = self.after <= self.target, _shown(self.target, self.unit)
+        passed, bound = self.after <= self.target, shown(self.target, self.unit)
         held = f"{'at most' if passed else 'more than'} the {bound} that count as forgotten"
-        return passed, f"{self.name} ({self.split}): {_shown(self.after, self.unit)}, {held}."
+        return passed, f"{self.name} ({self.split}): {shown(self.after, self.unit)}, {held}."
 
     @property
     def change(self) -> str | None:
         """What was measured before and after, in words; None where there is no before."""
         if self.before is None:
             return None
-        return f"{self.name} ({self.split}): {_shown(self.before, self.unit)} → {_shown(self.after, self.unit)}"
+        return f"{self.name} ({self.split}): {shown(self.before, self.unit)} → {shown(self.after, self.unit)}"
 
 
 def unlearning_card(
@@ -137,16 +141,17 @@ def unlearning_card(
         EvalResult(
             task_type=task or pipeline_tag or "other",
             dataset_type=dataset_type,
-            dataset_name=dataset_name,
+            dataset_name=one_line(dataset_name),
             dataset_split=figure.split,
             metric_type=figure.metric,
-            metric_name=figure.name,
+            metric_name=one_line(figure.name),
             metric_value=float(figure.after),
         )
         for figure in results
     ]
+    cited = [(provenance.method_title, provenance.paper), *provenance.stands_on.items()]
     checks = [figure.check for figure in results if figure.check is not None]
-    checks += [(False, line) for line in failed_checks] + [(True, line) for line in passed_checks]
+    checks += [(False, one) for one in failed_checks] + [(True, one) for one in passed_checks]
     data = ModelCardData(
         base_model=base_id or base_model,
         base_model_relation=base_model_relation if base_id or base_model else None,
@@ -158,19 +163,19 @@ def unlearning_card(
         license_link=license_link,
         license_name=license_name,
         metrics=sorted({figure.metric for figure in results}) or None,
-        model_name=model_name,
+        model_name=one_line(model_name),
         pipeline_tag=pipeline_tag,
-        tags=list(dict.fromkeys((*TAGS, *((tags,) if isinstance(tags, str) else tags)))),
+        tags=all_tags(TAGS, tags),
     )
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        model_name=_line(model_name),
-        method=_line(provenance.method),
-        method_title=_line(provenance.method_title),
+        model_name=line(model_name),
+        method=line(provenance.method),
+        method_title=line(provenance.method_title),
         paper=provenance.paper,
         stands_on=provenance.stands_on,
-        forgotten=_line(provenance.forgotten),
+        forgotten=line(provenance.forgotten),
         forget_examples=provenance.forget_examples,
         forget_fingerprint=provenance.forget_fingerprint,
         base_model_link=_base_model_link(provenance.base_model, base_id),
@@ -179,24 +184,76 @@ def unlearning_card(
         seed=provenance.seed,
         created=provenance.created,
         hyperparameters=[
-            (name, _line(json.dumps(value, ensure_ascii=False)))
+            (name, line(json.dumps(value, ensure_ascii=False)))
             for name, value in sorted(provenance.hyperparameters.items())
         ],
+        hardware=line(provenance.hardware),
         versions=", ".join(f"{name} {number}" for name, number in provenance.versions.items()),
         rows=[
-            [_line(figure.name), _line(figure.split)]
-            + [_shown(value, figure.unit) for value in (figure.before, figure.after, figure.retrained)]
+            [line(figure.name), line(figure.split)]
+            + [shown(value, figure.unit) for value in (figure.before, figure.after, figure.retrained)]
             for figure in results
         ],
+        citations=[(_bibtex(name), id) for name, id in cited if id],
         has_retrained=any(figure.retrained is not None for figure in results),
         has_before=any(figure.before is not None for figure in results),
-        measured=next((_line(figure.change) for figure in results if figure.change), None),
-        failed_checks=[_line(line) for passed, line in checks if not passed],
-        passed_checks=[_line(line) for passed, line in checks if passed],
-        limitations=[_line(limitation) for limitation in limitations],
+        measured=next((line(figure.change) for figure in results if figure.change), None),
+        failed_checks=[line(one) for passed, one in checks if not passed],
+        passed_checks=[line(one) for passed, one in checks if passed],
+        limitations=[line(limitation) for limitation in limitations],
         load_snippet=load_snippet,
         picture=picture,
     )
+
+
+def plain_card(
+    model_name: str,
+    library_name: str,
+    load_snippet: str,
+    *,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    nearest: str | None = None,
+    pipeline_tag: str | None = None,
+    audit: Audited | None = None,
+    **metadata: Any,
+) -> ModelCard:
+    """The card of a model or a pipeline of which nothing is known but what it is.
+
+    Args:
+        model_name, library_name, load_snippet, base_model, pipeline_tag: see [`unlearning_card`].
+        base_revision (`str`, *optional*): commit of `base_model`.
+        nearest (`str`, *optional*): id on the Hub of what `base_model` was made from, where it is not there itself.
+        audit ([`~hf_unlearn.AuditReport`], *optional*): of it.
+        metadata: license, language, tags and datasets.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    tags, base_id = metadata.pop("tags", None) or (), hub_id(base_model)
+    data = ModelCardData(
+        base_model=base_id or nearest,
+        library_name=library_name,
+        model_name=one_line(model_name),
+        pipeline_tag=pipeline_tag,
+        tags=all_tags("hf_unlearn", tags),
+        **metadata,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(PLAIN),
+        title=line(model_name),
+        base_model_link=_base_model_link(base_model, base_id),
+        base_revision=base_revision,
+        load_snippet=load_snippet,
+        created=today(),
+        versions=", ".join(f"{name} {number}" for name, number in library_versions().items()),
+    )
+    return card if audit is None else with_audit(card, audit)
+
+
+def _bibtex(text: str) -> str:
+    """Text that closes no field of an entry."""
+    return " ".join(re.sub(r"[{}\\`<>]", "", text).split())
 
 
 def _base_model_link(base_model: str | None, hub_id: str | None) -> str | None:
@@ -205,14 +262,3 @@ def _base_model_link(base_model: str | None, hub_id: str | None) -> str | None:
     if hub_id is None:
         return "a model that is not on the Hub"
     return f"[{hub_id}](https://huggingface.co/{hub_id})"
-
-
-def _line(text: str) -> str:
-    """Text that stays in one line and one table cell."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _shown(value: float | None, unit: str) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.2f} {unit}" if unit else f"{value:.4g}"

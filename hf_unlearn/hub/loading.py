@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
-from .allowed import LORA
+from .allowed import CONFIG, LORA, PIPELINE
 
 
 # of pipelines that need more than a prompt, or make something other than images
@@ -36,7 +37,7 @@ def loading_code(
     Raises:
         ValueError: a `processor` for a pipeline, or `lora_base` or `num_inference_steps` for another model.
     """
-    if _is_pipeline(model_class):
+    if is_pipeline(model_class):
         if processor is not None:
             raise ValueError(f"processor={processor!r}: {model_class.__name__} loads its own; leave it out")
         return _pipeline_code(model_class, model_name, lora_base, num_inference_steps)
@@ -55,6 +56,53 @@ def loading_code(
         lines.append(f"processor = {processor}.from_pretrained({json.dumps(model_name)})")
     header = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())]
     return "\n".join([*header, "", *lines])
+
+
+def class_in(folder: Path) -> type | None:
+    """Class of the model or the pipeline that a folder holds; None for an adapter, or one that no library here has."""
+    import diffusers
+    import transformers
+
+    import hf_unlearn
+
+    index, config = (_json(folder / name) for name in (PIPELINE, CONFIG))
+    name = index.get("_class_name") or (config.get("architectures") or [""])[0]
+    libraries = (hf_unlearn, diffusers) if index else (hf_unlearn, transformers)
+    return next((found for library in libraries if name and (found := getattr(library, name, None)) is not None), None)
+
+
+def loaded(folder: Path) -> Any:
+    """The model, in fp32 as an audit loads it, or the pipeline in a folder.
+
+    Raises:
+        ValueError: nothing that a class of these libraries loads.
+    """
+    import torch
+
+    kind = class_in(folder)
+    if kind is None:
+        raise ValueError(
+            f"folder={str(folder)!r}: names no class that loads it, so that an audit of it cannot be told; leave audit out"
+        )
+    return kind.from_pretrained(str(folder), **({} if is_pipeline(kind) else {"dtype": torch.float32}))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def processor_loader(processing_class: Any) -> str | None:
+    """The Auto class that loads what is saved as `processing_class`; None of None."""
+    from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+
+    if processing_class is None:
+        return None
+    kinds = {
+        PreTrainedTokenizerBase: "AutoTokenizer",
+        ProcessorMixin: "AutoProcessor",
+        FeatureExtractionMixin: "AutoFeatureExtractor",
+    }
+    return next((name for kind, name in kinds.items() if isinstance(processing_class, kind)), "AutoImageProcessor")
 
 
 def diffusion_task(pipeline_class: type) -> str | None:
@@ -79,7 +127,7 @@ def diffusion_task(pipeline_class: type) -> str | None:
     return None
 
 
-def _is_pipeline(model_class: type) -> bool:
+def is_pipeline(model_class: type) -> bool:
     """Without importing diffusers, which takes seconds."""
     return any(
         base.__name__ == "DiffusionPipeline" and base.__module__.startswith("diffusers.")

@@ -35,7 +35,7 @@ def origin(name: str | Path | None) -> str | None:
         return name
     if Path(name).exists():
         return str(Path(name).resolve())
-    return str(name) if (found := _as_id(str(name))) is None else HubId(found)
+    return str(name) if (found := as_id(str(name))) is None else HubId(found)
 
 
 def hub_id(name: str | Path | None) -> str | None:
@@ -48,10 +48,10 @@ def hub_id(name: str | Path | None) -> str | None:
         return None
     if not isinstance(name, HubId):
         if found := _cached(name):
-            return _as_id(found[1].replace("--", "/"))
+            return as_id(found[1].replace("--", "/"))
         if Path(name).exists():
             return _cloned_from(Path(name))
-    return _as_id(str(name))
+    return as_id(str(name))
 
 
 def revision_of(name: str | Path | None) -> str | None:
@@ -151,7 +151,7 @@ def check_is_not_original_repository(
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    wanted = (_as_id(repo_id) or repo_id).casefold()
+    wanted = (as_id(repo_id) or repo_id).casefold()
     for name in {hub_id(name) for name in originals}.difference({None}):
         names = {name.casefold()}
         if api is not None and wanted not in names and "/" in name:
@@ -159,11 +159,11 @@ def check_is_not_original_repository(
                 names.add(api.model_info(name).id.casefold())
         if wanted in names:
             raise ValueError(
-                f"hub_model_id: {repo_id!r} is the original's repository, whose history keeps it; choose another"
+                f"repo_id: {repo_id!r} is the original's repository, whose history keeps it; choose another"
             )
 
 
-def _as_id(name: str) -> str | None:
+def as_id(name: str) -> str | None:
     """The id in a name, or in a link to the Hub; None where there is none."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
@@ -192,7 +192,7 @@ def _cloned_from(folder: Path) -> str | None:
     for parent in (folder, folder.resolve().parent):
         if (config := parent / ".git" / "config").is_file():
             links = _CLONED.findall(config.read_text(encoding="utf-8", errors="replace"))
-            return next((found for link in links if not Path(link).exists() and (found := _as_id(link))), None)
+            return next((found for link in links if not Path(link).exists() and (found := as_id(link))), None)
     return None
 
 

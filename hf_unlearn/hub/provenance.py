@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,7 +25,23 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _today() -> str:
+def hardware() -> str:
+    """What this process computes on, in words; nothing that names the machine."""
+    import torch
+
+    kind, cores = (
+        platform.machine(),
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    )
+    if not torch.accelerator.is_available():
+        return f"{kind} CPU, {cores} core{'s' * (cores != 1)}"
+    count = torch.accelerator.device_count()
+    device = torch.accelerator.current_accelerator()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    return f"{count} × {name}, {kind} CPU"
+
+
+def today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
@@ -47,6 +64,7 @@ class Provenance:
         hyperparameters (`dict`, defaults to `{}`): JSON values; those that define the method or differ from defaults.
         forget_fingerprint (`str`, *optional*): keyed digest of the forget set, never the data.
         versions (`dict`, *optional*): of libraries. Default: [`library_versions`].
+        hardware (`str`, *optional*): what it was trained on. Default: [`hardware`].
         created (`str`, *optional*): ISO date. Default: today, UTC.
 
     Raises:
@@ -66,7 +84,8 @@ class Provenance:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     forget_fingerprint: str | None = None
     versions: dict[str, str] = field(default_factory=library_versions)
-    created: str = field(default_factory=_today)
+    hardware: str = field(default_factory=hardware)
+    created: str = field(default_factory=today)
 
     def __post_init__(self) -> None:
         if self.forget_examples < 1:

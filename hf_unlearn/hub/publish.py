@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, strided
 from torch.nn import Module
@@ -19,10 +17,12 @@ from .adapters import UNFUSED
 from .allowed import (
     ADAPTER,
     ADAPTER_CONFIG,
+    CARD,
     CONFIG,
     INNER,
     LORA,
     PIPELINE,
+    RECORD,
     TRANSFORMERS,
     Weights,
     components_of,
@@ -33,12 +33,11 @@ from .allowed import (
     unreadable,
     weights_of,
 )
-from .origin import check_is_not_original_repository, hub_id, named_in
-from .superseded import superseded
-
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
+from .audited import Audited, audit_section, results_of, with_audit
+from .origin import hub_id, named_in
+from .record import as_bytes, read_record, renewed
+from .sending import Publication, send
+from .valid import check_card
 
 
 logger = logging.getLogger(__name__)
@@ -87,13 +86,19 @@ def publish_folder(
     *,
     token: str | bool | None = None,
     revision: str | None = None,
-    private: bool | None = None,
+    private: bool | None = True,
     commit_message: str = "Upload unlearned model",
     create_pr: bool = False,
     originals: Sequence[str | None] = (),
     allow_adapter: bool = False,
     run_as_future: bool = False,
-) -> CommitInfo | Future[CommitInfo]:
+    dry_run: bool = False,
+    audit: Audited | None = None,
+    card: str | None = None,
+    left_out: Mapping[str, str] | None = None,
+    repo_type: str = "model",
+    show: Callable[[str], Any] = logger.info,
+) -> Publication:
     """Uploads the publishable files of `folder` and nothing else, in one commit that also deletes what is left in the repository
     of an earlier model: see [`~hf_unlearn.hub.superseded.superseded`]. Who loads from it gets what was pushed last.
 
@@ -102,45 +107,58 @@ def publish_folder(
         repo_id (`str`): `"name"` or `"owner/name"`; made if it is not there.
         token (`str` or `bool`, *optional*): of the Hub. Default: the one saved by `hf auth login`.
         revision (`str`, *optional*): branch, made if it is not there. Default: `main`.
-        private (`bool`, *optional*): only where the repository is made now. Default: the owner's setting.
+        private (`bool`, *optional*, defaults to `True`): only where the repository is made now; None: as the owner has set it.
         commit_message (`str`, defaults to `"Upload unlearned model"`): first line of the commit.
         create_pr (`bool`, defaults to `False`): make it a pull request.
         originals (`Sequence[str]`, defaults to `()`): what the model was made from, besides what its card says: never pushed onto.
         allow_adapter (`bool`, defaults to `False`): see [`check_publishable`].
         run_as_future (`bool`, defaults to `False`): upload in the background. `folder` must stay as it is until then.
+        dry_run (`bool`, defaults to `False`): send nothing.
+        audit ([`~hf_unlearn.AuditReport`], *optional*): of the model, for the card and the provenance; the caller has seen to it that it is.
+        card (`str`, *optional*): README.md instead of the one in `folder`.
+        left_out (`dict[str, str]`, *optional*): what else is to be told that stays, and why.
+        repo_type (`str`, defaults to `"model"`): `"dataset"`: all of `folder` is published, which is a dataset.
+        show (callable): is given a text that says what goes up, what does not, and why. Default: the log.
 
     Returns:
-        `CommitInfo`, or a `Future` of it with `run_as_future=True`.
+        [`~hf_unlearn.hub.sending.Publication`]: its `commit` is a `Future` with `run_as_future=True`.
 
     Raises:
         ValueError: see [`check_publishable`] and [`~hf_unlearn.hub.origin.check_is_not_original_repository`]; no file was sent.
+        OSError: see [`~hf_unlearn.hub.sending.send`].
     """
+    from huggingface_hub import ModelCard
+
     folder = Path(folder)
-    files = check_publishable(folder, allow_adapter=allow_adapter)
-    originals = [*originals, *named_in(folder)]
-    check_is_not_original_repository(repo_id, originals)
-
-    from huggingface_hub import HfApi
-
-    if left := left_behind(folder):
-        logger.info("not uploaded: %s", ", ".join(left))
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    check_is_not_original_repository(repo_id, originals, api=api)
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    old = superseded(api.list_repo_files(repo_id, revision=revision), files)
-    if old:
-        logger.info("deleted from %s, as of an earlier model: %s", repo_id, ", ".join(old))
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
+    if repo_type == "model":
+        names, left = check_publishable(folder, allow_adapter=allow_adapter), left_behind(folder)
+    else:
+        names, left = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()], {}
+    has_record = (folder / RECORD).is_file() and not (folder / RECORD).is_symlink()
+    record = read_record(folder / RECORD) if has_record else None
+    files: dict[str, Path | bytes] = {name: folder / name for name in names if name != RECORD}
+    if card is None and CARD in files:
+        card = (folder / CARD).read_text(encoding="utf-8")
+    if card is not None:
+        card = card if audit is None or audit_section(audit) in card else with_audit(ModelCard(card), audit).content
+        check_card(card)
+        files[CARD] = card.encode()
+        files |= results_of(card)
+    files[RECORD] = as_bytes(renewed(record, files, audit))
+    return send(
+        files,
+        repo_id,
+        originals=[*originals, *named_in(folder)],
+        left_out={name: why for name, why in left.items() if name not in files} | dict(left_out or {}),
+        repo_type=repo_type,
+        token=token,
         revision=revision,
+        private=private,
         commit_message=commit_message,
         create_pr=create_pr,
-        allow_patterns=as_patterns(files),
-        delete_patterns=as_patterns(old) or None,
         run_as_future=run_as_future,
+        dry_run=dry_run,
+        show=show,
     )
 
 
@@ -193,11 +211,6 @@ def _check_weights(model: Any) -> None:
     for (_, end, one), (start, _, other) in pairwise(spans):
         if start < end:
             raise ValueError(f"{one} and {other} are one tensor, or overlap; give each its own, as by clone()")
-
-
-def as_patterns(files: list[str]) -> list[str]:
-    """Patterns that `upload_folder` matches with these files and no other: it reads names as patterns, whose `*` crosses `/`."""
-    return [re.sub(r"([*?[])", r"[\1]", name) for name in files]
 
 
 def _check_pipeline(folder: Path, files: list[str], components: list[str]) -> list[str]:

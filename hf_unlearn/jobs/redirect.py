@@ -11,12 +11,13 @@ from diffusers import DiffusionPipeline
 
 from ..examples.named import TEXT_TO_IMAGE, made
 from ..files import PRIVATE, kept_private, loading
-from ..hub.allowed import LORA
+from ..hub.allowed import CARD, LORA, publishable_files
 from ..hub.card import Figure, unlearning_card
 from ..hub.loading import diffusion_task, loading_code
 from ..hub.origin import hub_id, inherited, keep_origins, origin, revision_of, said_of
 from ..hub.provenance import Provenance
 from ..hub.publish import forget_local_paths
+from ..hub.record import earlier_of, record_of, write_record
 from ..plots import image_grid
 from ..unlearning.diffusion.drawing import generate
 from ..unlearning.diffusion.prompt_effect import LASTING, still_drawn
@@ -54,7 +55,10 @@ def run_redirect(job: RedirectJob) -> None:
         pipe.unload_lora_weights()
     left = effect.remaining(pipe)
     _write_pictures(folder, prompts, before, _drawn(pipe, prompts, job))
-    _card(job, pipe, redirection, effect.guidance, left).save(folder / "README.md")
+    card, provenance = _card(job, pipe, redirection, effect.guidance, left)
+    card.save(folder / CARD)
+    chain = earlier_of(provenance.base_model, provenance.base_revision)
+    write_record(record_of(provenance, chain), folder, publishable_files(folder))
     out = console()
     for concept, anchor in redirection.anchors.items():
         out.print(f"{concept} is now answered as {anchor}")
@@ -139,7 +143,7 @@ def _card(job: RedirectJob, pipe: DiffusionPipeline, redirection: ConceptRedirec
         split="wordings",
         unit="",
     )
-    return unlearning_card(
+    card = unlearning_card(
         provenance,
         **inherited(said_of(base, revision_of(base)), {}),
         model_name=Path(job.output_dir).resolve().name,
@@ -157,6 +161,7 @@ def _card(job: RedirectJob, pipe: DiffusionPipeline, redirection: ConceptRedirec
         ],
         load_snippet=_code(job, pipe, Path(job.output_dir).resolve().name),
     )
+    return card, provenance
 
 
 def _code(job: RedirectJob, pipe: DiffusionPipeline, name: str) -> str:

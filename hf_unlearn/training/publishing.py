@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from yaml import YAMLError
 
-from ..data import fingerprint
+from ..data import example_digest, example_digests, fingerprint
 from ..files import first_line, kept_private
-from ..hub.allowed import ADAPTER, ADAPTER_CONFIG, CONFIG, DIFFUSERS, TRANSFORMERS
+from ..hub.allowed import ADAPTER, ADAPTER_CONFIG, CARD, CONFIG, DIFFUSERS, TRANSFORMERS, publishable_files
+from ..hub.audited import Audited, with_audit
 from ..hub.card import Figure, unlearning_card
+from ..hub.objects import Written, check_options, publish
 from ..hub.origin import check_is_not_original_repository, inherited, origin, origins_of, revision_of, said_of
 from ..hub.provenance import Provenance, library_versions
-from ..hub.publish import publish_folder
+from ..hub.record import earlier_of, other_record, record_of, write_record
+from ..hub.verify import KEY, KEY_CHECK
 
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 
+logger = logging.getLogger(__name__)
+
+AFTER = "pictures/after.png"
+OPTIONS = ("model_name", "license", "language", "tags", "datasets")  # of a card, that a push takes
 # Of what `evaluate` gives: no figures of the model.
 _UNTOLD = ("runtime", "per_second", "_time", "num_tokens", "epoch")
 
@@ -37,6 +46,7 @@ class PushingMixin:
 
     _commit_message = "End of training"
     _allow_adapter = False
+    _audit: Audited | None = None
     _base_model: str | None = None
 
     @property
@@ -61,9 +71,22 @@ class PushingMixin:
         """
         if self.is_world_process_zero():
             given = card if model_name is None else {"model_name": model_name, **card}
-            self.model_card(self.hub_model_id or self.args.output_dir, **given).save(
-                Path(self.args.output_dir, "README.md")
-            )
+            self._write_card(Path(self.args.output_dir), **given)
+
+    def _write_card(self, folder: Path, **card: Any) -> None:
+        """The card of what lies in a folder, and its provenance."""
+        self.model_card(self.hub_model_id or folder, **card).save(folder / CARD)
+        write_record(self._record(), folder, publishable_files(folder))
+
+    def _record(self) -> dict[str, Any]:
+        """What `provenance.json` says, besides its files."""
+        return other_record(
+            "model",
+            base_model=self.base_model,
+            base_revision=self._base_revision,
+            earlier=self._earlier,
+            seed=self.args.seed,
+        )
 
     def check_saving(self) -> None:
         """Try what saving and pushing need, on the model as it is and without its weights, so that it does not fail after training.
@@ -107,6 +130,13 @@ class PushingMixin:
         """Write all that `_save` does, except weights."""
         raise NotImplementedError
 
+    def init_hf_repo(self, token: str | bool | None = None, private: bool | None = None) -> None:
+        """As Trainer's, which makes the repository where `args.push_to_hub` is set; private unless `args.hub_private_repo` says else."""
+        super().init_hf_repo(token, self._private(private))
+
+    def _private(self, private: bool | None = None) -> bool:
+        return next((said for said in (private, self.args.hub_private_repo) if said is not None), True)
+
     def push_to_hub(
         self,
         commit_message: str | None = None,
@@ -114,66 +144,75 @@ class PushingMixin:
         token: str | bool | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        *,
-        create_pr: bool = False,
-        model_name: str | None = None,
-        license: str | None = None,
-        language: str | Sequence[str] | None = None,
-        tags: str | Sequence[str] | None = None,
-        datasets: str | Sequence[str] | None = None,
+        **options: Any,
     ):
-        """Save, and upload the sanitized files by an allow-list: model, config, processor, card. What is left of an earlier model
-        in the repository is deleted: see [`~hf_unlearn.hub.publish.publish_folder`].
+        """Save, and publish: [`~hf_unlearn.publish`] with the repository of `args`, or named as the folder.
 
         Args:
-            commit_message, token, revision, private, create_pr: see there. Default: those of `args`.
+            commit_message, token, revision, private: see there. Default: those of `args`; and private.
             blocking (`bool`, defaults to `True`): wait until it is uploaded.
-            model_name, license, language, tags, datasets: as for [`~hf_unlearn.hub.card.unlearning_card`].
+            options: see there; of the card `model_name`, `license`, `language`, `tags`, `datasets`.
 
         Returns:
-            The commit, or a future of it if `blocking=False`; None on other processes than the first.
+            The commit, or a future of it if `blocking=False`; None on other processes than the first, and of a dry run.
 
         Raises:
-            ValueError: the repository is the original's, or see [`~hf_unlearn.hub.publish.check_publishable`].
+            ValueError: the repository is the original's, or see [`~hf_unlearn.publish`].
         """
-        said = {"model_name": model_name, "license": license, "language": language, "tags": tags, "datasets": datasets}
-        card = {name: value for name, value in said.items() if value is not None}
-        token = token if token is not None else self.args.hub_token
-        if self.hub_model_id is None and self.args.hub_model_id is not None:
-            check_is_not_original_repository(self.args.hub_model_id, self._originals)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        if self.is_world_process_zero():
-            check_is_not_original_repository(self.hub_model_id, self._originals)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        if card:
-            self.create_model_card(**card)
-        return publish_folder(
-            self.args.output_dir,
-            self.hub_model_id,
-            token=token,
+        published = publish(
+            self,
+            self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
+            commit_message=commit_message,
+            token=token if token is not None else self.args.hub_token,
             revision=revision or self.args.hub_revision,
-            private=private if private is not None else self.args.hub_private_repo,
-            commit_message=commit_message or self._commit_message,
-            create_pr=create_pr,
-            originals=self._originals,
+            private=self._private(private),
             run_as_future=not blocking,
-            allow_adapter=self._allow_adapter,
+            **{"show": logger.info} | options,
         )
+        return None if published is None else published.commit
+
+    @contextmanager
+    def _written(
+        self, repo_id: str, audit: Audited | None, *, token: str | bool | None, **options: Any
+    ) -> Iterator[Written | None]:
+        check_options(self, options, OPTIONS)
+        card = {name: value for name, value in options.items() if value is not None}
+        first = self.is_world_process_zero()
+        if first:
+            check_is_not_original_repository(repo_id, self._originals)
+        if audit is not None:
+            self._audit = audit
+        self.hub_model_id = repo_id
+        self.save_model(_internal_call=True)
+        if first and card:
+            self.create_model_card(**card)
+        folder = Path(self.args.output_dir)
+        yield Written(folder, self._originals, self._commit_message, self._allow_adapter) if first else None
+
+    def _check_audit(self, audit: Audited) -> None:
+        raise ValueError("audit: is of an unlearned model, and this trainer unlearns nothing; leave it out")
 
     @property
     def _base_revision(self) -> str | None:
         return revision_of(self.base_model)
 
+    @property
+    def _of_base(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What the base model's card says, and its provenance with all that came before."""
+        base, found = getattr(self, "_asked_of_base", (None, ({}, [])))
+        if base is not self.base_model:  # asked once: the Hub may be far
+            base, asked = self.base_model, (self.base_model, self._base_revision, self.args.hub_token)
+            found = said_of(*asked), earlier_of(*asked)
+            self._asked_of_base = base, found
+        return found
+
+    @property
+    def _earlier(self) -> list[dict[str, Any]]:
+        return self._of_base[1]
+
     def _inherited(self, given: dict[str, Any]) -> dict[str, Any]:
         """Metadata: what is given, and what the base model's card says."""
-        base, said = getattr(self, "_said_of", (None, {}))
-        if base is not self.base_model:  # asked once: the Hub may be far
-            base, said = self.base_model, said_of(self.base_model, self._base_revision, self.args.hub_token)
-            self._said_of = base, said
-        return inherited(said, given)
+        return inherited(self._of_base[0], given)
 
 
 def _taken(tried: Path, folder: Path) -> Path | None:
@@ -187,19 +226,6 @@ def _taken(tried: Path, folder: Path) -> Path | None:
     return None
 
 
-class Audited(Protocol):
-    """What a card tells of an audit."""
-
-    verdict: Any
-
-    @property
-    def passed(self) -> bool: ...
-
-    def check_is_of(self, model: Any) -> None: ...
-
-    def to_figures(self) -> list[Figure]: ...
-
-
 class PublishingMixin(PushingMixin):
     """Card and push of an unlearning trainer. A kind of trainer says what its card tells by `_chosen`, `_forgotten`,
     `_card_defaults`, `failed_checks` and `passed_checks`.
@@ -208,19 +234,40 @@ class PublishingMixin(PushingMixin):
     outcome_figures: Sequence[Figure] = ()
     _commit_message = "End of unlearning"
     passed_checks: Sequence[str] = ()
-    _audit: Audited | None = None
 
     @cached_property
-    def _fingerprint(self) -> str:
-        file = self.private_dir / "fingerprint.key"
+    def _key(self) -> bytes:
+        """Of the fingerprint and the digests: the owner's alone, one a folder."""
+        file = self.private_dir / KEY
         if not file.exists():
             with (
                 kept_private(file),
                 os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle,
             ):
                 handle.write(secrets.token_bytes(32))
+        return file.read_bytes()
+
+    @property
+    def _source_rows(self) -> Any:
         rows = self.source_dataset  # as they are stored: a transform may draw at random
-        return fingerprint(rows.with_format(None) if isinstance(rows, Dataset) else rows, file.read_bytes())
+        return rows.with_format(None) if isinstance(rows, Dataset) else rows
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._source_rows, self._key)
+
+    @cached_property
+    def _forget_set(self) -> dict[str, Any]:
+        """Keyed digests of each example, with a salt of this run."""
+        salt = secrets.token_bytes(16)
+        return {
+            "salt": salt.hex(),
+            "key_check": example_digest(KEY_CHECK, self._key, salt),
+            "digests": example_digests(self._source_rows, self._key, salt),
+        }
+
+    def _record(self) -> dict[str, Any]:
+        return record_of(self.provenance(), self._earlier, self._forget_set)
 
     @property
     def _stands_on(self) -> dict[str, str]:
@@ -301,21 +348,8 @@ class PublishingMixin(PushingMixin):
             steps=self._steps_taken,
         )
 
-    def push_to_hub(self, *args: Any, audit: Audited | None = None, **kwargs: Any):
-        """[`PushingMixin.push_to_hub`], with the figures and the verdict of an audit on the card.
-
-        Args:
-            audit ([`~hf_unlearn.AuditReport`], *optional*): of this model.
-            args, kwargs: see there.
-
-        Raises:
-            ValueError: the audit is of another model, or see there.
-        """
-        if audit is not None:
-            audit.check_is_of(getattr(self, "pipeline", None) or self.model)
-            self._audit = audit
-            self.create_model_card()
-        return super().push_to_hub(*args, **kwargs)
+    def _check_audit(self, audit: Audited) -> None:
+        audit.check_is_of(getattr(self, "pipeline", None) or self.model)
 
     def model_card(self, source: str | Path, **kwargs: Any) -> ModelCard:
         """The card of the model as it is now.
@@ -332,11 +366,10 @@ class PublishingMixin(PushingMixin):
             "failed_checks": self.failed_checks,
             "passed_checks": self.passed_checks,
         }
-        if self._audit is not None:
-            name_of_list = "passed_checks" if self._audit.passed else "failed_checks"
-            values["results"] = [*values["results"], *self._audit.to_figures()]
-            values[name_of_list] = [*values[name_of_list], f"Audit: {self._audit.verdict}"]
+        if Path(self.args.output_dir, AFTER).is_file():
+            values["picture"] = AFTER
         given = {name: value for name, value in (self.card_values | kwargs).items() if name != "forgotten"}
         tags = given.pop("tags", ())
         given["tags"] = (self._method, *((tags,) if isinstance(tags, str) else tags))
-        return unlearning_card(self.provenance(), **(values | self._card_defaults(name) | self._inherited(given)))
+        card = unlearning_card(self.provenance(), **(values | self._card_defaults(name) | self._inherited(given)))
+        return card if self._audit is None else with_audit(card, self._audit)

@@ -7,12 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import in_words
 from ..hub.adapters import check_mergeable, save_merged
-from ..hub.loading import loading_code
+from ..hub.loading import loading_code, processor_loader
 from ..hub.origin import hub_id
 from ..hub.publish import save_settings
 from ..training.publishing import PublishingMixin
@@ -65,7 +64,7 @@ class SavingMixin(PublishingMixin):
                 config["base_model_name_or_path"] = hub_id(self.base_model or config.get("base_model_name_or_path"))
                 adapter.write_text(json.dumps(config, indent=2, sort_keys=True))
         if not half_trained and self.args.should_save:
-            self.model_card(self.hub_model_id or output_dir).save(Path(output_dir, "README.md"))
+            self._write_card(Path(output_dir))
 
     def _save_settings(self, folder: Path) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -137,13 +136,4 @@ class SavingMixin(PublishingMixin):
     @property
     def processor_loader(self) -> str | None:
         """The Auto class that loads what is saved as `processing_class`."""
-        if self.processing_class is None:
-            return None
-        kinds = {
-            PreTrainedTokenizerBase: "AutoTokenizer",
-            ProcessorMixin: "AutoProcessor",
-            FeatureExtractionMixin: "AutoFeatureExtractor",
-        }
-        return next(
-            (name for kind, name in kinds.items() if isinstance(self.processing_class, kind)), "AutoImageProcessor"
-        )
+        return processor_loader(self.processing_class)

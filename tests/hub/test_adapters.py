@@ -139,7 +139,7 @@ class TestSaveMerged:
         model.config.name_or_path = "/elsewhere/secret"
         save_merged(model, tmp_path)
         assert check_publishable(tmp_path) == ["config.json", "model.safetensors"]
-        assert left_behind(tmp_path) == []
+        assert left_behind(tmp_path) == {}
         vit().save_pretrained(tmp_path / "plain")  # writes other names than those of its state dict
         with (
             safe_open(tmp_path / "model.safetensors", "pt") as file,

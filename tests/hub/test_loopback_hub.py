@@ -66,10 +66,10 @@ got["push to a commit"] = error(
     api.upload_file, repo_id="me/model", path_in_repo="a", path_or_fileobj=b"a", revision=got["first"]
 )
 
-got["published"] = publish_folder(folder / "model", "published", revision="v/1", token="hf_mine").oid
-got["republished"] = publish_folder(folder / "model", "published", revision="v/1").oid
+got["published"] = publish_folder(folder / "model", "published", revision="v/1", token="hf_mine", private=False).commit.oid
+got["republished"] = publish_folder(folder / "model", "published", revision="v/1").commit.oid
 got["of a branch"] = download("branch", "me/published", "v/1")
-secret = publish_folder(folder / "model", "me/secret", private=True, commit_message="Once", run_as_future=True).result()
+secret = publish_folder(folder / "model", "me/secret", commit_message="Once", run_as_future=True).commit.result()
 got["secret"] = [secret.oid, secret.commit_message, api.model_info("me/secret").private]
 got["open"] = api.model_info("me/published").private
 print(json.dumps(got))
@@ -182,7 +182,7 @@ class TestFromTheTest:
             ("GET", "/api/models/me/model?blobs=true", None),
             ("DELETE", "/api/models/me/model", None),
             ("POST", "/api/repos/create", b"no json"),
-            ("POST", "/api/models/me/model/commit/main", b'{"key": "header", "value": {"parentCommit": "0"}}'),
+            ("POST", "/api/models/me/model/commit/main", b'{"key": "header", "value": {"hot": "0"}}'),
         ],
     )
     def test_what_it_does_not_know(self, stocked, method, target, body):

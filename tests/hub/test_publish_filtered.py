@@ -75,7 +75,7 @@ def change(folder, **entries):
 def test_only_what_belongs_to_it(good):
     write(good, HOSTILE)
     assert publishable_files(good) == check_publishable(good) == sorted(GOOD)
-    assert left_behind(good) == sorted(HOSTILE)
+    assert list(left_behind(good)) == sorted(HOSTILE)
 
 
 def test_a_pipeline_of_another_class_has_none_inside(good):

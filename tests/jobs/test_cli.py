@@ -560,4 +560,6 @@ def normalised(card: str) -> str:
     card = re.sub(r"(?m)^(    - type: \w+)\n      value: .*$", r"\1\n      value: #", card)
     card = re.sub(r"\d+\.\d+ (%|nats)", r"# \1", card)
     card = re.sub(r"`[0-9a-f]{64}`", "`#`", card)
-    return re.sub(r"(?m)^\| (made on|versions|optimiser steps|`num_train_epochs`) \| .*$", r"| \1 | # |", card)
+    return re.sub(
+        r"(?m)^\| (made on|hardware|versions|optimiser steps|`num_train_epochs`) \| .*$", r"| \1 | # |", card
+    )

@@ -211,7 +211,7 @@ class TestFit:
         pictures = sorted(path.name for path in Path("out/_private").glob("b*"))
         assert pictures == ["blocked.png", "border.png"]
         assert all(Image.open(f"out/_private/{name}").width > 500 for name in pictures)
-        assert publishable_files("out") == ["README.md", "config.json", "model.safetensors"]
+        assert publishable_files("out") == ["README.md", "config.json", "model.safetensors", "provenance.json"]
 
     def test_pictures_of_the_border(self, recipe, encoder, done, pictures):
         done("fit", "--config", recipe(encoder=encoder, unmarked=60, **MARKED))

@@ -12,7 +12,7 @@ from language_data import masked, settings
 from peft import LoraConfig
 from transformers import ViTForImageClassification
 
-from hf_unlearn import PBUConfig, PBUTrainer, UnlearnTrainer
+from hf_unlearn import PBUConfig, PBUTrainer, UnlearnTrainer, verify_provenance
 from hf_unlearn.data import fingerprint, split_by_values
 from hf_unlearn.examples.classifier import digits_processor
 from hf_unlearn.examples.loopback_hub import LoopbackHub
@@ -180,6 +180,8 @@ class TestPush:
         files = hub.files("me/digits")
         assert hub.unknown == []
         assert sorted(files) == publishable_files(folder)
+        assert verify_provenance("me/digits").ok
+        assert verify_provenance(folder).ok
         assert {"model.safetensors", "README.md", "config.json", "preprocessor_config.json"} <= set(files)
         assert all(content == (folder / name).read_bytes() for name, content in files.items())
         assert str(tmp_path) not in (folder / "README.md").read_text()

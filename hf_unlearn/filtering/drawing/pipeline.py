@@ -335,6 +335,7 @@ class FilteredPipeline(FilterPushMixin, PipelineWrapper):
         saved.write_index(folder, names, {name: getattr(self, name) for name in saved.SETTINGS})
 
     _commit_message = "Upload filtered pipeline"
+    _kind = "filtered pipeline"
 
     def _made_from(self) -> list[str | None]:
         return [*self._wrapped, *origins_of(self.pipeline), encoder_id(self.safety_checker.config.encoder_spec)]

@@ -14,6 +14,7 @@ from ...data import value_name
 from ...tradeoff.curve import TradeOff
 from ...tradeoff.estimate import MIN_OBSERVATIONS, Method
 from .groups import Groups, gains_with_and_without, group_mu, positions_of
+from .publishing import PublishedReport
 
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ Plot = Literal["ranked", "groups", "tradeoff", "examples"]
 SHORT = ("bool", "string", "large_string", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 
 
-class Shown:
+class Shown(PublishedReport):
     """The half of [`~hf_unlearn.InfluenceReport`] that people look at; the other half is what it looks at."""
 
     def __repr__(self) -> str:

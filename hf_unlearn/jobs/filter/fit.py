@@ -76,6 +76,7 @@ def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
     checker.save_pretrained(job.folder)
     public = None if job.pipeline in SMALL else hub_id(job.pipeline)
     (job.folder / "README.md").write_text(filter_card(checker.config, pipeline_id=public), encoding="utf-8")
+    checker.write_record(job.folder)
     pictures = pictures_of(job, checker, source, kept)
     if job.pipeline_dir is not None:
         FilteredPipeline(pipeline, checker, action=job.action or ACTIONS[0]).save_pretrained(job.pipeline_dir)

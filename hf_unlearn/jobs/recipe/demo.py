@@ -12,9 +12,9 @@ class DemoJob:
     """Settings of `hf-unlearn demo`.
 
     Args:
-        output_dir (`str`, defaults to `"demo"`): folder for the three models; new or empty.
-        forgotten (`int`, defaults to 3): the digit to forget, 0 to 9.
-        seed (`int`, defaults to 0): of all three trainings.
+        output_dir (`str`, defaults to `"demo"`): folder for the models, the audit and the page that shows them; new or empty.
+        forgotten (`int`, defaults to 3): the digit to forget, 0 to 9; another one gets the wrong labels.
+        seed (`int`, defaults to 0): of weights, orders, wrong labels and latents.
 
     Raises:
         ValueError: no such digit, no folder, or no seed.

@@ -116,6 +116,8 @@ FILTER = {
 }
 AUDIT = Method("audit.AuditJob", "audit.run_audit")
 DEMO = Method("demo.DemoJob", "demo.run_demo")
+PUBLISH = Method("publish.PublishJob", "publish.run_publish")
+VERIFY = Method("publish.VerifyJob", "publish.run_verify")
 
 
 def _exported(name: str) -> tuple[str, str]:

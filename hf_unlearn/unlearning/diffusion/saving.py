@@ -62,7 +62,7 @@ class PipelineSavingMixin(SavingMixin):
             self._save_lora(denoiser, folder)
         else:
             self._save_pipeline(denoiser, folder)
-        self.model_card(self.hub_model_id or str(folder)).save(folder / "README.md")
+        self._write_card(folder)
 
     def _save_settings(self, folder: Path) -> None:
         save_settings(self.pipeline, folder)

@@ -153,6 +153,7 @@ class TestPushed:
         assert set(story["files"]["me/filtered"]) == {
             "README.md",
             "model_index.json",
+            "provenance.json",
             "pipeline/model_index.json",
             "pipeline/scheduler/scheduler_config.json",
             "pipeline/unet/config.json",
@@ -160,7 +161,12 @@ class TestPushed:
             CONFIG,
             WEIGHTS,
         }
-        assert set(story["files"]["me/filter"]) == {"README.md", "config.json", "model.safetensors"}
+        assert set(story["files"]["me/filter"]) == {
+            "README.md",
+            "config.json",
+            "model.safetensors",
+            "provenance.json",
+        }
         assert story["unknown"] == []  # the server understood everything
 
 

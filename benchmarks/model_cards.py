@@ -1,0 +1,88 @@
+"""The cards of the recipes that run on a CPU in under two minutes: `python benchmarks/model_cards.py` writes `model_cards/`.
+
+A card is what the recipe's own command leaves behind; figures are those of the machine that it ran on. `--quick` makes the first card
+into a temporary folder, and leaves `model_cards/` alone.
+"""
+
+import argparse
+import re
+import tempfile
+from pathlib import Path
+
+from hf_unlearn import InfluenceReport, cli
+from hf_unlearn.jobs.recipe.reading import RECIPES, shipped_recipes
+
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+MADE = ("pbu_digits", "pbu_digits_paper", "unlearn_examples_digits", "influence_labels_digits")
+
+
+def verb_of(name):
+    """As in "unlearn" or "filter fit"."""
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    return re.search(r"hf-unlearn ((?:filter )?\w+) ", text)[1]
+
+
+def card_of(name, folder):
+    """Text of the card that a recipe's command leaves in a folder."""
+    code = cli.main([*verb_of(name).split(), "--config", name, "--output_dir", str(folder)])
+    if code != 0:
+        raise SystemExit(f"{name}: exit code {code}")
+    if verb_of(name) == "influence":
+        report = InfluenceReport.load_from_disk(folder / "_private" / "report")
+        return report.dataset_card(name)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def structure(card):
+    """A card without what differs from run to run: numbers, digests, dates, versions, hardware."""
+    lines = [line for line in card.splitlines() if not re.match(r"\| (versions|hardware|made on|run) \|", line)]
+    text = re.sub(r"`[0-9a-f]{40,64}`", "`…`", "\n".join(lines))
+    return re.sub(r"[-+−]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?", "0", text)
+
+
+def index():
+    """Text of `model_cards/README.md`: all recipes, those with a card first."""
+    lines = ["# Cards of the recipes", ""]
+    lines += [
+        "Each is what the recipe's command writes beside the model; `python benchmarks/model_cards.py` makes these anew.",
+        "",
+    ]
+    lines += ["| recipe | what it does | card |", "|---|---|---|"]
+    others = []
+    for name in sorted(shipped_recipes(), key=lambda name: (name not in MADE, name)):
+        what, *about = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        what = what.removeprefix("# ").replace("|", "\\|")
+        if name in MADE:
+            lines.append(f"| `{name}` | {what} | [{name}.md]({name}.md) |")
+        elif verb_of(name) != "audit":  # which makes a report, and no card
+            told = {
+                line.split(": ")[0].removeprefix("# "): line.split(": ", 1)[1]
+                for line in about
+                if line.startswith(("# Needs: ", "# Takes: "))
+            }
+            others.append(
+                f"| `hf-unlearn {verb_of(name)} --config {name}` | {told['Needs'].rstrip('.')} | {told['Takes'].rstrip('.')} |"
+            )
+    lines += ["", "These take longer, or need more than a CPU. Their command writes the card too:", ""]
+    lines += ["| command | needs | takes |", "|---|---|---|", *others]
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="*", default=MADE, choices=MADE)
+    arguments = parser.parse_args()
+    for name in MADE[:1] if arguments.quick else arguments.only:
+        with tempfile.TemporaryDirectory() as folder:
+            card = card_of(name, Path(folder, name))
+        print(card)
+        if not arguments.quick:
+            (CARDS / f"{name}.md").write_text(card, encoding="utf-8")
+    if not arguments.quick:
+        (CARDS / "README.md").write_text(index(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
