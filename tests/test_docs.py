@@ -193,6 +193,24 @@ class TestBringYourOwn:
             assert trainer.state.global_step > 0
 
 
+class TestQuickstart:
+    @pytest.mark.slow
+    def test_what_needs_a_classifier_only_runs_in_its_order(self, tmp_path, monkeypatch):
+        """What begins with a generator or a language model is in the notebooks, with smaller settings."""
+        monkeypatch.chdir(tmp_path)
+        names, run = {}, []
+        for section in re.split(r"^## ", (ROOT / "docs" / "quickstart.md").read_text(), flags=re.MULTILINE):
+            heading = section.partition("\n")[0]
+            if heading in ("Forget a class", "Find what taught it", "Verify that it forgot"):
+                (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+                exec(compile(code, f"quickstart.md, {heading}", "exec"), names)
+                run.append(heading)
+        assert len(run) == 3
+        assert (tmp_path / "digits-without-3" / "README.md").is_file()
+        assert (tmp_path / "digits-audit" / "audit.html").is_file()
+        assert names["report"].verdict
+
+
 class TestSite:
     def test_reference_has_every_public_name(self):
         told = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
@@ -253,6 +271,8 @@ class TestSite:
                     assert anchor in ids or anchor.startswith("__"), (name, href)
         assert pages["methods/pbu.html"].count("<math") >= 1
         reference = pages["api.html"]
+        assert "Args:" not in reference  # every section of a docstring was understood
+        assert re.findall(r"&gt; [A-Z]\w+", reference) == []
         missing = [
             name for name, module in hf_unlearn._EXPORTS.items() if f'id="hf_unlearn.{module}.{name}"' not in reference
         ]

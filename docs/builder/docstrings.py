@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import textwrap
 
 import griffe
 
@@ -28,6 +29,9 @@ def as_google(text: str) -> str:
         module = hf_unlearn._EXPORTS.get(last)
         return f"[`{shown}`][hf_unlearn.{module}.{last}]" if module else f"`{shown}`"
 
+    # Of a docstring that was put together the groups stand as deep as they did in the class that they come from.
+    blocks = text.split("\n\n")
+    text = "\n\n".join(textwrap.dedent(block) if block.lstrip().startswith((">", "`")) else block for block in blocks)
     text = re.sub(r"^> (.+)$", r"Args: \1", text, flags=re.MULTILINE)
     text = ARGUMENT.sub(argument, text)
     return re.sub(r"\[`([^`\]]+)`\](?![\[(])", name, text)
