@@ -148,16 +148,17 @@ class TestTheWholeLoop:
     def test_the_page_says_what_was_printed(self, demo):
         read = Page((demo[0] / "report.html").read_text()).text
         assert AuditReport.load(demo[0] / "audit/audit.json").verdict.why in read
-        for pattern in (r"of those released ([\d.]+)%", r"of 2,000 fresh samples ([\d.]+)%"):
-            assert f"{re.search(pattern, demo[1].stdout).group(1)} %" in read
-        for repository in (
-            "me/digits-corrected",
-            "me/digits-without-5",
-            "me/digits-gan-filtered",
-            "me/digits-influence",
-        ):
-            assert repository in read
-            assert repository in demo[1].stdout
+        measured = re.search(r"Measured, in \d+ s:\n(.*?)\n\n", demo[1].stdout, flags=re.DOTALL).group(1).splitlines()
+        assert len(measured) == 6
+        for line in measured:
+            number, words = line[18:].split("  ", 1)  # after the verb
+            assert number in read
+            assert words in read
+        told = re.search(r"fresh samples ([\d.]+)% show a 5, of those released ([\d.]+)%", demo[1].stdout).groups()
+        assert "{} % → {} %".format(*told) in read
+        for name in ("digits-corrected", "digits-without-5", "digits-gan-filtered", "digits-influence"):
+            assert f"me/{name}" in read
+            assert f"me/{name}" in demo[1].stdout
 
     def test_everything_is_where_it_says(self, demo):
         assert {path.name for path in demo[0].iterdir()} == {*page.PLACES, "report.html"}
@@ -188,6 +189,15 @@ def test_stopped_it_says_where_things_are(tmp_path, monkeypatch, capsys, made, w
     monkeypatch.chdir(tmp_path)
     assert cli.main(["demo", "--output_dir", "out"]) == 130
     assert capsys.readouterr().err == f"hf-unlearn: stopped; {words}\n"
+
+
+def test_a_file_is_no_folder(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert cli.main(["demo", "--output_dir", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == (
+        f"hf-unlearn: output_dir: {str(tmp_path / 'out')!r} is a file; choose another folder\n"
+    )
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_a_tenth_of_one_digit_is_spoiled_and_nothing_else():

@@ -44,10 +44,12 @@ def run(output_dir: str | Path = "demo", forgotten: int = 3, seed: int = 0) -> P
         `Path`: of the page.
 
     Raises:
-        ValueError: the folder holds something.
+        ValueError: the folder holds something, or is a file.
     """
     begun = time.monotonic()
     folder = Path(output_dir)
+    if folder.is_file():
+        raise ValueError(f"output_dir: {str(output_dir)!r} is a file; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"output_dir: {str(output_dir)!r} is not empty; empty it, or choose another folder")
@@ -74,8 +76,13 @@ def run(output_dir: str | Path = "demo", forgotten: int = 3, seed: int = 0) -> P
             filtered = filtering.play(stage, encoder=corrected.model, looks=corrected.retrained)
         with stage.act("Publish, and load again"):
             published = publishing.play(stage, found, corrected, forgotten_class, report, filtered)
-        path = page.write(folder / PAGE, stage, splits, found, corrected, forgotten_class, report, filtered, published)
-    print(f"\n{time.monotonic() - begun:.0f} s in all. Open {path} in a browser; beside it:")
+        acts = (found, corrected, forgotten_class, report, filtered, published)
+        cards = page.measured(stage, *acts)
+        path = page.write(folder / PAGE, stage, splits, *acts, cards)
+    print(f"\nMeasured, in {time.monotonic() - begun:.0f} s:")
+    for card in cards:
+        print(f"  {card.verb:15} {card.number}  {card.words}")
+    print(f"\nOpen {path} in a browser. Beside it:")
     for name, what in page.PLACES.items():
-        print(f"  {name:12} {what}")
+        print(f"  {name:15} {what}")
     return path

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_unlearn import FASTFitter, FilteredPipeline, GANPipeline
+from hf_unlearn import FASTFitter, FASTResult, FilteredPipeline, GANPipeline
 from hf_unlearn.examples import gan
 from hf_unlearn.examples.generators import images_of
 from hf_unlearn.metrics.features import ClassifierFeatures
@@ -67,38 +67,40 @@ def play(stage: Stage, encoder: str, looks: str) -> Filtered:
     samples = pipeline.draw(pipeline.prepare_latents(LOOKED_AT, generator))
     marked = shows(samples)
     stage.say(f"a classifier looks at {LOOKED_AT} samples and marks {marked.sum()} of them as a {stage.forgotten}")
-
-    fitter = FASTFitter(encoder, concepts={str(stage.forgotten): f"the handwritten digit {stage.forgotten}"})
-    fitter.update(undesired=samples[marked], clean=samples[~marked])
-    fitter.update(unmarked=pipeline.draw(pipeline.prepare_latents(UNMARKED, generator)))  # nobody looks at these
-    result = fitter.fit()
-    promise = result[str(stage.forgotten)].threshold.promise
-    stage.say(f"the filter promises: {promise}")
-
+    more = pipeline.draw(pipeline.prepare_latents(UNMARKED, generator))  # nobody looks at these
+    result = fitted(stage, encoder, samples[marked], samples[~marked], more)
     filtered = FilteredPipeline(pipeline, result.checker())
     latents = pipeline.prepare_latents(FRESH, generator)
     blocked = torch.tensor(filtered(latents=latents).filtered)
     undesired = shows(pipeline.draw(latents))
-    few = latents[:SHOWN]
     act = Filtered(
         pipeline=filtered,
-        latents=few,
-        before=pipeline(latents=few).images,
-        after=filtered(latents=few).images,
+        latents=latents[:SHOWN],
+        before=pipeline(latents=latents[:SHOWN]).images,
+        after=filtered(latents=latents[:SHOWN]).images,
         blocked=blocked[:SHOWN].tolist(),
         undesired=undesired[:SHOWN].tolist(),
         marks=int(marked.sum()),
-        promise=promise,
+        promise=result[str(stage.forgotten)].threshold.promise,
         share_before=undesired.float().mean().item(),
         share_after=undesired[~blocked].float().mean().item(),
         false_alarms=blocked[~undesired].float().mean().item(),
         fresh=FRESH,
     )
+    stage.say(f"the filter promises: {act.promise}")
     stage.say(
         f"of {FRESH:,} fresh samples {act.share_before:.1%} show a {stage.forgotten}, of those released {act.share_after:.1%}; "
         f"{act.false_alarms:.1%} of the others are held back"
     )
     return act
+
+
+def fitted(stage: Stage, encoder: str, undesired: Tensor, clean: Tensor, unmarked: Tensor) -> FASTResult:
+    """A filter of marks. Its threshold lies where it keeps its promise."""
+    fitter = FASTFitter(encoder, concepts={str(stage.forgotten): f"the handwritten digit {stage.forgotten}"})
+    fitter.update(undesired=undesired, clean=clean)
+    fitter.update(unmarked=unmarked)
+    return fitter.fit()
 
 
 def small_gan(stage: Stage) -> GANPipeline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from .publishing import Published
 from .stage import Stage
 
 
-TEMPLATE = Path(__file__).with_name("page.html.jinja")
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MODELS = {"original": "before", "unlearned": "after", "retrained": "retrained without it"}
 PLACES = {
     "original": "the classifier that learned from wrong labels",
@@ -35,6 +36,15 @@ PLACES = {
 FURTHEST = 3.0  # margins that a check's line shows; what is further stands at its end
 
 
+@dataclass(frozen=True)
+class Card:
+    """One number of the run: what was done, what came out, and of what it is."""
+
+    verb: str
+    number: str
+    words: str
+
+
 def write(
     path: Path,
     stage: Stage,
@@ -45,6 +55,7 @@ def write(
     report: AuditReport,
     filtered: Filtered,
     published: Published,
+    cards: list[Card],
 ) -> Path:
     """The page, at `path`."""
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -53,6 +64,7 @@ def write(
     digits = dict(zip(splits["train"]["id"], splits["train"]["label"], strict=True))
     text = template.render(
         stage=stage,
+        cards=cards,
         found=found,
         suspects=suspects(found, digits),
         corrected=corrected,
@@ -70,6 +82,32 @@ def write(
     )
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def measured(
+    stage: Stage,
+    found: Found,
+    corrected: Corrected,
+    forgotten: Forgotten,
+    report: AuditReport,
+    filtered: Filtered,
+    published: Published,
+) -> list[Card]:
+    """The run in six numbers."""
+    digit, planted, rows = stage.forgotten, len(found.suspects), len(found.train)
+    before, after = (corrected.answers[name].wrong for name in ("original", "unlearned"))
+    (was, others_were), (is_now, others_are) = (forgotten.on(name, digit) for name in ("original", "unlearned"))
+    lines = checks(report)
+    within = sum(one["status"] == "within" for one in lines)
+    cards = [
+        Card("Find", f"{found.hits} of {planted}", f"wrong labels are among the {planted} most suspicious of {rows:,} images; by chance {planted**2 / rows:.1f}"),
+        Card("Forget answers", f"{before} → {after}", f"of {planted} mislabelled images are called by their wrong label"),
+        Card("Forget a class", f"{was:.1%} → {is_now:.1%}", f"right answers on the digit {digit}; on the others {others_were:.1%} → {others_are:.1%}"),
+        Card("Verify", report.verdict.word, f"{within} of {len(lines)} checks find no more than in models that never saw it"),
+        Card("Filter", f"{filtered.share_before:.1%} → {filtered.share_after:.1%}", f"of a generator's samples show a {digit}, after {filtered.marks} marks"),
+        Card("Publish", f"{published.same['answers']} of {published.same['asked']}", "answers are the same from a new process that loads it with stock classes"),
+    ]  # fmt: skip
+    return [Card(one.verb, one.number.replace("%", " %"), one.words.replace("%", " %")) for one in cards]
 
 
 def suspects(found: Found, digits: dict[int, int]) -> list[dict[str, Any]]:

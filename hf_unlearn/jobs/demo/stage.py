@@ -62,9 +62,21 @@ def hushed() -> Iterator[None]:
     import diffusers
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    for library in (transformers.logging, diffusers.logging):
+    bars = [library for library in (transformers.logging, diffusers.logging) if library.is_progress_bar_enabled()]
+    quiet = datasets.are_progress_bars_disabled()
+    influence, verbosity = logging.getLogger("hf_unlearn.influence"), transformers.logging.get_verbosity()
+    level = influence.level
+    for library in bars:
         library.disable_progress_bar()
     datasets.disable_progress_bars()
-    logging.getLogger("hf_unlearn.influence").setLevel(logging.ERROR)  # the classifier has BatchNorm, as it says
-    yield
+    transformers.logging.set_verbosity_error()
+    influence.setLevel(logging.ERROR)  # it would say that the classifier has BatchNorm
+    try:
+        yield
+    finally:
+        influence.setLevel(level)
+        transformers.logging.set_verbosity(verbosity)
+        for library in bars:
+            library.enable_progress_bar()
+        if not quiet:
+            datasets.enable_progress_bars()
