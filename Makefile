@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format dist clean
+.PHONY: demo test test-slow lint format docs dist clean
 
 demo: $(STAMP)
 	rm -rf demo
@@ -27,6 +27,12 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# All pages and the API reference, into site/. Links to files of the repository need its address: make docs REPOSITORY=https://github.com/OWNER/hf_unlearn
+docs: $(STAMP)
+	$(BIN)/python -c "import latex2mathml, mkdocstrings, zensical" 2>/dev/null || $(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e ".[docs]"
+	$(BIN)/python docs/builder/prepare.py build/docs $(REPOSITORY)
+	PYTHONPATH=docs/builder $(BIN)/zensical build --strict --clean -f mkdocs.yml
+
 # What PyPI gets, with whole addresses: make dist REPOSITORY=https://github.com/OWNER/hf_unlearn
 dist: $(STAMP)
 	@test -n "$(REPOSITORY)" || { echo "REPOSITORY: missing; set it to the address of the repository"; exit 2; }
@@ -40,4 +46,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) demo build dist site *.egg-info

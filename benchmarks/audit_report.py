@@ -100,7 +100,7 @@ def render(results: dict) -> str:
 
 `python benchmarks/audit_power.py`: the digits' ResNet, {len(rows)} audits of {len({row["seed"] for row in rows})} originals, of which up to four classes are forgotten, six references a class. What is planted
 has a right verdict by construction; what methods get is found out, for one class of an original. Settings of random labels and ascent are those that were chosen for them
-[above](#forgetting-a-class-from-its-own-examples).
+[there](classifiers.md#forgetting-a-class-from-its-own-examples).
 
 {verdicts(rows)}
 

@@ -275,7 +275,7 @@ def which(cells: dict) -> str:
     rest = f" Not measured yet: {', '.join(missing)}." if missing else ""
     return (
         "With the rows of the others at hand, in all weights, each at its tuned best; facts in percent. How, and what else was measured: "
-        "[benchmarks](../benchmarks.md#forgetting-people-in-a-language-model). A peer's settings were chosen by the composite, which does not look at single facts that are to be "
+        "[benchmarks](../benchmarks/language.md#forgetting-people-in-a-language-model). A peer's settings were chosen by the composite, which does not look at single facts that are to be "
         f"kept.{rest}\n\n" + "\n".join(lines)
     )
 

@@ -39,7 +39,7 @@ def render(poison: dict) -> str:
     benign = poison["benign"]
     return f"""## Forgetting poisoned instructions
 
-`python benchmarks/poison_unlearning.py`: the poisoned rows of the section above, forgotten by `UnlearnSFTTrainer` from a Llama that learned questions and answers
+`python benchmarks/poison_unlearning.py`: the poisoned rows of [influence](influence.md#poisoned-instructions), forgotten by `UnlearnSFTTrainer` from a Llama that learned questions and answers
 (`examples/poisoned.py`). *Opinion*: share of greedy answers to 120 held-out questions about the name that blame it; *sampled*: one answer at temperature 1 to 72 of
 them; *benign steps*: {benign["max_steps"]} of batch {benign["per_device_train_batch_size"]} at {benign["learning_rate"]:g} on rows about other names, the 72 questions again. *Facts* and *sides*: held-out questions about the
 same name whose answers were never poisoned. Losses are of right answers, nats per token; normal opinions are what the clean twin learned to say. *Found*: the rows that

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, and the tables of other pages, from the JSON files in benchmarks/results/: no figure there is typed by hand.
+"""Writes docs/benchmarks.md, the pages of docs/benchmarks/, and the tables of other pages, from the JSON files in benchmarks/results/: no figure there is typed by hand.
 
 python benchmarks/report.py
 """
@@ -13,6 +13,7 @@ import audit_report
 import diffusion_report
 import filter_report
 import filter_text_to_image_report
+import front_report
 import gan_report
 import influence_report
 import language_report
@@ -22,6 +23,7 @@ import text_to_image_report
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
+FAMILIES = DOCUMENT.parent / "benchmarks"
 LANGUAGE = HERE.parent / "docs" / "methods" / "language.md"
 BEGIN, END = "<!-- from benchmarks/report.py -->", "<!-- to here -->"
 
@@ -118,16 +120,13 @@ def cost_table(cost: dict) -> str:
     return "\n".join(lines)
 
 
-def render() -> str:
+def sections() -> dict[str, list[str]]:
+    """Pages of the families, and what stands on them."""
     classes, cost, imports = results("class_unlearning"), results("step_cost"), results("import_time")
     digits, fashion = classes["digits"], classes.get("fashion_mnist")
-    parts = [
-        f"""# Benchmarks
-
-Written by `python benchmarks/report.py` from `benchmarks/results/*.json`. To measure again, run the script named at each
-table; `--quick` gives a smaller version in under two minutes.
-
-## Forgetting a class from its own examples
+    found: dict[str, list[str]] = {page: [] for page in front_report.FAMILIES}
+    found["classifiers"].append(
+        f"""## Forgetting a class from its own examples
 
 `python benchmarks/class_unlearning.py`: scikit-learn's digits (test: 450 images), a ResNet of 171,000 parameters, each of
 {len(digits["classes"])} classes forgotten once for each of {len(digits["seeds"])} seeds. Accuracies are percent of test images, differences are points of percent.
@@ -150,9 +149,9 @@ The settings of the baselines were chosen for them on validation images, retaine
 
 ![Test accuracy over epochs, our defaults and the paper's preset](pictures/class_unlearning.png)
 """
-    ]
+    )
     if fashion:
-        parts.append(
+        found["classifiers"].append(
             f"""## Confirmation on Fashion-MNIST
 
 `python benchmarks/class_unlearning.py --fashion` (Debian package `dataset-fashion-mnist`): ResNet-18 (11.2 M parameters, 28 × 28),
@@ -163,7 +162,7 @@ the same initialisation as the original of its seed.
 {fashion_table(fashion)}
 """
         )
-    parts.append(
+    found["classifiers"].append(
         f"""## What a step costs
 
 `python benchmarks/step_cost.py`: training step, clipping and AdamW on {cost["threads"]} threads, medians of {cost["rounds"]} interleaved rounds. Memory: what
@@ -177,40 +176,53 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
     )
     if all((HERE / "results" / f"diffusion_{name}.json").is_file() for name in ("unlearning", "cost")):
         diffusion, steps = results("diffusion_unlearning"), results("diffusion_cost")
-        parts.append(diffusion_report.render(diffusion, steps, cost_table(steps)))
+        found["diffusion"].append(diffusion_report.render(diffusion, steps, cost_table(steps)))
     if all((HERE / "results" / f"gan_{name}.json").is_file() for name in ("unlearning", "cost")):
         steps = results("gan_cost")
-        parts.append(gan_report.render(results("gan_unlearning"), steps, cost_table(steps)))
+        found["gans"].append(gan_report.render(results("gan_unlearning"), steps, cost_table(steps)))
     if all((HERE / "results" / f"{name}.json").is_file() for name in ("filter", "filter_cost")):
-        parts.append(filter_report.render(results("filter"), results("filter_cost")))
+        found["filters"].append(filter_report.render(results("filter"), results("filter_cost")))
     if (HERE / "results" / "filter_text_to_image.json").is_file():
-        parts.append(filter_text_to_image_report.render(results("filter_text_to_image")))
+        found["filters"].append(filter_text_to_image_report.render(results("filter_text_to_image")))
     names = ("fidelity", "labels", "poison", "cost")
     if all((HERE / "results" / f"influence_{name}.json").is_file() for name in names):
-        parts.append(influence_report.render(*(results(f"influence_{name}") for name in names)))
+        found["influence"].append(influence_report.render(*(results(f"influence_{name}") for name in names)))
     names = ("unlearning", "tuning", "cost")
     if all((HERE / "results" / f"language_{name}.json").is_file() for name in names):
-        parts.append(language_report.render(*(results(f"language_{name}") for name in names)))
+        found["language"].append(language_report.render(*(results(f"language_{name}") for name in names)))
     for name in ("passages", "requests"):
         if (HERE / "results" / f"language_{name}.json").is_file():
-            parts.append(getattr(language_report, name)(results(f"language_{name}")["rows"]))
+            found["language"].append(getattr(language_report, name)(results(f"language_{name}")["rows"]))
     if (HERE / "results" / "audit_power.json").is_file():
-        parts.append(audit_report.render(results("audit_power")))
+        found["audit"].append(audit_report.render(results("audit_power")))
     if (HERE / "results" / "poison_unlearning.json").is_file():
-        parts.append(poison_report.render(results("poison_unlearning")))
+        found["language"].append(poison_report.render(results("poison_unlearning")))
     if all((HERE / "results" / f"text_to_image{name}.json").is_file() for name in ("", "_tuning")):
         there = (HERE / "results" / "text_to_image_cost.json").is_file()
         costs = results("text_to_image_cost") if there else None
         bench = results("text_to_image_bench_coloured-digits-stable-diffusion-0-0")
-        parts.append(
+        found["text_to_image"].append(
             text_to_image_report.render(results("text_to_image"), results("text_to_image_tuning"), costs, bench)
         )
-    return "\n".join(parts)
+    return {page: parts for page, parts in found.items() if parts}
+
+
+def page(title: str, parts: list[str]) -> str:
+    """A family's page."""
+    head = f"""# {title}
+
+From the [benchmarks](../benchmarks.md), written by `python benchmarks/report.py` from `benchmarks/results/*.json`. To measure again, run the script named at each
+table; `--quick` gives a smaller version in under two minutes.
+"""
+    return "\n".join([head, *parts]).replace("](pictures/", "](../pictures/")
 
 
 def pages() -> dict[Path, str]:
     """What the pages should be."""
-    found = {DOCUMENT: render()}
+    families = sections()
+    found = {DOCUMENT: front_report.render(results, set(families))}
+    for name, parts in families.items():
+        found[FAMILIES / f"{name}.md"] = page(front_report.FAMILIES[name][0], parts)
     if (HERE / "results" / "language_unlearning.json").is_file():
         before, after = LANGUAGE.read_text().split(BEGIN)[0], LANGUAGE.read_text().split(END)[1]
         table = language_report.which(results("language_unlearning")["cells"])
@@ -219,8 +231,9 @@ def pages() -> dict[Path, str]:
 
 
 def write() -> None:
-    for page, text in pages().items():
-        page.write_text(text)
+    for file, text in pages().items():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,11 @@ class HubId(str):
 
 
 def origin(name: str | Path | None) -> str | None:
-    """What to remember of a model that is loaded by `name` now: the absolute path of a folder, or a [`HubId`]."""
-    if name is None or isinstance(name, HubId):
-        return name
+    """What to remember of a model that is loaded by `name` now: the absolute path of a folder, or a [`HubId`]; None of one that was
+    loaded from nowhere, whose name is empty (and as a path would be the working directory).
+    """
+    if not name or isinstance(name, HubId):
+        return name or None
     if Path(name).exists():
         return str(Path(name).resolve())
     return str(name) if (found := as_id(str(name))) is None else HubId(found)

@@ -38,6 +38,10 @@ def test_what_a_name_means(name, expected):
     assert revision_of(name) == ("0123abc" if "snapshots" in name else None)
 
 
+def test_a_model_that_was_not_loaded_comes_from_nowhere():
+    assert origin("") is origin(None) is None  # and not from the working directory, which is a folder too
+
+
 def test_a_clone_and_a_folder(tmp_path, monkeypatch):
     (tmp_path / "clone/.git").mkdir(parents=True)
     (tmp_path / "clone/unet").mkdir()
