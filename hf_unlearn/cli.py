@@ -8,13 +8,14 @@ by Ctrl-C. `HF_UNLEARN_DEBUG=1` shows tracebacks.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from . import __version__
 from .jobs.recipe.listing import all_keys, methods_of, most_keys, recipes
-from .jobs.recipe.methods import AUDIT, DEMO, FILTER, INFLUENCE, UNLEARN, Method, chosen, read
+from .jobs.recipe.methods import APP, AUDIT, DEMO, FILTER, INFLUENCE, UNLEARN, Method, chosen, read
 from .jobs.recipe.reading import UsageError, nearest, options
 
 
@@ -83,6 +84,22 @@ FILTER_VERBS = {
 }
 
 
+def app(arguments: Sequence[str]) -> None:
+    """open filters and pipelines in the browser: see before and after, mark samples, fit a filter"""
+    if asked := HELP & set(arguments):
+        _usage("app [FOLDER_OR_ID ...] [--key value ...]", app.__doc__)
+        _print_keys(APP, "app", asked)
+        return
+    named = [*itertools.takewhile(lambda word: not word.startswith("--"), arguments)]
+    given = options(arguments[len(named) :])
+    if named and "open" in given:
+        raise UsageError("open: given twice, as words and by --open; keep one of them")
+    job = APP.job_of(read(APP, given | ({"open": named} if named else {}), help="hf-unlearn app --help"))
+    from .app.launch import launch
+
+    launch(job)
+
+
 def demo(arguments: Sequence[str]) -> None:
     """train a classifier on real digits, make it forget one, check, save and load it again"""
     _plain("demo", arguments, DEMO, demo.__doc__)
@@ -111,6 +128,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "unlearn": unlearn,
     "audit": audit,
     "filter": filter,
+    "app": app,
     "list": list_,
     "demo": demo,
 }
