@@ -8,7 +8,6 @@ by Ctrl-C. `HF_UNLEARN_DEBUG=1` shows tracebacks.
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -90,11 +89,7 @@ def app(arguments: Sequence[str]) -> None:
         _usage("app [FOLDER_OR_ID ...] [--key value ...]", app.__doc__)
         _print_keys(APP, "app", asked)
         return
-    named = [*itertools.takewhile(lambda word: not word.startswith("--"), arguments)]
-    given = options(arguments[len(named) :])
-    if named and "open" in given:
-        raise UsageError("open: given twice, as words and by --open; keep one of them")
-    job = APP.job_of(read(APP, given | ({"open": named} if named else {}), help="hf-unlearn app --help"))
+    job = APP.job_of(read(APP, options(arguments, named="open"), help="hf-unlearn app --help"))
     from .app.launch import launch
 
     launch(job)

@@ -19,7 +19,7 @@ from .comparing import Comparison, compared
 from .fitting import Fitted
 from .marks import MOST, PAGE, Marks
 from .opened import Opened
-from .tiles import Layout, tiles
+from .tiles import tiles
 
 
 if TYPE_CHECKING:
@@ -117,10 +117,10 @@ class Desk:
         return compared(job, self.found.pipeline, count=int(count), action=action, told=told, **after)
 
     @staticmethod
-    def pictures(comparison: Comparison) -> tuple[Image.Image, Image.Image]:
+    def pictures(comparison: Comparison) -> tuple[str, str]:
         """Before, and after; what is blocked has a ring in both."""
-        ringed = {"blocked": comparison.blocked, "numbers": range(len(comparison.before))}
-        return tiles(comparison.before, **ringed), tiles(comparison.after, **ringed)
+        given = {"blocked": comparison.blocked, "numbers": range(len(comparison.before)), "titles": comparison.prompts}
+        return tiles(comparison.before, **given), tiles(comparison.after, **given)
 
     # Marks
 
@@ -136,25 +136,19 @@ class Desk:
         return marks.pages - 1
 
     @staticmethod
-    def page(marks: Marks, page: int, fitted: Fitted | None = None) -> Image.Image | None:
+    def page(marks: Marks, page: int, fitted: Fitted | None = None) -> str:
         """A page of samples with their marks, and rings around what the new filter blocks."""
         numbers = marks.numbers(page)
         if not len(numbers):
-            return None
+            return ""
         known = fitted is not None and len(fitted.blocked) >= numbers.stop
         return tiles(
             marks.images[numbers.start : numbers.stop].float() / 2 + 0.5,
+            numbers=numbers,
             marks=[marks.kinds.get(number) for number in numbers],
             blocked=[fitted.blocked[number] for number in numbers] if known else None,
-            numbers=numbers,
+            titles=marks.prompts[numbers.start : numbers.stop],
         )
-
-    @staticmethod
-    def clicked(marks: Marks, page: int, x: float, y: float) -> int | None:
-        """Number of the sample at a pixel of a page; None beside them."""
-        numbers = marks.numbers(page)
-        place = Layout.of(marks.images[numbers.start : numbers.stop]).place(x, y) if len(numbers) else None
-        return None if place is None else numbers[place]
 
     @staticmethod
     def count(marks: Marks, page: int, *, rest_is_clean: bool) -> str:
@@ -170,7 +164,13 @@ class Desk:
         return encoder_of(self.asked(prompts="any", encoder=name))
 
     def fit(self, job: FilterFitJob, marks: Marks, *, rest_is_clean: bool, told: Told = _nobody) -> Fitted:
-        """Fit a filter: see [`fitting.fit`]."""
+        """Fit a filter: see [`fitting.fit`].
+
+        Raises:
+            ValueError: see there, or another encoder than the one proposed where the app saves nothing, since it is for anybody then.
+        """
+        if self.job.output_dir is None and job.encoder not in (None, self.found.encoder):
+            raise ValueError(f"encoder={job.encoder!r}: this app loads no other than {self.found.encoder!r}")
         return fitting.fit(self.found, job, marks, self._encoder(job.encoder), rest_is_clean=rest_is_clean, told=told)
 
     def save(self, fitted: Fitted | None, name: str, *, whole: bool, action: str) -> tuple[Path, list[str]]:
@@ -187,7 +187,7 @@ class Desk:
 
     # Images from elsewhere
 
-    def judge(self, images: list[Image.Image], fitted: Fitted | None) -> tuple[Image.Image, str]:
+    def judge(self, images: list[Image.Image], fitted: Fitted | None) -> tuple[str, str]:
         """What a filter says of images: the new one, else the one that was opened.
 
         Raises:
@@ -209,7 +209,7 @@ class Desk:
             + ")"
             for number, (flag, row) in enumerate(zip(verdict.flags.tolist(), scores, strict=True))
         ]
-        return tiles(shown, blocked=verdict.flags.tolist(), numbers=range(len(images))), "\n".join(lines)
+        return tiles(shown, numbers=range(len(images)), blocked=verdict.flags.tolist()), "\n".join(lines)
 
 
 def check_sees_images(checker: FASTSafetyChecker | None) -> None:

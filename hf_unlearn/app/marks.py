@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from .tiles import KINDS
+
 
 if TYPE_CHECKING:
     from ..jobs.filter.source import Batch
@@ -63,9 +65,11 @@ class Marks:
         """Mark a sample; a second click takes the mark away, one of the other kind changes it.
 
         Raises:
-            ValueError: there is no such sample.
+            ValueError: there is no such sample, or no such kind.
         """
-        if not 0 <= number < len(self):
+        if kind not in KINDS:
+            raise ValueError(f"marks: {kind!r} is none; there are {' and '.join(KINDS)}")
+        if type(number) is not int or not 0 <= number < len(self):
             raise ValueError(f"marks: {number} is no sample; there are 0 to {len(self) - 1}")
         if self.kinds.get(number) == kind:
             del self.kinds[number]

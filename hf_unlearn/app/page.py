@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,12 +25,13 @@ from .opened import Opened
 
 logger = logging.getLogger(__name__)
 
-BLOCKED = '<span><i class="blocked"></i>blocked by the filter</span>'
+BLOCKED = '<span><i class="ring"></i>blocked by the filter</span>'
 LEGEND = f'<div class="legend">{BLOCKED}</div>'
 MARKS = (
-    '<div class="legend"><span><i class="undesired">✕</i>you marked it undesired</span>'
-    f'<span><i class="clean">✓</i>you marked it clean</span>{BLOCKED}</div>'
+    '<div class="legend"><span><i class="cross">✕</i>you marked it undesired</span>'
+    f'<span><i class="tick">✓</i>you marked it clean</span>{BLOCKED}</div>'
 )
+ON_CLICK = Path(__file__).with_name("marks.js")
 ACTION_NAMES = {"blank": "black", "blur": "blurred", "regenerate": "drawn again, with other noise"}
 RULES = {
     "clean images that may be blocked": "max_false_alarm",
@@ -130,8 +132,6 @@ def _what_is_drawn(desk: Desk) -> list[Any]:
 
 
 def _takes(found: Opened) -> set[str]:
-    import inspect
-
     return set(inspect.signature(found.pipeline.__call__).parameters)
 
 
@@ -193,7 +193,7 @@ def _compare(desk: Desk, drawn: list[Any], fitted: gr.State) -> gr.Radio:
         for name in ("Before", "After"):
             with gr.Column(min_width=280):
                 gr.Markdown(f"**{name}**")
-                grids.append(_grid(f"{name}: each tile is one sample", elem_id=name.lower()))
+                grids.append(gr.HTML(elem_id=name.lower()))
     if desk.found.unlearned is None:
         gr.HTML(LEGEND)
 
@@ -213,20 +213,6 @@ def _compare(desk: Desk, drawn: list[Any], fitted: gr.State) -> gr.Radio:
     return which
 
 
-def _grid(about: str, **given: Any) -> gr.Image:
-    return gr.Image(
-        type="pil",
-        image_mode="RGBA",
-        format="png",
-        interactive=False,
-        show_label=False,
-        buttons=["fullscreen"],
-        elem_classes="grid",
-        alt_text=about,
-        **given,
-    )
-
-
 def _tell(progress: gr.Progress, what: str, done: int, of: int) -> None:
     progress((done, of), desc=what, unit="samples")
 
@@ -241,7 +227,7 @@ def _make(desk: Desk, drawn: list[Any], marks: gr.State, fitted: gr.State, which
             gr.Markdown(
                 "### 1. Mark what must not be shown\nDraw samples, then click those that show it. Twenty are enough, as a rule."
             )
-            kind = gr.Radio(
+            gr.Radio(
                 [("undesired", "undesired"), ("clean", "clean")],
                 value="undesired",
                 label="A click marks a sample",
@@ -251,8 +237,7 @@ def _make(desk: Desk, drawn: list[Any], marks: gr.State, fitted: gr.State, which
                 more = gr.Button("Draw samples", variant="primary", elem_id="more")
                 back = gr.Button("‹ Page before", elem_id="back")
                 on = gr.Button("Next page ›", elem_id="on")
-            grid = _grid("Samples to mark: each tile is one, with its number", elem_id="samples")
-            grid.elem_classes = ["grid", "to-mark"]
+            grid = gr.HTML(elem_id="samples", js_on_load=ON_CLICK.read_text(encoding="utf-8"))
             gr.HTML(MARKS)
             count = gr.Markdown("No samples yet.", elem_id="count")
             rest = gr.Checkbox(True, label="I have looked at all pages: what I did not mark is clean", elem_id="rest")
@@ -267,9 +252,11 @@ def _make(desk: Desk, drawn: list[Any], marks: gr.State, fitted: gr.State, which
             promised = gr.HTML(elem_id="promised")
             save = None if desk.job.output_dir is None else _save_fields(desk)
 
+    def counted(marks: Marks, page: int, rest: bool) -> tuple[str, str]:
+        return desk.count(marks, page, rest_is_clean=rest), " ".join(map(str, marks.of("undesired")))
+
     def view(marks: Marks, page: int, fitted: Fitted | None, rest: bool) -> tuple[Any, ...]:
-        numbers = " ".join(map(str, marks.of("undesired")))
-        return desk.page(marks, page, fitted), desk.count(marks, page, rest_is_clean=rest), numbers
+        return desk.page(marks, page, fitted), *counted(marks, page, rest)
 
     def draw(*values: Any, progress=gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
         *asked, marks, fitted, rest = values
@@ -281,12 +268,10 @@ def _make(desk: Desk, drawn: list[Any], marks: gr.State, fitted: gr.State, which
         page = min(max(page + by, 0), max(marks.pages - 1, 0))
         return page, *view(marks, page, fitted, rest)
 
-    def click(kind: str, marks: Marks, page: int, fitted: Fitted | None, rest: bool, at: gr.SelectData):
-        with _told():
-            number = desk.clicked(marks, page, *at.index)
-            if number is not None:
-                marks.click(number, kind)
-        return marks, *view(marks, page, fitted, rest)
+    def click(marks: Marks, page: int, rest: bool, at: gr.EventData):
+        with _told():  # the tile shows it already
+            marks.click(at.number, at.kind)
+        return marks, *counted(marks, page, rest)
 
     def write(text: str, marks: Marks, page: int, fitted: Fitted | None, rest: bool):
         with _told():
@@ -307,9 +292,9 @@ def _make(desk: Desk, drawn: list[Any], marks: gr.State, fitted: gr.State, which
     _heavy(more, draw, [*drawn, marks, fitted, rest], [marks, shown, more, *seen], show_progress_on=[grid])
     for turned, by in ((back, -1), (on, 1)):
         _light(turned.click, partial(turn, by), [marks, shown, fitted, rest], [shown, *seen])
-    _light(grid.select, click, [kind, marks, shown, fitted, rest], [marks, *seen])
+    _light(grid.click, click, [marks, shown, rest], [marks, count, undesired])
     _light(undesired.submit, write, [undesired, marks, shown, fitted, rest], [marks, *seen])
-    _light(rest.change, view, [marks, shown, fitted, rest], seen)
+    _light(rest.change, counted, [marks, shown, rest], [count, undesired])
     _heavy(
         button,
         fit,
@@ -395,7 +380,7 @@ def _own_images(desk: Desk, fitted: gr.State) -> None:
     with gr.Row(equal_height=False):
         files = gr.File(file_count="multiple", file_types=["image"], label="Images", height=200, elem_id="files")
         with gr.Column():
-            picture = _grid("Your images: each tile is one", elem_id="verdict")
+            picture = gr.HTML(elem_id="verdict")
             gr.HTML(LEGEND)
             said = gr.Textbox(label="Scores", lines=4, elem_id="scores")
     button = gr.Button("Judge", variant="primary", elem_id="judge")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import TrainerCallback
@@ -38,6 +39,9 @@ class Trackers(TrainerCallback):
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
+        for tracker in self.active:
+            if isinstance(tracker, TensorBoardCallback):
+                tracker.on_train_begin = partial(_begun, tracker.on_train_begin)
 
     @property
     def active(self) -> list[TrainerCallback]:
@@ -90,6 +94,13 @@ class Trackers(TrainerCallback):
             module = tracker._trackio if isinstance(tracker, TrackioCallback) else tracker._wandb
             shown = module.Image(image.convert("RGB"), caption=f"step {step}")
             module.log({f"train/{name}": shown, "train/global_step": step})
+
+
+def _begun(begin: Callable[..., None], args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    # transformers 5.23 asks the config of a model for a method that those of diffusers have not, and the run ends before it begins.
+    if hasattr(getattr(model, "config", None), "to_json_string"):
+        kwargs["model"] = model
+    begin(args, state, control, **kwargs)
 
 
 def stays_here(tracker: TrainerCallback) -> bool:

@@ -1,9 +1,9 @@
 """What the app does, without a page: opening, comparing, marking, fitting, saving."""
 
 import json
+import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -267,8 +267,9 @@ def test_clicks_and_numbers():
     for text in ("60", "-1", "three", "1 2 x"):
         with pytest.raises(ValueError, match="is no sample; there are 0 to 59"):
             marks.write("undesired", text)
-    with pytest.raises(ValueError, match="60 is no sample"):
-        marks.click(60, "clean")
+    for number, kind in ((60, "clean"), (-1, "clean"), ("3", "clean"), (3, "good")):
+        with pytest.raises(ValueError, match="is no sample|is none"):
+            marks.click(number, kind)
     with pytest.raises(ValueError, match="another size"):
         marks.add(Batch(range(2), torch.zeros(2, 1, 4, 4), None))
     assert marks.of("undesired") == [5, 7, 9]
@@ -377,6 +378,8 @@ def test_what_is_not_saved(marked):
     it.job.output_dir = None
     with pytest.raises(ValueError, match="saves nothing"):
         it.save(None, "x", whole=True, action="blank")
+    with pytest.raises(ValueError, match="this app loads no other than None"):
+        it.fit(it.asked(encoder="me/any"), Marks(), rest_is_clean=True)
 
 
 # Images from elsewhere
@@ -384,7 +387,10 @@ def test_what_is_not_saved(marked):
 
 def test_own_images(desk, tmp_path):
     bright = FilterEncoder.own(
-        lambda images: torch.stack([images.mean((1, 2, 3)), images.std((1, 2, 3))], 1), kind="image"
+        lambda images: torch.stack([images.mean((1, 2, 3)), images.std((1, 2, 3))], 1),
+        name="bright",
+        channels=1,
+        size=(8, 8),
     )
     random = torch.Generator().manual_seed(0)
     images = torch.rand(400, 1, 8, 8, generator=random) * 0.4 - 0.9
@@ -397,7 +403,7 @@ def test_own_images(desk, tmp_path):
     pictures.append(Image.new("RGB", (30, 10), (10, 10, 10)))
     picture, lines = it.judge(pictures, None)
     assert [line.split(" ")[1] for line in lines.splitlines()] == ["released", "blocked", "released"]
-    assert picture.size[0] > 0
+    assert re.findall(r'class="tile( blocked)?"', picture) == ["", " blocked", ""]
     with pytest.raises(ValueError, match="0 are given"):
         it.judge([], None)
     with pytest.raises(ValueError, match="judges a generator's latents"):
@@ -406,17 +412,15 @@ def test_own_images(desk, tmp_path):
         desk("gan").judge(pictures, None)
 
 
-def test_a_page_is_clicked_where_it_is_seen(marked):
+def test_a_page_shows_marks_and_what_is_blocked(marked):
     it, marks = marked
-    marks.write("undesired", "49")
-    before, number = np.asarray(it.page(marks, 1)), it.clicked(marks, 1, 150, 30)
-    assert number == PAGE + 1
-    marks.click(number, "undesired")  # takes it away
-    after = np.asarray(it.page(marks, 1))
-    changed = (before != after).any(2).nonzero()
-    width = before.shape[1] / 6
-    assert changed[0].max() < before.shape[0] / 8
-    assert width <= changed[1].min()
-    assert changed[1].max() < 2 * width
-    assert it.clicked(marks, 1, 10_000, 10) is None
-    assert it.page(Marks(), 0) is None
+    fitted = it.fit(it.asked(unmarked=600), marks, rest_is_clean=True)
+    marks.click(marks.of("clean", rest_is_clean=True)[0], "clean")
+    html = it.page(marks, 1, fitted)
+    found = re.findall(r'<button type="button" class="tile([^"]*)" data-number="(\d+)"', html)
+    assert [int(number) for _, number in found] == [*range(PAGE, 2 * PAGE)]
+    for words, number in found:
+        mark, blocked = marks.kinds.get(int(number)), fitted.blocked[int(number)]
+        assert words.split() == [word for word in (mark, "blocked" if blocked else None) if word]
+    assert "blocked" not in it.page(marks, 1)
+    assert it.page(Marks(), 0) == ""

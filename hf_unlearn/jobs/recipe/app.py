@@ -26,7 +26,8 @@ class AppJob:
         batch_size (`int`, defaults to 16): images drawn at a time.
         device (`str`, *optional*): as in `"cuda"`. Default: a GPU, if there is one.
         dtype (`"float16"` | `"bfloat16"`, *optional*): of the pipelines' weights. Default: float32.
-        output_dir (`str`, *optional*): gets a folder for each filter that is saved. `null` leaves saving out. Default: `"app"`.
+        output_dir (`str`, *optional*): gets a folder for each filter that is saved. `null` leaves saving out, and other
+            encoders than `encoder`: for an app that anybody visits. Default: `"app"`.
         host (`str`, *optional*): address to listen at. Default: 127.0.0.1, which no other machine reaches.
         port (`int`, *optional*): to listen at, 1 to 65535. Default: the first free one from 7860 on.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_unlearn import cli
-from hf_unlearn.jobs.recipe.methods import DEMO, FILTER, INFLUENCE, UNLEARN
+from hf_unlearn.jobs.recipe.methods import APP, DEMO, FILTER, INFLUENCE, UNLEARN
 from hf_unlearn.jobs.recipe.reading import RECIPES, shipped_recipes
 
 
@@ -15,6 +15,7 @@ COMMANDS = [
     *((("influence", "--method", name), method) for name, method in INFLUENCE.items()),
     *((("filter", name), method) for name, method in FILTER.items()),
     (("demo",), DEMO),
+    (("app",), APP),
 ]
 
 
