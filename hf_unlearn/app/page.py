@@ -47,7 +47,7 @@ def _told() -> Iterator[None]:
     except gr.Error:
         raise
     except (ValueError, OSError) as error:
-        raise gr.Error(first_line(error), title="This does not work") from error
+        raise gr.Error(first_line(error), title="This does not work", print_exception=False) from error
     except Exception as error:
         logger.exception("the app")
         raise gr.Error(f"{type(error).__name__}: {first_line(error)}", title="Something went wrong") from error

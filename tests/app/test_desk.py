@@ -396,7 +396,7 @@ def test_own_images(desk, tmp_path):
     images = torch.rand(400, 1, 8, 8, generator=random) * 0.4 - 0.9
     images[::2] += 1
     fitter = FASTFitter(bright, score="mean_difference", concepts=["bright"])
-    checker = fitter.update(undesired=images[::2], clean=images[1::2]).fit(rate=0.1).checker()
+    checker = fitter.update(undesired=images[::2], clean=images[1::2], value_range=(-1, 1)).fit(rate=0.1).checker()
     it = desk("gan")
     it.found = type(it.found)(names=("gan",), pipeline=it.found.pipeline, checker=checker)
     pictures = [Image.new("L", (8, 8), value) for value in (20, 200)]

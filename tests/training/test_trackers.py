@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +10,21 @@ import numpy as np
 import pytest
 import torch
 from fresh import run_python
+from image_data import arguments as classifier_arguments
+from image_data import images as labelled_images
 from PIL import Image
 from transformers.integrations import TrackioCallback, WandbCallback
 from vdu_data import arguments, images
 
-from hf_unlearn import DCGANDiscriminator, DCGANGenerator, GANConfig, GANPipeline, GANTrainer, VDUTrainer
+from hf_unlearn import (
+    DCGANDiscriminator,
+    DCGANGenerator,
+    GANConfig,
+    GANPipeline,
+    GANTrainer,
+    UnlearnTrainer,
+    VDUTrainer,
+)
 from hf_unlearn.training.pictures import PULCallback, SampleGrids
 from hf_unlearn.training.trackers import Trackers, log_beside
 
@@ -45,6 +56,17 @@ def pixels(content):
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
+def assert_looks(events, looks):
+    """What the guard saw, but for what is not known: how far from a target that there is not."""
+    assert looks
+    for name in ("remembered", "utility_drop"):
+        expected = [(look.step, getattr(look, name)) for look in looks if math.isfinite(getattr(look, name))]
+        tag = f"train/guard_{name}"
+        found = scalars(events, tag) if expected else [tag for tag in events.Tags()["scalars"] if tag.endswith(name)]
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [value for _, value in found] == pytest.approx([value for _, value in expected])
+
+
 LOOKS = {
     "grid_images": 4,
     "grid_steps": 1,
@@ -68,10 +90,7 @@ class TestTensorBoard:
         for term in ("train/forget_loss", "train/replay_loss"):
             assert [step for step, _ in scalars(events, term)] == [1, 2], term
         assert [step for step, _ in scalars(events, "train/pul")] == [1, 2, 2]
-        looks = trainer.guard.looks
-        for name in ("remembered", "utility_drop"):
-            expected = [(look.step, pytest.approx(getattr(look, name))) for look in looks]
-            assert scalars(events, f"train/guard_{name}") == expected
+        assert_looks(events, trainer.guard.looks)
         shown = events.Images("train/samples")
         private = tmp_path / "out/_private/samples"
         names = ["before", "step-1", "step-2", "after"]
@@ -79,6 +98,16 @@ class TestTensorBoard:
         for image, name in zip(shown, names, strict=True):
             assert np.array_equal(pixels(image.encoded_image_string), np.asarray(Image.open(private / f"{name}.png")))
         assert not [log for log in trainer.state.log_history if "guard_remembered" in log]
+
+    def test_a_classifier(self, tiny_resnet, tmp_path, board):
+        settings = {"guard": True, "guard_steps": 1, "max_steps": 2, "logging_strategy": "steps", "logging_steps": 1}
+        args = classifier_arguments(tmp_path / "out", report_to="tensorboard", **settings)
+        trainer = UnlearnTrainer(tiny_resnet, args, forget_dataset=labelled_images(8, [3]))
+        trainer.train()
+        assert math.isfinite(trainer.guard.looks[0].remembered)
+        events = board.read()
+        assert_looks(events, trainer.guard.looks)
+        assert [step for step, _ in scalars(events, "train/forget_loss")] == [1, 2]
 
     def test_a_gan_and_a_second_run(self, tmp_path, board):
         with torch.random.fork_rng(devices=[]):
