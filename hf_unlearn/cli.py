@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from . import __version__
 from .jobs.recipe.listing import all_keys, methods_of, most_keys, recipes
-from .jobs.recipe.methods import AUDIT, DEMO, FILTER, INFLUENCE, PUBLISH, UNLEARN, VERIFY, Method, chosen, read
+from .jobs.recipe.methods import APP, AUDIT, DEMO, FILTER, INFLUENCE, PUBLISH, UNLEARN, VERIFY, Method, chosen, read
 from .jobs.recipe.reading import UsageError, nearest, options
 
 
@@ -83,6 +83,18 @@ FILTER_VERBS = {
 }
 
 
+def app(arguments: Sequence[str]) -> None:
+    """open filters and pipelines in the browser: see before and after, mark samples, fit a filter"""
+    if asked := HELP & set(arguments):
+        _usage("app [FOLDER_OR_ID ...] [--key value ...]", app.__doc__)
+        _print_keys(APP, "app", asked)
+        return
+    job = APP.job_of(read(APP, options(arguments, named="open"), help="hf-unlearn app --help"))
+    from .app.launch import launch
+
+    launch(job)
+
+
 def demo(arguments: Sequence[str]) -> None:
     """the whole loop on real digits: find, forget, verify, filter, publish, load again, and a page that shows it"""
     _plain("demo", arguments, DEMO, demo.__doc__)
@@ -139,6 +151,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "filter": filter,
     "publish": publish,
     "verify": verify,
+    "app": app,
     "list": list_,
     "demo": demo,
 }

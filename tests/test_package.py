@@ -16,7 +16,7 @@ from transformers import Trainer
 
 import hf_unlearn
 from hf_unlearn.cli import VERBS, _named
-from hf_unlearn.jobs.recipe.methods import AUDIT, DEMO, FILTER, INFLUENCE, PUBLISH, UNLEARN, VERIFY, chosen, read
+from hf_unlearn.jobs.recipe.methods import APP, AUDIT, DEMO, FILTER, INFLUENCE, PUBLISH, UNLEARN, VERIFY, chosen, read
 from hf_unlearn.jobs.recipe.reading import options
 
 
@@ -109,6 +109,9 @@ class TestDocuments:
         for line in found:
             verb, *words = shlex.split(line.replace(" …", ""), comments=True)
             if verb == "list":
+                continue
+            if verb == "app":
+                APP.job_of(read(APP, options(words, named="open"), help=""))
                 continue
             methods = {
                 "unlearn": UNLEARN,

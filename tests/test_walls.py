@@ -14,7 +14,7 @@ ROOT = Path(hf_unlearn.__file__).parent
 GROUND = {"brute_force", "data", "images", "modes", "files", "plots", "ensembles", "tradeoff"}
 # Each may import what stands before it. The wings (one a verb) stand beside each other and may not.
 FLOORS = [GROUND, {"parameters", "metrics", "hub"}, {"training"}, {"gan"}, {"influence", "unlearning", "filtering", "audit"},
-          {"examples"}, {"jobs"}, {"cli"}]  # fmt: skip
+          {"examples"}, {"jobs"}, {"app"}, {"cli"}]  # fmt: skip
 # Inside a wing the folders import the wing's own files, not each other; these are the exceptions.
 EXCEPTIONS = {
     ("influence.propagated", "influence.report"),  # the sweep records what the report reads

@@ -17,6 +17,7 @@ from ..files import load_tensors, read_json, save_tensors, undamaged, write_json
 from ..metrics.features import Features
 from ..metrics.generation import density_coverage
 from ..training.outcome import tell_outcome
+from ..training.trackers import Trackers
 
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Draws(Protocol):
     args: Any
     train_dataset: Any
     private_dir: Path
+    trackers: Trackers
 
     def draw(self, count: int, seed: int) -> Tensor: ...
     def real_images(self, dataset: Any, count: int, seed: int) -> Tensor: ...
@@ -121,6 +123,7 @@ class CollapseGuard(TrainerCallback):
         look = Coverage(step, coverage.item())
         best = self.best
         self.looks.append(look)
+        trainer.trackers.figures({"guard_coverage": look.coverage})
         if best >= LEARNED and look.coverage < trainer.args.collapse_tolerance * best:
             self.collapsed = look
             logger.warning(

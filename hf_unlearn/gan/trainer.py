@@ -20,6 +20,7 @@ from ..modes import seeded_generator
 from ..parameters.anchors import Anchor
 from ..parameters.reference import average_
 from ..training.checks import check_features, check_is_not_original, check_parallelism
+from ..training.trackers import Trackers
 from .collapse import CollapseGuard
 from .config import GANConfig
 from .losses import discriminator_loss, generator_loss, r1_penalty
@@ -108,6 +109,8 @@ class GANTrainer(GANSavingMixin, Trainer):
         self._terms: dict[str, Tensor] = {}
         self._terms_count = 0
         self.add_callback(_Average(self))
+        self.trackers = Trackers(self)
+        self.add_callback(self.trackers)
         self.guard = CollapseGuard(self) if args.guard else None
         if self.guard:
             self.add_callback(self.guard)

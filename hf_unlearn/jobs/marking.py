@@ -128,8 +128,6 @@ def images_in(folder: str, argument: str) -> Dataset | list[Any]:
     Raises:
         ValueError: no such folder, no images in it, or one that cannot be read.
     """
-    from PIL import Image
-
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"{argument}: {folder!r} is no folder; give one with image files, or written by save_to_disk")
@@ -138,12 +136,20 @@ def images_in(folder: str, argument: str) -> Dataset | list[Any]:
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_FILES and file.is_file())
     if not files:
         raise ValueError(f"{argument}: {folder!r} holds no images ({', '.join(IMAGE_FILES)}) and no dataset")
-    images = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                image.load()
-                images.append(image.copy())
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{argument}: {str(file)!r} cannot be read as an image; remove it") from error
-    return images
+    return [read_image(file, argument) for file in files]
+
+
+def read_image(file: Path, argument: str) -> Any:
+    """A PIL image.
+
+    Raises:
+        ValueError: the file holds none.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return image.copy()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{argument}: {str(file)!r} cannot be read as an image; remove it") from error

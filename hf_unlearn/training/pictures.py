@@ -16,6 +16,7 @@ from ..files import kept_private
 from ..images import grid
 from ..metrics.features import Features, features_of
 from ..metrics.generation import frechet_distance, percentage_unlearned
+from .trackers import Trackers, log_beside
 
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Draws(Protocol):
 
     args: Any
     private_dir: Path
+    trackers: Trackers
 
     def draw(self, count: int, seed: int) -> Tensor: ...
     def as_original(self) -> AbstractContextManager[None]: ...
@@ -57,7 +59,9 @@ class _DrawsAtTimes(TrainerCallback):
 
 
 class SampleGrids(_DrawsAtTimes):
-    """Grids in `_private/samples/`; the last one also in `pictures/`, which is published, the first one if `publish_before`."""
+    """Grids in `_private/samples/`; the last one also in `pictures/`, which is published, the first one if `publish_before`. Trackers get
+    them too; those that do not stay on this machine only what may be published.
+    """
 
     def __init__(self, trainer: Draws):
         super().__init__(trainer, trainer.args.grid_steps)
@@ -74,6 +78,7 @@ class SampleGrids(_DrawsAtTimes):
         for folder in folders:
             with kept_private(folder / f"{name}.png") as file:
                 picture.save(file)
+        self.trainer.trackers.picture("samples", picture, private=len(folders) < 2)
 
 
 class PULCallback(_DrawsAtTimes):
@@ -109,7 +114,7 @@ class PULCallback(_DrawsAtTimes):
 
     def look(self, step: int, stage: str) -> None:
         result = percentage_unlearned(self.before, self._classes(), self.forgotten)
-        self.trainer.log({"pul": result.pul, "pul_low": result.low, "pul_high": result.high})
+        log_beside(self.trainer, {"pul": result.pul, "pul_low": result.low, "pul_high": result.high})
 
     def _classes(self) -> Tensor:
         return torch.as_tensor(self.classify(self.trainer.draw(self.samples, METRIC_SEED))).cpu()
@@ -141,4 +146,4 @@ class FIDCallback(_DrawsAtTimes):
     def look(self, step: int, stage: str) -> None:
         images = self.trainer.draw(self.samples, METRIC_SEED)
         drawn = features_of(images, self.extractor, name=self.reference.extractor, value_range=(-1, 1))
-        self.trainer.log({"fid": frechet_distance(self.reference, drawn).distance})
+        log_beside(self.trainer, {"fid": frechet_distance(self.reference, drawn).distance})

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from ..modes import looking
 from ..parameters.reference import ReferencePoint, trainable_parameters
 from ..training.losses import IGNORED
+from ..training.trackers import Trackers
 from .objective import Batch
 
 
@@ -79,6 +80,7 @@ class Watched(Protocol):
     nothing_to_forget: str
     guard_steps: int | None
     latest_is_best: bool
+    trackers: Trackers
 
     def remembered(self) -> float: ...
     def utility(self) -> float: ...
@@ -167,6 +169,7 @@ class Guard(TrainerCallback):
         drop = self.trainer.utility_drop(self.state.baseline)
         look = Look(step, self.trainer.remembered(), drop, drop <= self.trainer.utility_tolerance)
         self.state.looks.append(look)
+        self.trainer.trackers.figures({"guard_remembered": look.remembered, "guard_utility_drop": drop})
         # Without a forget target (language models with no held-out loss) there is no state to prefer but the latest kept; and a loss
         # that has a minimum is best where it was minimised longest.
         latest = self.trainer.latest_is_best or look.remembered == float("inf")

@@ -25,6 +25,7 @@ from ..training.models import LoadsByName, is_causal_lm, load_model, router_loss
 from ..training.outcome import tell_outcome
 from ..training.runs import RunMixin
 from ..training.texts import check_tokenized
+from ..training.trackers import Trackers
 from .checks import check_arguments, check_labels, check_stock_arguments, check_trainable, first_rows
 from .config import UnlearnConfig
 from .guard import LOOKING, Guard, GuardState, UtilityMixin
@@ -136,6 +137,8 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         self._begun: tuple[ReferencePoint, tuple[GuardState | None, Dual | None]] | None = None
         if self.compute_metrics is None and self.is_classifier:
             self.compute_metrics = Accuracy()
+        self.trackers = Trackers(self)
+        self.add_callback(self.trackers)
         self.guard = Guard(self) if args.guard else None
         self.add_callback(NewPairs())
         if self.guard:

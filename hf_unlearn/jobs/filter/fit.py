@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,6 +31,12 @@ from .source import (
 )
 
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ...filtering.checker import FASTSafetyChecker
+
+
 # Of the classifiers of digits: the one that judges has 0, so that neither marks nor embeddings are its own.
 MARKER_SEED, ENCODER_SEED = 1, 2
 
@@ -46,7 +53,7 @@ def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
     check_machine(job, "filter")
     # What costs seconds to find wrong comes before what costs minutes to draw.
     marks = _marks(job)
-    encoder = _encoder(job)
+    encoder = encoder_of(job)
     pipeline, name = plain_pipeline(job)
     source = Source(pipeline, job)
     if encoder is None and not source.has_latents:
@@ -59,7 +66,7 @@ def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
     fitter = FASTFitter(
         encoder, score=job.score, concepts={job.concept: job.description}, seed=job.seed, batch_size=job.batch_size
     )
-    _check_enough(job, *marks(fitter, source))
+    check_enough(job, *marks(fitter, source))
     kept: list[Tensor] = []
     for batch in source.batches(UNMARKED, job.unmarked, "drawing unmarked samples"):
         fitter.update(unmarked=batch.images if encoder else batch.latents, value_range=(-1, 1))
@@ -73,17 +80,17 @@ def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
         augment=job.augment,
     )
     checker = result.checker()
-    checker.save_pretrained(job.folder)
-    public = None if job.pipeline in SMALL else hub_id(job.pipeline)
-    (job.folder / "README.md").write_text(filter_card(checker.config, pipeline_id=public), encoding="utf-8")
-    checker.write_record(job.folder)
+    save_filter(job, checker, pipeline)
     pictures = pictures_of(job, checker, source, kept)
-    if job.pipeline_dir is not None:
-        FilteredPipeline(pipeline, checker, action=job.action or ACTIONS[0]).save_pretrained(job.pipeline_dir)
     report(job, result[job.concept], source, name, pictures)
 
 
-def _encoder(job: FilterFitJob) -> FilterEncoder | None:
+def encoder_of(job: FilterFitJob) -> FilterEncoder | None:
+    """What sees the images; None for a generator's own latents.
+
+    Raises:
+        ValueError: it cannot be had, or sees something else.
+    """
     if job.encoder is None:
         return None
     name = str(made("digits", seed=ENCODER_SEED)) if job.encoder == "digits" else job.encoder
@@ -100,6 +107,16 @@ def _encoder(job: FilterFitJob) -> FilterEncoder | None:
     if encoder.kind != "image":
         raise ValueError(f"encoder={job.encoder!r}: takes {encoder.kind}s; set it to an image model")
     return encoder.to(device_of(job))
+
+
+def save_filter(job: FilterFitJob, checker: FASTSafetyChecker, pipeline: DiffusionPipeline) -> None:
+    """The filter with its card into `output_dir`, and the pipeline with it into `pipeline_dir` where there is one."""
+    checker.save_pretrained(job.folder)
+    public = None if job.pipeline in SMALL else hub_id(job.pipeline)
+    (job.folder / "README.md").write_text(filter_card(checker.config, pipeline_id=public), encoding="utf-8")
+    checker.write_record(job.folder)
+    if job.pipeline_dir is not None:
+        FilteredPipeline(pipeline, checker, action=job.action or ACTIONS[0]).save_pretrained(job.pipeline_dir)
 
 
 # Marks
@@ -151,8 +168,12 @@ def _look(job: FilterFitJob, fitter: FASTFitter, source: Source, shows: Callable
     return counts["undesired"], counts["clean"]
 
 
-def _check_enough(job: FilterFitJob, undesired: int, clean: int) -> None:
-    """Said before many samples are drawn that are not marked."""
+def check_enough(job: FilterFitJob, undesired: int, clean: int) -> None:
+    """Said before many samples are drawn that are not marked.
+
+    Raises:
+        ValueError: too few marks for what is asked.
+    """
     rate = RATES.get(job.threshold) if job.rate is None else job.rate
     if job.threshold == "pooled_mean":
         return

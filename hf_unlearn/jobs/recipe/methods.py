@@ -115,6 +115,7 @@ FILTER = {
     "evaluate": Method("filter.FilterEvaluateJob", "filter.evaluate.run_evaluate"),
 }
 AUDIT = Method("audit.AuditJob", "audit.run_audit")
+APP = Method("app.AppJob", "")  # the command line starts it: the app stands above the jobs
 DEMO = Method("demo.DemoJob", "demo.run_demo")
 PUBLISH = Method("publish.PublishJob", "publish.run_publish")
 VERIFY = Method("publish.VerifyJob", "publish.run_verify")

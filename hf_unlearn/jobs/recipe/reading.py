@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -53,17 +54,23 @@ def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
 # The command line
 
 
-def options(arguments: Sequence[str]) -> dict[str, list[str]]:
+def options(arguments: Sequence[str], named: str | None = None) -> dict[str, list[str]]:
     """`{key: the words that follow it}`; a first argument that is no key is the recipe.
+
+    Args:
+        named (`str`, *optional*): a key that all words before the first one belong to instead.
 
     Raises:
         UsageError: a word that belongs to no key.
     """
-    found: dict[str, list[str]] = {}
+    first = [*takewhile(lambda argument: not argument.startswith("--"), arguments)] if named else []
+    found: dict[str, list[str]] = {named: first} if first else {}
     words: list[str] | None = None
-    for place, argument in enumerate(arguments):
+    for place, argument in enumerate(arguments[len(first) :]):
         if argument.startswith("--"):
             key, equals, value = argument.removeprefix("--").partition("=")
+            if first and key == named:
+                raise UsageError(f"{named}: given twice, as words and by --{named}; keep one of them")
             words = found[key.replace("-", "_")] = [value] if equals else []
         elif words is not None:
             words.append(argument)

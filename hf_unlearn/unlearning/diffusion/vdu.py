@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from ...parameters.reference import trainable_parameters
 from ...training.checks import check_fields
 from ...training.pictures import METRIC_SEED
+from ...training.trackers import log_beside
 from ..objective import Batch
 from .concept import settled
 from .denoiser import is_prompted
@@ -384,4 +385,4 @@ class _LogsEffect(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.guard_steps and state.global_step % self.trainer.guard_steps == 0:
-            self.trainer.log({"prompt_effect": self.trainer.remaining_effect()})
+            log_beside(self.trainer, {"prompt_effect": self.trainer.remaining_effect()})

@@ -10,12 +10,17 @@ import pytest
 
 import hf_unlearn
 from hf_unlearn.jobs.recipe.declared import UNKNOWN, alternatives, keys_of
-from hf_unlearn.jobs.recipe.methods import DEMO, FILTER, INFLUENCE, UNLEARN, imported_keys
+from hf_unlearn.jobs.recipe.methods import APP, DEMO, FILTER, INFLUENCE, UNLEARN, imported_keys
 from hf_unlearn.jobs.recipe.unlearn import PRESETS
 
 
 CLASSES = sorted(
-    {kind for methods in (UNLEARN, INFLUENCE, FILTER, {"": DEMO}) for m in methods.values() for kind in m.classes}
+    {
+        kind
+        for methods in (UNLEARN, INFLUENCE, FILTER, {"": DEMO, "app": APP})
+        for m in methods.values()
+        for kind in m.classes
+    }
 )
 
 

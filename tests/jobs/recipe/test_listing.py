@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_unlearn import cli
-from hf_unlearn.jobs.recipe.methods import AUDIT, DEMO, FILTER, INFLUENCE, UNLEARN
+from hf_unlearn.jobs.recipe.methods import APP, AUDIT, DEMO, FILTER, INFLUENCE, UNLEARN
 from hf_unlearn.jobs.recipe.reading import RECIPES, shipped_recipes
 
 
@@ -16,6 +16,7 @@ COMMANDS = [
     *((("filter", name), method) for name, method in FILTER.items()),
     (("audit",), AUDIT),
     (("demo",), DEMO),
+    (("app",), APP),
 ]
 
 
