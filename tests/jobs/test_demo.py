@@ -168,7 +168,7 @@ class TestTheWholeLoop:
     def test_it_does_not_go_over_an_earlier_one(self, demo, capsys):
         assert cli.main(["demo", "--output_dir", str(demo[0])]) == 1
         assert capsys.readouterr().err == (
-            f"hf-unlearn: output_dir: {str(demo[0])!r} is not empty; empty it, or choose another folder\n"
+            f"hf-unlearn: error: output_dir: {str(demo[0])!r} is not empty; empty it, or choose another folder\n"
         )
 
 
@@ -195,7 +195,7 @@ def test_a_file_is_no_folder(tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     assert cli.main(["demo", "--output_dir", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == (
-        f"hf-unlearn: output_dir: {str(tmp_path / 'out')!r} is a file; choose another folder\n"
+        f"hf-unlearn: error: output_dir: {str(tmp_path / 'out')!r} is a file; choose another folder\n"
     )
     assert (tmp_path / "out").read_text() == "mine"
 
