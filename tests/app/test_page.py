@@ -113,7 +113,7 @@ def address(gan, tmp_path):
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(60)
+            process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
 
