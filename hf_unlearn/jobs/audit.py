@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
@@ -27,7 +27,7 @@ COLOURS = {
 }
 
 
-def run_audit(job: AuditJob) -> None:
+def run_audit(job: AuditJob) -> dict[str, Any]:
     """Audit, write the report, and say what came out.
 
     Raises:
@@ -56,6 +56,13 @@ def run_audit(job: AuditJob) -> None:
     for need in report.verdict.needs:
         out.print(f"needs    {need}")
     out.print(f"report   {folder / 'audit.html'}, {folder / 'audit.json'}, {folder / 'audit.png'}", markup=False)
+    return {
+        "verdict": report.verdict.word,
+        "why": report.verdict.why,
+        "needs": report.verdict.needs,
+        "not_checked": {**report.failed, **report.skipped},
+        "figures": folder / "audit.json",
+    }
 
 
 def _trained(job: AuditJob) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ from .source import (
 MARKER_SEED, ENCODER_SEED = 1, 2
 
 
-def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
+def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> dict[str, Any]:
     """Mark, draw, fit, save, and say where things are; or write the sheet to mark, where no marks are given.
 
     Args:
@@ -54,8 +56,7 @@ def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
             f"encoder: missing; {type(pipeline).__name__} has no latents to filter by; set it to 'digits', a folder, or an id"
         )
     if not job.marked:
-        _write_sheet(job, source, arguments)
-        return
+        return {"sheets": _write_sheet(job, source, arguments)}
     fitter = FASTFitter(
         encoder, score=job.score, concepts={job.concept: job.description}, seed=job.seed, batch_size=job.batch_size
     )
@@ -80,6 +81,7 @@ def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
     if job.pipeline_dir is not None:
         FilteredPipeline(pipeline, checker, action=job.action or ACTIONS[0]).save_pretrained(job.pipeline_dir)
     report(job, result[job.concept], source, name, pictures)
+    return {"figures": result[job.concept].figures, "promise": result[job.concept].threshold.promise}
 
 
 def _encoder(job: FilterFitJob) -> FilterEncoder | None:
@@ -170,7 +172,7 @@ def _check_enough(job: FilterFitJob, undesired: int, clean: int) -> None:
         )
 
 
-def _write_sheet(job: FilterFitJob, source: Source, arguments: Sequence[str]) -> None:
+def _write_sheet(job: FilterFitJob, source: Source, arguments: Sequence[str]) -> list[Path]:
     samples = [as_bytes(batch.images) for batch in source.batches(SHEET_SAMPLES, job.looked_at, "drawing samples")]
     pages = write_sheet(torch.cat(samples), job.folder / PRIVATE)
     console().print(
@@ -179,3 +181,4 @@ def _write_sheet(job: FilterFitJob, source: Source, arguments: Sequence[str]) ->
         markup=False,
     )
     show_code([command_line("filter fit", [*arguments, "--undesired", "3", "17", "42"])])
+    return pages

@@ -56,7 +56,7 @@ def test_list_shows_each_recipe_with_what_it_needs(capsys):
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 119
     recipes = re.findall(
-        r"^  (\w+) \((unlearn|influence|filter fit)\)\n(?:      \S.*\n)+?      needs \S.*\n      takes \S.*\n",
+        r"^  (\w+) \((unlearn|influence|filter fit|audit)\)\n(?:      \S.*\n)+?      needs \S.*\n      takes \S.*\n",
         shown,
         re.MULTILINE,
     )
