@@ -247,9 +247,11 @@ class TestDocuments:
             re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints-lowest.txt").read_text(), flags=re.MULTILINE)
         )
         eight = {"transformers", "diffusers", "trl", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub"}
-        assert set(lowest) == eight
+        assert set(lowest) - eight <= {"fsspec"}  # what those ask of others
         whole = {name: ".".join((floors[name].split(".") + ["0", "0"])[:3]) for name in eight}
-        assert {name: ".".join((version.split(".") + ["0", "0"])[:3]) for name, version in lowest.items()} == whole
+        assert {
+            name: ".".join((version.split(".") + ["0", "0"])[:3]) for name, version in lowest.items() if name in eight
+        } == whole
 
     def test_every_requirement_is_pinned(self):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
