@@ -222,3 +222,29 @@ def test_recipe(name, saved, work, capfd):
     assert all((Path("out") / file).is_file() for file in document["written"])
     assert document["figures"] or name in ("vdu_ddpm_fashion_mnist",)  # which has no classifier that counts
     assert "README.md" in err  # what people read is still said
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("demo", 0),
+        ("filter fit filter_digits_gan", 0),
+        ("filter run filter_digits_gan", 0),
+        ("filter evaluate filter_digits_gan", 0),
+        ("audit audit_digits", 1),  # whose model pbu_digits makes first
+        ("estimate pbu_digits", 0),
+        ("influence influence_poison", 0),
+    ],
+)
+def test_a_dry_run_runs_nothing(words, code, work, capfd, monkeypatch):
+    monkeypatch.setattr("hf_unlearn.jobs.recipe.methods.Method.runner", lambda *_: pytest.fail("was run"))
+    assert cli.main([*words.split(), "--dry_run", "--json"]) == code
+    document = json.loads(capfd.readouterr().out)
+    assert document["writes"]
+    assert list(work.iterdir()) == []
+    assert not (work.parent / "cache").exists()  # no small model was made
+    where = {place["value"]: place["where"] for place in document["reads"]}
+    if "filter" in words:
+        assert where["digits-gan"].startswith("not made yet: trained on first use, into ")
+    if "influence" in words:
+        assert where["opinions"] == "built untrained" or where["opinions"] == "comes with the package"
