@@ -4,8 +4,13 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
+# A file a part of the package, of those that ask most of the libraries, and two of the whole way from recipe to model.
+LOWEST_TESTS := tests/unlearning/test_trainer.py tests/unlearning/test_peft.py tests/unlearning/language/test_sft.py tests/influence/test_trainer_sft.py \
+	tests/unlearning/diffusion/test_vdu_saving.py tests/gan/test_gan_trainer.py tests/filtering/drawing/test_filtered_pipeline.py \
+	tests/hub/test_publish.py tests/hub/test_card.py tests/metrics/test_metric_shells.py tests/jobs/recipe tests/jobs/test_recipes.py
 
-.PHONY: demo test test-slow lint format docs dist clean
+.PHONY: demo test test-slow test-lowest lint format docs dist clean
 
 demo: $(STAMP)
 	rm -rf demo
@@ -18,6 +23,17 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 	HF_UNLEARN_TESTS_MKL=default $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+
+# Pins of constraints-lowest.txt win over those of constraints.txt.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -m "not slow" -n 2 --dist worksteal $(LOWEST_TESTS)
+
+$(LOWEST)/.installed: pyproject.toml constraints.txt constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	names=$$(sed -n 's/^\([A-Za-z_0-9-]*\)==.*/\1/p' constraints-lowest.txt | paste -sd '|'); \
+	{ cat constraints-lowest.txt; grep -viE "^($$names)==" constraints.txt; } > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --progress-bar off -c $(LOWEST)/constraints.txt -e ".[dev]"
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -46,4 +62,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist site *.egg-info
+	rm -rf $(VENV) $(LOWEST) demo build dist site *.egg-info

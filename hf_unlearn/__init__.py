@@ -3,7 +3,7 @@
 from importlib import import_module
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "AdaptThenUnlearnConfig": "unlearning.gan.adapt_then_unlearn",

@@ -2,6 +2,9 @@
 
 What is wrong with the words and the keys is said before any library is imported; see [`hf_unlearn.jobs.recipe`].
 
+Every verb takes two more words: `--dry_run` says what would be done, and does nothing; `--json` writes one line of JSON to the output
+stream (what was measured, where things are, the exit code), and all else to the error stream.
+
 Exit codes: 0 done, 1 the job failed, 2 the command line or the recipe is wrong (nothing was started or written), 130 stopped
 by Ctrl-C. `HF_UNLEARN_DEBUG=1` shows tracebacks.
 """
@@ -13,9 +16,23 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from . import __version__
-from .jobs.recipe.listing import all_keys, methods_of, most_keys, recipes
-from .jobs.recipe.methods import APP, AUDIT, DEMO, FILTER, INFLUENCE, PUBLISH, UNLEARN, VERIFY, Method, chosen, read
-from .jobs.recipe.reading import UsageError, nearest, options
+from .jobs.recipe.document import current, document, say
+from .jobs.recipe.listing import all_keys, listed, methods_of, most_keys, recipes
+from .jobs.recipe.methods import (
+    APP,
+    AUDIT,
+    DEMO,
+    FILTER,
+    INFLUENCE,
+    PUBLISH,
+    UNLEARN,
+    VERIFY,
+    Method,
+    chosen,
+    of_any_verb,
+    read_apart,
+)
+from .jobs.recipe.reading import FLAGS, UsageError, nearest, one, options
 
 
 HELP = {"-h", "--help", "--help-all"}
@@ -50,6 +67,7 @@ def _of_a_method(verb: str, arguments: Sequence[str], methods: Mapping[str, Meth
         _print_keys(methods[name], f"{verb} --method {name}", asked)
         return
     name = chosen(given, methods)
+    say(method=name)
     _run(methods[name], given, f"hf-unlearn {verb} --method {name} --help")
 
 
@@ -89,7 +107,11 @@ def app(arguments: Sequence[str]) -> None:
         _usage("app [FOLDER_OR_ID ...] [--key value ...]", app.__doc__)
         _print_keys(APP, "app", asked)
         return
-    job = APP.job_of(read(APP, options(arguments, named="open"), help="hf-unlearn app --help"))
+    recipe, command = read_apart(APP, options(arguments, named="open"), help="hf-unlearn app --help")
+    job = APP.job_of(recipe | command)
+    if current().dry_run:
+        _tell_resolved(APP, recipe, command)
+        return
     from .app.launch import launch
 
     launch(job)
@@ -132,16 +154,44 @@ def _plain(
         _usage(f"{verb} {words} [--key value ...]", about)
         _print_keys(method, verb, asked)
         return
+    say(verb=verb)
     _run(method, options(arguments), f"hf-unlearn {verb} --help", others)
+
+
+def estimate(arguments: Sequence[str]) -> None:
+    """say what a run would take, memory, disk and time, from a few steps of it in a folder that is removed"""
+    if HELP & set(arguments):
+        _usage(
+            "estimate recipe.yaml [--key value ...]", f"{estimate.__doc__}; keys are those of the recipe's own verb"
+        )
+        return
+    given = options(arguments)
+    verb, name, methods = of_any_verb(given, ESTIMATED)
+    say(of=verb, method=name)
+    _run(
+        methods[name], given, f"hf-unlearn {verb} --help", [*FILTER.values()] * (verb == "filter fit"), estimated=True
+    )
+
+
+ESTIMATED = {
+    "unlearn": {name: method for name, method in UNLEARN.items() if method.config},  # what has steps
+    "influence": INFLUENCE,
+    "filter fit": {"fit": FILTER["fit"]},
+}
 
 
 def list_(arguments: Sequence[str]) -> None:
     """show the recipes that come with the package, what they need and how long they take, and the methods"""
     if arguments and arguments[0] not in HELP:
         raise UsageError(f"unexpected argument {arguments[0]!r}; hf-unlearn list takes none")
+    methods = {"unlearn": UNLEARN, "influence": INFLUENCE}
+    if current().json:
+        abouts = {verb: {name: method.about for name, method in found.items()} for verb, found in methods.items()}
+        say(recipes=listed(), methods=abouts)
+        return
     print(f"Recipes, for --config NAME:\n\n{recipes()}\n")
-    for verb, methods in (("unlearn", UNLEARN), ("influence", INFLUENCE)):
-        print(f"Methods of {verb}:\n\n{methods_of(methods)}\n")
+    for verb, found in methods.items():
+        print(f"Methods of {verb}:\n\n{methods_of(found)}\n")
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -152,19 +202,55 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "publish": publish,
     "verify": verify,
     "app": app,
+    "estimate": estimate,
     "list": list_,
     "demo": demo,
 }
 
 
-def _run(method: Method, given: Mapping[str, Sequence[str]], help: str, others: Sequence[Method] = ()) -> None:
-    values = read(method, given, others, help=help)
-    run = method.runner(method.job_of(values), values)
+def _run(
+    method: Method,
+    given: Mapping[str, Sequence[str]],
+    help: str,
+    others: Sequence[Method] = (),
+    *,
+    estimated: bool = False,
+) -> None:
+    recipe, command = read_apart(method, given, others, help=help)
+    runs_dry = current().dry_run and "dry_run" in method.keys  # by itself: it looks, and sends nothing
+    command |= {"dry_run": True} if runs_dry else {}
+    values = recipe | command
+    job = method.job_of(values)
+    say(
+        recipe=one(given, "config"),
+        keys=values,
+        output_dir=values.get("output_dir") or getattr(job, "output_dir", None),
+    )
+    if current().dry_run and not runs_dry:
+        _tell_resolved(method, recipe, command)
+        return
+    if estimated:
+        from .jobs.estimate import run_estimate
+
+        say(**run_estimate(method, values, current().begun))
+        return
+    run = method.runner(job, values)
     from .jobs.alone import leaving_together
 
     words = [word for key, values in given.items() for word in (f"--{key}", *values)]
     with leaving_together():
-        run(words) if method.goes_on else run()
+        outcome = run(words) if method.goes_on else run()
+    say(**(outcome if isinstance(outcome, Mapping) else {}))
+
+
+def _tell_resolved(method: Method, recipe: Mapping, command: Mapping) -> None:
+    from .jobs.recipe.resolved import resolved
+
+    found = resolved(method, recipe, command)
+    say(keys=found.keys, reads=found.reads, writes=found.writes)
+    print("\n".join(found.lines()))
+    if missing := [f"{place.key}={place.value!r}: {place.where}" for place in found.reads if place.found is False]:
+        raise ValueError("; ".join(missing))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,7 +262,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: exit code.
     """
-    verb, *arguments = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    asked = {flag: any(_flag(word) == flag for word in words) for flag in FLAGS}
+    verb, *arguments = [word for word in words if _flag(word) not in FLAGS] or ["--help"]
+    if HELP & set(words):
+        asked["json"] = False
+    with document(**asked) as told:
+        told.said.update(hf_unlearn=__version__, verb=verb, dry_run=told.dry_run)
+        code = _code_of(verb, arguments)
+        told.said.update(exit_code=code)
+    return code
+
+
+def _flag(word: str) -> str:
+    return word.removeprefix("--").replace("-", "_") if word.startswith("--") else ""
+
+
+def _code_of(verb: str, arguments: Sequence[str]) -> int:
     debug = os.environ.get("HF_UNLEARN_DEBUG", "") not in ("", "0")
     try:
         if verb in HELP:
@@ -191,7 +293,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         line = "\n" if sys.stderr.isatty() else ""  # below a progress bar
-        print(f"{line}hf-unlearn: {str(stop) or 'stopped; the same command begins anew'}", file=sys.stderr)
+        why = str(stop) or "stopped; the same command begins anew"
+        say(error=why)
+        print(f"{line}hf-unlearn: {why}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # as of `hf-unlearn list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -227,7 +331,9 @@ def _list(command: str, verbs: Mapping[str, str]) -> None:
 
 def _fail(error: Exception, code: int) -> int:
     text = " ".join(str(error).split())
-    print("hf-unlearn: error:", text if len(text) <= LONGEST else f"{text[:LONGEST]}…", file=sys.stderr)
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    say(error=text)
+    print("hf-unlearn: error:", text, file=sys.stderr)
     return code
 
 

@@ -15,8 +15,20 @@ import pytest
 from transformers import Trainer
 
 import hf_unlearn
-from hf_unlearn.cli import VERBS, _named
-from hf_unlearn.jobs.recipe.methods import APP, AUDIT, DEMO, FILTER, INFLUENCE, PUBLISH, UNLEARN, VERIFY, chosen, read
+from hf_unlearn.cli import ESTIMATED, VERBS, _named
+from hf_unlearn.jobs.recipe.methods import (
+    APP,
+    AUDIT,
+    DEMO,
+    FILTER,
+    INFLUENCE,
+    PUBLISH,
+    UNLEARN,
+    VERIFY,
+    chosen,
+    of_any_verb,
+    read,
+)
 from hf_unlearn.jobs.recipe.reading import options
 
 
@@ -99,6 +111,40 @@ class TestWheel:
         assert "pbu_digits (unlearn)" in run(sys.executable, site / "bin" / "hf-unlearn", "list", **away)
 
 
+class TestExtension:
+    """`hf unlearn`: installed from a repository called hf-unlearn, whose files are those of the checkout, without a network."""
+
+    CODE = """
+import sys
+from pathlib import Path
+import httpx2
+import huggingface_hub
+
+root = Path(sys.argv.pop(1))
+
+def answer(request):
+    path = root / request.url.path.removeprefix("/me/hf-unlearn").removeprefix("/HEAD").lstrip("/")
+    if request.url.path == "/me/hf-unlearn":
+        return httpx2.Response(200, text="", request=request)
+    if request.url.host != "raw.githubusercontent.com" or not path.is_file():
+        return httpx2.Response(404, request=request)
+    return httpx2.Response(200, content=path.read_bytes(), request=request)
+
+huggingface_hub.set_client_factory(lambda: httpx2.Client(transport=httpx2.MockTransport(answer)))
+from huggingface_hub.cli.hf import main
+main()
+"""
+
+    def test_runs_the_package_that_is_there(self, tmp_path):
+        environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "0"}
+        away = {"cwd": tmp_path, "env": environment}
+        run(sys.executable, "-c", self.CODE, ROOT, "extensions", "install", "me/hf-unlearn", **away)
+        assert (tmp_path / ".local/share/hf/extensions/hf-unlearn/hf-unlearn").is_file()
+        done = run(sys.executable, "-c", self.CODE, ROOT, "unlearn", "--version", **away)
+        assert done.strip().startswith("hf-unlearn ")
+
+
 class TestDocuments:
     def test_every_command_can_be_read(self):
         """In the README, the pages and the heads of the recipes; without running them."""
@@ -108,11 +154,15 @@ class TestDocuments:
         assert len(found) > 25
         for line in found:
             verb, *words = shlex.split(line.replace(" …", ""), comments=True)
-            if verb == "list":
+            if verb in ("list", "estimate") and not words:
                 continue
             if verb == "app":
                 APP.job_of(read(APP, options(words, named="open"), help=""))
                 continue
+            if verb == "estimate":
+                verb, _, methods = of_any_verb(options(words), ESTIMATED)
+                words = ["fit", *words] if verb == "filter fit" else words
+                verb = verb.removesuffix(" fit")
             methods = {
                 "unlearn": UNLEARN,
                 "influence": INFLUENCE,
@@ -125,6 +175,7 @@ class TestDocuments:
             name = words.pop(0) if verb == "filter" else None
             if verb in ("publish", "verify"):
                 words = _named(words, *{"publish": ("folder", "repo_id"), "verify": ("source",)}[verb])
+            words = [word for word in words if word not in ("--json", "--dry_run")]
             given = options(words)
             name = verb if verb in ("demo", "audit", "publish", "verify") else name or chosen(given, methods)
             others = list(methods.values()) if verb == "filter" else []
@@ -177,6 +228,31 @@ class TestDocuments:
         import report
 
         assert {page: page.read_text() for page in report.pages()} == report.pages(), "run python benchmarks/report.py"
+
+    def test_one_version_everywhere(self):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1]
+        cited = re.search(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)[1]
+        assert {project["version"], newest, cited} == {hf_unlearn.__version__}
+
+    def test_every_dependency_earns_its_place(self):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        wanted = {re.match(r"[\w-]+", requirement).group() for requirement in project["dependencies"]}
+        rows = re.findall(r"^\| (`.*?) \| \S.*\|$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+        assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row)} >= wanted
+
+    def test_the_lowest_versions_that_are_tested_are_those_that_are_promised(self):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        floors = dict(re.match(r"([\w-]+)>=(\S+)", requirement).groups() for requirement in project["dependencies"])
+        lowest = dict(
+            re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints-lowest.txt").read_text(), flags=re.MULTILINE)
+        )
+        eight = {"transformers", "diffusers", "trl", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub"}
+        assert set(lowest) - eight <= {"fsspec"}  # what those ask of others
+        whole = {name: ".".join((floors[name].split(".") + ["0", "0"])[:3]) for name in eight}
+        assert {
+            name: ".".join((version.split(".") + ["0", "0"])[:3]) for name, version in lowest.items() if name in eight
+        } == whole
 
     def test_every_requirement_is_pinned(self):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,24 @@ from ..files import complete_or_not_there
 
 RECIPE = "recipe.json"
 FIRST, BETWEEN = 3.0, 30.0  # seconds to the first estimate of a training, and between two of them
+MADE: dict[
+    str, tuple[float, float]
+] = {}  # what this process has made, and the seconds that it took: wall and processor
+_ONLY_LOOK = ContextVar("only_look", default=False)
+
+
+class NotMadeError(LookupError):
+    """A model that is not there yet, where nothing is to be made."""
+
+
+@contextmanager
+def only_looking() -> Iterator[None]:
+    """Within, what is not there is not made: [`NotMadeError`] says so."""
+    before = _ONLY_LOOK.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_LOOK.reset(before)
 
 
 def cache_dir() -> Path:
@@ -51,6 +70,8 @@ def made_once(
     folder = cache_dir() / name
     if is_made(folder):
         return folder
+    if _ONLY_LOOK.get():
+        raise NotMadeError(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for scratch in folder.parent.glob(f".{name}.*"):
         pid = scratch.name.rpartition(".")[2]
@@ -59,8 +80,10 @@ def made_once(
     if progress:
         _say(f"{name} is used for the first time: it is trained now, once, and kept in {folder}")
     scratch = folder.with_name(f".{name}.{os.getpid()}")
+    begun, cpu = time.monotonic(), time.process_time()
     try:
         make(scratch / name)
+        MADE[name] = (time.monotonic() - begun, time.process_time() - cpu)
         if folder.exists() and not is_made(folder):
             shutil.rmtree(folder)
         if not folder.exists():  # else another process was faster

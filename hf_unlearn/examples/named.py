@@ -48,3 +48,18 @@ def made(name: str, *, seed: int = 0, progress: bool = True) -> Path:
     else:
         from . import ddpm as module
     return module.cached(replace(module.NAMES[name], seed=seed), progress=progress)
+
+
+def where(name: str, *, seed: int = 0) -> str:
+    """Where a small model is, or that it is to be trained; nothing is made.
+
+    Args:
+        name, seed: as for [`made`].
+    """
+    from .cache import NotMadeError, only_looking
+
+    try:
+        with only_looking():
+            return str(made(name, seed=seed))
+    except NotMadeError as error:
+        return f"not made yet: trained on first use, into {error}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ MARKER_SEED = 1  # of the classifier of digits that marks; the one that judges h
 
 def run_adapt_then_unlearn(
     job: GANJob, config: AdaptThenUnlearnConfig, trainer_class: type[AdaptThenUnlearnTrainer]
-) -> None:
+) -> dict[str, Any] | None:
     """Mark, draw, train, draw again, save, and say where things are; or write the sheet to mark, where no marks are given.
 
     Raises:
@@ -78,8 +78,8 @@ def run_adapt_then_unlearn(
         samples = _draw(pipeline, config, job.looked_at)
         if job.undesired is None:
             if config.should_save:
-                _write_sheet(samples, Path(config.output_dir, PRIVATE))
-            return
+                return {"sheets": _write_sheet(samples, Path(config.output_dir, PRIVATE))}
+            return None
         shows = torch.zeros(len(samples), dtype=torch.bool).index_fill(0, torch.tensor(job.undesired), True)
         marked = {"undesired": samples[shows], "clean": samples[~shows]}
 
@@ -91,7 +91,7 @@ def run_adapt_then_unlearn(
     if trainer.is_world_process_zero():
         counts = (len(trainer.feedback.undesired), len(trainer.feedback.clean))
         console().print("marks    {:,} undesired, {:,} clean".format(*counts))
-    forget_and_report(trainer, judge)
+    return forget_and_report(trainer, judge)
 
 
 # Feedback
@@ -107,13 +107,14 @@ def _draw(pipeline: GANPipeline, config: AdaptThenUnlearnConfig, count: int, fir
     return pipeline.to(config.device).draw(torch.stack(latents), batch_size=config.batch_size)
 
 
-def _write_sheet(samples: Tensor, folder: Path) -> None:
+def _write_sheet(samples: Tensor, folder: Path) -> list[Path]:
     pages = write_sheet(samples, folder)
     console().print(
         f"{where_the_sheet_is(pages, len(samples))}: set undesired to the numbers of those that show what is to be "
         "forgotten, and run again",
         markup=False,
     )
+    return pages
 
 
 def _until_marked(

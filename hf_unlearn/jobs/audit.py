@@ -51,7 +51,7 @@ class Rows:
     test: Dataset | None
 
 
-def run_audit(job: AuditJob) -> None:
+def run_audit(job: AuditJob) -> dict[str, Any]:
     """Audit, write the report, and say what came out.
 
     Raises:
@@ -83,6 +83,13 @@ def run_audit(job: AuditJob) -> None:
     for need in report.verdict.needs:
         out.print(f"needs    {need}")
     out.print(f"report   {folder / 'audit.html'}, {folder / 'audit.json'}, {folder / 'audit.png'}", markup=False)
+    return {
+        "verdict": report.verdict.word,
+        "why": report.verdict.why,
+        "needs": report.verdict.needs,
+        "not_checked": {**report.failed, **report.skipped},
+        "figures": folder / "audit.json",
+    }
 
 
 # Models

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 INSPECTED = 0.2  # share of the examples that the printed recall allows one to look at
 
 
-def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[InfluenceTrainer]) -> None:
+def run_influence(
+    job: InfluenceJob, config: FINEArguments, trainer_class: type[InfluenceTrainer]
+) -> dict[str, Any] | None:
     """Train, judge, save, and say where things are.
 
     Raises:
@@ -60,11 +62,12 @@ def run_influence(job: InfluenceJob, config: FINEArguments, trainer_class: type[
     )
     run_training(trainer)
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        columns = {check, job.group_column, data.label_column(train), _shown_column(train)} - {None}
-        report = trainer.influence.join(train, config.id_column, sorted(columns))
-        report.save_to_disk(trainer.private_dir / "report")  # first: a terminal may have no μ to print
-        _tell(job, config, report, check, trainer.private_dir)
+    if not trainer.is_world_process_zero():
+        return None
+    columns = {check, job.group_column, data.label_column(train), _shown_column(train)} - {None}
+    report = trainer.influence.join(train, config.id_column, sorted(columns))
+    report.save_to_disk(trainer.private_dir / "report")  # first: a terminal may have no μ to print
+    return _tell(job, config, report, check, trainer.private_dir)
 
 
 def _model(job: InfluenceJob, config: FINEArguments, train: Dataset) -> tuple[Any, Any]:
@@ -125,8 +128,10 @@ def _shown_column(train: Dataset) -> str | None:
     return next((name for name in ("image", "text", "completion") if name in train.column_names), None)
 
 
-def _tell(job: InfluenceJob, config: FINEArguments, report: InfluenceReport, check: str | None, private: Path) -> None:
-    out = console()
+def _tell(
+    job: InfluenceJob, config: FINEArguments, report: InfluenceReport, check: str | None, private: Path
+) -> dict[str, Any]:
+    out, figures = console(), []
     out.print(report.summary(job.top), markup=True)  # which escapes what it shows
     pictures, label = [], data.label_column(report.dataset)
     for number, target in enumerate(report.targets[:10]):
@@ -139,6 +144,16 @@ def _tell(job: InfluenceJob, config: FINEArguments, report: InfluenceReport, che
             looked = max(1, round(INSPECTED * len(mu)))
             ranked = (marked & np.isfinite(mu))[np.argsort(-mu, kind="stable")]
             found, other = ranked[:looked].sum(), ranked[np.isfinite(mu).sum() - looked : np.isfinite(mu).sum()].sum()
+            figures.append(
+                {
+                    "target": target,
+                    "column": check,
+                    "rows": marked.sum(),
+                    "looked_at": looked,
+                    "found": found,
+                    "opposite": other,
+                }
+            )
             faulty = [value for value, hit in zip(rows["sample_id"][:], marked, strict=True) if hit]
             out.print(
                 f"{target}: {found} of {marked.sum()} rows with {check} ({found / max(1, marked.sum()):.0%}) among the {looked} "
@@ -157,6 +172,10 @@ def _tell(job: InfluenceJob, config: FINEArguments, report: InfluenceReport, che
                     f"{row['n_examples']} examples",
                     markup=False,
                 )
+                figures.append(
+                    {"target": target, "column": job.group_column}
+                    | {key: row[key] for key in ("group", "mu", "mu_low", "mu_high", "n_examples")}
+                )
             path = private / "plots" / f"{name}_groups.png"
             pictures.append(report.plot(path, "groups", target=target, by=job.group_column))
     out.print(
@@ -166,3 +185,4 @@ def _tell(job: InfluenceJob, config: FINEArguments, report: InfluenceReport, che
     out.print(f"plots    {pictures[0].parent} ({len(pictures)})\n\nOpen it:\n", markup=False)
     folder = private / "report"
     show_code(["from hf_unlearn import InfluenceReport", f'report = InfluenceReport.load_from_disk("{folder}")'])
+    return {"figures": figures, "targets": [*report.targets], "places": {"report": folder, "plots": pictures}}

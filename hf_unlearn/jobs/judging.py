@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
@@ -194,8 +194,8 @@ class Judge:
         return figures
 
 
-def forget_and_report(trainer: VDUTrainer | AdaptThenUnlearnTrainer, judge: Judge | None) -> None:
-    """Draw, train, draw again, save, and say where things are.
+def forget_and_report(trainer: VDUTrainer | AdaptThenUnlearnTrainer, judge: Judge | None) -> dict[str, Any] | None:
+    """Draw, train, draw again, save, and say where things are; the first process returns what it said.
 
     Raises:
         ValueError: the judge cannot read what the model draws; nothing was trained.
@@ -210,6 +210,7 @@ def forget_and_report(trainer: VDUTrainer | AdaptThenUnlearnTrainer, judge: Judg
     if trainer.args.grid_images:
         trainer.card_values = trainer.card_values | {"picture": "pictures/after.png"}
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        code = trainer._card_defaults(trainer.args.output_dir)["load_snippet"]
-        tell(trainer, table, code, kind="pipeline", grids=bool(trainer.args.grid_images))
+    if not trainer.is_world_process_zero():
+        return None
+    code = trainer._card_defaults(trainer.args.output_dir)["load_snippet"]
+    return tell(trainer, table, code, kind="pipeline", grids=bool(trainer.args.grid_images))

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .watching import watch
+
 
 if TYPE_CHECKING:
     from ..unlearning.config import UnlearnArguments
@@ -69,6 +71,8 @@ def run_training(trainer: Any) -> None:
     Raises:
         Stopped: by Ctrl-C.
     """
+    if (looks := watch()) is not None:
+        trainer.add_callback(looks.of(trainer))
     try:
         trainer.train(resume_from_checkpoint=resume_argument(trainer.args))
     except KeyboardInterrupt:
@@ -90,8 +94,10 @@ def show_code(lines: Sequence[str]) -> None:
     console().print("\n".join(f"    {line}".rstrip() for line in lines), markup=False)
 
 
-def tell(trainer: Any, table: Table | None, code: str, *, kind: str, grids: bool = False) -> None:
+def tell(trainer: Any, table: Table | None, code: str, *, kind: str, grids: bool = False) -> dict[str, Any]:
     """The end of an unlearning job: what was measured, what did not pass, where things are, and how to load them.
+
+    Returns the same for machines.
 
     Args:
         code (`str`): loads what was saved.
@@ -108,6 +114,15 @@ def tell(trainer: Any, table: Table | None, code: str, *, kind: str, grids: bool
         out.print(f"{name:8} {place}", markup=False)
     out.print("\nLoad it:\n")
     show_code(code.splitlines())
+    return {
+        "figures": [*trainer.results, *getattr(trainer, "outcome_figures", ())],
+        "verdict": "not passed" if trainer.failed_checks else "passed",
+        "failed_checks": [*trainer.failed_checks],
+        "passed_checks": [*trainer.passed_checks],
+        "steps": trainer.state.global_step,
+        "places": places,
+        "load": code,
+    }
 
 
 def command_line(verb: str, arguments: Sequence[str]) -> str:

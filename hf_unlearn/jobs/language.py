@@ -70,7 +70,9 @@ class Asked:
     evaluation: LanguageEvaluation | ChoiceEvaluation
 
 
-def run_language(job: LanguageJob, config: UnlearnSFTConfig, trainer_class: type[UnlearnSFTTrainer]) -> None:
+def run_language(
+    job: LanguageJob, config: UnlearnSFTConfig, trainer_class: type[UnlearnSFTTrainer]
+) -> dict[str, Any] | None:
     """Select, ask, train, ask again, save, and say where things are.
 
     Raises:
@@ -86,7 +88,7 @@ def run_language(job: LanguageJob, config: UnlearnSFTConfig, trainer_class: type
     if not parts.dataset and job.forget_dataset:
         trainer.card_values = replace(parts, dataset=place(job.forget_dataset)[0]).card_values
     asked = _asked(job, trainer, parts)
-    forget_and_tell(trainer, len(parts.forget), partial(_look, asked), partial(_figures, job, asked))
+    return forget_and_tell(trainer, len(parts.forget), partial(_look, asked), partial(_figures, job, asked))
 
 
 def _selected(job: LanguageJob, id_column: str) -> Parts:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .recipe.redirect import RedirectJob
 
 
-def run_redirect(job: RedirectJob) -> None:
+def run_redirect(job: RedirectJob) -> dict[str, Any]:
     """Find the redirection, draw, apply it, draw again, save, and say what is left of the concept's effect.
 
     Raises:
@@ -70,6 +70,13 @@ def run_redirect(job: RedirectJob) -> None:
         out.print(f"{name:9} {place}")
     out.print("\nLoad it:\n")
     show_code(_code(job, pipe, str(folder)).splitlines())
+    return {
+        "figures": {"prompt_effect": {"before": effect.guidance, "after": left}},
+        "verdict": "not passed" if drawn else "passed",
+        "failed_checks": [drawn] if drawn else [],
+        "anchors": redirection.anchors,
+        "places": places,
+    }
 
 
 def _pipeline(job: RedirectJob) -> DiffusionPipeline:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from .recipe.unlearn import UnlearnJob
 
 
-def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[UnlearnTrainer]) -> None:
+def run_unlearn(
+    job: UnlearnJob, config: UnlearnArguments, trainer_class: type[UnlearnTrainer]
+) -> dict[str, Any] | None:
     """Select, train, measure, save, and say where things are.
 
     Raises:
@@ -34,7 +36,7 @@ def run_unlearn(job: UnlearnJob, config: UnlearnArguments, trainer_class: type[U
     check_processes(config)
     parts = select(job, config.id_column)
     trainer = trainer_of(job, config, trainer_class, parts)
-    forget_and_tell(trainer, len(parts.forget), _measure, _figures)
+    return forget_and_tell(trainer, len(parts.forget), _measure, _figures)
 
 
 def trainer_of(
@@ -60,8 +62,8 @@ def forget_and_tell(
     forgotten: int,
     measure: Callable[[UnlearnTrainer], Any],
     figures: Callable[[UnlearnTrainer, Any, Any], list[Figure]],
-) -> None:
-    """Measure, train, measure again, save, and say where things are.
+) -> dict[str, Any] | None:
+    """Measure, train, measure again, save, and say where things are; the first process returns what it said.
 
     Args:
         forgotten (`int`): number of examples to forget.
@@ -72,9 +74,10 @@ def forget_and_tell(
     run_training(trainer)
     trainer.results = figures(trainer, before, measure(trainer))
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        code = trainer.loading_code(trainer.args.output_dir)
-        tell(trainer, _table(trainer, forgotten), code, kind="model")
+    if not trainer.is_world_process_zero():
+        return None
+    code = trainer.loading_code(trainer.args.output_dir)
+    return tell(trainer, _table(trainer, forgotten), code, kind="model")
 
 
 def _model(name: str, config: UnlearnArguments) -> str:

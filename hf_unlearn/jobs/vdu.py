@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import data
 from ..examples.named import DDPMS, TEXT_TO_IMAGE
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .recipe.vdu import VDUJob
 
 
-def run_vdu(job: VDUJob, config: VDUConfig, trainer_class: type[VDUTrainer]) -> None:
+def run_vdu(job: VDUJob, config: VDUConfig, trainer_class: type[VDUTrainer]) -> dict[str, Any] | None:
     """Select, draw, train, draw again, save, and say where things are.
 
     Raises:
@@ -40,7 +40,7 @@ def run_vdu(job: VDUJob, config: VDUConfig, trainer_class: type[VDUTrainer]) -> 
     )
     trainer.card_values = parts.card_values
     # What cannot be measured is said now, and not after the training.
-    forget_and_report(trainer, _judge(parts, trainer, classifier, job.measure_samples) if classifier else None)
+    return forget_and_report(trainer, _judge(parts, trainer, classifier, job.measure_samples) if classifier else None)
 
 
 def _limited(rows: Dataset | None, limit: int | None, seed: int) -> Dataset | None:

@@ -36,7 +36,7 @@ CURVE_FILE = "tradeoff.png"  # α: clean samples that are blocked, T(α): undesi
 Z = 1.959964  # of 95 %
 
 
-def run_evaluate(job: FilterEvaluateJob) -> None:
+def run_evaluate(job: FilterEvaluateJob) -> dict[str, Any]:
     """Draw, judge, write `evaluation.json` and `tradeoff.png`, and print the figures.
 
     Raises:
@@ -73,6 +73,7 @@ def run_evaluate(job: FilterEvaluateJob) -> None:
     _write(job, checker, concept, figures)
     _draw(job, checker.concepts[concept], torch.cat(undesired), values)
     _report(job, checker.concepts[concept], classifier.name, figures)
+    return {"figures": figures, "verdict": figures["promise"] and figures["promise"]["verdict"]}
 
 
 def _concept(job: FilterEvaluateJob, checker: FASTSafetyChecker) -> int:

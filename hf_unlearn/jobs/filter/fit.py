@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 MARKER_SEED, ENCODER_SEED = 1, 2
 
 
-def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
+def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> dict[str, Any]:
     """Mark, draw, fit, save, and say where things are; or write the sheet to mark, where no marks are given.
 
     Args:
@@ -61,8 +62,7 @@ def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
             f"encoder: missing; {type(pipeline).__name__} has no latents to filter by; set it to 'digits', a folder, or an id"
         )
     if not job.marked:
-        _write_sheet(job, source, arguments)
-        return
+        return {"sheets": _write_sheet(job, source, arguments)}
     fitter = FASTFitter(
         encoder, score=job.score, concepts={job.concept: job.description}, seed=job.seed, batch_size=job.batch_size
     )
@@ -83,6 +83,7 @@ def run_fit(job: FilterFitJob, arguments: Sequence[str] = ()) -> None:
     save_filter(job, checker, pipeline)
     pictures = pictures_of(job, checker, source, kept)
     report(job, result[job.concept], source, name, pictures)
+    return {"figures": result[job.concept].figures, "promise": result[job.concept].threshold.promise}
 
 
 def encoder_of(job: FilterFitJob) -> FilterEncoder | None:
@@ -192,7 +193,7 @@ def check_enough(job: FilterFitJob, undesired: int, clean: int) -> None:
         )
 
 
-def _write_sheet(job: FilterFitJob, source: Source, arguments: Sequence[str]) -> None:
+def _write_sheet(job: FilterFitJob, source: Source, arguments: Sequence[str]) -> list[Path]:
     samples = [as_bytes(batch.images) for batch in source.batches(SHEET_SAMPLES, job.looked_at, "drawing samples")]
     pages = write_sheet(torch.cat(samples), job.folder / PRIVATE)
     console().print(
@@ -201,3 +202,4 @@ def _write_sheet(job: FilterFitJob, source: Source, arguments: Sequence[str]) ->
         markup=False,
     )
     show_code([command_line("filter fit", [*arguments, "--undesired", "3", "17", "42"])])
+    return pages

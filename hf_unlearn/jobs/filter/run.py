@@ -20,7 +20,7 @@ GRID = "grid.png"
 IN_GRID = 100
 
 
-def run_filtered(job: FilterRunJob) -> None:
+def run_filtered(job: FilterRunJob) -> dict[str, Any]:
     """Draw, write what is released and what stands in for the rest, and say what the filter said.
 
     Raises:
@@ -53,6 +53,8 @@ def run_filtered(job: FilterRunJob) -> None:
             )
     _write(job.images_folder, images, verdicts, pipe)
     _report(job, verdicts, pipe)
+    figures = {"images": len(verdicts), "not_released": sum(verdict["filtered"] for verdict in verdicts)}
+    return {"figures": figures, "action": pipe.action, "places": {"images": job.images_folder}}
 
 
 def _scores(concepts: tuple[str, ...], values: list[float]) -> dict[str, float | None]:

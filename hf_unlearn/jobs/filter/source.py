@@ -24,6 +24,7 @@ from ...hub.loading import diffusion_task
 from ...modes import seeded_generator
 from ..keys import device_of
 from ..recipe.filter import SMALL, PipelineJob, holds_a_filter
+from ..watching import watch
 
 
 if TYPE_CHECKING:
@@ -177,8 +178,12 @@ class Source:
         size = self.job.batch_size
         parts = [range(first, min(first + size, count)) for first in range(0, count, size)]
         quiet = not sys.stderr.isatty()
-        for numbers in track(parts, title, console=Console(stderr=True), transient=True, disable=quiet):
-            yield self.draw(purpose, numbers)
+        drawn = range(len(parts))
+        if (looks := watch()) is not None:  # what is marked is drawn whole
+            drawn = looks.batches(title, len(parts), purpose == UNMARKED or not getattr(self.job, "marked", True))
+        shown = {"console": Console(stderr=True), "transient": True, "disable": quiet}
+        for number in track(drawn, title, total=len(parts), **shown):
+            yield self.draw(purpose, parts[number])
 
 
 # What a user reads

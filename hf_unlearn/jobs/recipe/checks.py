@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ...training.checks import check_fields, shown
@@ -55,6 +56,25 @@ def check_numbers(undesired: Sequence[int] | None, looked_at: int, *, others: st
         raise ValueError("undesired: is empty; name at least one sample, or leave it out to be given the sheet")
     if undesired is not None and len(set(undesired)) == looked_at:
         raise ValueError(f"undesired: names all {looked_at} samples, none is left as {others}; raise looked_at")
+
+
+def check_folders(given: Mapping[str, Any]) -> None:
+    """Refuse a folder to write to that can be none: no name, or a file in its place or above it.
+
+    Args:
+        given: keys and values; those that end in `_dir` name folders.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for name, value in given.items():
+        if not name.endswith("_dir") or not isinstance(value, str) or not value:
+            continue
+        if not value.strip():
+            raise ValueError(f"{name}={shown(value)}: is blank; name a folder")
+        path = Path(value)
+        if file := next((above for above in (path, *path.parents) if above.is_file()), None):
+            raise ValueError(f"{name}: {shown(str(file))} is a file; name a folder")
 
 
 def check_device(device: str | None) -> None:

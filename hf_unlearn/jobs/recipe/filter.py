@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from ...examples.named import DDPMS, GANS
 from ...hub.allowed import FILTERED, PIPELINE
-from ...training.checks import check_fields
+from ...training.checks import SEEDS, check_fields
 from .checks import check_at_most_one, check_device, check_needs, check_numbers
 
 
@@ -63,7 +63,7 @@ class PipelineJob:
             raise ValueError("output_dir: missing; set it to the folder of the filter")
         if self.prompts is not None and not (self.prompts and all(prompt.strip() for prompt in self.prompts)):
             raise ValueError("prompts: has nothing to ask for; list some, or leave it out")
-        check_fields(self, {"≥ 1": ("batch_size", "num_inference_steps")} | self._ranges)
+        check_fields(self, {"≥ 1": ("batch_size", "num_inference_steps"), SEEDS: ("seed",)} | self._ranges)
         check_device(self.device)
         if self.pipeline in SMALL:
             for name in ("pipeline_revision", "prompts", "guidance_scale", "dtype"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ...training.checks import check_fields, check_is_not_original
 from .checks import check_adapter, check_at_most_one
@@ -40,6 +40,7 @@ class InfluenceJob:
     """
 
     _argument_group_name = "model and data"
+    is_trained_from: ClassVar[tuple[str, ...]] = tuple(BELONG)  # models that are built, and not loaded
 
     method: str | None = None
     model: str | None = None

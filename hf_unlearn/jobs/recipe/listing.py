@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from .declared import UNKNOWN, Key
 from .methods import Method
-from .reading import RECIPES, described, shipped_recipes
+from .reading import RECIPES, described, load_recipe, shipped_recipes
 
 
 WIDTH = 119
@@ -78,19 +78,37 @@ def methods_of(methods: Mapping[str, Method]) -> str:
     return "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in lines)
 
 
+def listed() -> list[dict[str, Any]]:
+    """The recipes that come with the package, for machines: `name`, `verb`, what it does (`about`), what it `needs` and `takes`, its `keys`."""
+    found = []
+    for name in shipped_recipes():
+        text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+        verb = re.search(rf"^#   hf-unlearn ((?:filter )?\w+) --config recipes/{name}\.yaml", text, re.MULTILINE)
+        said: dict[str, str] = {}
+        field = None
+        for line in text.splitlines()[1:]:
+            begins = re.match(r"# (Needs|Takes): (.*)", line)
+            if begins:
+                field = begins[1].lower()
+                said[field] = begins[2]
+            elif field == "takes" and re.match(r"# [a-z]", line):  # goes on
+                said[field] += f" {line.removeprefix('# ')}"
+            else:
+                field = None
+        about = text.partition("\n")[0].removeprefix("# ")
+        keys = load_recipe(name)[1]
+        found.append({"name": name, "verb": verb[1], "about": about, **said, "keys": keys})
+    return found
+
+
 def recipes() -> str:
     """The recipes that come with the package: the verb, what they need, how long they take, and what they do."""
     parts = []
-    for name in shipped_recipes():
-        text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
-        verb = re.search(r"hf-unlearn ((?:filter )?\w+) ", text)
-        what, *about = text.splitlines()
-        lines = [what.removeprefix("# ")]
-        for line in about:
-            field, _, value = line.removeprefix("# ").partition(": ")
-            if field in ("Needs", "Takes"):
-                lines.append(f"{field.lower()} {value}")
-        parts.append(f"  {name} ({verb[1]})")
-        for line in lines:
+    for recipe in listed():
+        parts.append(f"  {recipe['name']} ({recipe['verb']})")
+        for line in (
+            recipe["about"],
+            *(f"{field} {recipe[field]}" for field in ("needs", "takes") if field in recipe),
+        ):
             parts += textwrap.wrap(line, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(parts)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_type_hints
 import hf_unlearn
 
 from ...training.checks import shown
+from .checks import check_folders
 from .declared import UNKNOWN, Key, docstring_of, helps_of, keys_of
 from .reading import UsageError, load_recipe, nearest, of_command_line, of_recipe, one
 
@@ -61,12 +62,30 @@ class Method(NamedTuple):
         kind = getattr(import_module(module), name)
         own = {key: value for key, value in given.items() if key in {field.name for field in fields(kind)}}
         try:
+            check_folders(given)
             job = kind(**own)
             if config:
                 job.check_config({key: value for key, value in given.items() if key in _keys(*config[0])})
         except ValueError as error:
             raise UsageError(str(error)) from error
         return job
+
+    def settings(self, job: Any, given: Mapping[str, Any]) -> Any:
+        """The config, of the method's own defaults and what is given; None where there is none. Imports the libraries.
+
+        Raises:
+            UsageError: the config refuses a value.
+        """
+        if self.config is None:
+            return None
+        config = getattr(hf_unlearn, self.config)
+        own = {key: value for key, value in given.items() if key in _keys(*_exported(self.config))}
+        try:
+            return (config.paper if getattr(job, "preset", None) else config)(
+                **(getattr(job, "defaults", dict)() | own)
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
     def runner(self, job: Any, given: Mapping[str, Any]) -> Any:
         """What runs a job, as a function of no arguments. From here on, the libraries are imported.
@@ -78,15 +97,7 @@ class Method(NamedTuple):
         run = getattr(import_module(f"hf_unlearn.jobs.{module}"), name)
         if self.config is None:
             return partial(run, job)
-        config = getattr(hf_unlearn, self.config)
-        own = {key: value for key, value in given.items() if key in _keys(*_exported(self.config))}
-        try:
-            settings = (config.paper if getattr(job, "preset", None) else config)(
-                **(getattr(job, "defaults", dict)() | own)
-            )
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        return partial(run, job, settings, getattr(hf_unlearn, self.trainer))
+        return partial(run, job, self.settings(job, given), getattr(hf_unlearn, self.trainer))
 
 
 UNLEARN = {
@@ -163,11 +174,19 @@ def read(
     Raises:
         UsageError: naming the recipe, the key and the fix.
     """
+    recipe, command = read_apart(method, given, others, help=help)
+    return recipe | command
+
+
+def read_apart(
+    method: Method, given: Mapping[str, Sequence[str]], others: Sequence[Method] = (), *, help: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As [`read`]: the recipe's values, and the command line's."""
     keys, otherwise = method.keys, f"{help} lists the keys"
     path, given = one(given, "config"), {name: words for name, words in given.items() if name != "config"}
     values = of_command_line(given, keys, otherwise)
     foreign = [name for other in others for name in other.keys]
-    return values if path is None else of_recipe(path, keys, foreign, otherwise) | values
+    return {} if path is None else of_recipe(path, keys, foreign, otherwise), values
 
 
 def chosen(given: Mapping[str, Sequence[str]], methods: Mapping[str, Method]) -> str:
@@ -188,3 +207,38 @@ def chosen(given: Mapping[str, Sequence[str]], methods: Mapping[str, Method]) ->
             f"method: {shown(name)} is not one of {known}; {nearest(str(name), methods, 'choose one of them')}"
         )
     return name
+
+
+def of_any_verb(
+    given: Mapping[str, Sequence[str]], verbs: Mapping[str, Mapping[str, Method]]
+) -> tuple[str, str, Mapping[str, Method]]:
+    """The verb that a recipe is for, told by its `method` and its other keys: verb, method, and the verb's methods.
+
+    Args:
+        verbs: methods by verb; one of a single method has recipes without the key `method`.
+
+    Raises:
+        UsageError: it is for none of them, or a key is wrong.
+    """
+    words = {name: values for name, values in given.items() if name not in ("config", "method")}
+    path, name = one(given, "config"), one(given, "method")
+    if path is None and name is None:
+        raise UsageError("config: missing; give a recipe, as in hf-unlearn estimate pbu_digits")
+    recipe = {} if path is None else load_recipe(path)[0]
+    name = name or recipe.get("method")
+    found = [(verb, name or next(iter(methods)), methods) for verb, methods in verbs.items()
+             if name in methods or (name is None and len(methods) == 1)]  # fmt: skip
+    known = ", ".join(verbs)
+    if not found:
+        what = "method: missing" if name is None else f"method: {shown(name)} takes no steps, or is none"
+        raise UsageError(f"{what}; give a recipe of {known}")
+
+    def unknown(candidate: tuple[str, str, Mapping[str, Method]]) -> int:
+        _, name, methods = candidate
+        every = set(methods[name].keys) | {"method"}
+        return len([key for key in (*recipe, *words) if key not in every])
+
+    best = min(found, key=unknown)
+    if name is None and recipe.keys() | words.keys() and "pipeline" not in (recipe | words):
+        raise UsageError(f"method: missing; give a recipe of {known}")
+    return best

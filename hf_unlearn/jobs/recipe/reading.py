@@ -25,6 +25,7 @@ OF_LABELS = {
 }  # fmt: skip
 TRUTH = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
 NULL = "null"
+FLAGS = ("json", "dry_run")  # that the command line takes apart from keys
 READERS = {
     bool: lambda word: TRUTH[word.lower()],
     int: int,
@@ -71,6 +72,8 @@ def options(arguments: Sequence[str], named: str | None = None) -> dict[str, lis
             key, equals, value = argument.removeprefix("--").partition("=")
             if first and key == named:
                 raise UsageError(f"{named}: given twice, as words and by --{named}; keep one of them")
+            if equals and key.replace("-", "_") in FLAGS:
+                raise UsageError(f"--{key}: takes no value; write it alone")
             words = found[key.replace("-", "_")] = [value] if equals else []
         elif words is not None:
             words.append(argument)

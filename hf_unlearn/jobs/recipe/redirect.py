@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...training.checks import check_fields, check_is_not_original
+from ...training.checks import SEEDS, check_fields, check_is_not_original
 from .checks import check_device
 
 
@@ -68,7 +68,7 @@ class RedirectJob:
         if not self.output_dir:
             raise ValueError("output_dir: missing; set it to the folder that gets the pipeline")
         ranges = {"≥ 1": ("lora_rank", "num_inference_steps", "batch_size"), "> 0": ("strength", "ridge")}
-        check_fields(self, ranges | {"≥ 0": ("keep_weight", "grid_images")})
+        check_fields(self, ranges | {"≥ 0": ("keep_weight", "grid_images"), SEEDS: ("seed",)})
         check_device(self.device)
         check_is_not_original(self.output_dir, self.model)
 
