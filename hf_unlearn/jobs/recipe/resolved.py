@@ -18,6 +18,7 @@ MODELS = {"model", "original", "retrained", "classifier", "marker", "encoder", "
 SEEDS = {"marker": 1, "encoder": 2}  # of the classifier of digits that has this part
 ROWS = {"dataset", "eval_forget", "eval_kept", "eval_heldout"}
 MODEL_FILES = ("config.json", "model_index.json", "adapter_config.json")
+LONGEST = 60  # characters of a value, for people
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Resolved:
 
     def lines(self) -> list[str]:
         """For people."""
-        parts = [("keys", [(v.key, _word(v.value), v.source) for v in self.keys if v.value is not None])]
+        parts = [("keys", [(v.key, _short(_word(v.value)), v.source) for v in self.keys if v.value is not None])]
         parts.append(("reads", [(p.key, p.value, p.where) for p in self.reads]))
         parts.append(("writes", [(t.key, t.value, t.now) for t in self.writes]))
         lines = []
@@ -66,6 +67,10 @@ class Resolved:
             widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
             lines += [title, *(f"  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)]
         return [*lines, "Nothing was run or written."]
+
+
+def _short(word: str) -> str:
+    return word if len(word) <= LONGEST else f"{word[: LONGEST - 1]}…"
 
 
 def resolved(method: Method, recipe: Mapping[str, Any], command: Mapping[str, Any]) -> Resolved:
