@@ -30,7 +30,7 @@ from .in_run.ghost import GhostRecorder
 from .propagated.optimizers import FlatOptimizer
 from .propagated.sweep import Sweep
 from .propagated.trajectory import Trajectory
-from .report.observations import Observations
+from .report.kept import RECORDS, burnt_in
 from .report.records import read_observations
 from .report.report import InfluenceReport
 from .report.shuffling import ShufflingMeter
@@ -103,7 +103,6 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
         self._normalised_by: str | None = None
         self._first_step, self._largest_gradient = 0, 0.0
         self._micro: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._scale = 1.0
         self._begun = False
         self._check_batches()
         self.add_callback(_Observer(self))
@@ -159,7 +158,7 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
     @property
     def records_dir(self) -> Path:
         """Where the observations of the run lie; private, since they tell of the training data."""
-        return self.private_dir / "influence"
+        return self.private_dir / RECORDS
 
     def _train(self, checkpoint: str | None, **kwargs):
         self._recorder, self._trajectory, self._noted, self._micro, self._is_swept = None, None, False, [], False
@@ -346,8 +345,9 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
                 losses.append(self._target_sets.losses(trainer.model))
         measured = torch.stack(losses).double().var(0).cpu().numpy()
         observations, _ = read_observations(self.records_dir)
-        own = np.square(observations.since(self._burnt_in(observations)).sigma)
-        self._scale = float(np.sqrt(measured.sum() / own.sum()))
+        own = np.square(observations.since(burnt_in(self.args.burn_in, observations)).sigma)
+        if self._recorder is not None:
+            self._recorder.describe(scale=float(np.sqrt(measured.sum() / own.sum())))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -370,15 +370,7 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
             )
         if self._recorder is not None:
             self._recorder.flush()
-        observations, manifest = read_observations(self.records_dir)
-        return InfluenceReport.from_observations(
-            observations, manifest, burn_in=self._burnt_in(observations), scale=self._scale
-        )
-
-    def _burnt_in(self, observations: Observations) -> int:
-        """A share of the steps that were taken: a run may be stopped early. The last one always counts."""
-        last = int(max(observations.steps.step, default=0))
-        return min(round(self.args.burn_in * (last + 1)), last)
+        return InfluenceReport.from_run(self.args.output_dir)
 
     def _build_ghost(self) -> GhostRecorder:
         ghost = GhostRecorder(self.model, layers=self.args.layers)

@@ -29,6 +29,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from hf_unlearn.influence.report.observations import step_statistics
+from hf_unlearn.influence.report.report import InfluenceReport
 from hf_unlearn.influence.report.shuffling import ShufflingMeter
 from hf_unlearn.influence.trainer import InfluenceTrainer
 
@@ -600,7 +601,43 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
+class Dies(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise ConnectionError("as if it were killed")
+
+
 class TestReport:
+    def test_of_a_run_whose_trainer_is_gone(self, tmp_path):
+        """The steps that were closed before it died, as an unbroken run has them."""
+        args = settings(tmp_path / "whole", max_steps=6, burn_in=0.25)
+        whole = trained(mlp(), args, vectors(10), vectors(3, seed=1)).influence
+        args = settings(tmp_path / "dead", max_steps=6, burn_in=0.25)
+        trainer = InfluenceTrainer(
+            mlp(), args, train_dataset=vectors(10), target_dataset=vectors(3, seed=1), callbacks=[Dies()]
+        )
+        with pytest.raises(ConnectionError):
+            trainer.train()
+        del trainer
+        report = InfluenceReport.from_run(tmp_path / "dead", confidence=0.8)
+        assert report.observations.steps.step.tolist() == [0, 1, 2]
+        assert (report.burn_in, report.confidence) == (1, 0.8)
+        early = whole.observations.step < 3
+        np.testing.assert_allclose(report.observations.value, whole.observations.value[early], rtol=1e-5, atol=1e-9)
+        expected = InfluenceReport.from_observations(report.observations, report.manifest, burn_in=1, confidence=0.8)
+        np.testing.assert_array_equal(report.dataset["mu"][:], expected.dataset["mu"][:])  # some are NaN
+        np.testing.assert_array_equal(report.dataset["mu_low"][:], expected.dataset["mu_low"][:])
+
+    @pytest.mark.parametrize("made", [False, True])
+    def test_of_a_folder_without_a_run(self, made, tmp_path):
+        if made:
+            (tmp_path / "x" / "_private").mkdir(parents=True)
+        with pytest.raises(
+            ValueError,
+            match=r"^output_dir='[^\n]*x': holds no records of an influence run [^\n]*give the output_dir of one$",
+        ):
+            InfluenceReport.from_run(tmp_path / "x")
+
     @pytest.mark.parametrize("observation", ["in_run", "propagated"])
     def test_a_run_that_was_stopped_early(self, observation, tmp_path):
         """A share of the steps that were taken is burnt in, and never all of them."""

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 from scipy.special import stdtr
 
-from ...files import kept_private
 from ...tradeoff.discoveries import benjamini_hochberg, z_scores
 from ...tradeoff.estimate import Method
 from .groups import Groups, group_mu, members_of, positions_of
+from .kept import Kept
 from .observations import Observations
-from .records import read_observations, write_observations
 from .shown import Shown
 
 
@@ -29,15 +24,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-MARKER = "report.json"
-FORMAT = 1
 COLUMNS = ("sample_id", "target", "mu", "mu_low", "mu_high", "z", "p_value", "n_observations")
 
 Side = Literal["helpful", "harmful", "both"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class InfluenceReport(Shown):
+class InfluenceReport(Kept, Shown):
     r"""μ of every training example on every target, and what can be asked of it.
 
     $$ \mu_c(S) = \sum_t \delta_{t,c}(S) \,/\, \big(\texttt{scale} \cdot \sqrt{\textstyle\sum_t \sigma^2_{t,c}}\big) $$
@@ -368,52 +361,6 @@ class InfluenceReport(Shown):
         rows = [row_of[sample_id] for sample_id in self._position] * len(self.targets)
         attached = dataset.select_columns(columns).with_format("arrow")[rows]
         return replace(self, dataset=_with_columns(self.dataset, attached, dataset.features))
-
-    # To keep
-
-    def save_to_disk(self, folder: str | Path) -> None:
-        """Write dataset, observations and manifest into a folder that is complete or not there.
-
-        A report that is there is replaced.
-
-        Raises:
-            ValueError: the folder holds something else.
-        """
-        folder = Path(folder)
-        if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"folder={str(folder)!r}: holds something else than a report; choose another one")
-        partial, old = (folder.with_name(f"{folder.name}.{state}") for state in ("partial", "old"))
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with kept_private(partial):
-            self.dataset.save_to_disk(partial / "dataset")
-            manifest = {**self.manifest, "targets": list(self.targets)}
-            write_observations(partial / "observations", self.observations, manifest)
-            settings = {"scale": self.scale, "burn_in": self.burn_in, "confidence": self.confidence}
-            about = {"format": FORMAT, **settings, "manifest": self.manifest}
-            (partial / MARKER).write_text(json.dumps(about, indent=2))
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-    @classmethod
-    def load_from_disk(cls, folder: str | Path) -> InfluenceReport:
-        """What [`~InfluenceReport.save_to_disk`] wrote into `folder`; needs neither the model nor the trainer.
-
-        Raises:
-            ValueError: there is no report, or one of another version of this file.
-        """
-        import datasets
-
-        folder = Path(folder)
-        if not (folder / MARKER).is_file():
-            raise ValueError(f"folder={str(folder)!r}: holds no influence report (no {MARKER})")
-        settings = json.loads((folder / MARKER).read_text())
-        if settings.pop("format", None) != FORMAT:
-            raise ValueError(f"folder={str(folder)!r}: has another format, this version reads {FORMAT}")
-        observations, _ = read_observations(folder / "observations")
-        return cls(datasets.load_from_disk(folder / "dataset"), observations, **settings)
 
 
 def _z_scores(mu: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from rich.console import Console
 from scipy.special import stdtr
 
 from hf_unlearn.influence.checks import target_sets_of
+from hf_unlearn.influence.report import kept
 from hf_unlearn.influence.report import report as module
 from hf_unlearn.influence.report.report import InfluenceReport
 from hf_unlearn.influence.report.shuffling import Shuffling
@@ -545,7 +546,7 @@ def test_a_report_that_could_not_be_written_is_not_there(report, tmp_path, monke
     def full(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(module, "write_observations", full)
+    monkeypatch.setattr(kept, "write_observations", full)
     with pytest.raises(OSError, match="no space left"):
         report.save_to_disk(tmp_path / "report")
     with pytest.raises(ValueError, match=r"^folder=.*: holds no influence report \(no report.json\)$"):
