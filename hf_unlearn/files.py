@@ -1,4 +1,4 @@
-"""A file or a folder is whole or not there, and what cannot be loaded is named."""
+"""A file or a folder is whole or not there, and what cannot be loaded is named. Imports torch only to read or write tensors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 PRIVATE = "_private"  # folder of an output_dir: what could undo the unlearning, or tells what was forgotten
@@ -40,6 +42,8 @@ def kept_private(path: str | Path) -> Iterator[Path]:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a `.safetensors` file through a temporary name, so that a kill never leaves half of one."""
+    from safetensors.torch import save_file
+
     with kept_private(path) as path:
         partial = path.with_name(path.name + ".partial")
         save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, partial, metadata)
@@ -52,6 +56,8 @@ def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> dict[s
     Raises:
         ValueError: the file is damaged.
     """
+    from safetensors.torch import load_file
+
     with undamaged(path):
         tensors = load_file(path)
     return {name: value.to(device) for name, value in tensors.items()}  # safetensors 0.8 refuses "cpu:0" (gloo)

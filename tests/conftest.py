@@ -13,6 +13,7 @@ if os.environ.get("HF_UNLEARN_TESTS_MKL") != "default":
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from building import build
 
 from hf_unlearn.examples import datasets as example_data
 
@@ -32,13 +33,6 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-
-
-def build(model_class, config):
-    """`model_class(config)` in eval mode, always with the same weights; the global random state is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return model_class(config).eval()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build
+from building import build
 
 import hf_unlearn
 

@@ -64,7 +64,14 @@ class TestWheel:
         """`(wheel, folder that it is installed to)`; its dependencies are those of this environment."""
         folder = tmp_path_factory.mktemp("wheel")
         source = folder / "source"
-        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "demo", "outputs", "build", "*.egg-info"))
+        made = {"demo", "outputs", "build", "dist", "site"}
+
+        def ignored(folder, names):
+            return [name for name in names if name.endswith(".egg-info") or name.startswith(".")] + [
+                name for name in names if Path(folder) == ROOT and name in made
+            ]
+
+        shutil.copytree(ROOT, source, ignore=ignored)
         run(sys.executable, ROOT / ".ci" / "addresses.py", "https://example.org/me/hf_unlearn/", source)
         build = ("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source)
         run(sys.executable, "-m", "pip", *build)

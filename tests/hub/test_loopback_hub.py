@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_unlearn.examples.loopback_hub import LoopbackHub
+from hf_unlearn.hub.allowed import RECORD
 
 
 LARGE = bytes(range(256)) * 40
@@ -154,10 +155,12 @@ class TestClient:
     def test_publishes_what_may_be_seen_as_it_was_told(self, client):
         hub, got = client
         assert got["published"] == got["republished"]
-        assert read(got["of a branch"]) == hub.files("me/published", "v/1") == PUBLISHABLE
+        published = hub.files("me/published", "v/1")
+        assert read(got["of a branch"]) == published
+        assert {name: content for name, content in published.items() if name != RECORD} == PUBLISHABLE
         assert hub.files("me/published") == {}
         oid, message, private = got["secret"]
-        assert hub.files("me/secret") == hub.files("me/secret", oid) == PUBLISHABLE
+        assert hub.files("me/secret") == hub.files("me/secret", oid) == published
         assert (message, private, got["open"]) == ("Once", True, False)
         assert hub.tokens == {"hf_loopback", "hf_mine"}
 

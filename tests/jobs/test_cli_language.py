@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_unlearn import ChoiceEvaluation, LanguageEvaluation, cli
-from hf_unlearn.jobs.language import _readable, _selected
+from hf_unlearn.jobs.language import _selected, readable
 from hf_unlearn.jobs.recipe.language import LanguageJob
 from hf_unlearn.jobs.recipe.reading import RECIPES
 from hf_unlearn.jobs.selecting import rows_of
@@ -160,7 +160,7 @@ class TestShapes:
         )
 
         def scores(folder, config):
-            rows = _readable(job, load_dataset(str(twins / "TOFU"), config, split="train"), "rows")
+            rows = readable(job, load_dataset(str(twins / "TOFU"), config, split="train"), "rows")
             assert rows[0]["prompt"][0] == {"role": "system", "content": keys["system_prompt"]}
             return LanguageEvaluation(rows, tokenizer, max_length=128)(AutoModelForCausalLM.from_pretrained(folder))
 
@@ -234,7 +234,7 @@ class TestShapes:
         assert ("ROUGE-L recall on the forgotten examples", "verbmem:forget") in told
         assert ("ROUGE-L recall on the forgotten examples", "privleak:forget") not in told  # nothing is asked
         assert ("Membership attack by loss, AUC", "privleak:forget") in told
-        rows = _readable(LanguageJob(model="x", forget_dataset="x"), rows_of(f"{news}:verbmem", "rows"), "rows")
+        rows = readable(LanguageJob(model="x", forget_dataset="x"), rows_of(f"{news}:verbmem", "rows"), "rows")
         assert rows[0] == {
             "id": 0,
             "prompt": "The order 0 never arrived",
@@ -258,7 +258,7 @@ class TestShapes:
             model="x", forget_dataset=f"{twins}/TOFU:forget10", retain_dataset=f"{twins}/TOFU:retain90", chat=True
         )
         parts = _selected(job, "id")
-        told = _readable(
+        told = readable(
             replace(job, chat_template_kwargs={"date_string": "10 Apr 2025"}),
             rows_of(job.forget_dataset, "rows"),
             "rows",

@@ -193,9 +193,9 @@ def test_stopped_it_says_where_things_are(tmp_path, monkeypatch, capsys, made, w
 
 def test_a_file_is_no_folder(tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
-    assert cli.main(["demo", "--output_dir", str(tmp_path / "out")]) == 1
+    assert cli.main(["demo", "--output_dir", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == (
-        f"hf-unlearn: error: output_dir: {str(tmp_path / 'out')!r} is a file; choose another folder\n"
+        f"hf-unlearn: error: output_dir: {str(tmp_path / 'out')!r} is a file; name a folder\n"
     )
     assert (tmp_path / "out").read_text() == "mine"
 

@@ -155,7 +155,7 @@ def test_what_is_logged_beside_leaves_the_losses_their_turn():
 RUN = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[1])
-from conftest import build
+from building import build
 from vdu_data import arguments, images
 from diffusers import DDPMPipeline
 from hf_unlearn import VDUTrainer

@@ -1,6 +1,7 @@
 """Every run ends with a sentence on what became of what was to be forgotten; what went wrong is warned of and in the card."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -121,4 +122,4 @@ class TestClassifiers:
         trainer = UnlearnTrainer(tiny_vit, args, forget_dataset=images(8, [3]))
         assert "nan" in ended(trainer)
         assert trainer.failed_checks[0] == "The model is destroyed: its loss on the forget set is not finite."
-        assert "nan" not in trainer.model_card(tmp_path).content
+        assert re.search(r"\bnan\b", trainer.model_card(tmp_path).content) is None

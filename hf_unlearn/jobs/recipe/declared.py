@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -111,8 +112,11 @@ def helps_of(docstring: str) -> dict[str, str]:
 def _source(module: str) -> tuple[ast.Module, str]:
     """What a module says, and the package that its relative imports start from."""
     path = None
-    for part in module.split("."):  # `find_spec` would import the packages above
-        spec = PathFinder.find_spec(part, path)
+    for part in module.split("."):  # `find_spec` of importlib would import the packages above
+        known = (
+            sys.modules.get(part) if path is None else None
+        )  # this package, which may be installed in a way that no path tells
+        spec = known.__spec__ if known is not None else PathFinder.find_spec(part, path)
         if spec is None or spec.origin is None:
             raise LookupError(module)
         path = spec.submodule_search_locations

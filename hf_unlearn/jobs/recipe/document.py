@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files import PRIVATE
 
-PRIVATE = "_private"
+
 LISTED = 1000  # files, at most
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 import transformers
@@ -44,6 +45,8 @@ PROCESSORS = {
     "no rescale": ViTImageProcessorPil(size=SQUARE, do_rescale=False, do_normalize=False),
     "other rescale": ViTImageProcessorPil(size=SQUARE, rescale_factor=1 / 127.5, do_normalize=False),
 }
+
+OLD_PIL = int(PIL.__version__.partition(".")[0]) < 13
 
 
 def build(model_class, config):
@@ -138,7 +141,8 @@ class TestPreprocessing:
             ours, stock = preprocessing.prepare([image]), processor(image, return_tensors="pt")["pixel_values"]
             assert ours.shape == stock.shape
             error = (ours - stock) * torch.tensor(preprocessing.std).reshape(-1, 1, 1) * 255
-            assert error.abs().max() < 1.2  # PIL rounds twice to a whole number
+            # PIL rounds twice to a whole number; before 13 it is further off where one side grows and the other shrinks.
+            assert error.abs().max() < (8 if OLD_PIL and size == (17, 90) else 1.2)
             assert error.abs().mean() < 0.4
 
     def test_grey_encoder(self):

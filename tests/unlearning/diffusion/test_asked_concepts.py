@@ -30,7 +30,9 @@ KEPT = ["a red house", "the old blue guitar"]
 
 
 def redirected(pipe, concept="cat", **given):
-    return redirect_concept(pipe, concept, **({"anchor": "horse", "keep": KEPT, "measure": False} | given))
+    return redirect_concept(
+        pipe, concept, **({"anchor": "horse", "keep": KEPT, "keep_weight": 1.0, "measure": False} | given)
+    )
 
 
 def weights(pipe):

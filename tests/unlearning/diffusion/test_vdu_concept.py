@@ -128,7 +128,7 @@ class TestTheFirstAct:
         assert outcome.original["effect"] == pytest.approx(7.5)
         logged = [row["prompt_effect"] for row in trainer.state.log_history if "prompt_effect" in row]
         assert logged == [pytest.approx(outcome.now["effect"], rel=1e-4)] * 2
-        assert abs(outcome.now["effect"]) < 0.9 * outcome.original["effect"]
+        assert abs(outcome.now["effect"]) < 0.95 * outcome.original["effect"]
 
     # With T5 a thousand kept prompts of 256 tokens are encoded, twice.
     @pytest.mark.parametrize(

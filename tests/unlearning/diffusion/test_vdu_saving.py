@@ -151,7 +151,7 @@ class TestPrompted:
         with pytest.raises(ValueError, match="^allow_adapter=False: an adapter can be taken off"):
             check_publishable(out)
         published = assert_tells_nothing(out, ["secret", str(tmp_path)], allow_adapter=True)
-        assert published == ["README.md", "pytorch_lora_weights.safetensors"]
+        assert published == ["README.md", "provenance.json", "pytorch_lora_weights.safetensors"]
         # Its card loads it onto the original.
         trainer.base_model = "someone/original"
         text = trainer.model_card("me/without").text
@@ -190,8 +190,8 @@ class TestUnprompted:
         """Only the pipeline is published; beside it lies what is private, which no copy gets; checkpoints are the denoiser."""
         folder, trainer = saved
         published = [
-            "README.md", "model_index.json", "pictures/after.png", "scheduler/scheduler_config.json", "unet/config.json",
-            "unet/diffusion_pytorch_model.safetensors",
+            "README.md", "model_index.json", "pictures/after.png", "provenance.json", "scheduler/scheduler_config.json",
+            "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
         ]  # fmt: skip
         assert check_publishable(folder) == published
         private = {
@@ -227,7 +227,7 @@ class TestUnprompted:
             "t_range": [0.0, 0.8], "trainable": ["all"], "own_samples": 16, "learning_rate": 0.01,
         }  # fmt: skip
         for name, value in expected.items():
-            assert json.loads(settings[f"`{name}`"]) == value
+            assert json.loads(settings[f"`{name}`"].replace("\\", "")) == value
         for name in ("bn", "fisher", "fisher_samples", "forget_accuracy", "forget_prompts", "replay_prompts"):
             assert f"`{name}`" not in settings
         assert str(folder.parent) not in card.content

@@ -275,6 +275,7 @@ class TestSaving:
             "generator/diffusion_pytorch_model.safetensors",
             "model_index.json",
             "pictures/after.png",
+            "provenance.json",
         ]
         assert GANPipeline.from_pretrained(finished.out).discriminator is None
         private = {path.name for path in (finished.out / "_private").iterdir()}
