@@ -202,7 +202,13 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
         costs = results("text_to_image_cost") if there else None
         bench = results("text_to_image_bench_coloured-digits-stable-diffusion-0-0")
         found["text_to_image"].append(
-            text_to_image_report.render(results("text_to_image"), results("text_to_image_tuning"), costs, bench)
+            text_to_image_report.render(
+                results("text_to_image"),
+                results("text_to_image_tuning"),
+                costs,
+                bench,
+                results("text_to_image_defaults"),
+            )
         )
     return {page: parts for page, parts in found.items() if parts}
 

@@ -227,6 +227,32 @@ def chosen(tuning: dict, labels: dict) -> str:
     return "\n".join(lines)
 
 
+PARTS = {
+    "closed_form": {"keep_weight": "keep_weight", "ridge": "ridge"},
+    "replay": {"replay_weight": "replay_weight"},
+}
+SEEN = {"forgotten": "still drawn", "rest": "rest", "others": "others", "unprompted": "no prompt"}
+
+
+def defaults(found: dict, part: str) -> str:
+    """What settings of ours do on the concepts that they were chosen on: mean / worst."""
+    rows: dict[tuple, list[dict]] = {}
+    for name, row in found.items():
+        if name.startswith(f"{part} "):
+            rows.setdefault(tuple(row[key] for key in PARTS[part]), []).append(row)
+    seen = [key for key in SEEN if key in next(iter(rows.values()))[0]]
+    headings = [*PARTS[part].values(), *(SEEN[key] for key in seen)]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for values, some in sorted(rows.items()):
+        entries = [
+            "{:.1f} / {:.0f}".format(statistics.mean(shares), (min if key in ("rest", "others") else max)(shares))
+            for key in seen
+            if (shares := [100 * row[key] for row in some])
+        ]
+        lines.append(f"| {' | '.join(f'{value:g}' for value in values)} | {' | '.join(entries)} |")
+    return "\n".join(lines)
+
+
 def cost_table(cost: dict) -> str:
     columns = ["shape", "U-Net / text encoders", "concepts", "encoding", "solving", "changing weights", "together", "from scratch", "peak memory / weights"]  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -252,7 +278,7 @@ def followed(bench: dict) -> str:
 """
 
 
-def render(results: dict, tuning: dict, cost: dict | None, bench: dict) -> str:
+def render(results: dict, tuning: dict, cost: dict | None, bench: dict, tried: dict) -> str:
     """The page's part."""
     cells, budget, labels = results["cells"], results["budget"], results["labels"]
     search, finetuning = budget["search"], budget["finetuning"]
@@ -275,7 +301,7 @@ features to real pictures without the concept.
 Ours are given one word and choose the anchor themselves, unless it says "given". All others are given more: the anchor ({anchors}), the closed forms all other words
 as what is to be kept, what is trained on prompts all usual prompts for the concept and the same with the anchor, where it takes one. Peers that are trained have
 at most {budget["max_steps"]} steps of {budget["per_device_train_batch_size"]} pictures; rate ({rates}) and steps ({looks}), and what else there is to choose, were chosen by a composite on another concept,
-"{budget["tuned_on"]}" (below); ours were not.
+"{budget["tuned_on"]}" (below); the defaults of ours on other concepts than those of this page, too.
 
 {followed(bench)}
 {left(cells, labels)}
@@ -315,6 +341,17 @@ The composite is the harmonic mean of what is forgotten (asked, paraphrase, syno
 row's, each of the original's and at most 1.
 
 {chosen(tuning, labels)}
+
+Defaults of ours (`python benchmarks/text_to_image_defaults.py`), on {", ".join(dict.fromkeys(row["concept"] for row in tried.values()))}, anchors chosen; percent, mean / worst over concepts. What is
+still drawn is asked for in three wordings. Of the closed form, what is kept beside one concept, and the ridge:
+
+{defaults(tried, "closed_form")}
+"""
+    if any(name.startswith("replay ") for name in tried):
+        text += f"""
+Of VDU alone, the weight of what is replayed:
+
+{defaults(tried, "replay")}
 """
     if cost:
         text += f"""

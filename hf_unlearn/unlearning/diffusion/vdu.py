@@ -36,6 +36,9 @@ from .wordings import exchanged, kind_of, templates_for
 logger = logging.getLogger(__name__)
 
 HANDFUL = 32  # images that are drawn for a marker when a run is judged
+PROMPTED_REPLAY = (
+    4.0  # weight of replay where what is drawn without a prompt counts: benchmarks/text_to_image_defaults.py
+)
 RANGES = {
     "> 0": ("variance_floor", "caution"),
     "≥ 0": ("stability_weight", "negative_guidance"),
@@ -231,6 +234,13 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
         answer, unprompted = self.both_answers(model, batch)
         of_guided = self._error(self.guide(answer, unprompted), guided, batch) / self.guidance**2
         return 0.5 * (of_guided + self._error(unprompted, untold, batch))
+
+    @property
+    def replay_weight(self) -> float:
+        """By default of prompts more than of images: guidance multiplies what is lost of what is kept."""
+        if self.own is not None and self.args.replay_weight is None and self._goes_without_words:
+            return PROMPTED_REPLAY
+        return super().replay_weight
 
     def replay_loss(self, model: Callable, batch: Batch) -> Tensor:
         if not self._goes_without_words:
