@@ -24,7 +24,7 @@ class DiffusionUnlearnConfig(DrawingArguments, UnlearnConfig):
     """Configuration of [`~hf_unlearn.unlearning.diffusion.trainer.DiffusionUnlearnTrainer`]: [`UnlearnConfig`] and these.
 
     Other defaults than there: `isotropic_weight` 0, a look of the guard every 50 steps, `utility_tolerance` 0.5 of the
-    original's own denoising error, `replay_weight` 1 for `redirect` and 10 for other losses. `heldout_loss` is a denoising error.
+    original's own denoising error, `replay_weight` 1 for `redirect` (4 of prompts) and 10 for other losses. `heldout_loss` is a denoising error.
 
     What labels or texts need is no setting here: `forget`, `forget_accuracy`, `bn`, `fisher`, `fisher_samples`, `loss_reduction`,
     `retain_loss`, `rmu_layer`, `rmu_coefficient`, `pdu_rate`.

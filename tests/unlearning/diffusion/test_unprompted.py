@@ -100,14 +100,12 @@ class TestTheTrainer:
         assert expected.min() > 1e-5
         assert_close(trainer.replay_loss(trainer.model, batch).detach(), expected, rtol=1e-3, atol=1e-7)
 
-    def test_replay_weighs_more_where_guidance_multiplies_what_is_lost(self, tmp_path):
-        for values, weight in (
-            ({}, 4),
-            ({"guidance_scale": 1.0}, 1),
-            ({"negative_guidance": 0.0}, 1),
-            ({"replay_weight": 2.0}, 2),
-        ):
-            assert trainer_of(tmp_path, **values).replay_weight == weight
+    @pytest.mark.parametrize(
+        ("values", "weight"),
+        [({}, 4), ({"guidance_scale": 1.0}, 1), ({"negative_guidance": 0.0}, 1), ({"replay_weight": 2.0}, 2)],
+    )
+    def test_replay_weighs_more_where_guidance_multiplies_what_is_lost(self, values, weight, tmp_path):
+        assert begun(tmp_path, **values)[0].replay_weight == weight
 
     @pytest.mark.parametrize("values", [{"guidance_scale": 1.0}, {"negative_guidance": 0.0}])
     def test_without_guidance_or_with_an_eta_words_alone_are_redirected(self, tmp_path, values):
