@@ -22,6 +22,7 @@ LAYERS = {
     "distance": "Told from retrained models",
     "beside": "What else was lost (not judged)",
 }
+PARTS = ("training", "unlearning", "evaluation")  # of the variance over training seeds
 HEADINGS = ("audited", "original", "retrained", "distance", "margin", "rows", "status")
 
 
@@ -51,6 +52,8 @@ def page(report: AuditFindings, path: str | Path, drawn: str | Path | None = Non
                 layers=[one for one in layers if one[1]],
                 image=image,
                 open=open_,
+                spread=[_spread(one) for one in report.results if one.over_seeds],
+                parts=PARTS,
                 models=_models(report),
                 headings=HEADINGS,
                 confidence=f"{CONFIDENCE:.0%}",
@@ -88,6 +91,14 @@ def _row(one: CheckResult) -> dict[str, Any]:
         (one.status, ""),
     )
     return {"title": one.title, "what": one.what, "paper": one.paper, "cells": list(zip(HEADINGS, cells, strict=True))}
+
+
+def _spread(one: CheckResult) -> dict[str, Any]:
+    """A check's line over training seeds: the mean of one audit, its standard deviation, and the shares of its variance."""
+    found = one.over_seeds
+    whole = sum(found[part] for part in PARTS)
+    shares = [f"{found[part] / whole:.0%}" if whole else "–" for part in PARTS]
+    return {"title": one.title, "cells": [one.shown(found["mean"]), one.shown(found["sd"]), *shares]}
 
 
 def _bar(one: CheckResult) -> plots.AuditBar:

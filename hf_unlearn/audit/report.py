@@ -35,7 +35,9 @@ class AuditReport(AuditFindings):
     # As a table
 
     def to_pandas(self) -> DataFrame:
-        """A row a check: values of all models, distance, interval, margin, status, examples, seconds."""
+        """A row a check: values of all models, distance, interval, margin, status, examples, seconds; over training seeds, where they were
+        repeated, mean, standard deviation and the parts of the variance.
+        """
         from pandas import DataFrame
 
         rows = []
@@ -46,6 +48,8 @@ class AuditReport(AuditFindings):
                 name: getattr(one, name)
                 for name in ("distance", "low", "high", "stated", "margin", "status", "sees", "n", "seconds", "paper")
             }
+            parts = ("mean", "sd", "training", "unlearning", "evaluation")
+            row |= {f"over_seeds_{part}": one.over_seeds[part] for part in parts} if one.over_seeds else {}
             rows.append(row)
         return DataFrame(rows)
 

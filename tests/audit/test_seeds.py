@@ -1,6 +1,7 @@
 """Training, unlearning and evaluation: their variances, and an audit that repeats all three."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -106,6 +107,22 @@ class TestRepeated:
         assert made["forget_accuracy"].over_seeds["sd"] == 0.0
         assert made["answer_distance"].over_seeds is None  # a comparison
         assert AuditReport.load(folder / "audit.json")["unseen_error"].over_seeds["values"] == found["values"]
+
+    def test_is_on_the_page_and_in_the_table(self, report, tmp_path):
+        made, _, folder = report
+        one = made["unseen_error"]
+        frame = made.to_pandas().set_index("name")
+        assert frame.loc["unseen_error", "over_seeds_sd"] == one.over_seeds["sd"]
+        assert np.isnan(frame.loc["answer_distance", "over_seeds_sd"])
+        text = (folder / "audit.html").read_text().partition("Over training seeds")[2].partition("</table>")[0]
+        (line,) = [row for row in text.split("<tr>") if one.title in row]
+        parts = [one.over_seeds[part] for part in ("training", "unlearning", "evaluation")]
+        shares = [f"{part / sum(parts):.0%}" for part in parts]
+        assert re.findall(r"<td>([^<]*)</td>", line) == [
+            one.shown(one.over_seeds["mean"]),
+            one.shown(one.over_seeds["sd"]),
+            *shares,
+        ]
 
     def test_evaluations_ask_halves_of_their_own(self, report):
         """The spread of an evaluation is that of a share among as many rows as there are, though it asks half of them."""
