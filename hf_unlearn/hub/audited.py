@@ -106,7 +106,9 @@ def audit_section(audit: Audited) -> str:
         beyond=[
             line(f"{one.title}: {one.in_words()} ({one.status})") for one in audit.results if one.status != PASSED
         ],
-        unrun=[line(f"{name}: did not run ({why})") for name, why in audit.failed.items()]
+        unrun=[
+            line(f"{name}: did not run, as audit.json says") for name in audit.failed
+        ]  # why may quote a file or an example
         + [line(f"{name}: could not be done ({why})") for name, why in audit.skipped.items()]
         + [line(f"{name}: was not asked for ({why})") for name, why in audit.unchecked.items()],
         sizes=", ".join(f"{number:,} {line(name)}" for name, number in audit.sizes.items()),

@@ -208,6 +208,10 @@ def _model(model: Any, repo_id: str, audit: Any, token: Any, options: dict[str, 
     check_options(model, options, (*METADATA, "processing_class", "max_shard_size"))
     if hasattr(model, "register_to_config"):
         raise ValueError(f"what: {type(model).__name__} is part of a pipeline; pass the pipeline")
+    if hasattr(model, "peft_config") and not hasattr(model, "get_base_model"):
+        raise ValueError(
+            "what: holds an adapter that add_adapter put in; load it as a PeftModel, which is merged here"
+        )
     processing_class, max_shard_size = options.pop("processing_class", None), options.pop("max_shard_size", None)
     whole = model.get_base_model() if hasattr(model, "peft_config") else model
     names = [getattr(whole.config, "_name_or_path", None), getattr(whole, "name_or_path", None)]

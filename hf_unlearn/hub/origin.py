@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from yaml import YAMLError
 
-from .allowed import ADAPTER_CONFIG, CARD, PIPELINE, is_filtered
+from .allowed import ADAPTER_CONFIG, CARD, CONFIG, PIPELINE, is_filtered
 
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _CACHED = re.compile(r"/models--([^/]+)/snapshots/([^/]+)")  # a folder of the Hub's cache
 _CLONED = re.compile(r"^\s*url\s*=\s*(\S+)", re.MULTILINE)  # of a remote in .git/config
 INHERITED = ("license", "license_name", "license_link", "language", "datasets")
+LOADED_FROM, ADAPTER_BASE = "_name_or_path", "base_model_name_or_path"  # keys of configs
 _HOSTS = ("huggingface.co", "hf.co")
 
 
@@ -90,15 +91,26 @@ def keep_origins(pipeline: Any) -> None:
 
 
 def named_in(folder: Path) -> list[str]:
-    """What the card and the adapter in a folder say that the model was made from."""
+    """What the card, the adapter and the configs in a folder say that the model was made from. A card names ids, whatever folders there are."""
     from huggingface_hub import metadata_load
 
     card, adapter = folder / CARD, folder / ADAPTER_CONFIG
     said = (metadata_load(card) or {}).get("base_model") if card.is_file() else None
-    names = said if isinstance(said, list) else [said]
+    ids = [name for name in (said if isinstance(said, list) else [said]) if isinstance(name, str)]
+    names: list[Any] = [HubId(found) if (found := as_id(name)) else name for name in ids]
     if adapter.is_file():
-        names = [*names, json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")]
-    return [name for name in names if isinstance(name, str)]
+        names.append(json.loads(adapter.read_text(encoding="utf-8")).get(ADAPTER_BASE))
+    if not is_filtered(folder):  # whose pipeline's repository is not that of an original
+        configs = (folder / PIPELINE, folder / CONFIG, *folder.glob(f"*/{CONFIG}"))
+        names += [json.loads(file.read_text(encoding="utf-8")).get(LOADED_FROM) for file in configs if file.is_file()]
+    return [name for name in names if isinstance(name, str) and name]
+
+
+def without_local_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without where its model was loaded from, if that is a folder on this machine: diffusers 0.42 and PEFT write it."""
+    found = {key: hub_id(config[key]) for key in (LOADED_FROM, ADAPTER_BASE) if isinstance(config.get(key), str)}
+    kept = {key: value for key, value in config.items() if key not in found}
+    return kept | {key: name for key, name in found.items() if name is not None or key == ADAPTER_BASE}
 
 
 def inherited(said: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

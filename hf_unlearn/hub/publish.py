@@ -34,7 +34,7 @@ from .allowed import (
     weights_of,
 )
 from .audited import Audited, audit_section, results_of, with_audit
-from .origin import hub_id, named_in
+from .origin import HubId, named_in, without_local_paths
 from .record import as_bytes, read_record, renewed
 from .sending import Publication, send
 from .valid import check_card
@@ -137,6 +137,9 @@ def publish_folder(
     has_record = (folder / RECORD).is_file() and not (folder / RECORD).is_symlink()
     record = read_record(folder / RECORD) if has_record else None
     files: dict[str, Path | bytes] = {name: folder / name for name in names if name != RECORD}
+    for name in files:
+        if Path(name).name in (PIPELINE, CONFIG, ADAPTER_CONFIG) and (cleaned := _cleaned(folder / name)) is not None:
+            files[name] = cleaned
     if card is None and CARD in files:
         card = (folder / CARD).read_text(encoding="utf-8")
     if card is not None:
@@ -145,10 +148,11 @@ def publish_folder(
         files[CARD] = card.encode()
         files |= results_of(card)
     files[RECORD] = as_bytes(renewed(record, files, audit))
+    parents = [one["parent"]["repository"] for one in [*record["earlier"], record]] if record else []
     return send(
         files,
         repo_id,
-        originals=[*originals, *named_in(folder)],
+        originals=[*originals, *named_in(folder), *(HubId(name) for name in parents if name)],
         left_out={name: why for name, why in left.items() if name not in files} | dict(left_out or {}),
         repo_type=repo_type,
         token=token,
@@ -166,11 +170,15 @@ def forget_local_paths(folder: str | Path) -> None:
     """Take out of a saved pipeline where its models came from, if that is a folder on this machine: diffusers 0.42 writes it."""
     folder = Path(folder)
     for file in (folder / PIPELINE, folder / CONFIG, *folder.glob(f"*/{CONFIG}")):
-        content = json.loads(file.read_text()) if file.is_file() else {}
-        if "_name_or_path" in content:
-            if (name := hub_id(content.pop("_name_or_path"))) is not None:
-                content["_name_or_path"] = name
-            file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        if file.is_file() and (cleaned := _cleaned(file)) is not None:
+            file.write_bytes(cleaned)
+
+
+def _cleaned(file: Path) -> bytes | None:
+    """A config without local paths; None where it has none."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    cleaned = without_local_paths(content)
+    return None if cleaned == content else (json.dumps(cleaned, indent=2, sort_keys=True) + "\n").encode()
 
 
 def save_settings(model: Any, folder: Path) -> None:

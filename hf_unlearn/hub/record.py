@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import read_json
+from ..files import first_line, read_json
 from .allowed import CARD, RECORD
 from .audited import Audited
 from .origin import HubId, hub_id, revision_of
@@ -18,6 +19,9 @@ from .provenance import Provenance, hardware, library_versions, today
 
 if TYPE_CHECKING:
     from os import PathLike
+
+
+logger = logging.getLogger(__name__)
 
 
 FORMAT = 1
@@ -108,12 +112,13 @@ def digest_of_record(record: Mapping[str, Any]) -> str:
 def earlier_of(
     base: str | PathLike | None, revision: str | None = None, token: str | bool | None = None
 ) -> list[dict[str, Any]]:
-    """The chain of a base model, the oldest first, itself last; empty where it has none, or the Hub is out of reach.
+    """The chain of a base model, the oldest first, itself last; empty where it has none, and, which is said, where it cannot be read.
 
     Args:
         base, revision, token: see [`~hf_unlearn.hub.origin.said_of`].
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
     if base is None:
         return []
@@ -122,7 +127,10 @@ def earlier_of(
         if isinstance(base, HubId) or (name is not None and not file.is_file()):
             file = hf_hub_download(name, RECORD, revision=revision, token=token)
         record = read_record(file)
-    except (OSError, ValueError):
+    except (FileNotFoundError, EntryNotFoundError, RepositoryNotFoundError):
+        return []
+    except (OSError, ValueError) as error:
+        logger.warning("provenance of %s cannot be read, so the chain begins anew: %s", base, first_line(error))
         return []
     chain = record.pop("earlier")
     return [*chain, record]
@@ -225,7 +233,7 @@ def _of_audit(audit: Audited) -> dict[str, Any]:
         "why": audit.verdict.why,
         "decided_by": audit.verdict.decided_by,
         "checks": {one.name: one.status for one in audit.results},
-        "failed": dict(audit.failed),
+        "failed": sorted(audit.failed),  # why may quote a file or an example
         "skipped": dict(audit.skipped),
         "unchecked": dict(audit.unchecked),
         "seed": audit.seed,

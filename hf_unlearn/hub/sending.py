@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import first_line
+from .audited import RESULTS
 from .origin import as_id, check_is_not_original_repository
 from .superseded import superseded
 
@@ -251,7 +252,8 @@ def _present(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> 
 
 def _superseded(present: Iterable[str], files: Iterable[str], repo_type: str) -> tuple[str, ...]:
     if repo_type == "model":
-        return tuple(superseded(present, files))
+        figures = {RESULTS}.intersection(present).difference(files)  # of an earlier model
+        return tuple(sorted({*superseded(present, files), *figures}))
     earlier = {name for name in present if fnmatchcase(name, "data/*.parquet")}  # load_dataset would read both
     return tuple(sorted(earlier.difference(files)))
 

@@ -111,13 +111,15 @@ def verify_provenance(
     if not (folder / RECORD).is_file():
         raise ValueError(f"{repo_id_or_folder}: has no {RECORD}; it was not published by hf_unlearn.publish")
     record = read_record(folder / RECORD)
+    everything = present
     if present is None:
-        present = publishable_files(folder) if record["kind"] != "influence report" else _all_files(folder)
+        everything = [name for name in _all_files(folder) if not _stays(name)]
+        present = publishable_files(folder) if record["kind"] != "influence report" else everything
     known = record["files"]
     missing = tuple(name for name in known if name not in present and not _inside(folder, name))
     differs = tuple(name for name, said in known.items() if name not in missing and sha256_of(folder / name) != said)
-    extra = tuple(sorted(set(present).difference(known, OTHERS, [RECORD])))
-    loadable = tuple(superseded(extra, ()))
+    loadable = tuple(superseded(everything, known))
+    extra = tuple(sorted(set(present).union(loadable).difference(known, OTHERS, [RECORD])))
     return ProvenanceReport(
         str(repo_id_or_folder), commit, record, differs, missing, extra, loadable, tuple(_broken(record))
     )
@@ -191,6 +193,12 @@ def _all_files(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
+def _stays(name: str) -> bool:
+    """Whether a file of a run's folder is none that is published, whatever it is."""
+    top = Path(name).parts[0]
+    return top == PRIVATE or top.startswith("checkpoint-")
+
+
 def _inside(folder: Path, name: str) -> bool:
     """A file that a record names, in the folder and not elsewhere."""
     path = folder / name
@@ -199,7 +207,7 @@ def _inside(folder: Path, name: str) -> bool:
 
 def _broken(record: Mapping[str, Any]) -> list[str]:
     chain = [*record["earlier"], record]
-    found = []
+    found = ["records before 1. are missing"] if chain[0]["parent"]["provenance_sha256"] else []
     for number in range(1, len(chain)):
         before = {**chain[number - 1], "earlier": chain[: number - 1]}
         if chain[number]["parent"]["provenance_sha256"] != digest_of_record(before):

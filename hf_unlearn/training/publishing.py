@@ -180,14 +180,15 @@ class PushingMixin:
         first = self.is_world_process_zero()
         if first:
             check_is_not_original_repository(repo_id, self._originals)
-        if audit is not None:
-            self._audit = audit
-        self.hub_model_id = repo_id
-        self.save_model(_internal_call=True)
-        if first and card:
-            self.create_model_card(**card)
-        folder = Path(self.args.output_dir)
-        yield Written(folder, self._originals, self._commit_message, self._allow_adapter) if first else None
+        self.hub_model_id, self._audit = repo_id, audit  # of these weights alone
+        try:
+            self.save_model(_internal_call=True)
+            if first and card:
+                self.create_model_card(**card)
+            folder = Path(self.args.output_dir)
+            yield Written(folder, self._originals, self._commit_message, self._allow_adapter) if first else None
+        finally:
+            self._audit = None
 
     def _check_audit(self, audit: Audited) -> None:
         raise ValueError("audit: is of an unlearned model, and this trainer unlearns nothing; leave it out")

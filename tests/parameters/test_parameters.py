@@ -287,7 +287,7 @@ def test_save_tensors_is_complete_or_not_at_all(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     before = path.read_bytes()
-    monkeypatch.setattr("hf_unlearn.files.save_file", killed)
+    monkeypatch.setattr("safetensors.torch.save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         save_tensors(tensors, path)
     assert path.read_bytes() == before

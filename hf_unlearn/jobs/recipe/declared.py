@@ -113,10 +113,9 @@ def _source(module: str) -> tuple[ast.Module, str]:
     """What a module says, and the package that its relative imports start from."""
     path = None
     for part in module.split("."):  # `find_spec` of importlib would import the packages above
-        known = (
-            sys.modules.get(part) if path is None else None
-        )  # this package, which may be installed in a way that no path tells
-        spec = known.__spec__ if known is not None else PathFinder.find_spec(part, path)
+        # This package may be installed in a way that no path tells of.
+        own = path is None and part == __name__.partition(".")[0]
+        spec = sys.modules[part].__spec__ if own else PathFinder.find_spec(part, path)
         if spec is None or spec.origin is None:
             raise LookupError(module)
         path = spec.submodule_search_locations
