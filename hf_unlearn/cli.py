@@ -320,6 +320,7 @@ def _print_keys(method: Method, command: str, asked: set[str]) -> None:
         print(all_keys(method))
     else:
         print(f"{most_keys(method)}\n\nhf-unlearn {command} --help-all: every key, with all that is to be said of it.")
+    print("Of every verb: --dry_run says what would be done, and does nothing; --json writes one line for machines.")
 
 
 def _list(command: str, verbs: Mapping[str, str]) -> None:

@@ -100,7 +100,9 @@ def named_in(folder: Path) -> list[str]:
     names: list[Any] = [HubId(found) if (found := as_id(name)) else name for name in ids]
     if adapter.is_file():
         names.append(json.loads(adapter.read_text(encoding="utf-8")).get(ADAPTER_BASE))
-    if not is_filtered(folder):  # whose pipeline's repository is not that of an original
+    if not (
+        (folder / PIPELINE).is_file() and is_filtered(folder)
+    ):  # whose pipeline's repository is not that of an original
         configs = (folder / PIPELINE, folder / CONFIG, *folder.glob(f"*/{CONFIG}"))
         names += [json.loads(file.read_text(encoding="utf-8")).get(LOADED_FROM) for file in configs if file.is_file()]
     return [name for name in names if isinstance(name, str) and name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ from .superseded import superseded
 KEY = "fingerprint.key"
 KEY_CHECK = "the key of this forget set"  # what its own digest shows that a key is the right one
 OTHERS = (".gitattributes",)  # of the Hub itself
+OF_TRAINER = (
+    "optimizer.*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "training_args.bin",
+)  # which nothing loads a model from
 
 
 @dataclass(frozen=True)
@@ -195,8 +203,8 @@ def _all_files(folder: Path) -> list[str]:
 
 def _stays(name: str) -> bool:
     """Whether a file of a run's folder is none that is published, whatever it is."""
-    top = Path(name).parts[0]
-    return top == PRIVATE or top.startswith("checkpoint-")
+    top, last = Path(name).parts[0], Path(name).name
+    return top == PRIVATE or top.startswith("checkpoint-") or any(fnmatchcase(last, pattern) for pattern in OF_TRAINER)
 
 
 def _inside(folder: Path, name: str) -> bool:

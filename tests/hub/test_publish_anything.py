@@ -238,6 +238,60 @@ def test_a_chain_of_unlearnings(hub, tiny_vit, tmp_path):
     seen = verify_provenance(tmp_path / "2")
     assert seen.broken == ("1. is not what 2. was made from", "2. is not what 3. was made from")
     assert not seen.ok
+    (tmp_path / "2" / RECORD).write_text(json.dumps(record | {"earlier": []}))
+    assert verify_provenance(tmp_path / "2").broken == ("records before 1. are missing",)
+
+
+def test_nothing_goes_onto_a_repository_that_its_record_or_its_configs_name(
+    hub, tiny_vit, tiny_ddpm, tmp_path, monkeypatch
+):
+    """Of a grandparent, whatever the card says; of a card's id beside a folder of that name; of a stock pipeline."""
+    first = unlearned(tmp_path / "first", tiny_vit, base="me/oldest")
+    quietly(first, "me/first")
+    second = unlearned(tmp_path / "second", tiny_vit, base="me/first", earlier=earlier_of("me/first"))
+    (second / "README.md").unlink()
+    tiny_ddpm.register_to_config(_name_or_path="me/stock")
+    tiny_ddpm.save_pretrained(tmp_path / "pipeline")
+    monkeypatch.chdir(tmp_path)
+    Path("me/oldest").mkdir(parents=True)
+    for folder, repo_id in (
+        (second, "me/oldest"),
+        (second, "me/first"),
+        (first, "me/oldest"),
+        ("pipeline", "me/stock"),
+    ):
+        with pytest.raises(ValueError, match=f"'{repo_id}' is the original's repository"):
+            quietly(folder, repo_id, dry_run=True)
+
+
+def test_no_local_path_is_sent(hub, tiny_ddpm, tmp_path):
+    tiny_ddpm.save_pretrained(tmp_path / "secret")
+    DDPMPipeline.from_pretrained(tmp_path / "secret").save_pretrained(tmp_path / "again")  # which writes it down
+    written = [file for file in (tmp_path / "again").rglob("*.json") if "secret" in file.read_text()]
+    assert written
+    quietly(tmp_path / "again", "me/again")
+    assert not [name for name, content in hub.files("me/again").items() if b"secret" in content]
+    assert verify_provenance("me/again").ok
+    assert all("secret" in file.read_text() for file in written)  # the user's own stay as they are
+
+
+def test_what_is_read_beside_is_loadable_too(hub, tiny_vit, tmp_path):
+    folder = unlearned(tmp_path / "out", tiny_vit)
+    quietly(folder, "me/beside")
+    for name in ("pytorch_model.bin", "optimizer.pt"):
+        (folder / name).write_bytes(b"other")
+    assert verify_provenance(folder).loadable == ("pytorch_model.bin",)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/chat_template.jinja").write_text("x")
+    hub.put("me/beside", tmp_path / "more")
+    assert verify_provenance("me/beside").loadable == ("chat_template.jinja",)
+
+
+def test_an_adapter_that_a_model_holds_is_named(tiny_vit):
+    model = tiny_vit
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"^what: holds an adapter that add_adapter put in; load it as a PeftModel"):
+        quietly(model, "me/new", dry_run=True)
 
 
 # What goes wrong

@@ -204,7 +204,8 @@ def redirect_concept(
         pipe (`DiffusionPipeline`): changed in place; any float dtype, on any device, also with `enable_model_cpu_offload()`.
         concept (`str` | `Sequence[str]` | `Mapping[str, str]`): a word or a phrase, several, or a dict from concept to anchor.
         anchor (`str` | `Sequence[str]` | `Mapping[str, str]`, *optional*): what is drawn instead: one for all, one for each, or a dict.
-            Default: another word of the same kind, chosen by the text encoder and told by the logger.
+            Default: another word of the same kind, chosen by what the denoiser answers (of more than 16 concepts by the text encoder alone) and told
+            by the logger.
         wordings (`Sequence[str]`, *optional*): ways to ask for a concept: templates with `{}`, or whole prompts that name it. Default: a dozen
             templates for its kind.
         keep (`Sequence[str]` | [`TextMoments`] | `str` | `Path`, *optional*): prompts to keep, their moments, or the file of these. Default:
