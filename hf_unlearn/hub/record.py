@@ -130,7 +130,8 @@ def earlier_of(
     except (FileNotFoundError, EntryNotFoundError, RepositoryNotFoundError):
         return []
     except (OSError, ValueError) as error:
-        logger.warning("provenance of %s cannot be read, so the chain begins anew: %s", base, first_line(error))
+        told = logger.warning if Path(file).is_file() else logger.info  # damaged, or out of reach
+        told("provenance of %s cannot be read, so the chain begins anew: %s", base, first_line(error))
         return []
     chain = record.pop("earlier")
     return [*chain, record]
