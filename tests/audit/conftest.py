@@ -1,42 +1,12 @@
 """Small classifiers of real digits whose truth is known: originals, models that never saw the 3, and planted ways to hide it."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
-from torch import nn
+from planted_classifiers import CLASSES, FORGOTTEN, Logits, dataset
 
 from hf_unlearn.ensembles import train_ensemble
-
-
-FORGOTTEN, CLASSES = 3, 10
-
-
-class Network(nn.Module):
-    """Two layers on 8 × 8 pixels, with the signature of a classifier of Transformers."""
-
-    def __init__(self):
-        super().__init__()
-        self.config = SimpleNamespace(
-            num_labels=CLASSES, id2label={c: str(c) for c in range(CLASSES)}, problem_type=None
-        )
-        self.body, self.head = nn.Linear(64, 48), nn.Linear(48, CLASSES)
-
-    def forward(self, pixel_values, labels=None):
-        logits = self.head(self.body(pixel_values.flatten(1)).relu())
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SimpleNamespace(logits=logits, loss=loss)
-
-
-class Logits(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.network = Network()
-
-    def forward(self, pixels):
-        return self.network(pixels).logits
 
 
 @pytest.fixture(scope="session")
@@ -50,13 +20,6 @@ def rows():
     labels = torch.tensor(labels)[order]
     parts = {"train": slice(0, 1200), "test": slice(1200, None)}
     return SimpleNamespace(**{name: (images[part], labels[part]) for name, part in parts.items()})
-
-
-def dataset(images, labels, keep):
-    rows = keep.nonzero().flatten()
-    return Dataset.from_dict(
-        {"id": rows.tolist(), "pixel_values": images[rows].numpy(), "label": labels[rows].tolist()}
-    ).with_format("torch")
 
 
 @pytest.fixture(scope="session")
@@ -113,28 +76,3 @@ def by_heart(rows):
         ),
     }
     return SimpleNamespace(originals=made[:1], retrained=made[1:], sets=sets)
-
-
-def masked(model):
-    """The class's bias at −10,000."""
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        model.head.bias[FORGOTTEN] = -1e4
-    return model
-
-
-def head_only(model, rows):
-    """A new head on the same features, trained on the other classes."""
-    model = copy.deepcopy(model)
-    images, labels = rows.train
-    kept = labels != FORGOTTEN
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        model.head.reset_parameters()
-        features = model.body(images[kept].flatten(1)).relu()
-    optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-2)
-    for _ in range(200):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model.head(features), labels[kept]).backward()
-        optimizer.step()
-    return model

@@ -7,8 +7,8 @@ import weakref
 
 import pytest
 import torch
-from conftest import FORGOTTEN, head_only, masked
 from datasets import Dataset
+from planted_classifiers import FORGOTTEN, head_only, masked
 
 from hf_unlearn.audit.classifiers.answers import ForgetAccuracy
 from hf_unlearn.audit.classifiers.disturbed import Pruned, Quantised

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import FORGOTTEN, Network
+from planted_classifiers import FORGOTTEN, Network
 
 from hf_unlearn.audit.report import AuditReport
 from hf_unlearn.audit.run import audit

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import FORGOTTEN, masked
+from planted_classifiers import FORGOTTEN, masked
 from scipy.stats import gumbel_r, norm
 from sklearn.metrics import roc_auc_score
 

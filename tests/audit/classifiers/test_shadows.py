@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, Logits, dataset
+from planted_classifiers import CLASSES, Logits, dataset
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
