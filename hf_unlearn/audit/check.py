@@ -183,6 +183,14 @@ class Check:
         return readings
 
 
+class AmongRetrained(Check):
+    """A check whose value compares a model with retrained ones, each of which is compared with the others: before its other class."""
+
+    def missing(self, data: Any, roles: Sequence[Role]) -> str | None:
+        few = roles.count("retrained") < 3
+        return "needs 3 retrained models, to compare each with the others" if few else super().missing(data, roles)
+
+
 def against_others(readings: Readings, value: Callable[[Reading, Sequence[Reading]], Reading]) -> Readings:
     """Readings that compare a model with retrained ones: each retrained model with the *others*, so that one more of them would get
     such a value.

@@ -13,7 +13,7 @@ from scipy.special import rel_entr
 from torch import nn
 
 from ...modes import seeded_generator
-from ..check import Reading, Readings, Role, against_others
+from ..check import AmongRetrained, Reading, Readings, Role, against_others
 from .answers import OnRows
 from .data import ClassifierData
 from .membership import found_at_few_alarms, unseen
@@ -26,14 +26,8 @@ TINY = 1e-12
 STEPS, EPSILON = 100, (1e-2, 1e-5)  # of IAM, as its authors have them
 
 
-class FromRetrained(OnRows):
-    """A check whose value is a comparison with retrained models, each of which is compared with the others."""
-
+class FromRetrained(AmongRetrained, OnRows):
     layer = "distance"
-
-    def missing(self, data: ClassifierData, roles: Sequence[Role]) -> str | None:
-        few = roles.count("retrained") < 3
-        return "needs 3 retrained models, to compare each with the others" if few else super().missing(data, roles)
 
     def settled(self, readings: Readings, data: ClassifierData) -> Readings:
         return against_others(readings, self.compared)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...metrics.features import Features
 from ...metrics.generation import class_shift, density_coverage, frechet_distance, kernel_distance
-from ..check import Check, Reading, Readings, Role, against_others
+from ..check import AmongRetrained, Check, Reading, Readings, Role, against_others
 from .data import GeneratorData
 from .subject import GeneratorSubject
 
@@ -87,13 +87,9 @@ class NeighbourShift(ClassesDrawn):
         return readings.map(shifted)
 
 
-class ClassDistance(ClassesDrawn):
+class ClassDistance(AmongRetrained, ClassesDrawn):
     name, title, layer = "class_distance", "Which classes are drawn instead", "distance"
     what = "Total variation between the shares of all classes in a model's draws and in those of retrained models: over-forgetting shows here, too."
-
-    def missing(self, data: GeneratorData, roles: Sequence[Role]) -> str | None:
-        few = roles.count("retrained") < 3
-        return "needs 3 retrained models, to compare each with the others" if few else super().missing(data, roles)
 
     def settled(self, readings: Readings, data: GeneratorData) -> Readings:
         every = [readings.audited, *readings.of("original"), *readings.retrained]

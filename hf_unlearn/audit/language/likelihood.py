@@ -9,7 +9,7 @@ import numpy as np
 
 from ...metrics.language import forget_quality
 from ...training.evaluation import FALSE
-from ..check import Reading, Readings, Role, against_others
+from ..check import AmongRetrained, Reading, Readings, Role, against_others
 from .answers import OnRows
 from .data import LanguageData
 from .subject import LanguageSubject
@@ -68,7 +68,7 @@ class TruthRatio(OfFalseAnswers):
         return Reading.mean_of(1 / (1 + subject.look(data.forget).truth_ratio))
 
 
-class ForgetQuality(OfFalseAnswers):
+class ForgetQuality(AmongRetrained, OfFalseAnswers):
     name, title, margin, layer, paper = (
         "forget_quality",
         "Truth ratios beside retrained ones",
@@ -80,10 +80,6 @@ class ForgetQuality(OfFalseAnswers):
         "Largest difference between the law of the truth ratios and that under retrained models (Kolmogorov–Smirnov); beside it TOFU's forget "
         "quality, the p of that test with each of them, which few rows leave large."
     )
-
-    def missing(self, data: LanguageData, roles: Sequence[Role]) -> str | None:
-        few = roles.count("retrained") < 3
-        return "needs 3 retrained models, to compare each with the others" if few else super().missing(data, roles)
 
     def read(self, subject: LanguageSubject, data: LanguageData, seed: int) -> Reading:
         return Reading.mean_of(subject.look(data.forget).truth_ratio)

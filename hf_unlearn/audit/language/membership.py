@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ...metrics.language import privleak
-from ..check import Reading, Readings, Role, against_others
+from ..check import AmongRetrained, Reading, Readings, Role, against_others
 from .answers import OnRows
 from .data import LanguageData, Part
 from .subject import LanguageSubject, losses
@@ -69,13 +69,9 @@ class MembershipByMinKPlusPlus(Membership):
     what = "As by Min-K %, each token beside the others that could have stood there."
 
 
-class MembershipByReference(Membership):
+class MembershipByReference(AmongRetrained, Membership):
     name, title, paper = "membership_reference", "Membership by loss beside retrained models", "2012.07805"
     what = "As by loss, of which the mean over retrained models is taken off: what makes a row hard by itself does not count."
-
-    def missing(self, data: LanguageData, roles: Sequence[Role]) -> str | None:
-        few = roles.count("retrained") < 3
-        return "needs 3 retrained models, to compare each with the others" if few else super().missing(data, roles)
 
     def read(self, subject: LanguageSubject, data: LanguageData, seed: int) -> Reading:
         return Reading.mean_of(subject.look(data.forget).nll, unseen=subject.look(data.test).nll.tolist())
