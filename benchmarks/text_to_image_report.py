@@ -227,10 +227,7 @@ def chosen(tuning: dict, labels: dict) -> str:
     return "\n".join(lines)
 
 
-PARTS = {
-    "closed_form": {"keep_weight": "keep_weight", "ridge": "ridge"},
-    "replay": {"replay_weight": "replay_weight"},
-}
+PARTS = {"closed_form": ("keep_weight", "ridge"), "replay": ("replay_weight",)}
 SEEN = {"forgotten": "still drawn", "rest": "rest", "others": "others", "unprompted": "no prompt"}
 
 
@@ -241,14 +238,14 @@ def defaults(found: dict, part: str) -> str:
         if name.startswith(f"{part} "):
             rows.setdefault(tuple(row[key] for key in PARTS[part]), []).append(row)
     seen = [key for key in SEEN if key in next(iter(rows.values()))[0]]
-    headings = [*PARTS[part].values(), *(SEEN[key] for key in seen)]
+    headings = [*PARTS[part], *(SEEN[key] for key in seen)]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for values, some in sorted(rows.items()):
-        entries = [
-            "{:.1f} / {:.0f}".format(statistics.mean(shares), (min if key in ("rest", "others") else max)(shares))
-            for key in seen
-            if (shares := [100 * row[key] for row in some])
-        ]
+        entries = []
+        for key in seen:
+            shares = [100 * row[key] for row in some]
+            worst = (min if key in ("rest", "others") else max)(shares)
+            entries.append(f"{statistics.mean(shares):.1f} / {worst:.0f}")
         lines.append(f"| {' | '.join(f'{value:g}' for value in values)} | {' | '.join(entries)} |")
     return "\n".join(lines)
 

@@ -137,3 +137,12 @@ def loading(argument: str, name: Any, kind: str) -> Iterator[None]:
         raise ValueError(
             f"{argument}={str(name)!r}: neither a folder with {kind} nor an id on the Hub ({first_line(error)})"
         ) from error
+
+
+def sized(size: float) -> str:
+    """A number of bytes, as people write it."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} GB"

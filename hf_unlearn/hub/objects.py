@@ -16,7 +16,7 @@ from .allowed import CARD, RECORD, publishable_files
 from .card import plain_card
 from .loading import class_in, diffusion_task, is_pipeline, loaded, loading_code, processor_loader
 from .origin import check_is_not_original_repository, inherited, origin, origins_of, revision_of, said_of
-from .publish import check_publishable, forget_local_paths, publish_folder
+from .publish import check_publishable, publish_folder
 from .record import earlier_of, files_of, other_record, read_record, write_record
 from .sending import Publication, check_repo_id, check_token, with_owner
 
@@ -242,7 +242,6 @@ def _pipeline(pipeline: Any, repo_id: str, audit: Any, token: Any, options: dict
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         pipeline.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
-        forget_local_paths(folder)
         base = origin(pipeline.config.get("_name_or_path") or (originals[0] if originals else None))
         library = type(pipeline).__module__.split(".")[0]
         code = loading_code(type(pipeline), repo_id, num_inference_steps=_steps(pipeline))

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import first_line
+from ..files import first_line, sized
 from .audited import RESULTS
 from .origin import as_id, check_is_not_original_repository
 from .superseded import superseded
@@ -72,7 +72,7 @@ class Publication:
         new = {True: f"new, {seen}", False: "there already", None: f"if it is new: {seen}"}[self.is_new]
         kind = "" if self.repo_type == "model" else f"{self.repo_type} "
         lines = [f"{kind}{self.repo_id} ({new})"]
-        lines += [f"  + {name}  {_bytes(size)}" for name, size in sorted(self.files.items())]
+        lines += [f"  + {name}  {sized(size)}" for name, size in sorted(self.files.items())]
         lines += [f"  - {name}  deleted, of an earlier model" for name in self.deleted]
         lines += [f"    {name}  left out: {why}" for name, why in _by_folder(self.left_out)]
         return "\n".join(lines)
@@ -291,11 +291,3 @@ def _by_folder(left_out: Mapping[str, str]) -> list[tuple[str, str]]:
         (names[0] if len(names) == 1 else f"{top} ({len(names):,} files)", why)
         for (top, why), names in sorted(found.items())
     ]
-
-
-def _bytes(size: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}" if unit != "B" else f"{size} B"
-        size /= 1000
-    return f"{size:,.1f} GB"

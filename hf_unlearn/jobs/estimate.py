@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from ..examples.cache import MADE, in_words
-from ..files import PRIVATE, first_line
+from ..files import PRIVATE, first_line, sized
 from .keys import console
 from .recipe.methods import Method
 from .watching import Clock, Watch, bytes_in, watched
@@ -207,20 +207,12 @@ def _tell(found: Estimate, values: Mapping[str, Any]) -> None:
         out.print(
             f"         the first time {in_words(parts['once'])} more, for small models that were made now and are kept"
         )
-    out.print(f"memory   about {_bytes(found.memory)} on {found.device}")
-    held = [f"{name} {_bytes(size)}" for name, size in found.memory_parts.items()]
+    out.print(f"memory   about {sized(found.memory)} on {found.device}")
+    held = [f"{name} {sized(size)}" for name, size in found.memory_parts.items()]
     if held:
         out.print(f"         of which {', '.join(held)}; the rest are libraries and data")
     disk = found.disk_parts
-    listed = ", ".join(f"{name} {_bytes(disk[name])}" for name in ("published", "private", "checkpoints"))
-    out.print(f"disk     about {_bytes(found.disk)} in {values.get('output_dir')}: {listed}")
+    listed = ", ".join(f"{name} {sized(disk[name])}" for name in ("published", "private", "checkpoints"))
+    out.print(f"disk     about {sized(found.disk)} in {values.get('output_dir')}: {listed}")
     if disk["while_running"]:
-        out.print(f"         and {_bytes(disk['while_running'])} while it runs")
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}" if unit != "bytes" else f"{size:.0f} bytes"
-        size /= 1000
-    return f"{size:.3g} GB"
+        out.print(f"         and {sized(disk['while_running'])} while it runs")

@@ -18,8 +18,8 @@ from .wordings import GENERIC, KINDS, filled, kind_of, naming, templates_for
 TEMPLATE = "a photo of a {}"
 SAME = 0.5  # of the usual distance between neighbours of a kind: what is nearer is another word for the same thing
 NEAREST, WORDS, LOOKS = 8, 12, 2 * len(SHARES)  # candidates, words that are asked of a kind, and how often each
-MANY = 16  # concepts without an anchor: as many as these are not asked of the denoiser any more
-ISOLATED = 5  # candidates then
+MANY = 16  # concepts without an anchor, of which the denoiser is asked at most
+ISOLATED = 5  # candidates where it is not
 
 
 class AnchorWords:
