@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1  # of the JSON file
+MEASURED = ("residual", "results")  # of its values: hold numbers that may be infinite
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ class AuditReport(AuditFindings):
     # As files
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {"format": FORMAT, **asdict(self)}
+        """JSON values; a number that JSON has no word for, as `inf`, is a text."""
+        values = {"format": FORMAT, **asdict(self)}
+        return values | {name: _mapped(values[name], _as_text) for name in MEASURED}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AuditReport:
@@ -100,6 +102,7 @@ class AuditReport(AuditFindings):
         if values.get("format") != FORMAT:
             raise ValueError(f"format={values.get('format')!r}: this version reads {FORMAT}; make the report anew")
         values = {name: value for name, value in values.items() if name != "format"}
+        values |= {name: _mapped(values[name], _as_number) for name in MEASURED}
         values["verdict"] = Verdict(**values["verdict"] | {"needs": tuple(values["verdict"]["needs"])})
         values["residual"] = ResidualMu(
             **values["residual"] | {"retrained_loss": tuple(values["residual"]["retrained_loss"])}
@@ -231,3 +234,23 @@ class AuditReport(AuditFindings):
         from .page import page
 
         return page(self, path, drawn)
+
+
+NOT_IN_JSON = {str(value): value for value in (math.inf, -math.inf)}
+
+
+def _mapped(values: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested mappings and sequences with every other value changed."""
+    if isinstance(values, Mapping):
+        return {name: _mapped(value, change) for name, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return type(values)(_mapped(value, change) for value in values)
+    return change(values)
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def _as_number(value: Any) -> Any:
+    return NOT_IN_JSON.get(value, value) if isinstance(value, str) else value

@@ -1,6 +1,7 @@
 """A report as it leaves the process: JSON, the Hub's two formats, the page."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yaml, parse_eval_result_entries
 
 from hf_unlearn.audit.report import AuditReport
+from hf_unlearn.audit.residual import residual_mu
 from hf_unlearn.audit.result import bare
 from hf_unlearn.audit.run import audit
 
@@ -28,6 +30,19 @@ def test_another_process_reads_the_same(report, tmp_path):
     told = subprocess.run([sys.executable, "-c", script, path], check=True, capture_output=True, text=True).stdout
     assert json.loads(told) == json.loads(path.read_text())
     assert AuditReport.load(path) == report
+
+
+def test_infinite_numbers_are_read_by_strict_readers(report, tmp_path):
+    """Of retrained models that all have one loss, every other loss is infinitely far."""
+    endless = replace(report, residual=residual_mu(1.0, (2.0, 2.0, 2.0), original=3.0, checks=5))
+    path = endless.save(tmp_path / "audit.json")
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    json.loads(path.read_text(), parse_constant=refuse)
+    assert AuditReport.load(path) == endless
+    assert (endless.residual.mu, endless.residual.original) == (math.inf, -math.inf)
 
 
 def test_a_model_index_that_the_hub_reads(report):
