@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
+
+import torch
 
 from ..training.models import load_model
 from .check import AuditData, Check, Role, Subject
@@ -44,6 +48,19 @@ class Family(Protocol):
     def cost(self, one: Any, rows: Any) -> tuple[float, float]: ...
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where models that are given by folder or id are loaded to.
+
+    Args:
+        device (`torch.device` | `str`, *optional*): default: a GPU, if there is one.
+        dtype (`torch.dtype`, defaults to float32): of their weights.
+    """
+
+    device: torch.device | str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    dtype: torch.dtype = torch.float32
+
+
 class Handed:
     """One model as it was handed over. An object stays where it is; a name is loaded for as long as it is looked at, and what a function makes is
     dropped after.
@@ -53,6 +70,7 @@ class Handed:
         role (`str`): see [`Subject`].
         source: a model, a pipeline, a folder, an id, or a function without arguments that makes one.
         marked (`bool`): an id is that of a pipeline.
+        place (`Place`): where what has a name is loaded to.
 
     Attributes:
         name (`str`): what the report calls it.
@@ -60,8 +78,8 @@ class Handed:
         digest (`str`, *optional*): of its weights, once they were seen.
     """
 
-    def __init__(self, argument: str, role: Role, source: Any, marked: bool = False):
-        self.argument, self.role, self.source, self.marked = argument, role, source, marked
+    def __init__(self, argument: str, role: Role, source: Any, marked: bool = False, place: Place = Place()):
+        self.argument, self.role, self.source, self.marked, self.place = argument, role, source, marked, place
         self.name, self.processing_class, self.digest = str(role), None, None
         self.family: Family | None = None
         self._held: Subject | None = None
@@ -97,7 +115,7 @@ class Handed:
 
     def _subject(self) -> Subject:
         source = self.source() if self.is_made else self.source
-        loaded, processor, name = _loaded(source, self.argument, self.marked)
+        loaded, processor, name = _loaded(source, self.argument, self.marked, self.place)
         self.processing_class, self.name = processor, str(name or self.role)
         self.family = next((known for known in families() if known.fits(loaded)), None)
         if self.family is None:
@@ -159,15 +177,16 @@ def is_pipeline(model: Any) -> bool:
     return hasattr(model, "components") and hasattr(model, "save_pretrained")
 
 
-def _loaded(model: Any, argument: str, marked: bool) -> tuple[Any, Any, str | None]:
-    """The model or pipeline, its processor, and its name. `marked`: an id is that of a pipeline."""
+def _loaded(model: Any, argument: str, marked: bool, place: Place) -> tuple[Any, Any, str | None]:
+    """The model or pipeline, its processor, and its name. `marked`: an id is that of a pipeline. An object stays as it is and where it is."""
     if is_pipeline(model):
         return model, None, model.config.get("_name_or_path") or None
     if isinstance(model, str | Path) and (
         Path(model, "model_index.json").is_file() or (marked and not Path(model).is_dir())
     ):
-        return load_pipeline(model, argument), None, str(model)
+        return load_pipeline(model, argument, place.dtype).to(place.device), None, str(model)
     try:
-        return load_model(model, None, None)
+        loaded, processor, name = load_model(model, SimpleNamespace(model_init_kwargs={"dtype": place.dtype}), None)
     except ValueError as error:
         raise ValueError(f"{argument}: {str(error).removeprefix('model: ')}") from error
+    return loaded.to(place.device) if isinstance(model, str | Path) else loaded, processor, name

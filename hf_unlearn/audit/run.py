@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -21,7 +22,7 @@ from ..training.checks import SEEDS, check_number, shown
 from .check import AuditData, Check, Reading, Readings, Role, Subject
 from .equivalence import compared
 from .functions import TRAININGS, UNLEARNINGS, Functions, check_functions
-from .given import Family, Handed, check_beside, checked, is_pipeline, key
+from .given import Family, Handed, Place, check_beside, checked, is_pipeline, key
 from .report import AuditReport
 from .residual import ResidualMu, residual_mu
 from .result import CheckResult
@@ -53,6 +54,8 @@ def audit(
     train_fn: Callable[[Any, int], nn.Module] | None = None,
     shadows: int | Sequence[tuple[Any, Sequence[int]]] | None = None,
     training_seeds: int = TRAININGS,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> AuditReport:
     """Attack an unlearned model, and say how far it is from models that never saw the data.
@@ -91,6 +94,9 @@ def audit(
             trained on `retain` and on these rows of `forget`, by their numbers: two by two such that each has rows that the other has not. Without
             `train_fn` those of small models without BatchNorm and dropout are trained here, many at once.
         training_seeds (`int`, defaults to 5): trainings that are repeated where both functions are given; 0 for none.
+        device (`torch.device` | `str`, *optional*): where models that are given by folder or id are loaded to. Default: a GPU, if there is one. Objects stay where
+            they are.
+        dtype (`torch.dtype`, defaults to float32): of the weights of such models.
         progress (`bool`, defaults to `True`): print the estimate and show bars.
 
     Returns:
@@ -115,7 +121,8 @@ def audit(
     if original is not None and original is model:
         raise ValueError("original: is the audited model itself; pass the model as it was before unlearning")
     functions = Functions(unlearn_fn, train_fn, forget, retain, seed)
-    models = _handed(model, original, retrained, functions, marker is not None)
+    place = Place(dtype=dtype) if device is None else Place(device, dtype)
+    models = _handed(model, original, retrained, functions, marker is not None, place)
     family, processor = checked(models)
     processing_class = processing_class or processor
     audited = models[0].hold()
@@ -192,12 +199,14 @@ def audit(
 # Models
 
 
-def _handed(model: Any, original: Any, retrained: Sequence[Any], functions: Functions, marked: bool) -> list[Handed]:
+def _handed(
+    model: Any, original: Any, retrained: Sequence[Any], functions: Functions, marked: bool, place: Place
+) -> list[Handed]:
     """All models: the audited one, the original, the retrained ones, which are made where none are given and a function can."""
     made = range(MADE if not len(retrained) and functions.train_fn else 0)
-    found = [Handed("model", "audited", model, marked)]
-    found += [Handed("original", "original", original, marked)] * (original is not None)
-    found += [Handed(f"retrained[{number}]", "retrained", one, marked) for number, one in enumerate(retrained)]
+    found = [Handed("model", "audited", model, marked, place)]
+    found += [Handed("original", "original", original, marked, place)] * (original is not None)
+    found += [Handed(f"retrained[{number}]", "retrained", one, marked, place) for number, one in enumerate(retrained)]
     return found + [Handed("train_fn", "retrained", partial(functions.trained, (), 0, number)) for number in made]
 
 

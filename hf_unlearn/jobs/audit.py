@@ -16,7 +16,7 @@ from ..examples.datasets import load, one_split
 from ..examples.named import GANS, NAMES, TEXT_TO_IMAGE, made
 from ..files import loading
 from .judging import classifier_of
-from .keys import console
+from .keys import check_machine, console, device_of
 from .language import readable
 from .marking import class_numbers
 from .selecting import rows_of, select
@@ -57,6 +57,7 @@ def run_audit(job: AuditJob) -> dict[str, Any]:
     Raises:
         ValueError: something in the recipe does not fit the models or the data; nothing was written.
     """
+    check_machine(job, "audit")
     # What is not there is said before others are trained.
     for key, names in (("model", [job.model]), ("original", [job.original]), ("retrained", job.retrained or [])):
         for name in names:
@@ -73,6 +74,8 @@ def run_audit(job: AuditJob) -> dict[str, Any]:
         checks=checks[0] if checks in (["standard"], ["quick"]) else checks,
         seed=job.seed,
         output_dir=job.output_dir,
+        device=device_of(job),
+        dtype=getattr(torch, job.dtype or "float32"),
         **_of_generators(job, rows),
     )
     out, folder = console(), Path(job.output_dir)

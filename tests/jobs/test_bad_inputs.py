@@ -86,6 +86,7 @@ WRONG = [
     ("audit", "model: missing; "),
     ("audit|audit_digits|--checks", "checks: expected one argument"),
     ("audit|audit_digits|--retrain|-1", "retrain=-1: must be ≥ 0"),
+    ("audit|audit_digits|--device|gpu", "device='gpu': is none; "),
     ("demo|--seed|99999999999999999999", "seed=99999999999999999999: must be in [0, 4294967296)"),
     # Folders
     ("demo|--output_dir|", "output_dir='': is empty; name a folder"),

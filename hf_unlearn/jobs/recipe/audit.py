@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ...examples.named import DDPMS, GANS, TEXT_TO_IMAGE
 from ...training.checks import SEEDS, check_fields, check_is_not_original
-from .checks import check_at_most_one, check_needs
+from .checks import check_at_most_one, check_device, check_needs
 
 
 GENERATORS = (*DDPMS, *GANS, *TEXT_TO_IMAGE)
@@ -52,6 +52,8 @@ class AuditJob:
         marker (`str`, *optional*): of a pipeline: sees what an image shows: `"digits"`, `"coloured-digits"`, a folder or an id of an image classifier.
         classes (`list[str]`, *optional*): names or numbers of the marker's classes that were to go. Default: the labels of the forget rows.
         num_inference_steps, guidance_scale (*optional*): of the images. Default: the pipeline's own.
+        device (`str`, *optional*): where models are loaded to, as in `"cuda"`. Default: a GPU, if there is one.
+        dtype (`"float16"` | `"bfloat16"`, *optional*): of their weights. Default: float32.
         checks (`list[str]`, *optional*): `standard`, `quick`, or names of checks. Default: standard.
         seed (`int`, defaults to 0): of all that is drawn.
         output_dir (`str`): gets `audit.json`, `audit.html` and `audit.png`.
@@ -88,6 +90,8 @@ class AuditJob:
     classes: list[str] | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    device: str | None = None
+    dtype: Literal["float16", "bfloat16"] | None = None
     checks: list[str] | None = None
     seed: int = 0
     output_dir: str | None = None
@@ -100,6 +104,7 @@ class AuditJob:
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing; set it to {example}")
         check_fields(self, {SEEDS: ("seed",), "≥ 0": ("retrain", "guidance_scale"), "≥ 1": ("num_inference_steps",)})
+        check_device(self.device)
         self._check_rows()
         self._check_family()
         self._check_retrain()

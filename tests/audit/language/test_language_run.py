@@ -99,6 +99,17 @@ class TestModels:
         same = audited(tiny_llama, sets, tokenizer, checks=["answer", "unseen_loss"])
         assert [one.audited for one in report.results] == pytest.approx([one.audited for one in same.results])
 
+    def test_from_a_folder_in_16_bits(self, tiny_llama, sets, tokenizer, tmp_path):
+        """Every check reads such weights; answers differ as bfloat16 rounds, to three digits."""
+        for part in (tiny_llama, tokenizer):
+            part.save_pretrained(tmp_path / "model")
+        name, checks = str(tmp_path / "model"), [check.name for check in STANDARD]
+        report = audit(name, **sets, checks=checks, dtype=torch.bfloat16, device="cpu", progress=False)
+        assert report.failed == {}
+        whole = audited(tiny_llama, sets, tokenizer, checks=["unseen_loss"])["unseen_loss"].audited
+        assert report["unseen_loss"].audited == pytest.approx(whole, rel=0.01)
+        assert report["unseen_loss"].audited != whole
+
 
 class TestChecks:
     def test_names_are_unique_and_quick_ones_are_standard(self):
