@@ -253,13 +253,16 @@ def write_report() -> None:
         f'{{"budget": {json.dumps(budget)},\n"labels": {json.dumps(labels)},\n"cells": {by_line(found)}}}',
     )
     gathered_in.cache_clear()
-    strips = {
-        METHODS[method].label.replace("*", "").replace("`", ""): Image.open(file)
-        for method in METHODS
-        if (file := Cell(method, "three", 0).file.with_suffix(".png")).is_file()
+    drawn = {
+        name: Image.open(file)
+        for name in METHODS
+        if (file := Cell(name, "three", 0).file.with_suffix(".png")).is_file()
     }
+    kept = text_to_image_report.read_rows(ROWS, SHOWN)
+    names = {name: method.label.replace("*", "").replace("`", "") for name, method in METHODS.items()}
+    strips = {shown: drawn.get(name) or kept[shown] for name, shown in names.items() if name in drawn or shown in kept}
     if strips:
-        text_to_image_report.page_of_rows(strips, SHOWN).save(ROWS, optimize=True)
+        text_to_image_report.write_rows(strips, SHOWN, ROWS)
     report.write()
     print(text_to_image_report.goals(found))
 

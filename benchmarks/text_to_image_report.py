@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 
 OURS = {"redirect": "closed form", "both": "closed form, then VDU"}
@@ -363,25 +366,56 @@ prompts encoded first, estimated from a part of them; with `TextMoments` that is
     return text
 
 
-def page_of_rows(strips: Mapping[str, Image.Image], columns: Mapping[str, int]) -> Image.Image:
-    """One picture of a row for each method, with its name before it and what the columns are above.
+FONT, HEAD, GAP, BORDER = ImageFont.load_default(13), 20, 10, 2  # of the page of rows, in pixels
+NAMES = "rows"  # of the file's own text
+
+
+def _beside(names: Iterable[str]) -> int:
+    """What the names take."""
+    return int(max(FONT.getlength(name) for name in names)) + 12
+
+
+def write_rows(strips: Mapping[str, Image.Image], columns: Mapping[str, int], file: Path) -> None:
+    """A picture of a row for each method, with its name before it and what the columns are above.
 
     Args:
         strips: a row of framed pictures by name.
         columns (`Mapping[str, int]`): how many pictures of each kind stand side by side.
     """
-    font, head, gap = ImageFont.load_default(13), 20, 10
-    wide = int(max(font.getlength(name) for name in strips)) + 12
-    first = next(iter(strips.values()))
+    wide, first = _beside(strips), next(iter(strips.values()))
     each, high = first.width // sum(columns.values()), first.height
-    page = Image.new("RGB", (wide + first.width + gap * len(columns), head + len(strips) * (high + 2)), "white")
+    size = wide + first.width + GAP * len(columns), HEAD + len(strips) * (high + BORDER)
+    page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
     for row, (name, strip) in enumerate(strips.items()):
-        top, place, left_of = head + row * (high + 2), 0, wide
-        draw.text((4, top + high // 2 - 8), name, "black", font)
+        top, place, left_of = HEAD + row * (high + BORDER), 0, wide
+        draw.text((4, top + high // 2 - 8), name, "black", FONT)
         for kind, count in columns.items():
             if row == 0:
-                draw.text((left_of, 2), HEADINGS[kind], "black", font)
+                draw.text((left_of, 2), HEADINGS[kind], "black", FONT)
             page.paste(strip.crop((place * each, 0, (place + count) * each, high)), (left_of, top))
-            place, left_of = place + count, left_of + count * each + gap
-    return page
+            place, left_of = place + count, left_of + count * each + GAP
+    about = PngInfo()
+    about.add_itxt(NAMES, json.dumps([*strips]))
+    page.save(file, optimize=True, pnginfo=about)
+
+
+def read_rows(file: Path, columns: Mapping[str, int]) -> dict[str, Image.Image]:
+    """The strips of such a picture by name, so that a row stays of which nothing is drawn anew; none where there is no such picture."""
+    if not file.is_file():
+        return {}
+    with Image.open(file) as page:
+        page.load()
+    names = json.loads(page.info.get(NAMES, "[]"))
+    if not names:
+        return {}
+    wide, high = _beside(names), (page.height - HEAD) // len(names) - BORDER
+    each = (page.width - wide - GAP * len(columns)) // sum(columns.values())
+    strips = {}
+    for row, name in enumerate(names):
+        top, place, left_of = HEAD + row * (high + BORDER), 0, wide
+        strips[name] = Image.new("RGB", (each * sum(columns.values()), high))
+        for count in columns.values():
+            strips[name].paste(page.crop((left_of, top, left_of + count * each, top + high)), (place * each, 0))
+            place, left_of = place + count, left_of + count * each + GAP
+    return strips
