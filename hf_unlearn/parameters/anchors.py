@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .reference import Parameters, at_least_single
+from .sharding import own, parts, sharded_like, summed
 
 
 # Anchors work through the parameters in runs of so many elements: small enough for a core's cache, or large enough to
@@ -23,6 +24,9 @@ class Anchor(Protocol):
 
     def add_grad_(self, parameters: Parameters, scale: float = 1.0) -> None:
         """Add `scale` times its gradient to the `.grad` of `parameters`, those that have one."""
+
+    def share_(self, parameters: Parameters) -> None:
+        """Keep of what it holds this process's part, as `parameters` are shared among processes from now on."""
 
 
 class QuadraticAnchor:
@@ -74,9 +78,15 @@ class QuadraticAnchor:
         )
         self._runs = _runs(self.reference)
 
+    def share_(self, parameters: Parameters) -> None:
+        self.reference = {name: sharded_like(value, parameters[name]) for name, value in self.reference.items()}
+        if self.diagonal is not None:
+            self.diagonal = {name: sharded_like(value, parameters[name]) for name, value in self.diagonal.items()}
+        self._runs = _runs(self.reference)
+
     @torch.no_grad()
     def value(self, parameters: Parameters) -> dict[str, Tensor]:
-        isotropic, diagonal = [], []
+        isotropic, diagonal, like = [], [], next(iter(self.reference.values()))
         for run in self._runs:
             change = torch._foreach_sub(_cut(parameters, run), _cut(self.reference, run))
             isotropic += [norm.square() for norm in torch._foreach_norm(change, 2, at_least_single(change))]
@@ -86,9 +96,9 @@ class QuadraticAnchor:
                 diagonal += [term.sum(dtype=at_least_single(change)) for term in change]
         terms = {}
         if self.isotropic or self.diagonal is None:
-            terms["isotropic"] = torch.stack(isotropic).sum() * self.isotropic
+            terms["isotropic"] = summed(torch.stack(isotropic).sum(), like) * self.isotropic
         if diagonal:
-            terms[self.diagonal_name] = torch.stack(diagonal).sum() * self.diagonal_weight
+            terms[self.diagonal_name] = summed(torch.stack(diagonal).sum(), like) * self.diagonal_weight
         return terms
 
     @torch.no_grad()
@@ -113,7 +123,7 @@ def _runs(tensors: Parameters) -> list[list[tuple[str, int, int]]]:
     """
     runs: list[list[tuple[str, int, int]]] = [[]]
     filled = 0
-    for name, tensor in tensors.items():
+    for name, tensor in parts(tensors).items():
         limit = RUN_ELEMENTS.get(tensor.device.type, RUN_ELEMENTS["cuda"])
         rows = tensor.shape[0] if tensor.dim() else 1
         step = max(1, limit * rows // max(tensor.numel(), 1))
@@ -129,8 +139,9 @@ def _runs(tensors: Parameters) -> list[list[tuple[str, int, int]]]:
 
 def _cut(tensors: Parameters, run: list[tuple[str, int, int]]) -> list[Tensor]:
     """Views of the parts of a run."""
+    held = {name: own(tensors[name]) for name, _, _ in run}
     return [
-        tensors[name] if end - begin == (tensors[name].shape[:1] or (1,))[0] else tensors[name][begin:end]
+        held[name] if end - begin == (held[name].shape[:1] or (1,))[0] else held[name][begin:end]
         for name, begin, end in run
     ]
 
@@ -151,3 +162,7 @@ class SumOfAnchors:
     def add_grad_(self, parameters: Parameters, scale: float = 1.0) -> None:
         for anchor in self.anchors:
             anchor.add_grad_(parameters, scale)
+
+    def share_(self, parameters: Parameters) -> None:
+        for anchor in self.anchors:
+            anchor.share_(parameters)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .reference import Parameters
+from .sharding import own, sharded_like, whole
 
 
 class LoRAProductAnchor:
@@ -39,8 +40,7 @@ class LoRAProductAnchor:
     def value(self, parameters: Parameters) -> dict[str, Tensor]:
         total = torch.zeros(())
         for name_a, name_b, scaling in self.layers:
-            a, b = (parameters[k].detach().flatten(1).float() for k in (name_a, name_b))
-            a0, b0 = (self.reference[k].flatten(1).float() for k in (name_a, name_b))
+            (a, b), (a0, b0) = (_factors(of, name_a, name_b) for of in (parameters, self.reference))
             # BA − B₀A₀ = (B − B₀)A + B₀(A − A₀) = [B − B₀, B₀][A; A − A₀], without a difference of large numbers
             factors_b, factors_a = torch.cat([b - b0, b0], 1), torch.cat([a, a - a0])
             squared = ((factors_b.T @ factors_b) * (factors_a @ factors_a.T)).sum()
@@ -50,16 +50,25 @@ class LoRAProductAnchor:
     @torch.no_grad()
     def add_grad_(self, parameters: Parameters, scale: float = 1.0) -> None:
         for name_a, name_b, scaling in self.layers:
-            a, b = (parameters[k].detach().flatten(1).float() for k in (name_a, name_b))
-            a0, b0 = (self.reference[k].flatten(1).float() for k in (name_a, name_b))
+            (a, b), (a0, b0) = (_factors(of, name_a, name_b) for of in (parameters, self.reference))
             da, db = a - a0, b - b0
             weight = 2 * self.isotropic * scaling**2 * scale
             for name, gradient in (
                 (name_a, (b.T @ db) @ a + (b.T @ b0) @ da),
                 (name_b, db @ (a @ a.T) + b0 @ (da @ a.T)),
             ):
-                if parameters[name].grad is not None:
-                    parameters[name].grad.add_(gradient.view_as(parameters[name]), alpha=weight)
+                parameter = parameters[name]
+                if parameter.grad is not None:
+                    gradient = own(sharded_like(gradient.view(parameter.shape), parameter))
+                    own(parameter.grad).add_(gradient, alpha=weight)
+
+    def share_(self, parameters: Parameters) -> None:
+        self.reference = {name: sharded_like(value, parameters[name]) for name, value in self.reference.items()}
+
+
+def _factors(tensors: Parameters, *names: str) -> list[Tensor]:
+    """As matrices in fp32; whole, since of parts there is no product."""
+    return [whole(tensors[name].detach()).flatten(1).float() for name in names]
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, str, float]]:

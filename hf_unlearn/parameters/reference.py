@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from ..files import load_tensors, save_tensors
 from ..modes import in_eval_mode
+from .sharding import from_first, in_place_of, is_sharded, let_go, own, parts, sharded_like, whole
 
 
 Parameters = Mapping[str, Tensor]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of `model` that training changes, by name; tied parameters appear once."""
+    """The parameters of `model` that training changes, by name; tied parameters appear once. Where processes share them, as they do."""
+    let_go(model)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -44,12 +47,13 @@ class ReferencePoint:
 
     @classmethod
     @torch.no_grad()
-    def capture(cls, model: nn.Module) -> ReferencePoint:
-        """Copy the state of `model` as it is now."""
-        return cls(
-            {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()},
-            {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
-        )
+    def capture(cls, model: nn.Module, copy: bool = True) -> ReferencePoint:
+        """Copy the state of `model` as it is now; or, to save it, look at it without a copy."""
+        parameters = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
+        point = cls(parameters, {name: buffer.detach() for name, buffer in model.named_buffers()})
+        if not copy:
+            return point
+        return cls(*({name: value.clone() for name, value in part.items()} for part in (point.parameters, point.buffers)))
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
@@ -65,7 +69,7 @@ class ReferencePoint:
                 f"model: its trainable parameters are not those of the saved state (first difference: {odd[0]})"
             )
         for name, value in self.parameters.items():
-            parameters[name].copy_(value)
+            own(parameters[name]).copy_(own(sharded_like(value, parameters[name])))
         for name, value in self.buffers.items():
             buffers[name].copy_(value)
 
@@ -73,13 +77,41 @@ class ReferencePoint:
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run `model` as it was at this point: in eval mode, without gradients, changing nothing in it."""
         with in_eval_mode(model):
+            if is_sharded(self.parameters.values()):
+                with in_place_of(model, self.parameters | self.buffers):
+                    return model(*args, **kwargs)
             return torch.func.functional_call(model, {**self.parameters, **self.buffers}, args, kwargs)
 
-    def save(self, path: str | Path) -> None:
-        """Write to one `.safetensors` file, complete or not at all."""
-        tensors = {f"parameter/{k}": v.contiguous() for k, v in self.parameters.items()}
-        tensors |= {f"buffer/{k}": v.contiguous() for k, v in self.buffers.items()}
-        save_tensors(tensors, path)
+    def sharded_like(self, model: nn.Module) -> ReferencePoint:
+        """The same point as a model holds its parameters that is shared among processes ([`hf_unlearn.parameters.sharding`])."""
+        like = trainable_parameters(model)
+        return type(self)({k: sharded_like(v, like[k]) for k, v in self.parameters.items()}, self.buffers)
+
+    def save(self, path: str | Path, write: bool = True) -> None:
+        """Write to one `.safetensors` file, complete or not at all. Processes that share parameters call it together, and one of them writes."""
+        if not (write or is_sharded(self.parameters.values())):
+            return
+        tensors = {}
+        for kind, values in (("parameter", self.parameters), ("buffer", self.buffers)):
+            for name, value in values.items():
+                gathered = whole(value)  # one after the other: not all of them are anywhere at once but where they are written
+                if write:
+                    tensors[f"{kind}/{name}"] = gathered.contiguous() if gathered is value else gathered.cpu()
+        if write:
+            save_tensors(tensors, path)
+
+    @staticmethod
+    @torch.no_grad()
+    def restore_of_first(point: ReferencePoint | None, model: nn.Module) -> None:
+        """Write the state that the first of several processes has into the model of each; the others pass None."""
+        for name, parameter in trainable_parameters(model).items():
+            value = None if point is None else point.parameters[name]
+            if is_sharded([parameter]):
+                own(parameter).copy_(from_first(value, parameter))
+            else:
+                parameter.copy_(broadcast(parameter.detach().clone() if value is None else value.to(parameter)))
+        for name, buffer in model.named_buffers():
+            buffer.copy_(broadcast(buffer.clone() if point is None else point.buffers[name].to(buffer)))
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> ReferencePoint:
@@ -102,4 +134,4 @@ def average_(average: Parameters, now: Parameters, decay: float, step: int) -> N
     The decay begins low, min(`decay`, (1 + `step`)/(10 + `step`)), so that the average forgets where it began.
     """
     weight = 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.values()), [now[name].detach() for name in average], weight)
+    torch._foreach_lerp_([*parts(average).values()], [own(now[name].detach()) for name in average], weight)

@@ -298,7 +298,7 @@ def check_parallelism(trainer, why: str) -> None:
     """
     if trainer.args.n_gpu > 1:
         raise ValueError("several GPUs in one process (nn.DataParallel) are not supported; use `accelerate launch`")
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if trainer.is_deepspeed_enabled:
         raise ValueError(f"DeepSpeed and FSDP are not supported: {why}; use DDP")
 
 

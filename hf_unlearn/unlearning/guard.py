@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..modes import looking
-from ..parameters.reference import ReferencePoint, trainable_parameters
+from ..parameters.reference import ReferencePoint
 from ..training.losses import IGNORED
 from ..training.trackers import Trackers
 from .objective import Batch
@@ -176,27 +176,23 @@ class Guard(TrainerCallback):
         gained = self.best is None or look.rank > self.best.rank or (latest and look.kept)
         if gained:
             self.state.best = look
-            if self.trainer.args.should_save:
-                ReferencePoint.capture(self.trainer.model).save(self._file(step))
-                if self.trainer.args.save_strategy == "no":
-                    self._drop_superseded()
+            point = ReferencePoint.capture(self.trainer.model, copy=False)
+            point.save(self._file(step), write=self.trainer.args.should_save)
+            if self.trainer.args.save_strategy == "no":
+                self._drop_superseded()
         # A language model that forgets by NPO loses utility first and gains it back later: without a target, no reason to stop.
         waiting = not gained and not latest and (look.forgotten or not look.kept)
         self.state.without_gain = self.state.without_gain + 1 if waiting else 0
 
     def _restore(self) -> None:
-        model, file = self.trainer.model, self._file(self.best.step)
-        if self.trainer.args.should_save:
-            if not file.exists():
-                logger.warning(
-                    "the best state, of step %d, is gone from %s; keeping the last one", self.best.step, file
-                )
-                self.state.best = replace(self.looks[-1])
-            else:
-                ReferencePoint.load(file, self.trainer.args.device).restore(model)
-        if self.trainer.args.world_size > 1:
-            for tensor in [*trainable_parameters(model).values(), *model.buffers()]:
-                tensor.data.copy_(broadcast(tensor.data.clone()))
+        model, args, file = self.trainer.model, self.trainer.args, self._file(self.best.step)
+        there = torch.tensor(int(file.exists()), device=args.device)
+        if broadcast(there):
+            point = ReferencePoint.load(file, args.device) if args.process_index == 0 else None
+            ReferencePoint.restore_of_first(point, model)
+        else:
+            logger.warning("the best state, of step %d, is gone from %s; keeping the last one", self.best.step, file)
+            self.state.best = replace(self.looks[-1])
 
 
 DEFAULT_TOLERANCE = {"accuracy": 0.02, "loss": 0.1, "divergence": 0.5}

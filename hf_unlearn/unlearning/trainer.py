@@ -19,6 +19,7 @@ from ..metrics.classification import Accuracy
 from ..modes import seeded_generator
 from ..parameters.anchors import Anchor
 from ..parameters.reference import ReferencePoint, trainable_parameters
+from ..parameters.sharding import is_sharded, own
 from ..training.checks import check_drop_last, check_features, check_is_not_original, check_parallelism
 from ..training.collators import ALTERNATE, ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
 from ..training.models import LoadsByName, is_causal_lm, load_model, router_loss_weight
@@ -269,7 +270,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         """Stop before the optimiser steps, with the weights of the last good step in memory and on disk."""
         finite = torch.isfinite(loss)
         if check_gradients:  # with a scaler, infinite gradients are its business: it skips the step
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradients = [own(p.grad) for p in self.model.parameters() if p.grad is not None]
             finite = finite & torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())
         if self.args.world_size > 1:  # one process that stopped alone would leave the others waiting
             finite = reduce(finite.int(), "sum") == self.args.world_size
@@ -280,8 +281,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
                     buffer.copy_(before)
             terms = ", ".join(f"{name} {value.item() / self._terms_count:.3g}" for name, value in self._terms.items())
             file = self.private_dir / "last_good.safetensors"
-            if self.args.should_save:
-                ReferencePoint.capture(self.model).save(file)
+            ReferencePoint.capture(self.model, copy=False).save(file, write=self.args.should_save)
             best = (
                 f", those of the guard's best step {self.guard.best.step} beside it in guard/"
                 if self.guard.best
@@ -347,8 +347,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         else:
             if first:
                 self.reference = ReferencePoint.capture(self.model)
-            if self.args.should_save:
-                self.reference.save(file)
+            self.reference.save(file, write=self.args.should_save)
             if first and self.heldout_loss is None and self.heldout_dataset is not None:
                 self.heldout_loss = self._mean(lambda batch: self.task_loss(self.model, batch), self.heldout_dataset)
         if self.forget_loss_name == "pdu":
@@ -364,10 +363,21 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         self.reference = self.reference if held else ReferencePoint.load(file)  # mapped: no memory before it is asked
         with self._model_is_made():
             done = super()._train(checkpoint, **kwargs)
-        self.reference = self.reference if held else ReferencePoint.load(file, self.args.device)
+        if not held:
+            self.reference = ReferencePoint.load(file, self.args.device).sharded_like(self.model)
         self.outcome = self.judge()
         tell_outcome(self, self.outcome_line)
         return done
+
+    def _prepare_for_training(self, *args, **kwargs):
+        """As the stock trainer's, which is where processes begin to share the parameters (FSDP2): what is held of the original is shared alike."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        parameters = trainable_parameters(self.model)
+        if is_sharded(parameters.values()):
+            self.reference = self.reference.sharded_like(self.model)
+            if self.anchor is not None:
+                self.anchor.share_(parameters)
+        return prepared
 
     def _before_steps(self) -> None:
         """What a method does to the model before the first step of a run, once the original is known."""
