@@ -112,17 +112,18 @@ def check_no_adapter(pipeline: Any) -> None:
             raise ValueError(f"pipeline: {name} holds an adapter, {UNFUSED} again")
 
 
-def save_merged(peft_model: PeftModel, folder: str | Path) -> None:
+def save_merged(peft_model: PeftModel, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Saves the base model with the adapter folded in, as `save_pretrained` would save one that was never adapted.
 
     Args:
         peft_model (`PeftModel`): see [`merged_state_dict`]; not changed.
         folder (`str` or `Path`): loads with stock `from_pretrained` afterwards.
+        state (`dict[str, Tensor]`, *optional*): of it with the adapter folded in, where processes share the model and have gathered that before.
 
     Raises:
         ValueError: see [`merged_state_dict`]; before anything is written.
     """
-    base, state = merged_state_dict(peft_model)
+    base, state = (peft_model.get_base_model(), state) if state else merged_state_dict(peft_model)
     base.save_pretrained(folder, state_dict=state)
 
 

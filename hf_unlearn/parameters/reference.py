@@ -53,7 +53,9 @@ class ReferencePoint:
         point = cls(parameters, {name: buffer.detach() for name, buffer in model.named_buffers()})
         if not copy:
             return point
-        return cls(*({name: value.clone() for name, value in part.items()} for part in (point.parameters, point.buffers)))
+        return cls(
+            *({name: value.clone() for name, value in part.items()} for part in (point.parameters, point.buffers))
+        )
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
@@ -94,7 +96,9 @@ class ReferencePoint:
         tensors = {}
         for kind, values in (("parameter", self.parameters), ("buffer", self.buffers)):
             for name, value in values.items():
-                gathered = whole(value)  # one after the other: not all of them are anywhere at once but where they are written
+                gathered = whole(
+                    value
+                )  # one after the other: not all of them are anywhere at once but where they are written
                 if write:
                     tensors[f"{kind}/{name}"] = gathered.contiguous() if gathered is value else gathered.cpu()
         if write:

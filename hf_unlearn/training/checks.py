@@ -142,7 +142,7 @@ REFUSED = {
     "bf16_full_eval": "turns the weights themselves into 16 bits, where small steps are lost; use bf16=True",
     "fp16_full_eval": "turns the weights themselves into 16 bits, where small steps are lost; use fp16=True",
     "deepspeed": "DeepSpeed shards parameters and steps out of sight; use DDP",
-    "fsdp": "FSDP shards parameters, which are needed whole; use DDP",
+    "fsdp": "is settled by accelerate's own config: accelerate launch --config_file …; leave it out",
     "parallelism_config": "shards parameters or sequences, which are needed whole; use DDP",
 }
 # What numbers of the stock config must be, as far as it does not look itself before training has begun.
@@ -287,19 +287,40 @@ def check_processes(args) -> None:
         raise ValueError(f"use_cpu: {launched} processes were launched, but there is no GPU; set use_cpu=True")
 
 
-def check_parallelism(trainer, why: str) -> None:
+def check_parallelism(trainer, why: str, shares: bool = False) -> None:
     """Refuse what hides whole parameters or gradients from a trainer.
 
     Args:
         why (`str`): what it would do, as in `"they step or shard out of the anchor's sight"`.
+        shares (`bool`, defaults to `False`): the trainer knows parameters that processes share among them, of FSDP2.
 
     Raises:
-        ValueError: several GPUs in one process, DeepSpeed or FSDP.
+        ValueError: several GPUs in one process, DeepSpeed, FSDP 1, FSDP2 where the trainer does not share, or a setting of it that hides what
+            is needed.
     """
     if trainer.args.n_gpu > 1:
         raise ValueError("several GPUs in one process (nn.DataParallel) are not supported; use `accelerate launch`")
+    other = "FSDP2 (recipes/accelerate/fsdp2.yaml)" if shares else "DDP"
     if trainer.is_deepspeed_enabled:
-        raise ValueError(f"DeepSpeed and FSDP are not supported: {why}; use DDP")
+        raise ValueError(f"DeepSpeed is not supported: {why}; use {other}")
+    if not trainer.is_fsdp_enabled:
+        return
+    if not shares:
+        raise ValueError(f"FSDP is not supported: {why}; use DDP")
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version={plugin.fsdp_version}: flattens parameters; set it to 2")
+    wrong = {
+        "fsdp_state_dict_type": ("FULL" not in str(plugin.state_dict_type), "no model would be saved at the end; set FULL_STATE_DICT"),
+        "fsdp_cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "each process looks at the original before it is shared; set false"),
+        "fsdp_activation_checkpointing": (plugin.activation_checkpointing, "renames parameters; set gradient_checkpointing=True instead"),
+        "fsdp_offload_params": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "was never tried with an original beside; set false"),
+    }  # fmt: skip
+    for name, (is_wrong, what) in wrong.items():
+        if is_wrong:
+            raise ValueError(f"{name}: {what}")
 
 
 def check_single_precision(parameters: Iterable[Tensor], what: str = "model: its weights", other: str = "") -> None:

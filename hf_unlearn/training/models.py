@@ -117,7 +117,7 @@ class LoadsByName:
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = model if model is not None else self.model
-        if hasattr(model, "peft_config") or not hasattr(model, "from_pretrained"):
+        if hasattr(model, "peft_config") or not hasattr(model, "from_pretrained") or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())

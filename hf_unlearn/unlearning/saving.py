@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import in_words
-from ..hub.adapters import check_mergeable, save_merged
+from ..hub.adapters import check_mergeable, merged_state_dict, save_merged
 from ..hub.loading import loading_code, processor_loader
 from ..hub.origin import hub_id
 from ..hub.publish import save_settings
+from ..parameters.sharding import is_sharded, let_go, whole
 from ..training.publishing import PublishingMixin
 from .config import UnlearnArguments
 from .losses import CREDIT
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 RUN_SETTINGS = (
@@ -44,13 +51,26 @@ PIPELINE_TAGS = {
 class SavingMixin(PublishingMixin):
     """Saving, card and push of an unlearning trainer of one model."""
 
+    _merged: dict[str, Any] | None = None  # of a model that processes share
+
+    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        half_trained = Path(output_dir or self.args.output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
+        merges = not half_trained and self.args.merge_adapter and hasattr(model, "peft_config")
+        if merges and is_sharded(model.parameters()):  # here all processes are together
+            self._merged = _merged_whole(model, keep=self.args.should_save)
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._merged = None
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         half_trained = Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not half_trained and self.args.merge_adapter and hasattr(model, "peft_config"):
             if self.args.should_save:
-                save_merged(model, output_dir)
+                save_merged(model, output_dir, self._merged)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(output_dir)
         else:
@@ -137,3 +157,18 @@ class SavingMixin(PublishingMixin):
     def processor_loader(self) -> str | None:
         """The Auto class that loads what is saved as `processing_class`."""
         return processor_loader(self.processing_class)
+
+
+@torch.no_grad()
+def _merged_whole(model: PeftModel, keep: bool) -> dict[str, Tensor]:
+    """The state dict of a model with its adapter folded in, which processes share and ask for together: on the CPU of those that are to `keep` it."""
+    let_go(model)
+    found: dict[str, Tensor] = {}
+    gathered: dict[int, Tensor | None] = {}  # tied ones stay one tensor
+    for name, value in merged_state_dict(model)[1].items():
+        if id(value) not in gathered:
+            everything = whole(value)
+            gathered[id(value)] = everything.cpu() if keep else None
+        if keep:
+            found[name] = gathered[id(value)]
+    return found

@@ -61,6 +61,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
     _paper: str | None = None
     _tag_names = ["hf_unlearn", "machine-unlearning"]
     _config_class: type = UnlearnConfig
+    _shares = True  # knows parameters that processes share among them (FSDP2)
     loss_is_scaled_for_ga = False  # our loss is a mean over the batch: Trainer divides it by the accumulation steps
 
     def __init__(
@@ -114,7 +115,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         self.model_init = model_init
         if forget_dataset is None:  # rows were there for the stock trainer, which looks at them
             self.train_dataset = None
-        check_parallelism(self, "they step or shard out of the anchor's sight")
+        check_parallelism(self, "it steps or shards out of sight", shares=self._shares)
         check_features(self)
         check_drop_last(self)
         check_trainable(self.model, args)
@@ -314,6 +315,20 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         with torch.random.fork_rng(self._random_devices):
             return super().evaluate(*args, **kwargs)
 
+    def evaluation_loop(self, *args, **kwargs):
+        """As the stock trainer's. Before processes share the parameters (FSDP2), which is when training begins, each has the whole model, and evaluates it
+        as it is: transformers 5.23 would have accelerate share it without an optimiser, which that refuses.
+        """
+        if not self.is_fsdp_enabled or is_sharded(self.model.parameters()):
+            return super().evaluation_loop(*args, **kwargs)
+        self._move_model_to_device(self.model, self.args.device)
+        self.is_fsdp_enabled = False
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.is_fsdp_enabled = True
+            self.accelerator._models.clear()
+
     # Training and resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -332,6 +347,10 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _train(self, checkpoint: str | None, **kwargs):
+        if self.is_fsdp_enabled and not is_sharded(
+            self.model.parameters()
+        ):  # it is looked at whole, where it will be shared
+            self._move_model_to_device(self.model, self.args.device)
         self._resuming = checkpoint is not None
         file = self.private_dir / "reference.safetensors"
         first = not checkpoint and self.reference is None

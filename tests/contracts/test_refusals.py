@@ -9,6 +9,7 @@ import datasets
 import diffusers
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from PIL import Image
 from torch.utils.data import IterableDataset
 
@@ -31,6 +32,7 @@ from trl import SFTConfig
 from hf_unlearn import DCGANDiscriminator, DCGANGenerator, GANPipeline
 from hf_unlearn.influence.checks import check_model
 from hf_unlearn.jobs import demo
+from hf_unlearn.training.checks import check_parallelism
 from hf_unlearn.training.collators import ROW
 from hf_unlearn.unlearning.checks import check_arguments
 
@@ -668,8 +670,27 @@ def test_several_gpus_in_one_process(name, check_refused, tmp_path):
 def test_sharded_parameters(flag):
     """As a trainer that is sharded says of itself; there is none without GPUs."""
     flags = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, flag: True}
-    with pytest.raises(ValueError, match="^DeepSpeed and FSDP are not supported") as error:
+    kind = {"is_deepspeed_enabled": "DeepSpeed", "is_fsdp_enabled": "FSDP"}[flag]
+    with pytest.raises(ValueError, match=f"^{kind} is not supported: .*; use DDP") as error:
         check_model(SimpleNamespace(args=SimpleNamespace(n_gpu=0), model=vit(), **flags))
+    assert one_line(str(error.value))
+
+
+@pytest.mark.parametrize(("wrong", "words"), [
+    ({"fsdp_version": 1}, "fsdp_version=1: flattens parameters; set it to 2"),
+    ({"state_dict_type": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type: no model would be saved"),
+    ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading: "),
+    ({"activation_checkpointing": True}, "fsdp_activation_checkpointing: .*set gradient_checkpointing=True"),
+    ({"cpu_offload": True}, "fsdp_offload_params: "),
+])  # fmt: skip
+def test_settings_of_fsdp(wrong, words):
+    settings = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False} | wrong
+    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(**settings))
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(n_gpu=0), is_deepspeed_enabled=False, is_fsdp_enabled=True, accelerator=SimpleNamespace(state=state),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"^{words}") as error:
+        check_parallelism(trainer, "it steps or shards out of sight", shares=True)
     assert one_line(str(error.value))
 
 

@@ -210,10 +210,11 @@ class TestReading:
         from accelerate.commands.config.config_args import load_config_from_file
 
         paths = sorted((RECIPES / "accelerate").glob("*.yaml"))
-        assert [path.stem for path in paths] == ["ddp_cpu", "ddp_gpu"]
+        assert [path.stem for path in paths] == ["ddp_cpu", "ddp_gpu", "fsdp2", "fsdp2_many_nodes"]
+        processes = {"fsdp2": 8, "fsdp2_many_nodes": 16}
         for path in paths:
             config = load_config_from_file(str(path))
-            assert (config.num_processes, config.use_cpu) == (2, path.stem == "ddp_cpu")
+            assert (config.num_processes, config.use_cpu) == (processes.get(path.stem, 2), path.stem == "ddp_cpu")
 
 
 UNSAID = {"forget_column": None, "forget_values": None}

@@ -62,6 +62,7 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
     """
 
     _config_class = DiffusionUnlearnConfig
+    _shares = False  # one process draws and saves alone
 
     def __init__(
         self,

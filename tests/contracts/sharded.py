@@ -1,0 +1,123 @@
+"""Unlearning in two gloo processes that hold all parameters each (DDP), and then in the same two that share them (FSDP2).
+
+Started by torchrun with a folder. accelerate considers FSDP for accelerators alone, and takes DDP on a CPU without a word; so it is told here, after the
+arguments are made, that these processes are on some. Nothing of the package knows of it.
+"""
+
+import gc
+import json
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accelerate.state
+import torch
+from accelerate.utils import DistributedType
+from peft import LoraConfig
+from processes import BATCH, DESCENDING, Broken
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from trainers import JOBS, QUIET, arguments, build, weights
+
+
+COMMON = {
+    "logging_strategy": "steps", "logging_steps": 1, "max_steps": 4, "per_device_train_batch_size": BATCH // 2,
+    "save_strategy": "steps", "save_steps": 2,
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A run of a job, and the layers that its processes gather one after the other."""
+
+    job: str
+    layers: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    mixin: type | None = None
+    adapter: bool = False
+
+
+RUNS = {
+    "unlearn": Run("unlearn", "ViTLayer"),
+    "unlearn, guarded": Run("unlearn", "ViTLayer", DESCENDING),
+    "unlearn, broken": Run("unlearn", "ViTLayer", {"forget_loss": "ascent", "guard": True}, Broken),
+    "sft": Run("sft", "LlamaDecoderLayer"),
+    "sft, adapter": Run("sft", "LlamaDecoderLayer", {"isotropic_weight": 0.1}, adapter=True),
+}
+
+
+@contextmanager
+def environment(layers):
+    """What `accelerate launch` sets for a config of FSDP2."""
+    values = {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": layers, "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }  # fmt: skip
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name in values:
+            del os.environ[name]
+
+
+def trainer_of(folder, one, sharded):
+    job = JOBS[one.job]
+    settings = QUIET | job.values | COMMON | one.changes
+    args = job.config(str(folder), **{k: v for k, v in settings.items() if k in job.config.__dataclass_fields__})
+    if sharded:
+        accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    known = arguments(one.job)
+    given = {name: known[name] for name in ("model", "forget_dataset")}
+    if one.adapter:
+        given["peft_config"] = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    given["forget_dataset"] = given["forget_dataset"].select(range(8))  # or accelerate would fill the last batch up
+    return build(one.job, folder, mixin=one.mixin, args=args, **given)
+
+
+def run(folder, one, sharded):
+    """Trains, saves, and says what came of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"error": None, "resumed": None, "before": None, "after": None}
+    trainer = trainer_of(folder, one, sharded)
+    if not one.adapter and trainer.is_world_process_zero():
+        save_file(weights(trainer), folder / "start.safetensors")
+    try:
+        facts["before"] = trainer.evaluate(trainer.forget_dataset)["eval_loss"]
+        trainer.train()
+        facts["after"] = trainer.evaluate(trainer.forget_dataset)["eval_loss"]
+        trainer.save_model(folder / "final")
+    except FloatingPointError as error:
+        facts["error"] = str(error)
+    trainer.accelerator.wait_for_everyone()
+    facts |= {
+        "sharded": all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
+        "logs": [{k: v for k, v in log.items() if "loss" in k or "anchor" in k} for log in trainer.state.log_history],
+        "guard": trainer.guard.state.to_json(),
+    }
+    if sharded and facts["error"] is None and "guard" not in one.changes:
+        if trainer.is_world_process_zero():
+            shutil.rmtree(folder / "checkpoint-4")
+        trainer.accelerator.wait_for_everyone()
+        again = trainer_of(folder, one, sharded)
+        again.train(resume_from_checkpoint=True)
+        again.save_model(folder / "resumed")
+        facts["resumed"] = again.state.global_step
+    rank = os.environ["RANK"]
+    (folder / f"facts-{rank}.json").write_text(json.dumps(facts).replace("NaN", "null"))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    gc.freeze()  # every train() collects garbage
+    for name, one in RUNS.items():
+        run(Path(sys.argv[1], "plain", name), one, False)
+    for name, one in RUNS.items():
+        with environment(one.layers):
+            run(Path(sys.argv[1], "sharded", name), one, True)
+    torch.distributed.destroy_process_group()
+    print("all done", flush=True)
