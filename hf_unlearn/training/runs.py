@@ -82,6 +82,24 @@ class RunMixin:
     def _train(self, checkpoint: str | None, **kwargs: Any):
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any):
+        """As the stock trainer's, of which no trace is left on a model that is not trained yet.
+
+        accelerate 1.15 takes one that it made ready for evaluation for one that is ready to be trained, and several processes would then each train
+        alone, on their part of the rows, without a word.
+        """
+        ready = len(self.accelerator._models)
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            for model in self.accelerator._models[ready:]:
+                model.__dict__.pop("_is_accelerate_prepared", None)
+                if (
+                    forward := model.__dict__.pop("_original_forward", None)
+                ) is not None:  # under autocast it was replaced
+                    model.forward = forward
+            del self.accelerator._models[ready:]
+
     # What a trainer says of its run
 
     def check_saving(self) -> None:

@@ -80,6 +80,11 @@ class StockFeaturesMixin:
                     f"train_sampling_strategy={strategy!r}: the forget examples are no texts; use 'random'"
                 )
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As [`~transformers.Trainer.evaluate`], except that the random state stays: evaluating changes no training run."""
+        with torch.random.fork_rng(self._random_devices):
+            return super().evaluate(*args, **kwargs)
+
     # A run that begins again
 
     _begins_as_original = True  # a method may have done something before the first step

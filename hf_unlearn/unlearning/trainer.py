@@ -19,7 +19,7 @@ from ..metrics.classification import Accuracy
 from ..modes import seeded_generator
 from ..parameters.anchors import Anchor
 from ..parameters.reference import ReferencePoint, trainable_parameters
-from ..parameters.sharding import is_sharded, own
+from ..parameters.sharding import own
 from ..training.checks import check_drop_last, check_features, check_is_not_original, check_parallelism
 from ..training.collators import ALTERNATE, ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
 from ..training.models import LoadsByName, is_causal_lm, load_model, router_loss_weight
@@ -35,6 +35,7 @@ from .language.pdu import Dual
 from .objective import Batch, ObjectiveMixin
 from .outcome import OutcomeMixin
 from .saving import SavingMixin
+from .sharing import SharingMixin
 from .stock import NewPairs, Routed, StockFeaturesMixin
 
 
@@ -50,7 +51,9 @@ NO_GRADIENT = (
 )
 
 
-class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunMixin, StockFeaturesMixin, LoadsByName):
+class UnlearnMixin(
+    ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, SharingMixin, RunMixin, StockFeaturesMixin, LoadsByName
+):
     """Makes a Trainer forget: batches of forget (and optional retain) data, frozen reference, anchor, replay, guard,
     saving and card. A method overrides `prepared`, `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` or
     `build_anchor`, and nothing else.
@@ -61,7 +64,6 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
     _paper: str | None = None
     _tag_names = ["hf_unlearn", "machine-unlearning"]
     _config_class: type = UnlearnConfig
-    _shares = True  # knows parameters that processes share among them (FSDP2)
     loss_is_scaled_for_ga = False  # our loss is a mean over the batch: Trainer divides it by the accumulation steps
 
     def __init__(
@@ -310,25 +312,6 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
             self._terms, self._terms_count = {}, 0
         super().log(logs, start_time)
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """As [`~transformers.Trainer.evaluate`], except that the random state stays: evaluating changes no training run."""
-        with torch.random.fork_rng(self._random_devices):
-            return super().evaluate(*args, **kwargs)
-
-    def evaluation_loop(self, *args, **kwargs):
-        """As the stock trainer's. Before processes share the parameters (FSDP2), which is when training begins, each has the whole model, and evaluates it
-        as it is: transformers 5.23 would have accelerate share it without an optimiser, which that refuses.
-        """
-        if not self.is_fsdp_enabled or is_sharded(self.model.parameters()):
-            return super().evaluation_loop(*args, **kwargs)
-        self._move_model_to_device(self.model, self.args.device)
-        self.is_fsdp_enabled = False
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            self.is_fsdp_enabled = True
-            self.accelerator._models.clear()
-
     # Training and resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -347,10 +330,7 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _train(self, checkpoint: str | None, **kwargs):
-        if self.is_fsdp_enabled and not is_sharded(
-            self.model.parameters()
-        ):  # it is looked at whole, where it will be shared
-            self._move_model_to_device(self.model, self.args.device)
+        self._place_whole()
         self._resuming = checkpoint is not None
         file = self.private_dir / "reference.safetensors"
         first = not checkpoint and self.reference is None
@@ -387,16 +367,6 @@ class UnlearnMixin(ObjectiveMixin, UtilityMixin, OutcomeMixin, SavingMixin, RunM
         self.outcome = self.judge()
         tell_outcome(self, self.outcome_line)
         return done
-
-    def _prepare_for_training(self, *args, **kwargs):
-        """As the stock trainer's, which is where processes begin to share the parameters (FSDP2): what is held of the original is shared alike."""
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        parameters = trainable_parameters(self.model)
-        if is_sharded(parameters.values()):
-            self.reference = self.reference.sharded_like(self.model)
-            if self.anchor is not None:
-                self.anchor.share_(parameters)
-        return prepared
 
     def _before_steps(self) -> None:
         """What a method does to the model before the first step of a run, once the original is known."""

@@ -44,6 +44,14 @@ class Pairs:
         return super().retain_loss(model, batch)
 
 
+class Evaluated:
+    """Is evaluated before it is trained."""
+
+    def train(self, *args, **kwargs):
+        self.evaluate(self.train_dataset)
+        return super().train(*args, **kwargs)
+
+
 class Broken:
     """An infinite loss on the last process only, with finite gradients, from the third step on."""
 
@@ -86,6 +94,9 @@ def runs(processes):
     yield "fine, each its own tokens", "fine", None, each | OWN
     uneven = {"per_device_train_batch_size": 6 // processes, "max_steps": -1, "num_train_epochs": 1}
     yield "in_run, uneven", "in_run", None, uneven | {"train_dataset": images(16, [0, 1, 2])}
+    for name in ("unlearn", "in_run"):
+        loud = {key: value for key, value in LOUD.items() if key in JOBS[name].config.__dataclass_fields__}
+        yield f"{name}, evaluated", name, Evaluated, loud | each
     yield "unlearn, pairs", "unlearn", Pairs, each | {"guard": False, "max_steps": -1, "num_train_epochs": 4}
     yield "pbu, guarded", "pbu", None, each | DESCENDING
     yield "pbu, guarded, resumed", "pbu", None, each | DESCENDING

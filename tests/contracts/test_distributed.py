@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow  # four interpreters and fifty runs
 ALIKE = [
     *(name for name in JOBS if name != "propagated"),
     *(f"{n}, accumulated" for n in ("unlearn", "vdu", "in_run", "fine")),
+    *(f"{n}, evaluated" for n in ("unlearn", "in_run")),
 ]
 SAME_RANKS = [*ALIKE, "fine, each its own tokens", "in_run, uneven", "unlearn, pairs", "pbu, guarded",
               "pbu, guarded, resumed", "gan, guarded", "gan, guarded, resumed", "unlearn, broken"]  # fmt: skip
