@@ -65,12 +65,17 @@ def environment(layers):
             del os.environ[name]
 
 
+def told_of_accelerators():
+    """To be called between the arguments and the trainer."""
+    accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+
 def trainer_of(folder, one, sharded):
     job = JOBS[one.job]
     settings = QUIET | job.values | COMMON | one.changes
     args = job.config(str(folder), **{k: v for k, v in settings.items() if k in job.config.__dataclass_fields__})
     if sharded:
-        accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+        told_of_accelerators()
     known = arguments(one.job)
     given = {name: known[name] for name in ("model", "forget_dataset")}
     if one.adapter:
