@@ -1,7 +1,7 @@
-"""The cards of the recipes that run on a CPU in under two minutes: `python benchmarks/model_cards.py` writes `model_cards/`.
+"""The cards of the recipes that run on a CPU in minutes: `python benchmarks/model_cards.py` writes `model_cards/`.
 
-A card is what the recipe's own command leaves behind; figures are those of the machine that it ran on. `--quick` makes the first card
-into a temporary folder, and leaves `model_cards/` alone.
+A card is what the recipe's own command leaves behind; figures are those of the machine that it ran on. `--only` makes some of them, `--quick`
+makes the first one into a temporary folder, and leaves `model_cards/` alone.
 """
 
 import argparse
@@ -14,7 +14,16 @@ from hf_unlearn.jobs.recipe.reading import RECIPES, shipped_recipes
 
 
 CARDS = Path(__file__).parents[1] / "model_cards"
-MADE = ("pbu_digits", "pbu_digits_paper", "unlearn_examples_digits", "influence_labels_digits")
+QUICK = ("pbu_digits", "pbu_digits_paper", "unlearn_examples_digits", "influence_labels_digits", "filter_digits_gan")
+MADE = (
+    *QUICK,
+    "redirect_digits_t2i",
+    "adapt_then_unlearn_digits",
+    "filter_digits_ddpm",
+    "vdu_ddpm_digits",
+    "influence_poison",
+    "forget_poison",
+)
 
 
 def verb_of(name):

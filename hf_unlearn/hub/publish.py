@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -143,7 +144,7 @@ def publish_folder(
         if Path(name).name in (PIPELINE, CONFIG, ADAPTER_CONFIG) and (cleaned := _cleaned(folder / name)) is not None:
             files[name] = cleaned
     if card is None and CARD in files:
-        card = (folder / CARD).read_text(encoding="utf-8")
+        card = _addressed((folder / CARD).read_text(encoding="utf-8"), folder, repo_id)
     elif card is None and repo_type == "model":
         card = _card_of(folder, repo_id)
     if card is not None:
@@ -168,6 +169,19 @@ def publish_folder(
         dry_run=dry_run,
         show=show,
     )
+
+
+def _addressed(card: str, folder: Path, repo_id: str) -> str:
+    """A card as it lies in a folder, whose code loads that folder: on the Hub it loads the repository."""
+    title = re.search(r"^# (.+)$", card, flags=re.MULTILINE)  # which a run calls the folder by
+    here = {".", folder.resolve().name, title[1] if title else "."}
+    names = "|".join(re.escape(json.dumps(name)) for name in here)
+    loads = re.compile(rf"((?:from_pretrained|load_lora_weights)\(|\bfilter=)(?:{names})(?=[,)])")
+
+    def code(block: re.Match) -> str:
+        return loads.sub(lambda found: found[1] + json.dumps(repo_id), block[0])
+
+    return re.sub(r"^```python\n.*?^```$", code, card, flags=re.DOTALL | re.MULTILINE)
 
 
 def _card_of(folder: Path, repo_id: str) -> str:

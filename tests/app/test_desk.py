@@ -397,6 +397,8 @@ def test_published(whole, marked, folders, tmp_path):
         sent = set(hub.files("me/no-high"))
         assert {"README.md", "provenance.json"} <= sent
         assert ("model_index.json" in sent) == whole
+        assert '.from_pretrained("me/no-high")' in (card := hub.files("me/no-high")["README.md"].decode())
+        assert '"."' not in card  # where it was saved, its code loads the folder that it is in
         assert len(sent) == int(re.search(r"(\d+) files", said)[1])
         names = {}
         exec("\n".join(code), names)

@@ -125,6 +125,21 @@ def unlearned(folder, model, *, base="me/base", rows=None, key=b"k" * 32, salt=b
     return folder
 
 
+@pytest.mark.parametrize("name", ["out", "m", "renamed"])
+def test_the_code_on_a_folder_s_card_loads_the_repository(hub, tiny_vit, tmp_path, name):
+    """A run writes a card whose code loads the folder; `m` is its title."""
+    loads = 'from_pretrained("{}")  # text that says from_pretrained("{}")'
+    folder = unlearned(tmp_path / name, tiny_vit)
+    card = (folder / "README.md").read_text() + "\nx = `" + loads.format("out", "m") + "`\n"
+    snippet = f'model = X.from_pretrained("m", dtype=1)\nother = Y.from_pretrained("me/base")\npipe(filter="{name}")'
+    (folder / "README.md").write_text(f"{card}\n```python\n{snippet}\n```\n")
+    quietly(folder, "code")
+    sent = hub.files("me/code")["README.md"].decode()
+    wanted = 'model = X.from_pretrained("{0}", dtype=1)\nother = Y.from_pretrained("me/base")\npipe(filter="{0}")'
+    assert f"```python\n{wanted.format('me/code')}\n```" in sent
+    assert loads.format("out", "m") in sent  # no code
+
+
 def test_a_folder_keeps_what_is_known_of_it(hub, tiny_vit, tmp_path):
     results = [Figure(metric="accuracy", name="Accuracy", after=1.5, before=98.0)]
     folder = unlearned(tmp_path / "out", tiny_vit, results=results)
