@@ -6,6 +6,7 @@ makes the first one into a temporary folder, and leaves `model_cards/` alone.
 
 import argparse
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hf_unlearn.jobs.recipe.reading import RECIPES, shipped_recipes
 
 
 CARDS = Path(__file__).parents[1] / "model_cards"
+PICTURES = "pictures"  # beside a card; kept with the name of the recipe
 QUICK = ("pbu_digits", "pbu_digits_paper", "unlearn_examples_digits", "influence_labels_digits", "filter_digits_gan")
 MADE = (
     *QUICK,
@@ -40,7 +42,7 @@ def card_of(name, folder):
     if verb_of(name) == "influence":
         report = InfluenceReport.load_from_disk(folder / "_private" / "report")
         return report.dataset_card(name)
-    return (folder / "README.md").read_text(encoding="utf-8")
+    return re.sub(rf"(\]\(<?{PICTURES}/)", rf"\1{name}-", (folder / "README.md").read_text(encoding="utf-8"))
 
 
 def structure(card):
@@ -94,9 +96,12 @@ def main():
     for name in MADE[:1] if arguments.quick else arguments.only:
         with tempfile.TemporaryDirectory() as folder:
             card = card_of(name, Path(folder, name))
-        print(card)
-        if not arguments.quick:
-            (CARDS / f"{name}.md").write_text(card, encoding="utf-8")
+            print(card)
+            if not arguments.quick:
+                (CARDS / f"{name}.md").write_text(card, encoding="utf-8")
+                for picture in re.findall(rf"{PICTURES}/{name}-([\w.-]+)", card):
+                    (CARDS / PICTURES).mkdir(exist_ok=True)
+                    shutil.copy(Path(folder, name, PICTURES, picture), CARDS / PICTURES / f"{name}-{picture}")
     if not arguments.quick:
         (CARDS / "README.md").write_text(index(), encoding="utf-8")
 

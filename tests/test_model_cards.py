@@ -1,5 +1,6 @@
 """`model_cards/` holds the card of each recipe that runs on a CPU in minutes, and an index of all."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def test_the_index_names_every_recipe():
         check_card(text)
         assert str(Path.home()) not in text
         assert "/tmp" not in text
+        for picture in re.findall(r"\]\(<?(pictures/[^>)]+)", text):
+            assert (ROOT / "model_cards" / picture).is_file(), (name, picture)
         assert "```python" in text
 
 
