@@ -1,11 +1,12 @@
-"""The cards of the recipes that run on a CPU in under two minutes: `python benchmarks/model_cards.py` writes `model_cards/`.
+"""The cards of the recipes that run on a CPU in minutes: `python benchmarks/model_cards.py` writes `model_cards/`.
 
-A card is what the recipe's own command leaves behind; figures are those of the machine that it ran on. `--quick` makes the first card
-into a temporary folder, and leaves `model_cards/` alone.
+A card is what the recipe's own command leaves behind; figures are those of the machine that it ran on. `--only` makes those of some recipes, also
+of one that has none yet; `--quick` makes one into a temporary folder, and leaves `model_cards/` alone.
 """
 
 import argparse
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,13 @@ from hf_unlearn.jobs.recipe.reading import RECIPES, shipped_recipes
 
 
 CARDS = Path(__file__).parents[1] / "model_cards"
-MADE = ("pbu_digits", "pbu_digits_paper", "unlearn_examples_digits", "influence_labels_digits")
+PICTURES = "pictures"  # beside a card; kept with the name of the recipe
+QUICK = ("pbu_digits", "pbu_digits_paper", "unlearn_examples_digits", "influence_labels_digits", "filter_digits_gan")
+
+
+def made():
+    """Recipes that have a card."""
+    return sorted(path.stem for path in CARDS.glob("*.md") if path.stem != "README")
 
 
 def verb_of(name):
@@ -31,7 +38,7 @@ def card_of(name, folder):
     if verb_of(name) == "influence":
         report = InfluenceReport.load_from_disk(folder / "_private" / "report")
         return report.dataset_card(name)
-    return (folder / "README.md").read_text(encoding="utf-8")
+    return re.sub(rf"(\]\(<?{PICTURES}/)", rf"\1{name}-", (folder / "README.md").read_text(encoding="utf-8"))
 
 
 def structure(card):
@@ -61,7 +68,7 @@ def index():
     for name in sorted(shipped_recipes()):
         text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
         what = text.splitlines()[0].removeprefix("# ").replace("|", "\\|")
-        if name in MADE:
+        if name in made():
             lines.append(f"| `{name}` | {what} | [{name}.md]({name}.md) |")
         elif verb_of(name) != "audit":  # which makes a report, and no card
             command = f"hf-unlearn {verb_of(name)} --config {name}"
@@ -80,14 +87,17 @@ def index():
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", nargs="*", default=MADE, choices=MADE)
+    parser.add_argument("--only", nargs="*", default=made(), metavar="RECIPE")
     arguments = parser.parse_args()
-    for name in MADE[:1] if arguments.quick else arguments.only:
+    for name in QUICK[:1] if arguments.quick else arguments.only:
         with tempfile.TemporaryDirectory() as folder:
             card = card_of(name, Path(folder, name))
-        print(card)
-        if not arguments.quick:
-            (CARDS / f"{name}.md").write_text(card, encoding="utf-8")
+            print(card)
+            if not arguments.quick:
+                (CARDS / f"{name}.md").write_text(card, encoding="utf-8")
+                for picture in re.findall(rf"{PICTURES}/{name}-([\w.-]+)", card):
+                    (CARDS / PICTURES).mkdir(exist_ok=True)
+                    shutil.copy(Path(folder, name, PICTURES, picture), CARDS / PICTURES / f"{name}-{picture}")
     if not arguments.quick:
         (CARDS / "README.md").write_text(index(), encoding="utf-8")
 

@@ -247,7 +247,7 @@ def _tell_resolved(method: Method, recipe: Mapping, command: Mapping) -> None:
     from .jobs.recipe.resolved import resolved
 
     found = resolved(method, recipe, command)
-    say(keys=found.keys, reads=found.reads, writes=found.writes)
+    say(keys=found.keys, reads=found.reads, writes=found.writes, not_here=found.not_here)
     print("\n".join(found.lines()))
     if missing := [f"{place.key}={place.value!r}: {place.where}" for place in found.reads if place.found is False]:
         raise ValueError("; ".join(missing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..hub.objects import publish
 from ..images import of_pil
 from ..jobs.filter.fit import encoder_of
 from ..jobs.recipe.filter import FilterFitJob
@@ -25,6 +27,8 @@ from .tiles import tiles
 if TYPE_CHECKING:
     from ..filtering.checker import FASTSafetyChecker
     from ..jobs.recipe.app import AppJob
+
+logger = logging.getLogger(__name__)
 
 Told = Callable[[int, int], None]
 UNSAVED = ".unsaved"  # a folder that a job needs a name for, and that is not made
@@ -184,6 +188,29 @@ class Desk:
         if fitted is None:
             raise ValueError("no filter yet: mark samples and fit one first")
         return fitting.save(self.found, fitted, self.job.output_dir, name, whole=whole, action=action)
+
+    def publish(self, saved: Path | None, repo_id: str, *, private: bool = True) -> tuple[str, list[str]]:
+        """Publish what was saved: the pipeline with its filter where it was saved too, else the filter. See [`~hf_unlearn.hub.objects.publish`].
+
+        Returns:
+            What was published where, in a sentence, and lines of Python that use it.
+
+        Raises:
+            ValueError: nothing is saved, others reach the page, or it cannot be published there.
+            OSError: no token, or the Hub did not take it.
+        """
+        if self.job.is_for_others:
+            raise ValueError(f"host={self.job.host!r}: others reach this page, and it would publish with your token")
+        if saved is None:
+            raise ValueError("nothing is saved yet: save a filter first")
+        whole = (saved / "pipeline").is_dir()
+        sent = publish(
+            saved / "pipeline" if whole else saved / "filter", repo_id.strip(), private=private, show=logger.info
+        )
+        seen = "there already: as its owner has set" if not sent.is_new else "private" if sent.private else "public"
+        what = "The pipeline with its filter" if whole else "The filter"
+        code = fitting.usage(self.found, *([sent.repo_id] if whole else [self.found.folder, sent.repo_id]))
+        return f"{what} is published: {len(sent.files)} files in `{sent.repo_id}` ({seen}), {sent.url}", code
 
     # Images from elsewhere
 

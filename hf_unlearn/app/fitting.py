@@ -190,7 +190,14 @@ def save(
             save_filter(replace(fitted.job, **keys), fitted.checker, found.pipeline)
     except OSError as error:
         raise ValueError(f"output_dir: {str(folder)!r} cannot be written ({first_line(error)})") from error
-    loaded = f'"{folder / "pipeline"}"' if whole else f'"{found.folder}", filter="{folder / "filter"}"'
+    if whole:
+        return folder, usage(found, str(folder / "pipeline"))
+    return folder, usage(found, found.folder, str(folder / "filter"))
+
+
+def usage(found: Opened, pipeline: str, filter: str | None = None) -> list[str]:
+    """Lines of Python that draw with a pipeline that was saved with its filter, or with both: folders or ids."""
+    loaded = f'"{pipeline}"' if filter is None else f'"{pipeline}", filter="{filter}"'
     code = ["from hf_unlearn import FilteredPipeline", "", f"pipe = FilteredPipeline.from_pretrained({loaded})"]
     call = 'prompt="…"' if found.prompted else "num_images=8" if found.has_latents else "batch_size=8"
-    return folder, [*code, f"output = pipe({call})", "output.images, output.filtered"]
+    return [*code, f"output = pipe({call})", "output.images, output.filtered"]

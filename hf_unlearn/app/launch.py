@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 OLDEST = 6  # gradio's first version whose `launch` takes theme and style
 STYLE = Path(__file__).with_name("style.css")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 VISITORS = 50  # whose marks are kept in memory
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # those of the machine: none is fetched
 MONO = ["ui-monospace", "SFMono-Regular", "Consolas", "monospace"]
@@ -47,7 +46,7 @@ def launch(job: AppJob, *, stays: bool = True) -> Any:
     from .opened import opened
     from .page import page
 
-    if job.host is not None and job.host not in LOOPBACK:
+    if job.is_for_others:
         logger.warning(
             "host=%r: whoever reaches this address draws without the filter%s",
             job.host,

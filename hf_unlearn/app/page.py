@@ -251,6 +251,7 @@ def _make(desk: Desk, drawn: list[Any], marks: gr.State, fitted: gr.State, which
             button = gr.Button("Fit the filter", variant="primary", elem_id="fit")
             promised = gr.HTML(elem_id="promised")
             save = None if desk.job.output_dir is None else _save_fields(desk)
+            publish = None if save is None or desk.job.is_for_others else _publish_fields()
 
     def counted(marks: Marks, page: int, rest: bool) -> tuple[str, str]:
         return desk.count(marks, page, rest_is_clean=rest), " ".join(map(str, marks.of("undesired")))
@@ -303,15 +304,24 @@ def _make(desk: Desk, drawn: list[Any], marks: gr.State, fitted: gr.State, which
         show_progress_on=[promised],
     )
     if save is not None:
-        name, whole, action, keep, saved = save
+        name, whole, action, keep, said = save
+        saved = gr.State(None)
 
-        def put(name: str, whole: bool, action: str, fitted: Fitted | None) -> str:
+        def put(name: str, whole: bool, action: str, fitted: Fitted | None) -> tuple[str, Path]:
             with _told():
                 folder, code = desk.save(fitted, name, whole=whole, action=action)
             parts = "`filter/` and `pipeline/`" if whole else "`filter/`"
-            return f"Saved: {parts} in `{folder}`. Use it:\n\n```python\n" + "\n".join(code) + "\n```"
+            return _used(f"Saved: {parts} in `{folder}`.", code), folder
 
-        _heavy(keep, put, [name, whole, action, fitted], [saved])
+        _heavy(keep, put, [name, whole, action, fitted], [said, saved])
+        if publish is not None:
+            repo_id, private, send, sent = publish
+
+            def push(repo_id: str, private: bool, saved: Path | None) -> str:
+                with _told():
+                    return _used(*desk.publish(saved, repo_id, private=private))
+
+            _heavy(send, push, [repo_id, private, saved], [sent])
 
 
 def _filter_fields(desk: Desk) -> list[Any]:
@@ -356,6 +366,22 @@ def _save_fields(desk: Desk) -> tuple[Any, ...]:
     )
     keep = gr.Button("Save", elem_id="save")
     return name, whole, action, keep, gr.Markdown(elem_id="saved")
+
+
+def _publish_fields() -> tuple[Any, ...]:
+    gr.Markdown(
+        "### 4. Publish it\nWhat you saved last goes to the Hub with its card: the pipeline with its filter, or the filter alone if you saved that."
+    )
+    repo_id = gr.Textbox(
+        label="Repository", placeholder="me/my-filter", info="Is made if it is not there.", elem_id="repo-id"
+    )
+    private = gr.Checkbox(True, label="Private, if it is made now", elem_id="private")
+    send = gr.Button("Publish", elem_id="publish")
+    return repo_id, private, send, gr.Markdown(elem_id="published")
+
+
+def _used(said: str, code: list[str]) -> str:
+    return f"{said} Use it:\n\n```python\n" + "\n".join(code) + "\n```"
 
 
 def _promised(fitted: Fitted, on_marks: str) -> str:

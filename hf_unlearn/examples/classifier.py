@@ -84,7 +84,7 @@ def train_classifier(dataset, output_dir: str | Path, *, seed: int = 0, progress
         )
         model = digits_model(seed)
         trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=RawCollator(processor, "image"))
-        _quiet_bar(trainer)
+        quiet_bar(trainer)
         trainer.add_callback(Told(Path(output_dir).name, quiet=not progress))
         trainer.train()
         model.save_pretrained(scratch)
@@ -112,7 +112,8 @@ class _Bar(ProgressCallback):
         pass
 
 
-def _quiet_bar(trainer: Trainer) -> None:
+def quiet_bar(trainer: Trainer) -> None:
+    """Leave the progress bar, if there is one, and print no logs."""
     for callback in (ProgressCallback, PrinterCallback):
         if trainer.pop_callback(callback) is not None and callback is ProgressCallback:
             trainer.add_callback(_Bar())

@@ -16,7 +16,7 @@ from ..gan.dcgan import DCGANDiscriminator, DCGANGenerator
 from ..gan.pipeline import GANPipeline
 from ..gan.trainer import GANTrainer
 from . import cache, generators
-from .classifier import Told
+from .classifier import Told, quiet_bar
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def train(recipe: Recipe, images: Tensor, folder: str | Path, *, progress: bool 
         states = random.getstate(), np.random.get_state()  # Trainer seeds all of Python
         with torch.random.fork_rng(devices=[]):
             trainer = GANTrainer(untrained(recipe), args, train_dataset=images)
+            quiet_bar(trainer)
             trainer.add_callback(Told(Path(folder).name, quiet=not progress))
             trainer.train()
         random.setstate(states[0])

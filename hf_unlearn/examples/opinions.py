@@ -324,7 +324,7 @@ def train_opinion_model(
         "disable_tqdm": not progress,
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     arguments = SFTConfig(str(output_dir), seed=seed, **(defaults | TRAINING | overrides))

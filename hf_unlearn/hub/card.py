@@ -209,7 +209,7 @@ def unlearning_card(
 def plain_card(
     model_name: str,
     library_name: str,
-    load_snippet: str,
+    load_snippet: str | None,
     *,
     base_model: str | None = None,
     base_revision: str | None = None,
@@ -221,7 +221,7 @@ def plain_card(
     """The card of a model or a pipeline of which nothing is known but what it is.
 
     Args:
-        model_name, library_name, load_snippet, base_model, pipeline_tag: see [`unlearning_card`].
+        model_name, library_name, load_snippet, base_model, pipeline_tag: see [`unlearning_card`]; no snippet where nothing here loads it.
         base_revision (`str`, *optional*): commit of `base_model`.
         nearest (`str`, *optional*): id on the Hub of what `base_model` was made from, where it is not there itself.
         audit ([`~hf_unlearn.AuditReport`], *optional*): of it.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .adapters import save_merged
 from .allowed import CARD, RECORD, publishable_files
 from .card import plain_card
-from .loading import class_in, diffusion_task, is_pipeline, loaded, loading_code, processor_loader
+from .loading import diffusion_task, is_pipeline, loaded, loading_code, processor_loader
 from .origin import check_is_not_original_repository, inherited, origin, origins_of, revision_of, said_of
 from .publish import check_publishable, publish_folder
 from .record import earlier_of, files_of, other_record, read_record, write_record
@@ -179,7 +179,7 @@ def _written(what: Any, repo_id: str, audit: Any, token: Any, options: dict[str,
         what = hf_unlearn.InfluenceReport.load_from_disk(what)
     if isinstance(what, str | Path):
         check_options(Path(), options, ())
-        return nullcontext(_folder(Path(what), repo_id, audit, token))
+        return nullcontext(Written(Path(what), (), "Upload unlearned model"))
     if hasattr(what, "_written"):
         return what._written(repo_id, audit, token=token, **options)
     if is_pipeline(type(what)):
@@ -190,16 +190,6 @@ def _written(what: Any, repo_id: str, audit: Any, token: Any, options: dict[str,
         f"what: {type(what).__name__} cannot be published; pass a model, a pipeline, a filter, an influence report, a trainer of hf_unlearn, "
         "or the folder that one of them was saved to"
     )
-
-
-def _folder(folder: Path, repo_id: str, audit: Any, token: Any) -> Written:
-    """A folder, which gets a card if it has none."""
-    card, kind = None, class_in(folder)
-    if not (folder / CARD).is_file() and kind is not None:
-        library = kind.__module__.split(".")[0]
-        tag = diffusion_task(kind) if is_pipeline(kind) else None
-        card = plain_card(repo_id.split("/")[-1], library, loading_code(kind, repo_id), pipeline_tag=tag).content
-    return Written(folder, (), "Upload unlearned model", card=card)
 
 
 @contextmanager

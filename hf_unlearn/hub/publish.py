@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -34,7 +35,9 @@ from .allowed import (
     weights_of,
 )
 from .audited import Audited, audit_section, results_of, with_audit
-from .origin import HubId, named_in, without_local_paths
+from .card import plain_card
+from .loading import class_in, diffusion_task, is_pipeline, loading_code
+from .origin import ADAPTER_BASE, HubId, named_in, without_local_paths
 from .record import as_bytes, read_record, renewed
 from .sending import Publication, send
 from .valid import check_card
@@ -115,7 +118,7 @@ def publish_folder(
         run_as_future (`bool`, defaults to `False`): upload in the background. `folder` must stay as it is until then.
         dry_run (`bool`, defaults to `False`): send nothing.
         audit ([`~hf_unlearn.AuditReport`], *optional*): of the model, for the card and the provenance; the caller has seen to it that it is.
-        card (`str`, *optional*): README.md instead of the one in `folder`.
+        card (`str`, *optional*): README.md instead of the one in `folder`, which is given a plain one where there is none.
         left_out (`dict[str, str]`, *optional*): what else is to be told that stays, and why.
         repo_type (`str`, defaults to `"model"`): `"dataset"`: all of `folder` is published, which is a dataset.
         show (callable): is given a text that says what goes up, what does not, and why. Default: the log.
@@ -141,7 +144,9 @@ def publish_folder(
         if Path(name).name in (PIPELINE, CONFIG, ADAPTER_CONFIG) and (cleaned := _cleaned(folder / name)) is not None:
             files[name] = cleaned
     if card is None and CARD in files:
-        card = (folder / CARD).read_text(encoding="utf-8")
+        card = _addressed((folder / CARD).read_text(encoding="utf-8"), folder, repo_id)
+    elif card is None and repo_type == "model":
+        card = _card_of(folder, repo_id)
     if card is not None:
         card = card if audit is None or audit_section(audit) in card else with_audit(ModelCard(card), audit).content
         check_card(card)
@@ -164,6 +169,33 @@ def publish_folder(
         dry_run=dry_run,
         show=show,
     )
+
+
+def _addressed(card: str, folder: Path, repo_id: str) -> str:
+    """A card as it lies in a folder, whose code loads that folder: on the Hub it loads the repository."""
+    title = re.search(r"^# (.+)$", card, flags=re.MULTILINE)  # which a run calls the folder by
+    here = {".", folder.resolve().name, title[1] if title else "."}
+    names = "|".join(re.escape(json.dumps(name)) for name in here)
+    loads = re.compile(rf"((?:from_pretrained|load_lora_weights)\(|\bfilter=)(?:{names})(?=[,)])")
+
+    def code(block: re.Match) -> str:
+        return loads.sub(lambda found: found[1] + json.dumps(repo_id), block[0])
+
+    return re.sub(r"^```python\n.*?^```$", code, card, flags=re.DOTALL | re.MULTILINE)
+
+
+def _card_of(folder: Path, repo_id: str) -> str:
+    """For a folder without a card: what it is. Without any, the repository would keep one that describes other weights."""
+    kind = class_in(folder)
+    name, code, task, base = repo_id.split("/")[-1], None, None, None
+    if kind is not None:
+        library, code = kind.__module__.split(".")[0], loading_code(kind, repo_id)
+        task = diffusion_task(kind) if is_pipeline(kind) else None
+    elif (folder / ADAPTER_CONFIG).is_file():
+        library, base = "peft", json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get(ADAPTER_BASE)
+    else:
+        library = "transformers" if (folder / CONFIG).is_file() else "diffusers"
+    return plain_card(name, library, code, base_model=base, pipeline_tag=task).content
 
 
 def forget_local_paths(folder: str | Path) -> None:

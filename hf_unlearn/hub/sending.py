@@ -203,8 +203,8 @@ def explained(repo_id: str) -> Iterator[None]:
     Raises:
         OSError: instead of the errors of huggingface_hub and of the connection.
     """
-    from httpx2 import HTTPError  # of huggingface_hub 2.4
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    # HTTPError is that of httpx, or in huggingface_hub 2 of httpx2: there it has the right one.
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     try:
         yield

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from ..training.checks import REFUSED, check_fields, check_stock
-from ..training.config import choose_precision
+from ..training.config import settle
 
 
 RANGES = {
@@ -79,7 +79,7 @@ class FINEArguments:
 
     def __post_init__(self):
         check_stock(self, self.refused)
-        choose_precision(self)
+        settle(self)
         super().__post_init__()
         check_fields(self, RANGES)
         if self.n_calibration_runs == 1:

@@ -13,10 +13,14 @@ IMAGE_RANGES = {"≥ 1": ("batch_size",)}
 DRAWING_RANGES = {"≥ 0": ("grid_images",), "≥ 1": ("batch_size", "grid_steps")}
 
 
-def choose_precision(args: Any) -> None:
-    """Where `bf16` is not given (None) and there is no accelerator, fp32: TRL's default, bf16, is refused there."""
+def settle(args: Any) -> None:
+    """Defaults of TRL that would be refused or warned of. `bf16`, where it is not given (None) and there is no accelerator: fp32.
+    `gradient_checkpointing`: by the name that transformers 5.23 has for it.
+    """
     if args.bf16 is None and not torch.accelerator.is_available():
         args.bf16 = False
+    if args.activation_checkpointing is None:
+        args.activation_checkpointing = args.gradient_checkpointing
 
 
 @dataclass

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from ..training.checks import REFUSED, check_fields, check_hub_strategy, check_stock
-from ..training.config import GUARD_RANGES, GuardArguments, choose_precision
+from ..training.config import GUARD_RANGES, GuardArguments, settle
 
 
 RANGES = {
@@ -133,7 +133,7 @@ class UnlearnArguments(GuardArguments):
 
     def __post_init__(self):
         check_stock(self, self.refused)
-        choose_precision(self)
+        settle(self)
         super().__post_init__()
         self._check_unlearn_arguments()
 

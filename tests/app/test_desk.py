@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 
 from hf_unlearn import (
@@ -22,6 +23,7 @@ from hf_unlearn.app import fitting
 from hf_unlearn.app.desk import MADE, OPENED, UNLEARNED, Desk
 from hf_unlearn.app.marks import PAGE, Marks
 from hf_unlearn.app.opened import opened
+from hf_unlearn.examples.loopback_hub import LoopbackHub
 from hf_unlearn.jobs.filter.source import RUN, SHEET_SAMPLES, Batch, Source
 from hf_unlearn.jobs.recipe.app import AppJob
 from hf_unlearn.modes import seeded_generator
@@ -380,6 +382,44 @@ def test_what_is_not_saved(marked):
         it.save(None, "x", whole=True, action="blank")
     with pytest.raises(ValueError, match="this app loads no other than None"):
         it.fit(it.asked(encoder="me/any"), Marks(), rest_is_clean=True)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_published(whole, marked, folders, tmp_path):
+    it, marks = marked
+    fitted = it.fit(it.asked(concept="high"), marks, rest_is_clean=True)
+    folder, _ = it.save(fitted, "no-high", whole=whole, action="blur")
+    with LoopbackHub() as hub, hub.in_this_process(tmp_path / "home"):
+        said, code = it.publish(folder, " no-high ")
+        assert said.startswith(f"The {'pipeline with its filter' if whole else 'filter'} is published: ")
+        assert "in `me/no-high` (private), http" in said
+        assert HfApi().model_info("me/no-high").private
+        sent = set(hub.files("me/no-high"))
+        assert {"README.md", "provenance.json"} <= sent
+        assert ("model_index.json" in sent) == whole
+        assert '.from_pretrained("me/no-high")' in (card := hub.files("me/no-high")["README.md"].decode())
+        assert '"."' not in card  # where it was saved, its code loads the folder that it is in
+        assert len(sent) == int(re.search(r"(\d+) files", said)[1])
+        names = {}
+        exec("\n".join(code), names)
+        fresh = torch.randn(50, 4)
+        assert torch.equal(names["pipe"].safety_checker.judge(fresh).flags, fitted.checker.judge(fresh).flags)
+        assert "(there already: as its owner has set)" in it.publish(folder, "me/no-high", private=False)[0]
+        with pytest.raises(ValueError, match="^repo_id='': is no name of a repository"):
+            it.publish(folder, "  ")
+
+
+def test_what_is_not_published(marked, monkeypatch, tmp_path):
+    it, marks = marked
+    with pytest.raises(ValueError, match="^nothing is saved yet: save a filter first$"):
+        it.publish(None, "me/x")
+    folder, _ = it.save(it.fit(it.asked(), marks, rest_is_clean=True), "x", whole=False, action="blank")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(OSError, match="^token: there is none; log in"):
+        it.publish(folder, "me/x")
+    it.job.host = "0.0.0.0"  # before anything of the Hub is asked for
+    with pytest.raises(ValueError, match="^host='0.0.0.0': others reach this page"):
+        it.publish(folder, "me/x")
 
 
 # Images from elsewhere

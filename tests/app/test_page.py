@@ -1,6 +1,5 @@
 """The page in a browser, as its user sees it; and the template of a Space."""
 
-import os
 import re
 import runpy
 import signal
@@ -16,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
 from PIL import Image
 
 from hf_unlearn import DCGANDiscriminator, DCGANGenerator, FilteredPipeline, GANPipeline
 from hf_unlearn.app.desk import Desk
 from hf_unlearn.app.launch import OLDEST
 from hf_unlearn.app.opened import opened
+from hf_unlearn.examples.loopback_hub import LoopbackHub
 from hf_unlearn.jobs.recipe.app import AppJob
 
 
@@ -74,25 +75,35 @@ def test_the_space_is_complete():
     assert [int(n) for n in metadata["sdk_version"].split(".")] >= [
         int(n) for n in needed.partition(">=")[2].split(".")
     ]
-    assert (folder / "requirements.txt").read_text().split() == [f"{project['name']}[app]"]
+    comment, *lines = (folder / "requirements.txt").read_text().splitlines()
+    assert lines == [f"{project['name']}[app]"]
+    instead = Requirement(comment.partition(": ")[2])
+    assert (instead.name, instead.extras, instead.url[:12]) == (project["name"], {"app"}, "git+https://")
     assert len(metadata["short_description"]) <= 60
 
 
 @pytest.mark.slow
 @needs_gradio
-@pytest.mark.parametrize("output_dir", ["app", None])
-def test_the_page_is_built(output_dir, gan):
+@pytest.mark.parametrize(("output_dir", "host"), [("app", None), ("app", "0.0.0.0"), (None, None)])
+def test_the_page_is_built(output_dir, host, gan):
     from hf_unlearn.app.page import page
 
-    job = AppJob(open=[str(gan)], output_dir=output_dir)
+    job = AppJob(open=[str(gan)], output_dir=output_dir, host=host)
     demo = page(Desk(job, opened(job)))
     buttons = [block.value for block in demo.blocks.values() if type(block).__name__ == "Button"]
     assert {"Draw", "Draw samples", "Fit the filter", "Judge"} <= set(buttons)
     assert ("Save" in buttons) == (output_dir is not None)
+    assert ("Publish" in buttons) == (output_dir is not None and host is None)  # it would be with the owner's token
 
 
 @pytest.fixture
-def address(gan, tmp_path):
+def hub():
+    with LoopbackHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def address(gan, hub, tmp_path):
     """Of the command, running."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -101,7 +112,11 @@ def address(gan, tmp_path):
     log = tmp_path / "log"
     with open(log, "w") as out:
         process = subprocess.Popen(
-            command, cwd=tmp_path, stdout=out, stderr=out, env=os.environ | {"PYTHONPATH": str(ROOT)}
+            command,
+            cwd=tmp_path,
+            stdout=out,
+            stderr=out,
+            env=hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)},
         )
     try:
         end = time.monotonic() + PATIENCE / 1000
@@ -131,7 +146,7 @@ def browser():
 
 @pytest.mark.slow
 @needs_gradio
-def test_marks_by_click_become_a_filter(address, browser, tmp_path):
+def test_marks_by_click_become_a_filter(address, browser, hub, tmp_path):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(PATIENCE)
     outside = []
@@ -178,6 +193,14 @@ def test_marks_by_click_become_a_filter(address, browser, tmp_path):
     assert "over the draw of 87 clean samples" in pipe.safety_checker.config.concepts[0]["threshold"]["promise"]
     page.click("#save")
     page.get_by_text("is there already").first.wait_for()
+
+    page.click("#publish")
+    page.get_by_text("repo_id='': is no name of a repository").first.wait_for()
+    page.fill("#repo-id input, #repo-id textarea", "no-high")
+    page.click("#publish")
+    page.locator("#published code").first.wait_for()
+    assert "in me/no-high (private)" in page.locator("#published").inner_text()
+    assert "pipeline/model_index.json" in hub.files("me/no-high")
 
     page.get_by_role("tab", name="Before and after").click()
     page.click("#draw")

@@ -125,6 +125,21 @@ def unlearned(folder, model, *, base="me/base", rows=None, key=b"k" * 32, salt=b
     return folder
 
 
+@pytest.mark.parametrize("name", ["out", "m", "renamed"])
+def test_the_code_on_a_folder_s_card_loads_the_repository(hub, tiny_vit, tmp_path, name):
+    """A run writes a card whose code loads the folder; `m` is its title."""
+    loads = 'from_pretrained("{}")  # text that says from_pretrained("{}")'
+    folder = unlearned(tmp_path / name, tiny_vit)
+    card = (folder / "README.md").read_text() + "\nx = `" + loads.format("out", "m") + "`\n"
+    snippet = f'model = X.from_pretrained("m", dtype=1)\nother = Y.from_pretrained("me/base")\npipe(filter="{name}")'
+    (folder / "README.md").write_text(f"{card}\n```python\n{snippet}\n```\n")
+    quietly(folder, "code")
+    sent = hub.files("me/code")["README.md"].decode()
+    wanted = 'model = X.from_pretrained("{0}", dtype=1)\nother = Y.from_pretrained("me/base")\npipe(filter="{0}")'
+    assert f"```python\n{wanted.format('me/code')}\n```" in sent
+    assert loads.format("out", "m") in sent  # no code
+
+
 def test_a_folder_keeps_what_is_known_of_it(hub, tiny_vit, tmp_path):
     results = [Figure(metric="accuracy", name="Accuracy", after=1.5, before=98.0)]
     folder = unlearned(tmp_path / "out", tiny_vit, results=results)
@@ -153,6 +168,33 @@ def test_a_folder_keeps_what_is_known_of_it(hub, tiny_vit, tmp_path):
         quietly(folder, "kept")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_without_a_card_gets_one(hub, tiny_vit, tmp_path):
+    """Also where no class here loads it: the repository's earlier card is of other weights."""
+    folder = unlearned(tmp_path / "out", tiny_vit)
+    for kind, library in (("adapter", "peft"), ("unknown class", "transformers"), ("model", "transformers")):
+        quietly(folder, "me/cards")
+        assert "was asked to forget **class 3**" in hub.files("me/cards")["README.md"].decode()
+        bare = tmp_path / kind
+        (adapted(tiny_vit) if kind == "adapter" else tiny_vit).save_pretrained(bare)
+        (bare / "README.md").unlink(missing_ok=True)  # of PEFT
+        if kind == "unknown class":
+            config = json.loads((bare / "config.json").read_text()) | {"architectures": ["Homemade"]}
+            (bare / "config.json").write_text(json.dumps(config))
+        if kind == "adapter":
+            config = json.loads((bare / "adapter_config.json").read_text())
+            (bare / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "me/base"}))
+        publication = quietly(bare, "me/cards", allow_adapter=kind == "adapter")
+        assert "README.md" in publication.files
+        card = ModelCard(hub.files("me/cards")["README.md"].decode())
+        assert "class 3" not in card.content
+        assert "is not known here" in card.text
+        assert (card.data.library_name, card.data.model_name) == (library, "cards")
+        assert card.data.base_model == ("me/base" if kind == "adapter" else None)
+        assert ("```python" in card.text) == (kind == "model")
+        assert verify_provenance("me/cards").ok
+
+
 def test_a_model_that_is_loaded_again_keeps_its_card(hub, tiny_vit, tmp_path):
     """As long as its weights are those that the card is of."""
     folder = unlearned(tmp_path / "out", tiny_vit)
@@ -164,7 +206,7 @@ def test_a_model_that_is_loaded_again_keeps_its_card(hub, tiny_vit, tmp_path):
     assert verify_provenance("me/again").record["kind"] == "unlearned model"
     model.classifier.bias.data[0] = 7
     quietly(model, "me/again")
-    assert "published from memory" in hub.files("me/again")["README.md"].decode()
+    assert "is not known here" in hub.files("me/again")["README.md"].decode()
     seen = verify_provenance("me/again")
     assert [one["kind"] for one in seen.record["earlier"]] == ["unlearned model"]
     assert seen.ok

@@ -248,3 +248,20 @@ def test_a_dry_run_runs_nothing(words, code, work, capfd, monkeypatch):
         assert where["digits-gan"].startswith("not made yet: trained on first use, into ")
     if "influence" in words:
         assert where["opinions"] == "built untrained" or where["opinions"] == "comes with the package"
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine may have what is asked for")
+@pytest.mark.parametrize("recipe", ["tofu_forget10", "vdu_stable_diffusion"])
+def test_a_dry_run_tells_what_this_machine_cannot(recipe, work, capfd):
+    """And resolves all the same; a run is refused."""
+    line = "bf16=True: no GPU of this machine can; run it where one does, or add --bf16 false"
+    cli.main(["unlearn", recipe, "--dry_run", "--json"])
+    document = json.loads(capfd.readouterr().out)
+    assert document["not_here"] == line
+    assert {"key": "bf16", "value": True, "source": "recipe"} in document["keys"]
+    assert cli.main(["unlearn", recipe]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == f"hf-unlearn: error: {line}"
+    assert cli.main(["unlearn", recipe, "--fp16", "true", "--dry_run"]) == 2  # of both nobody takes two
+    cli.main(["unlearn", recipe, "--bf16", "false", "--dry_run", "--json"])
+    assert json.loads(capfd.readouterr().out)["not_here"] is None
+    assert list(work.iterdir()) == []

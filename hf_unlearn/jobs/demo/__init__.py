@@ -60,10 +60,10 @@ def run(output_dir: str | Path = "demo", forgotten: int = 3, seed: int = 0) -> P
 
     from ...examples.datasets import digits
     from . import filtering, find, forget, page, publishing, verify
-    from .stage import Stage, hushed
+    from .stage import Stage, hushed, one_thread
 
     stage, splits = Stage(folder, forgotten, seed, begun=begun), digits()
-    with hushed():
+    with hushed(), one_thread():
         with stage.act("Find what taught it nonsense"):
             found = find.play(stage, splits["train"])
         with stage.act("Forget wrong answers"):

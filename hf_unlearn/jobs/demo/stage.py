@@ -56,6 +56,19 @@ class Stage:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """torch with one thread: for models this small a second one has to be waited for, and costs three times the processor's time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def hushed() -> Iterator[None]:
     """Without the libraries' notes and bars; what runs and pipelines of hf_unlearn say of their outcome is still told."""
     import datasets

@@ -10,6 +10,9 @@ from ...training.checks import SEEDS, check_fields
 from .checks import check_device
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
 @dataclass
 class AppJob:
     """What `hf-unlearn app` opens, and where it listens.
@@ -28,7 +31,8 @@ class AppJob:
         dtype (`"float16"` | `"bfloat16"`, *optional*): of the pipelines' weights. Default: float32.
         output_dir (`str`, *optional*): gets a folder for each filter that is saved. `null` leaves saving out, and other
             encoders than `encoder`: for an app that anybody visits. Default: `"app"`.
-        host (`str`, *optional*): address to listen at. Default: 127.0.0.1, which no other machine reaches.
+        host (`str`, *optional*): address to listen at. Default: 127.0.0.1, which no other machine reaches; with another one nothing is
+            published from the page, since it would be with your token.
         port (`int`, *optional*): to listen at, 1 to 65535. Default: the first free one from 7860 on.
 
     Raises:
@@ -61,3 +65,8 @@ class AppJob:
         if self.output_dir is not None and Path(self.output_dir).is_file():
             raise ValueError(f"output_dir: {self.output_dir!r} is a file; name a folder")
         check_device(self.device)
+
+    @property
+    def is_for_others(self) -> bool:
+        """Whether other machines reach the page."""
+        return self.host is not None and self.host not in LOOPBACK

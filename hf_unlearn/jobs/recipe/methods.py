@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from functools import partial
 from importlib import import_module
@@ -15,6 +16,24 @@ from ...training.checks import shown
 from .checks import check_folders
 from .declared import UNKNOWN, Key, docstring_of, helps_of, keys_of
 from .reading import UsageError, load_recipe, nearest, of_command_line, of_recipe, one
+
+
+# Keys that ask for what not every machine has: the libraries' configs look for it when they are made.
+OF_THE_MACHINE = ("bf16", "bf16_full_eval", "tf32")
+
+
+class NotHereError(UsageError):
+    """What this machine cannot do, and another one can.
+
+    Args:
+        keys (`list[str]`): that ask for it.
+        settings: the config without them.
+    """
+
+    def __init__(self, keys: Sequence[str], settings: Any):
+        asked, without = ", ".join(f"{key}=True" for key in keys), " ".join(f"--{key} false" for key in keys)
+        super().__init__(f"{asked}: no GPU of this machine can; run it where one does, or add {without}")
+        self.keys, self.settings = keys, settings
 
 
 class Method(NamedTuple):
@@ -74,17 +93,22 @@ class Method(NamedTuple):
         """The config, of the method's own defaults and what is given; None where there is none. Imports the libraries.
 
         Raises:
+            NotHereError: the machine cannot do what one of [`OF_THE_MACHINE`] asks for.
             UsageError: the config refuses a value.
         """
         if self.config is None:
             return None
-        config = getattr(hf_unlearn, self.config)
+        kind = getattr(hf_unlearn, self.config)
+        kind = kind.paper if getattr(job, "preset", None) else kind
         own = {key: value for key, value in given.items() if key in _keys(*_exported(self.config))}
+        own = getattr(job, "defaults", dict)() | own
         try:
-            return (config.paper if getattr(job, "preset", None) else config)(
-                **(getattr(job, "defaults", dict)() | own)
-            )
+            return kind(**own)
         except ValueError as error:
+            asked = [key for key in OF_THE_MACHINE if own.get(key)]
+            if asked and not own.get("fp16"):  # which nobody takes beside bf16
+                with suppress(ValueError):
+                    raise NotHereError(asked, kind(**(own | dict.fromkeys(asked, False)))) from error
             raise UsageError(str(error)) from error
 
     def runner(self, job: Any, given: Mapping[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...training.checks import shown
 from .declared import UNKNOWN, Key
-from .methods import Method
+from .methods import Method, NotHereError
 
 
 # Keys that name something to be read, and what that is. A key of a new job is found by how its name ends.
@@ -51,11 +51,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a command would do."""
+    """What a command would do, and what of it this machine cannot."""
 
     keys: list[Value]
     reads: list[Place]
     writes: list[Target]
+    not_here: str | None = None
 
     def lines(self) -> list[str]:
         """For people."""
@@ -66,6 +67,7 @@ class Resolved:
         for title, rows in parts:
             widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
             lines += [title, *(f"  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)]
+        lines += [f"not here\n  {self.not_here}"] if self.not_here else []
         return [*lines, "Nothing was run or written."]
 
 
@@ -84,7 +86,13 @@ def resolved(method: Method, recipe: Mapping[str, Any], command: Mapping[str, An
     """
     given = {**recipe, **command}
     job = method.job_of(given)
-    settings = method.settings(job, given)
+    not_here = None
+    try:
+        settings = method.settings(job, given)
+    except NotHereError as error:  # what it would do elsewhere can be told all the same
+        settings, not_here = error.settings, str(error)
+        for key in error.keys:
+            setattr(settings, key, True)
     training = getattr(job, "defaults", dict)()
     values = []
     for name, key in method.keys.items():
@@ -108,7 +116,7 @@ def resolved(method: Method, recipe: Mapping[str, Any], command: Mapping[str, An
     values.sort(key=lambda value: value.source == "default")
     named = {value.key: value.value for value in values}
     reads = [place for name, value in named.items() for place in _places(name, value, job)]
-    return Resolved(values, reads, _targets(named))
+    return Resolved(values, reads, _targets(named), not_here)
 
 
 def _is_default(key: Key, value: Any) -> bool:
