@@ -315,7 +315,7 @@ def check_parallelism(trainer, why: str, shares: bool = False) -> None:
     wrong = {
         "fsdp_state_dict_type": ("FULL" not in str(plugin.state_dict_type), "no model would be saved at the end; set FULL_STATE_DICT"),
         "fsdp_cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "each process looks at the original before it is shared; set false"),
-        "fsdp_activation_checkpointing": (plugin.activation_checkpointing, "renames parameters; set gradient_checkpointing=True instead"),
+        "fsdp_activation_checkpointing": (plugin.activation_checkpointing, "renames parameters; set activation_checkpointing=True of the arguments instead"),
         "fsdp_offload_params": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "was never tried with an original beside; set false"),
     }  # fmt: skip
     for name, (is_wrong, what) in wrong.items():

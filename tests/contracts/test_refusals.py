@@ -680,7 +680,7 @@ def test_sharded_parameters(flag):
     ({"fsdp_version": 1}, "fsdp_version=1: flattens parameters; set it to 2"),
     ({"state_dict_type": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type: no model would be saved"),
     ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading: "),
-    ({"activation_checkpointing": True}, "fsdp_activation_checkpointing: .*set gradient_checkpointing=True"),
+    ({"activation_checkpointing": True}, "fsdp_activation_checkpointing: .*set activation_checkpointing=True of the arguments"),
     ({"cpu_offload": True}, "fsdp_offload_params: "),
 ])  # fmt: skip
 def test_settings_of_fsdp(wrong, words):
