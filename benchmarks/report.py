@@ -120,6 +120,12 @@ def cost_table(cost: dict) -> str:
     return "\n".join(lines)
 
 
+def sharing_table(ways: dict) -> str:
+    alone = ways["one process"]["peak"]
+    rows = [f"| {way} | {row['peak']:.2f} | {row['peak'] / alone:.2f} |" for way, row in ways.items()]
+    return "\n".join(["| | memory / weights | / that of one process |", "|---|---|---|", *rows])
+
+
 def sections() -> dict[str, list[str]]:
     """Pages of the families, and what stands on them."""
     classes, cost, imports = results("class_unlearning"), results("step_cost"), results("import_time")
@@ -210,6 +216,14 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
                 results("text_to_image_defaults"),
             )
         )
+    if (HERE / "results" / "sharing.json").is_file():
+        found["language"].append(f"""## Memory of processes that share a model
+
+`python benchmarks/sharing.py`: the most that a process held above what it held before the model was made, in multiples of the weights
+({results("sharing")["one process"]["weights_mb"]:.0f} MB in float32; one thread each, on the CPU), while a Llama unlearns by NPO with an anchor: weights, original, gradients, AdamW's moments.
+
+{sharing_table(results("sharing"))}
+""")
     return {page: parts for page, parts in found.items() if parts}
 
 

@@ -4,7 +4,8 @@
 
 Processes of this machine's CPU, one thread each, over gloo. A Llama with random weights learns away random texts by NPO, with the original's answers and an
 isotropic anchor: weights, original, gradients and AdamW's two moments, in float32. Memory is the most that a process held (VmHWM) above what it
-held before the model was made, as a multiple of the weights; of two the larger. How accelerate is brought to share on a CPU is a matter of the tests.
+held before the model was made, as a multiple of the weights; of two the larger. glibc gives back at once what is freed (MALLOC_MMAP_THRESHOLD_). How accelerate is
+brought to share on a CPU is a matter of the tests.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def measured(way: str, size: str) -> dict[str, float]:
     contracts = HERE.parent / "tests" / "contracts"
     path = os.pathsep.join(map(str, [contracts, contracts.parent, os.environ.get("PYTHONPATH", HERE.parent)]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     with tempfile.TemporaryDirectory() as folder:
         mine = [__file__, "--in", folder, "--size", size, *(["--shared"] if shared else [])]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

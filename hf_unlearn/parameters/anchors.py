@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .reference import Parameters, at_least_single
-from .sharding import own, parts, sharded_like, summed
+from .sharding import own, parts, parts_of, sharded_like, summed
 
 
 # Anchors work through the parameters in runs of so many elements: small enough for a core's cache, or large enough to
@@ -25,8 +25,10 @@ class Anchor(Protocol):
     def add_grad_(self, parameters: Parameters, scale: float = 1.0) -> None:
         """Add `scale` times its gradient to the `.grad` of `parameters`, those that have one."""
 
-    def share_(self, parameters: Parameters) -> None:
-        """Keep of what it holds this process's part, as `parameters` are shared among processes from now on."""
+    def share_(self, parameters: Parameters, whole: Parameters, shared: Parameters) -> None:
+        """Keep of what it holds this process's part, as `parameters` are shared among processes from now on; and of what it has of `whole`, the
+        reference point, the part that is in `shared`.
+        """
 
 
 class QuadraticAnchor:
@@ -78,8 +80,8 @@ class QuadraticAnchor:
         )
         self._runs = _runs(self.reference)
 
-    def share_(self, parameters: Parameters) -> None:
-        self.reference = {name: sharded_like(value, parameters[name]) for name, value in self.reference.items()}
+    def share_(self, parameters: Parameters, whole: Parameters, shared: Parameters) -> None:
+        self.reference = parts_of(self.reference, parameters, whole, shared)
         if self.diagonal is not None:
             self.diagonal = {name: sharded_like(value, parameters[name]) for name, value in self.diagonal.items()}
         self._runs = _runs(self.reference)
@@ -163,6 +165,6 @@ class SumOfAnchors:
         for anchor in self.anchors:
             anchor.add_grad_(parameters, scale)
 
-    def share_(self, parameters: Parameters) -> None:
+    def share_(self, parameters: Parameters, whole: Parameters, shared: Parameters) -> None:
         for anchor in self.anchors:
-            anchor.share_(parameters)
+            anchor.share_(parameters, whole, shared)

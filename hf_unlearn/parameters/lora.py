@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .reference import Parameters
-from .sharding import own, sharded_like, whole
+from .sharding import own, parts_of, sharded_like, whole
 
 
 class LoRAProductAnchor:
@@ -62,8 +62,8 @@ class LoRAProductAnchor:
                     gradient = own(sharded_like(gradient.view(parameter.shape), parameter))
                     own(parameter.grad).add_(gradient, alpha=weight)
 
-    def share_(self, parameters: Parameters) -> None:
-        self.reference = {name: sharded_like(value, parameters[name]) for name, value in self.reference.items()}
+    def share_(self, parameters: Parameters, whole: Parameters, shared: Parameters) -> None:
+        self.reference = parts_of(self.reference, parameters, whole, shared)
 
 
 def _factors(tensors: Parameters, *names: str) -> list[Tensor]:

@@ -46,6 +46,19 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
     )  # fmt: skip
 
 
+def parts_of(
+    held: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    whole: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Of what is `held`, this process's parts as `parameters` are shared; those in `shared` where it is the very tensors in `whole`, which are in memory once."""
+    return {
+        name: shared[name] if value is whole.get(name) else sharded_like(value, parameters[name])
+        for name, value in held.items()
+    }
+
+
 def from_first(value: Tensor | None, parameter: DTensor) -> Tensor:
     """This process's part of a tensor that the first process alone holds.
 

@@ -45,7 +45,7 @@ class SharingMixin:
         prepared = super()._prepare_for_training(*args, **kwargs)
         parameters = trainable_parameters(self.model)
         if is_sharded(parameters.values()):
-            self.reference = self.reference.sharded_like(self.model)
+            whole, self.reference = self.reference, self.reference.sharded_like(self.model)
             if self.anchor is not None:
-                self.anchor.share_(parameters)
+                self.anchor.share_(parameters, whole.parameters, self.reference.parameters)
         return prepared
