@@ -304,7 +304,7 @@ class FINEMixin(RecordingMixin, CalibratingMixin, RunMixin, LoadsByName):
             every=max(1, min(self.args.target_every, window // 4)),
             panel=panel,
             rows=self._panel_rows() if panel is not None else (),
-            keep=round(self.args.burn_in * self.state.global_step) if self.model_init is not None else None,
+            keep=self.state.global_step // 2 if self.model_init is not None else None,
         )
 
         sweep.run(self.state.global_step, self._recorder.add)

@@ -129,7 +129,8 @@ class Sweep:
                 of_end = gains[:, count:]
                 if self.panel is not None:
                     if step in self.panel.looks:
-                        self.panel.look(step, *self._panel_gains(of_gradient[count:], batches))
+                        reach = self.optimizer.reach(state, gradient, settings)
+                        self.panel.look(step, *self._panel_gains(of_gradient[count:] * reach, batches))
                     self.panel.add(step, examples)
                 _, _, variance = step_statistics(*(x.double().cpu().numpy() for x in (weight, of_end)))
                 record(step, examples, weight, gains[:, :count], variance, margin)

@@ -157,12 +157,12 @@ def _bins(length: int, count: int, *, finer: bool) -> np.ndarray:
 def variance_of_start(cotangents: Tensor, draws: Iterable[list[Tensor]]) -> np.ndarray:
     """What initialisations that are drawn anew add to σ²: half of λᵀ Cov(θ₀) λ, `[targets]`.
 
-    By Poincaré's inequality the mean of λᵀ Cov(θ₀) λ over runs is more than the variance of the loss, unless the loss is linear in
-    θ₀; it is twice as much where the loss is quadratic in what was drawn. Measured by retraining it is more than that at the first
-    steps and about that after the tenth part of the run.
+    By Poincaré's inequality the mean of λ₀ᵀ Cov(θ₀) λ₀ over runs is more than the variance of the loss, unless the loss is linear in
+    θ₀; it is twice as much where the loss is quadratic in what was drawn. The λ of the first steps is far too large, above all
+    under Adam, and that of the middle of the run takes its place.
 
     Args:
-        cotangents (`Tensor`): λ, `[targets, parameters]`, of the state after the burn-in.
+        cotangents (`Tensor`): λ, `[targets, parameters]`, of the state in the middle of the run.
         draws: initial parameters, each a list of tensors, at least twice. Elements of one tensor are taken for draws of one law.
     """
     drawn = [[part.detach().double().cpu() for part in parts] for parts in draws]
