@@ -221,7 +221,7 @@ def main() -> None:
     for name in names:
         judge, groups = load(name)
         truths[name] = judge.brute_force(groups)
-    result = {"seeds": seeds, "calibration_runs": CALIBRATION_RUNS, **judged(runs, truths)}
+    result = {"seeds": seeds, "calibration_runs": CALIBRATION_RUNS, "wanted": WANTED, **judged(runs, truths)}
     print(json.dumps(result, indent=1))
     if not arguments.quick and len(names) == len(TASKS):
         (HERE / "results" / "influence_units.json").write_text(json.dumps(result, indent=1) + "\n")

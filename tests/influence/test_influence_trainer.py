@@ -582,6 +582,27 @@ class TestCalibration:
         assert report.scale == pytest.approx(np.sqrt((measured / own**2).mean()), rel=1e-4)
         assert report.sigma["a"] == pytest.approx(report.scale * own[0])
 
+    def test_some_runs_leave_examples_out(self, tmp_path):
+        """Those of a group, and are as long and from the same seed as a plain training on the others."""
+        rows, targets = vectors(24), {"a": vectors(5, seed=1), "b": vectors(4, seed=2)}
+        args = settings(tmp_path, observation="in_run", n_calibration_runs=4, max_steps=6, learning_rate=0.5, seed=7)
+        trainer = trained(None, args, rows, targets, model_init=lambda: MLP())
+        manifest = trainer.influence.manifest
+        assert ("gain" in manifest) != ("order_only" in manifest)
+        assert trainer.influence.order_only == ("order_only" in manifest)
+        found = trainer._losses_without(np.array([0, 3]), 1)
+        plain = stock(args, TrainingArguments)
+        plain.seed = 9
+        kept = [row for row in range(24) if row not in (0, 3)]
+        other = Trainer(model_init=lambda: MLP(), args=plain, train_dataset=rows.select(kept))
+        other.train()
+        theta, batch = parameters(other.model), Brute(trainer).batch
+        expected = [
+            np.mean([example_loss(other.model, theta, batch(data, i))[0].item() for i in range(len(data))])
+            for data in targets.values()
+        ]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
     def test_the_run_itself_stays_as_it_is(self, tmp_path):
         ends = []
         for runs in (0, 2):
