@@ -29,7 +29,7 @@ from hf_unlearn.ensembles import ensemble_losses, train_ensemble
 from hf_unlearn.influence.calibration import calibrated, influential
 from hf_unlearn.influence.propagated.optimizers import FlatOptimizer
 from hf_unlearn.influence.report.report import InfluenceReport
-from hf_unlearn.influence.report.unit import UNITS, widened
+from hf_unlearn.influence.report.unit import widened
 
 
 HERE = Path(__file__).parent
@@ -106,15 +106,17 @@ def measured(name: str, seed: int) -> dict:
         found[observation] = plain
         generator, everything = np.random.default_rng(seed), np.arange(len(judge.x))
         left_out = [
-            influential(used, generator) if run % 2 else everything[:0] for run in range(CALIBRATION_RUNS)
+            influential(used, generator) if run % 2 and observation == "in_run" else everything[:0]
+            for run in range(CALIBRATION_RUNS)
         ]  # fmt: skip
         kept = [torch.from_numpy(np.setdiff1d(everything, group)) for group in left_out]
         seeds = [800_000 + 100 * seed + run for run in range(CALIBRATION_RUNS)]
         facts = calibrated(used, losses_of(judge, kept, seeds), left_out)
-        factor = facts.get("gain", np.nan) / facts["scale"]
+        gain = facts.get("gain", np.nan if observation == "in_run" else 1.0)
+        factor = gain / facts["scale"]
         found[f"{observation}, calibrated"] = {
             **{key: factor * plain[key] for key in ("mu", "mu_low", "mu_high")},
-            "sigma": facts["scale"] * used.sigma, "error": facts["unit_error"], "gain": facts.get("gain", np.nan),
+            "sigma": facts["scale"] * used.sigma, "error": facts["unit_error"], "gain": gain,
         }  # fmt: skip
     torch.save(found, file)
     return found
@@ -123,12 +125,13 @@ def measured(name: str, seed: int) -> dict:
 # Judged
 
 
-def meets(run: dict, truth: BruteForceMu, relative: float, absolute: float) -> tuple[float, float]:
+def meets(
+    run: dict, truth: BruteForceMu, relative: float, absolute: float, *, with_unit: bool = True
+) -> tuple[float, float]:
     """Share of groups and targets whose true μ is within the interval, the brute force's own error added, and its median width."""
-    about = {"observation": next(iter(UNITS)), "gain": 1.0, "unit_error": run["error"]}
     mu, low, high = run["mu"], run["mu_low"], run["mu_high"]
-    if relative or absolute:
-        low, high = widened(mu, low, high, about, 0.95, relative=relative, absolute=absolute)
+    if with_unit:
+        low, high = widened(mu, low, high, {"unit_error": run["error"]}, 0.95, widths=(relative, absolute))
     gap, error = truth.mu.numpy() - mu, 1.96 * truth.standard_error.numpy()
     inside = (gap >= -np.hypot(mu - low, error)) & (gap <= np.hypot(high - mu, error))
     return float(inside.mean()), float(np.median(high - low))
@@ -186,7 +189,9 @@ def judged(runs: dict, truths: dict) -> dict:
                 covered, width = np.mean([meets(run, truth, *widths) for run in known], axis=0)
                 row[kind] |= {"widths": [float(value) for value in widths], "coverage": float(covered)}
                 row[kind] |= {"width": float(width)}
-                row[kind]["coverage_of_noise"] = float(np.mean([meets(run, truth, 0, 0)[0] for run in known]))
+                row[kind]["coverage_of_noise"] = float(
+                    np.mean([meets(run, truth, 0, 0, with_unit=False)[0] for run in known])
+                )
         for key in ("independent", "order"):
             ratios = np.stack([run["propagated"][key] / sd for run in of_task])
             row[f"sigma, {key}"] = float(np.exp(np.log(ratios).mean()))

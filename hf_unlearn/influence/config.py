@@ -48,9 +48,9 @@ class FINEArguments:
             whole run.
         trajectory_gigabytes (`float`, defaults to 2): with `propagated`, room for states of the run on disk; what does not fit is
             computed again. Batches that take more than this (or 1 GB) are refused.
-        n_calibration_runs (`int`, defaults to 0): further trainings from `model_init`, with other seeds, which measure σ directly; of four
-            and more every second one leaves out examples, to measure how much of what was observed is there in the end. Without
-            them `in_run` has no unit.
+        n_calibration_runs (`int`, defaults to 0): further trainings from `model_init`, with other seeds, which measure σ directly; of
+            `in_run` and four or more every second one leaves out examples, to measure how much of what was seen is there in the end.
+            Without them `in_run` has no unit.
         id_column (`str`, defaults to `"id"`): column that identifies training examples; the row number where there is none.
 
     Raises:

@@ -17,9 +17,9 @@ UNITS = {
 }
 OF_THEMSELVES = "every example is its own target, and all of them share one σ"
 NOT_CALIBRATED = "in_run does not see how much of a gain is left in the end; n_calibration_runs measures it"
-# Standard deviation of log(μ / true μ) over targets and groups, and of μ itself where it is near 0: `influence_units.py` chose them on
-# other tasks than it reports on.
-RELATIVE, ABSOLUTE = 0.4, 0.25
+# Standard deviations of log(μ / true μ), and of μ itself, beside the noise of the estimate: the narrowest that cover on twelve tasks, see
+# benchmarks/influence_units.py.
+WIDTHS = {"propagated": (0.2, 0.0), "in_run": (0.55, 0.4)}
 
 
 def why_order_only(manifest: Mapping[str, Any]) -> str | None:
@@ -55,8 +55,7 @@ def widened(
     manifest: Mapping[str, Any],
     confidence: float,
     *,
-    relative: float = RELATIVE,
-    absolute: float = ABSOLUTE,
+    widths: tuple[float, float] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bounds that cover the true μ, from bounds that cover the noise of its estimate: with what first order, σ and a single run get
     wrong, a share of μ and a little beside. Left as they are where there is no unit.
@@ -65,16 +64,17 @@ def widened(
         mu, low, high (array of `float`): of one shape.
         manifest (`Mapping`): of the run; calibration runs add `unit_error`, the relative error of their own measurement.
         confidence (`float`): of both.
-        relative, absolute (`float`): standard deviations of log(μ / true μ), and of μ beside it.
+        widths (`tuple[float, float]`, *optional*): standard deviations of log(μ / true μ), and of μ; those of the observation.
     """
-    if why_order_only(manifest) or manifest.get("observation") not in UNITS:
+    widths = widths or WIDTHS.get(manifest.get("observation"))
+    if why_order_only(manifest) or widths is None:
         return low, high
     z = ndtri(0.5 + confidence / 2)
-    relative = np.hypot(relative, manifest.get("unit_error", 0.0))
+    relative = np.hypot(widths[0], manifest.get("unit_error", 0.0))
     # μ·exp(±z·relative): away from 0 it may be off by more than towards it.
     out, back = np.abs(mu) * np.expm1(z * relative), -np.abs(mu) * np.expm1(-z * relative)
     below, above = np.where(mu < 0, out, back), np.where(mu < 0, back, out)
-    beside = z * absolute
+    beside = z * widths[1]
     return (
         mu - np.sqrt((mu - low) ** 2 + below**2 + beside**2),
         mu + np.sqrt((high - mu) ** 2 + above**2 + beside**2),

@@ -93,17 +93,17 @@ class TestIntervals:
         true = sign * np.exp(generator.normal(size=n))
         mu = true * np.exp(0.3 * generator.normal(size=n)) + 0.2 * generator.normal(size=n) + 0.5 * generator.normal(size=n)  # fmt: skip
         manifest = {"observation": "propagated"}
-        low, high = widened(mu, mu - 0.98, mu + 0.98, manifest, 0.95, relative=0.3, absolute=0.2)
+        low, high = widened(mu, mu - 0.98, mu + 0.98, manifest, 0.95, widths=(0.3, 0.2))
         assert 0.93 < ((low <= true) & (true <= high)).mean() < 0.985
         assert (low < mu).all()
         assert (mu < high).all()
 
     def test_are_of_the_sign_of_mu_where_only_its_size_is_unknown(self):
         mu = np.array([-2.0, 3.0])
-        low, high = widened(mu, mu, mu, {"observation": "propagated"}, 0.95, relative=0.5, absolute=0.0)
+        low, high = widened(mu, mu, mu, {"observation": "propagated"}, 0.95, widths=(0.5, 0.0))
         np.testing.assert_allclose(low, [-2 * np.exp(0.98), 3 * np.exp(-0.98)], rtol=1e-3)
         np.testing.assert_allclose(high, [-2 * np.exp(-0.98), 3 * np.exp(0.98)], rtol=1e-3)
-        wider = widened(mu, mu, mu, {"observation": "propagated", "unit_error": 1.0}, 0.95, relative=0.5)
+        wider = widened(mu, mu, mu, {"observation": "propagated", "unit_error": 1.0}, 0.95, widths=(0.5, 0.0))
         assert (wider[0] < low).all()
         assert (wider[1] > high).all()
 
