@@ -5,6 +5,11 @@ from __future__ import annotations
 import statistics
 
 
+AGREEMENT = (
+    "Where unrolled gradients do not work, two runs do not agree. Spearman of the groups' μ between two runs of `propagated` with other seeds, and its "
+    "root, which is how well each of them would agree with what they have in common. How the norm of the cotangents grows over the sweep was tried, "
+    "too, and tells nothing:"
+)
 OLD = (
     "The tables of this section but that of the unit and those of wrong labels were measured with an earlier σ, which took less of an "
     "epoch's shared part off.\n\n"
@@ -67,7 +72,20 @@ def units_tables(units: dict) -> str:
             *(row[kind]["sigma_ratio"] for kind in ("propagated", "in_run")),
         ]
         lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in own) + " |")
-    return "\n\n".join([*parts, "σ over true σ, and what it is made of:\n\n" + "\n".join(lines)])
+    parts.append("σ over true σ, and what it is made of:\n\n" + "\n".join(lines))
+    lines = [
+        "| task | runs agree | order, as their agreement would have it | order, disattenuated |",
+        "|" + "---|" * 4,
+    ]
+    for name, row in sorted(units["tasks"].items(), key=lambda item: -(item[1]["agreement_of_seeds"] or 0)):
+        if row["agreement_of_seeds"] is not None:
+            agreement = row["agreement_of_seeds"]
+            lines.append(
+                f"| {name} | {agreement:.2f} | {max(agreement, 0) ** 0.5:.2f} | {row['propagated']['disattenuated']:.2f} |"
+            )
+    if len(lines) > 2:
+        parts.append(AGREEMENT + "\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def slope_table(slopes: dict) -> str:

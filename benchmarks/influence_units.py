@@ -38,7 +38,7 @@ CALIBRATION_RUNS = 8
 WIDTHS = [
     (relative, absolute) for relative in np.arange(0.05, 1.05, 0.05) for absolute in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6)
 ]
-WANTED = 0.93  # coverage on the tasks that widths are chosen on, between 85 and 99 %
+WANTED, LEAST = 0.93, 0.85  # coverage on the tasks that widths are chosen on: on average, and on each
 KINDS = ("propagated", "propagated, calibrated", "in_run, calibrated", "in_run")
 
 
@@ -137,19 +137,20 @@ def meets(
     return float(inside.mean()), float(np.median(high - low))
 
 
-def chosen(runs: dict, truths: dict, kind: str, without: str | None) -> tuple[float, float]:
+def covered(runs: dict, truths: dict, kind: str) -> dict[str, np.ndarray]:
+    """By task, `[widths, 2]`: share that is met and median width, of each of `WIDTHS`."""
+    return {
+        name: np.mean([[meets(run[kind], truths[name], *widths) for widths in WIDTHS] for run in of_task], axis=0)
+        for name, of_task in runs.items()
+        if all(np.isfinite(run[kind]["mu"]).all() for run in of_task)
+    }
+
+
+def chosen(table: dict[str, np.ndarray], without: str | None = None) -> tuple[float, float]:
     """The narrowest widths that cover on average over all tasks but one, and on none of them much less."""
-    best = None
-    for widths in WIDTHS:
-        each = {
-            name: np.mean([meets(run[kind], truths[name], *widths) for run in of_task], axis=0)
-            for name, of_task in runs.items()
-            if name != without and np.isfinite(of_task[0][kind]["mu"]).all()
-        }
-        covered, width = np.array(list(each.values())).T
-        if covered.mean() >= WANTED and covered.min() >= 0.85 and (best is None or width.mean() < best[0]):
-            best = (width.mean(), widths)
-    return best[1] if best else WIDTHS[-1]
+    share, width = np.stack([each for name, each in table.items() if name != without]).transpose(2, 0, 1)
+    enough = (share.mean(0) >= WANTED) & (share.min(0) >= LEAST)
+    return WIDTHS[int(np.where(enough, width.mean(0), np.inf).argmin())] if enough.any() else WIDTHS[-1]
 
 
 def agreement(run: dict, truth: BruteForceMu) -> dict[str, float]:
@@ -165,8 +166,9 @@ def agreement(run: dict, truth: BruteForceMu) -> dict[str, float]:
 
 def judged(runs: dict, truths: dict) -> dict:
     result = {"tasks": {}, "widths": {}}
-    for kind in KINDS[:3]:
-        result["widths"][kind] = [float(value) for value in chosen(runs, truths, kind, None)]
+    tables = {kind: covered(runs, truths, kind) for kind in KINDS[:3]}
+    for kind, table in tables.items():
+        result["widths"][kind] = [float(value) for value in chosen(table)]
     for name, of_task in runs.items():
         truth, row = truths[name], {}
         sd = truth.with_losses.std(0).numpy()
@@ -185,9 +187,9 @@ def judged(runs: dict, truths: dict) -> dict:
                 "gain": float(np.mean([run["gain"] for run in known])),
             }
             if kind != "in_run":
-                widths = chosen(runs, truths, kind, name)
-                covered, width = np.mean([meets(run, truth, *widths) for run in known], axis=0)
-                row[kind] |= {"widths": [float(value) for value in widths], "coverage": float(covered)}
+                widths = chosen(tables[kind], name)
+                share, width = np.mean([meets(run, truth, *widths) for run in known], axis=0)
+                row[kind] |= {"widths": [float(value) for value in widths], "coverage": float(share)}
                 row[kind] |= {"width": float(width)}
                 row[kind]["coverage_of_noise"] = float(
                     np.mean([meets(run, truth, 0, 0, with_unit=False)[0] for run in known])
