@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from influence_judge import CLASSES, JUDGES, Judge, Rows, ekfac, group_scores, less, single_run, tracin
+from scipy.special import ndtr
 from scipy.stats import pearsonr, spearmanr
 from transformers.utils import logging as transformers_logging
 
@@ -191,7 +192,7 @@ def false_discoveries(name: str, seeds: list[int]) -> dict:
             targets = {"shuffled": Rows(judge.test_x, judge.test_labels[shuffled])}
             with tempfile.TemporaryDirectory() as folder:
                 report = single_run(judge, seed, folder, targets=targets, **OBSERVATIONS["propagated"]).report
-            small = np.array(report.dataset["p_value"][:]) < 0.05
+            small = 2 * ndtr(-np.abs(report.dataset["z"][:])) < 0.05  # if z were Gaussian
             announced = set(report.discoveries(0.05, side="both")["sample_id"][:])
             if share:
                 found.setdefault("wrong labels in training: wrong rows below 0.05", []).append(small[wrong].mean())
@@ -219,7 +220,7 @@ def main() -> None:
         return
     whole = set(arguments.judges) == set(JUDGES)
     result = {"judges": {}, "slopes": {}, "false_discoveries": {}} if whole else json.loads(file.read_text())
-    result["seeds"] = SEEDS
+    result["seeds"], result["panel"] = SEEDS, True  # σ is read off a panel of examples
     for name in arguments.judges:
         if name.startswith("digits"):
             result["judges"][name] = judge_runs(name, SEEDS, OBSERVATIONS)

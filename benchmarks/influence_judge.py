@@ -99,7 +99,7 @@ class Rows(Dataset):
 @dataclass(frozen=True)
 class Source:
     rows: int
-    network: type[nn.Module]
+    network: Callable[[], nn.Module]
     group_sizes: tuple[int, int]  # of clean and of random groups
     load: Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]
 
@@ -147,25 +147,32 @@ class Judge:
         generator = torch.Generator().manual_seed(1)
         chosen = torch.randperm(source.rows, generator=generator)[: int(share * source.rows)]
         labels = labels.clone()
-        labels[chosen] = (labels[chosen] + torch.randint(1, CLASSES, (len(chosen),), generator=generator)) % CLASSES
+        classes = int(labels.max()) + 1
+        labels[chosen] = (labels[chosen] + torch.randint(1, classes, (len(chosen),), generator=generator)) % classes
         wrong = torch.zeros(source.rows, dtype=torch.bool)
         wrong[chosen] = True
         return cls(settings, x, labels, wrong, test_x, test_labels)
 
+    @property
+    def classes(self) -> int:
+        return int(self.labels.max()) + 1
+
     def groups(self) -> list[np.ndarray]:
-        """Thirty: wrongly labelled as each class, clean ones of each class, and some at random ten times."""
+        """Three a class: wrongly labelled as it, clean ones of it, and some at random."""
         random, (clean, anyhow) = np.random.default_rng(2), DATA[self.settings.data].group_sizes
         wrong, labels = self.wrong.numpy(), self.labels.numpy()
-        found = [np.flatnonzero(wrong & (labels == c)) for c in range(CLASSES)]
+        found = [np.flatnonzero(wrong & (labels == c)) for c in range(self.classes)]
         found = [group[:40] for group in found]
-        found += [random.choice(np.flatnonzero(~wrong & (labels == c)), clean, replace=False) for c in range(CLASSES)]
-        found += [random.choice(len(labels), anyhow, replace=False) for _ in range(CLASSES)]
+        found += [
+            random.choice(np.flatnonzero(~wrong & (labels == c)), clean, replace=False) for c in range(self.classes)
+        ]
+        found += [random.choice(len(labels), anyhow, replace=False) for _ in range(self.classes)]
         return found
 
     def parts_of_classes(self, count: int, each: int) -> list[np.ndarray]:
         """`each` random groups of `count` clean examples of every class, class by class."""
         random = np.random.default_rng(3)
-        clean = [np.flatnonzero(~self.wrong.numpy() & (self.labels.numpy() == c)) for c in range(CLASSES)]
+        clean = [np.flatnonzero(~self.wrong.numpy() & (self.labels.numpy() == c)) for c in range(self.classes)]
         return [random.choice(rows, count, replace=False) for rows in clean for _ in range(each)]
 
     def brute_force(
@@ -254,8 +261,8 @@ def single_run(
         targets = class_targets(judge)
     states = _States()
     trainer = InfluenceTrainer(
-        Labelled(DATA[settings.data].network()), arguments, train_dataset=Rows(judge.x, judge.labels), target_dataset=targets,
-        target=target, callbacks=[states],
+        model_init=lambda: Labelled(DATA[settings.data].network()), args=arguments, train_dataset=Rows(judge.x, judge.labels),
+        target_dataset=targets, target=target, callbacks=[states],
     )  # fmt: skip
     trainer.train()
     return Run(trainer.influence, states.states, trainer.state.log_history[-1]["train_runtime"])
@@ -265,7 +272,7 @@ def class_targets(judge: Judge) -> dict[str, Dataset]:
     """Test examples of each class."""
     return {
         str(c): Rows(judge.test_x[judge.test_labels == c], judge.test_labels[judge.test_labels == c])
-        for c in range(CLASSES)
+        for c in range(judge.classes)
     }
 
 
@@ -288,7 +295,7 @@ def _flat(gradients: dict[str, Tensor]) -> Tensor:
 
 
 def _by_class(values: Tensor, labels: Tensor) -> Tensor:
-    return torch.stack([values[labels == c].mean(0) for c in range(CLASSES)])
+    return torch.stack([values[labels == c].mean(0) for c in range(int(labels.max()) + 1)])
 
 
 def tracin(judge: Judge, run: Run) -> Tensor:

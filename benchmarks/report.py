@@ -190,7 +190,7 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
         found["filters"].append(filter_report.render(results("filter"), results("filter_cost")))
     if (HERE / "results" / "filter_text_to_image.json").is_file():
         found["filters"].append(filter_text_to_image_report.render(results("filter_text_to_image")))
-    names = ("fidelity", "labels", "poison", "cost")
+    names = ("fidelity", "labels", "poison", "cost", "units")
     if all((HERE / "results" / f"influence_{name}.json").is_file() for name in names):
         found["influence"].append(influence_report.render(*(results(f"influence_{name}") for name in names)))
     names = ("unlearning", "tuning", "cost")

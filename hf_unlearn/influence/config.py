@@ -44,11 +44,13 @@ class FINEArguments:
             much less noisy than the loss of the last step alone. σ is that of the last step.
         burn_in (`float`, defaults to 0.1): share of the steps, from the first, whose observations do not count. The first
             steps say little but noise of what is left in the end; 0 counts all.
-        last_steps (`int`, *optional*): with `propagated`, keep and sweep this many last steps only. σ is then that of these steps, taken
-            for independent draws where they are less than about two epochs, and μ larger than that of the whole run.
+        last_steps (`int`, *optional*): with `propagated`, keep and sweep this many last steps only. σ is then that of these steps, and μ larger than that of the
+            whole run.
         trajectory_gigabytes (`float`, defaults to 2): with `propagated`, room for states of the run on disk; what does not fit is
             computed again. Batches that take more than this (or 1 GB) are refused.
-        n_calibration_runs (`int`, defaults to 0): further trainings from `model_init`, with other seeds, which measure σ directly.
+        n_calibration_runs (`int`, defaults to 0): further trainings from `model_init`, with other seeds, which measure σ directly; of
+            `in_run` and four or more every second one leaves out examples, to measure how much of what was seen is there in the end.
+            Without them `in_run` has no unit.
         id_column (`str`, defaults to `"id"`): column that identifies training examples; the row number where there is none.
 
     Raises:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,7 @@ class RecordingMixin(LookingMixin):
             self._ghost.start(len(rows), targets=self.target != "self", gram=self.target == "self")
         self._upstream = None
         try:
-            with self._watched_loss():
+            with self._watched_loss(), seen_logits(self.model) as logits:
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             if self._ghost is not None:
@@ -169,17 +170,18 @@ class RecordingMixin(LookingMixin):
         # h_i as the layers saw it is the example's share of what was backwarded: its own gradient times this.
         total = self._items_per_step(num_items_in_batch) if self._normalised_by == "step" else weight.sum()
         coefficient = self._upstream * weight / total
+        margin = margins(logits, prepared, (self.label_names or ["labels"])[0], weight)
         if self._ghost is not None:
             if self._sees():
                 self._note_unseen()
-                self._micro.append((rows, weight, self._observed(coefficient)))
+                self._micro.append((rows, weight, self._observed(coefficient), margin))
             else:
-                self._micro.append((rows, weight, weight.new_empty(0)))
+                self._micro.append((rows, weight, weight.new_empty(0), margin))
         elif self._trajectory is not None:
             # The sweep takes the step again without the scaler, so its losses must not be scaled either.
             scale = self._loss_scale()
-            self._trajectory.add(step, MicroBatch(kept[1], kept[0], rows, weight, coefficient / scale))
-            self._micro.append((rows, weight, weight.new_empty(0)))
+            self._trajectory.add(step, MicroBatch(kept[1], kept[0], rows, weight, coefficient / scale, margin))
+            self._micro.append((rows, weight, weight.new_empty(0), margin))
         return loss
 
     def _observed(self, coefficient: Tensor) -> Tensor:
@@ -278,29 +280,29 @@ class RecordingMixin(LookingMixin):
         if self._trajectory is not None:
             self._trajectory.after(step, self._settings)
             return
-        if not self._sees() or any(values.numel() == 0 for _, _, values in micro):
+        if not self._sees() or any(values.numel() == 0 for _, _, values, _ in micro):
             return
         learning_rate = float(self._leading_group["lr"])
         # A Gram matrix knows the pairs within a micro-batch only. Each stands for the whole step, of all processes, so the sums of
         # its weights are needed here; products with targets need no one else, and are joined as they are.
         if self.target == "self":
-            sums = torch.stack([torch.stack([w.sum(), w.square().sum()]) for _, w, _ in micro]).sum(0)
+            sums = torch.stack([torch.stack([w.sum(), w.square().sum()]) for _, w, *_ in micro]).sum(0)
             sums = gather(sums[None]).sum(0) if self.args.world_size > 1 else sums
             micro = [_own(*part, *sums) for part in micro]
-        rows, weight, values = (torch.cat(parts) for parts in zip(*micro, strict=True))
+        rows, weight, values, margin = (torch.cat(parts) for parts in zip(*micro, strict=True))
         factor = learning_rate * self._clipped
         if self.target == "self":
             values = values * values.new_tensor([factor, factor, factor**2])
         else:
             values = values * factor
         if self.args.world_size > 1:
-            rows, weight, values = (
+            rows, weight, values, margin = (
                 gather(pad_across_processes(part, pad_index=-1 if part is rows else 0))
-                for part in (rows, weight, values)
+                for part in (rows, weight, values, margin)
             )
         counted = (weight > 0) & (rows >= 0)
         if self.is_world_process_zero() and counted.any():
-            self._recorder.add(step, rows[counted], weight[counted], values[counted])
+            self._recorder.add(step, rows[counted], weight[counted], values[counted], margin=margin[counted])
 
     def _note_unseen(self) -> None:
         """Once: which trainable parameters are not seen."""
@@ -329,21 +331,53 @@ class RecordingMixin(LookingMixin):
             logger.warning("Influence: %s", " ".join(parts))
 
 
-def _own(rows: Tensor, weight: Tensor, gram: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _own(
+    rows: Tensor, weight: Tensor, gram: Tensor, margin: Tensor, total: Tensor, squares: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The examples of a micro-batch that have predictions, and what it tells of the whole step that it is a part of: others are
     taken to be like those in it. `total` and `squares` are the sums of all weights of the step, and of their squares.
     """
     kept = weight > 0
-    rows, weight, values = rows[kept], weight[kept], own_gains(gram[kept][:, kept], weight[kept])
+    rows, weight, margin, values = rows[kept], weight[kept], margin[kept], own_gains(gram[kept][:, kept], weight[kept])
     if len(rows) < 2:  # as the recorder has it: one example alone tells nothing of others
         values[:, 2] = 0
-        return rows, weight, values
+        return rows, weight, values, margin
     own, mean, variance = values.unbind(1)
     here = weight.sum()
     others = (here * mean - weight * own) / (here - weight)
     mean = (weight * own + (total - weight) * others) / total
     variance = variance * (squares / total**2) / (weight.square().sum() / here**2)
-    return rows, weight, torch.stack([own, mean, variance], dim=1)
+    return rows, weight, torch.stack([own, mean, variance], dim=1), margin
+
+
+@contextmanager
+def seen_logits(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, the logits of the model's last forward pass are in the list."""
+    seen: list[Tensor] = []
+
+    def keep(module, arguments, outputs):
+        logits = _logits_of(outputs)
+        seen[:] = [logits.detach()] if isinstance(logits, Tensor) else []
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def margins(logits: list[Tensor], inputs: Batch, label: str, weight: Tensor) -> Tensor:
+    """`[batch]`: p of the label less p of the most probable other class; NaN where the model is no classifier with one label."""
+    labels = inputs.get(label)
+    unknown = torch.full_like(weight, torch.nan)
+    if not logits or not isinstance(labels, Tensor) or labels.is_floating_point() or logits[0].dim() != 2:
+        return unknown
+    if labels.shape != logits[0].shape[:1] or logits[0].shape[1] < 2:
+        return unknown
+    p, own = logits[0].float().softmax(-1), labels.clamp(min=0)[:, None]
+    margin = p.gather(1, own)[:, 0] - p.scatter(1, own, -1).amax(1)
+    return torch.where(weight > 0, margin.to(weight), unknown)
 
 
 def _logits_of(outputs: Any) -> Any:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import uuid
 from collections.abc import Callable
-from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
@@ -24,16 +21,17 @@ from ..training.checks import check_is_not_original
 from ..training.collators import RawCollator, raw_collator
 from ..training.models import LoadsByName, is_causal_lm, load_model
 from ..training.runs import RunMixin
+from .calibration import CalibratingMixin
 from .checks import check_arguments, check_model, sample_ids_of, target_sets_of
 from .config import InfluenceConfig
 from .in_run.ghost import GhostRecorder
 from .propagated.optimizers import FlatOptimizer
 from .propagated.sweep import Sweep
 from .propagated.trajectory import Trajectory
-from .report.kept import RECORDS, burnt_in
+from .report.kept import RECORDS
 from .report.records import read_observations
 from .report.report import InfluenceReport
-from .report.shuffling import ShufflingMeter
+from .report.shuffling import Panel, variance_of_start
 from .report.writer import Recorder
 from .step import RecordingMixin
 
@@ -44,7 +42,7 @@ MAX_GIGABYTES = 8  # of memory in a sweep
 ONLY_IN_RUN = ("preconditioned", "layers", "target_rank")
 
 
-class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
+class FINEMixin(RecordingMixin, CalibratingMixin, RunMixin, LoadsByName):
     """Gives a Trainer a record of what each example did to each target.
 
     Training is as it would be without: the same batches, the same updates (but for rounding where [`FINETrainer`] trains the head).
@@ -102,7 +100,7 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
         self._target_gradients: Tensor | None = None
         self._normalised_by: str | None = None
         self._first_step, self._largest_gradient = 0, 0.0
-        self._micro: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._micro: list[tuple[Tensor, ...]] = []
         self._begun = False
         self._check_batches()
         self.add_callback(_Observer(self))
@@ -292,12 +290,10 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
                 f"{self.state.max_steps}, so nothing of it was kept; leave last_steps out, or set max_steps to where it stops"
             )
         window = round(self.args.target_window * self.state.global_step)
-        # Two epochs at least: what an epoch's batches have in common is read off where one ends and the next begins.
-        meter = None
-        if self.target != "self" and 2 <= self._steps_per_epoch < self.state.global_step:
-            meter = ShufflingMeter(
-                len(self.sample_ids), len(self.target_sets), self._steps_per_epoch, self.args.device
-            )
+        panel = None
+        if self.target != "self":
+            steps, start = self.state.global_step, self._trajectory.start
+            panel = Panel(len(self.sample_ids), steps, self._steps_per_epoch, start)
         sweep = Sweep(
             self.model,
             self._flat_optimizer,
@@ -306,48 +302,30 @@ class FINEMixin(RecordingMixin, RunMixin, LoadsByName):
             self.per_example_loss,
             window=window,
             every=max(1, min(self.args.target_every, window // 4)),
-            meter=meter,
+            panel=panel,
+            rows=self._panel_rows() if panel is not None else (),
+            keep=self.state.global_step // 2 if self.model_init is not None else None,
         )
 
         sweep.run(self.state.global_step, self._recorder.add)
         self._recorder.flush()
-        shuffling = meter.result() if meter is not None else None
-        if meter is not None and shuffling is None:
+        shuffling = panel.result() if panel is not None else None
+        if panel is not None and panel.never_changes:
             logger.warning(
-                "Influence: σ takes the batches of an epoch for independent draws, and is too large: their order did not change, or examples "
-                "were drawn twice, or too few came back within an epoch's steps."
+                "Influence: all epochs had the same order, so σ is that of trainings with another order in each, which this was not."
             )
-        self._recorder.describe(shuffling=asdict(shuffling) if shuffling else None, swept=self.state.global_step)
+        start = None
+        if sweep.kept is not None and panel is not None and not self._trajectory.start:
+            start = variance_of_start(sweep.kept, self._initial_parameters()).tolist()
+        self._recorder.describe(
+            shuffling=asdict(shuffling) if shuffling else None, start=start, swept=self.state.global_step
+        )
         self._trajectory.clear()
         self._trajectory = None
 
     @property
     def _steps_per_epoch(self) -> int:
         return -(-len(self.callback_handler.train_dataloader) // self.args.gradient_accumulation_steps)
-
-    def _calibrate(self) -> None:
-        """σ of the targets' losses over whole trainings, and the factor by which the run's own σ must be multiplied."""
-        losses = []
-        for run in range(self.args.n_calibration_runs):
-            with tempfile.TemporaryDirectory() as folder:
-                args = copy(self.args)
-                args.output_dir, args.seed, args.n_calibration_runs = folder, self.args.seed + 1 + run, 0
-                args.data_seed, args.save_strategy, args.report_to, args.eval_strategy = None, "no", [], "no"
-                args.disable_tqdm, args.push_to_hub, args.load_best_model_at_end = True, False, False
-                trainer = Trainer(
-                    model_init=self.model_init,
-                    args=args,
-                    train_dataset=self.train_dataset,
-                    data_collator=self.data_collator,
-                )
-                trainer._signature_columns, trainer.label_names = self._signature_columns, self.label_names
-                trainer.train()
-                losses.append(self._target_sets.losses(trainer.model))
-        measured = torch.stack(losses).double().var(0).cpu().numpy()
-        observations, _ = read_observations(self.records_dir)
-        own = np.square(observations.since(burnt_in(self.args.burn_in, observations)).sigma)
-        if self._recorder is not None:
-            self._recorder.describe(scale=float(np.sqrt(measured.sum() / own.sum())))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

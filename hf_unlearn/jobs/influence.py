@@ -160,6 +160,14 @@ def _tell(
                 f"examples with the largest μ ({INSPECTED:.0%}), {other} among those with the smallest",
                 markup=False,
             )
+            if target == "self" and np.isfinite(report.observations.mean_margin()).any():
+                suspects = report.suspects(looked)
+                hits = int(np.array(suspects[check][:], dtype=bool).sum())
+                figures[-1]["found_by_margin"] = hits
+                out.print(
+                    f"{target}: {hits} of them among the {looked} with the lowest margin (report.suspects(), which is for wrong labels)",
+                    markup=False,
+                )
         pictures.append(report.plot(private / "plots" / f"{name}_ranked.png", target=target, highlight=faulty))
         if "image" in report.dataset.column_names:
             path = private / "plots" / f"{name}_top.png"

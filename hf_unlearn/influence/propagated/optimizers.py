@@ -125,6 +125,20 @@ class FlatOptimizer:
         """The next state."""
         return self._sgd(state, gradient, settings) if self.kind == "sgd" else self._adam(state, gradient, settings)
 
+    def reach(self, state: State, gradient: Tensor, settings: StepSettings) -> Tensor | float:
+        """Share of λ^g that holds for examples that were not in the batch, for every element.
+
+        Adam divides by √v̂, and where no batch has had a gradient yet v̂ is 0: an example that has one would be the first, and
+        would make v̂ what it is later. So λ^g is that of the v̂ at the end of the run where that is larger.
+        """
+        if self.kind == "sgd":
+            return 1.0
+        _, _, _, c2 = self._moments(settings)
+        _, beta2, _, _ = self._moments(settings)
+        now = (beta2 * state[2] + (1 - beta2) * clip(gradient, settings.max_norm).square()) / c2
+        later = self.state()[2] / (1 - beta2 ** max(1, self.settings(0.0).count))
+        return torch.where(later > now, (now / later).sqrt(), 1.0)
+
     def adjoint(
         self, state: State, gradient: Tensor, settings: StepSettings, cotangents: State
     ) -> tuple[State, Tensor]:

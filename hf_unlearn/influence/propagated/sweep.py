@@ -22,15 +22,15 @@ of the loss that is really left: Σ_t Var_i(a_{t,i}) / b, less what an epoch's b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..report.observations import step_statistics
-from ..report.shuffling import ShufflingMeter
-from ..targets import OwnTargets, PerExampleLoss, Targets, batched_grad, own_gains
+from ..report.shuffling import Panel
+from ..targets import Batch, OwnTargets, PerExampleLoss, Targets, batched_grad, own_gains
 from .optimizers import FlatOptimizer, State
 from .trajectory import MicroBatch, Trajectory, set_random_states
 
@@ -46,7 +46,9 @@ class Sweep:
         per_example: model, batch → losses `[batch]` and weights `[batch]`, as the run took them.
         window (`int`): last steps over which a target's loss is averaged; 1 takes the end of the run alone.
         every (`int`, defaults to 1): steps between two looks within the window.
-        meter (`ShufflingMeter`, *optional*): is shown the gains that σ² is the variance of.
+        panel (`Panel`, *optional*): is shown the gains, of which σ² is the variance, of `rows` at some steps.
+        rows (iterable of batches, *optional*): the examples of the panel, gone through anew at each of its looks.
+        keep (`int`, *optional*): step before which λ of the last step's loss is kept, in `kept`, `[targets, parameters]`.
     """
 
     def __init__(
@@ -59,11 +61,14 @@ class Sweep:
         *,
         window: int,
         every: int = 1,
-        meter: ShufflingMeter | None = None,
+        panel: Panel | None = None,
+        rows: Iterable[Batch] = (),
+        keep: int | None = None,
     ):
         self.model, self.optimizer, self.trajectory = model, optimizer, trajectory
         self.targets, self.per_example = targets, per_example
-        self.window, self.every, self.meter = max(1, window), every, meter
+        self.window, self.every, self.panel, self.rows = max(1, window), every, panel, rows
+        self.keep, self.kept = keep, None
         self.parameters: Sequence[Tensor] = optimizer.parameters
         self.device = self.parameters[0].device
 
@@ -73,8 +78,8 @@ class Sweep:
         Args:
             steps (`int`): optimiser steps of the run.
             record: is given step, the examples `[batch]` that have predictions, their weights `[batch]`, observations
-                `[batch, targets]` and σ² `[targets]` (of examples that are their own targets `[batch, 3]`, see
-                [`own_gains`], and None).
+                `[batch, targets]`, σ² `[targets]` (of examples that are their own targets `[batch, 3]`, see
+                [`own_gains`], and None) and margins `[batch]`.
 
         Raises:
             FloatingPointError: a cotangent is not finite.
@@ -114,18 +119,24 @@ class Sweep:
                     f"the sweep is not finite at step {step}: the run was too unstable to be carried influence through; try a "
                     "smaller learning_rate, or observation='in_run'"
                 )
-            examples, weight = (torch.cat([getattr(b, name) for b in batches]) for name in ("examples", "weight"))
+            names = ("examples", "weight", "margin")
+            examples, weight, margin = (torch.cat([getattr(b, name) for b in batches]) for name in names)
             counted = weight > 0
-            examples, weight, gains = examples[counted], weight[counted], gains[counted]
+            examples, weight, gains, margin = examples[counted], weight[counted], gains[counted], margin[counted]
             if own:
-                record(step, examples, weight, own_gains(gains[:, examples].T, weight), None)
+                record(step, examples, weight, own_gains(gains[:, examples].T, weight), None, margin)
             else:
                 of_end = gains[:, count:]
-                if self.meter is not None:
-                    self.meter.add(step, examples, weight, of_end)
+                if self.panel is not None:
+                    if step in self.panel.looks:
+                        reach = self.optimizer.reach(state, gradient, settings)
+                        self.panel.look(step, *self._panel_gains(of_gradient[count:] * reach, batches))
+                    self.panel.add(step, examples)
                 _, _, variance = step_statistics(*(x.double().cpu().numpy() for x in (weight, of_end)))
-                record(step, examples, weight, gains[:, :count], variance)
+                record(step, examples, weight, gains[:, :count], variance, margin)
             theta = before[0] + hessian
+            if step == self.keep:
+                self.kept = theta[-count:].clone()
             if step in looks:
                 theta[:count] += self.targets.gradients(self.model, self.parameters) * share
             cotangents = (theta, *before[1:])
@@ -184,6 +195,23 @@ class Sweep:
             return hessian, torch.cat(gains)
 
         return gradient, products
+
+    def _panel_gains(self, of_gradient: Tensor, batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """Weights `[m]` of the panel's examples, and the gains `[m, vectors]` that each would give as this step's batch."""
+        total = sum(batch.coefficient.sum() for batch in batches)
+        split = of_gradient.split([p.numel() for p in self.parameters], dim=1)
+        vectors = [part.reshape(-1, *p.shape) for part, p in zip(split, self.parameters, strict=True)]
+        weights, gains = [], []
+        for rows in self.rows:
+            self.model.train()
+            losses, weight = self.per_example(self.model, dict(rows))
+            coefficient = torch.ones_like(losses, requires_grad=True)
+            parts = torch.autograd.grad(
+                (coefficient * losses).sum(), self.parameters, create_graph=True, materialize_grads=True
+            )
+            gains.append(-(batched_grad(parts, [coefficient], vectors)[0] * total).T)
+            weights.append(weight)
+        return torch.cat(weights), torch.cat(gains)
 
     def _graph(self, batch: MicroBatch) -> tuple[tuple[Tensor, ...], Tensor]:
         coefficient = batch.coefficient.clone().requires_grad_()

@@ -31,6 +31,7 @@ class MicroBatch:
         examples (`[batch]` int): which examples.
         weight (`[batch]`): predictions in each.
         coefficient (`[batch]`): q_i, so that the step descended Σ_i q_i ℓ_i.
+        margin (`[batch]`): of each, see [`Observations`].
     """
 
     inputs: dict[str, Any]
@@ -38,6 +39,7 @@ class MicroBatch:
     examples: Tensor
     weight: Tensor
     coefficient: Tensor
+    margin: Tensor
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
@@ -104,7 +106,7 @@ class Trajectory:
         for index, micro in enumerate(self._micro):
             parts = {f"input.{name}": value for name, value in micro.inputs.items() if isinstance(value, Tensor)}
             parts |= {f"random.{name}": value for name, value in micro.random.items()}
-            parts |= {"examples": micro.examples, "weight": micro.weight, "coefficient": micro.coefficient}
+            parts |= {name: getattr(micro, name) for name in ("examples", "weight", "coefficient", "margin")}
             tensors |= {f"{index}.{name}": value.detach().contiguous() for name, value in parts.items()}
             plain.append({k: v for k, v in micro.inputs.items() if isinstance(v, bool | int | float | str)})
         if self.limit is not None:
@@ -142,9 +144,7 @@ class Trajectory:
                 MicroBatch(
                     inputs={n.removeprefix("input."): v for n, v in own.items() if n.startswith("input.")} | plain,
                     random={n.removeprefix("random."): v for n, v in own.items() if n.startswith("random.")},
-                    examples=own["examples"],
-                    weight=own["weight"],
-                    coefficient=own["coefficient"],
+                    **{name: own[name] for name in ("examples", "weight", "coefficient", "margin")},
                 )
             )
         return batches, StepSettings(about["count"], about["groups"], about["max_norm"])

@@ -58,8 +58,11 @@ class Observations:
         value (`[rows, targets]`): a_{t,i,c}, a gain. For `"self"`: `[rows, 3]`, the gain of the example on itself, the batch's mean
             gain on it, and the variance of that mean.
         steps (`Steps`): of the whole batches.
+        margin (`[rows]`, *optional*): how much more probable the example's label was than the best other one, in [−1, 1], when the
+            step was taken; NaN where unknown, as of language models.
         shuffling (`Shuffling`, *optional*): what the batches of an epoch have in common, which is no noise; None takes them for
             independent draws, and σ is too large.
+        start (`[targets]`, *optional*): what initialisations that are drawn anew add to σ²; None where the model's is always the same.
     """
 
     sample_ids: np.ndarray
@@ -69,7 +72,13 @@ class Observations:
     weight: np.ndarray
     value: np.ndarray
     steps: Steps
+    margin: np.ndarray | None = None
     shuffling: Shuffling | None = None
+    start: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.margin is None:
+            object.__setattr__(self, "margin", np.full(len(self.step), np.nan))
 
     @property
     def is_self(self) -> bool:
@@ -96,11 +105,14 @@ class Observations:
 
     @cached_property
     def variance(self) -> np.ndarray:
-        """`[steps, targets]`: the same, less what the batches of an epoch have in common. Right as a sum over steps only."""
-        if self.shuffling is None or not len(self.steps.step):
-            return self.independent_variance
-        given = self.independent_variance
-        return given * self.shuffling.share(self.steps.step, given, self.steps.size, len(self.sample_ids))
+        """`[steps, targets]`: the same, less what the batches of an epoch have in common, and with what initialisations add. Right as a
+        sum over steps only.
+        """
+        found = self.independent_variance
+        if self.shuffling is not None and len(found):
+            found = self.shuffling.variances(self.steps.step, found)
+        # The start has no step of its own: all steps share it.
+        return found if self.start is None or not len(found) else found + self.start / len(found)
 
     @property
     def sigma(self) -> np.ndarray:
@@ -194,6 +206,13 @@ class Observations:
         error = np.where(number > 1, error, np.nan)
         return ExampleMu(mu=mu, low=mu - error, high=mu + error, n_observations=count)
 
+    def mean_margin(self) -> np.ndarray:
+        """`[examples]`: mean of the known margins over the run; NaN where there is none."""
+        known, examples = np.isfinite(self.margin), len(self.sample_ids)
+        count = np.bincount(self.example[known], minlength=examples)
+        with np.errstate(invalid="ignore"):
+            return np.bincount(self.example[known], self.margin[known], examples) / count
+
     def since(self, step: int) -> Observations:
         """The observations from optimiser step `step` on."""
         rows, steps = self.step >= step, self.steps.step >= step
@@ -204,6 +223,7 @@ class Observations:
             example=self.example[rows],
             weight=self.weight[rows],
             value=self.value[rows],
+            margin=self.margin[rows],
             steps=kept,
         )
 

@@ -30,7 +30,7 @@ from .shuffling import Shuffling
 MANIFEST = "manifest.json"
 SAMPLES = "samples.arrow"
 SHARD = re.compile(r"(rows|steps)-(\d{5,})\.arrow(\.partial)?")
-ROW_COLUMNS = ("step", "example", "weight", "value")
+ROW_COLUMNS = ("step", "example", "weight", "value", "margin")
 STEP_COLUMNS = ("step", "weight", "size", "mean", "variance")
 FORMAT = 1
 SELF_WIDTH = 3  # gain on itself, mean gain of the batch on it, variance of that mean
@@ -54,6 +54,7 @@ def read_observations(folder: str | Path) -> tuple[Observations, dict[str, Any]]
             rows = _only(rows, np.isin(rows["step"], steps["step"]))
         if len(rows["step"]) != steps["size"].sum():
             raise ValueError(f"{str(_file(folder, 'rows', number))!r}: observations are missing; record the run again")
+        rows.setdefault("margin", np.full(len(rows["step"]), np.nan))  # earlier versions did not record it
         parts.append((rows, steps))
     width = SELF_WIDTH if targets == ["self"] else len(targets)
     parts = parts or [(_no_columns(ROW_COLUMNS, width), _no_columns(STEP_COLUMNS, len(targets)))]
@@ -65,12 +66,17 @@ def read_observations(folder: str | Path) -> tuple[Observations, dict[str, Any]]
         **rows,
         steps=Steps(**steps),
         shuffling=_shuffling(manifest.get("shuffling")),
+        start=None if manifest.get("start") is None else np.array(manifest["start"]),
     )
     return found, manifest
 
 
 def _shuffling(facts: Mapping[str, Any] | None) -> Shuffling | None:
-    return Shuffling(facts["steps_per_epoch"], tuple(facts["correlation"])) if facts else None
+    if not facts:
+        return None
+    if "variance" not in facts:
+        raise ValueError("shuffling: the records are of an earlier version, whose σ was too large; train again")
+    return Shuffling(facts["steps_per_epoch"], tuple(map(tuple, facts["variance"])), tuple(facts["steps"]))
 
 
 def write_observations(folder: str | Path, observations: Observations, manifest: Mapping[str, Any]) -> None:
@@ -89,7 +95,8 @@ def write_observations(folder: str | Path, observations: Observations, manifest:
         rows = {name: getattr(observations, name) for name in ROW_COLUMNS}
         write_shard(folder, 0, rows, {name: getattr(observations.steps, name) for name in STEP_COLUMNS})
     shuffling = asdict(observations.shuffling) if observations.shuffling else None
-    write_header(folder, {**manifest, "shuffling": shuffling}, ids)
+    start = None if observations.start is None else observations.start.tolist()
+    write_header(folder, {**manifest, "shuffling": shuffling, "start": start}, ids)
 
 
 # What is in a folder

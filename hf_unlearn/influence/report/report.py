@@ -18,13 +18,14 @@ from .groups import Groups, group_mu, members_of, positions_of
 from .kept import Kept
 from .observations import Observations
 from .shown import Shown
+from .unit import gain_of, unit_of, why_order_only, widened
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-COLUMNS = ("sample_id", "target", "mu", "mu_low", "mu_high", "z", "p_value", "n_observations")
+COLUMNS = ("sample_id", "target", "mu", "mu_low", "mu_high", "z", "n_observations")
 
 Side = Literal["helpful", "harmful", "both"]
 
@@ -35,18 +36,19 @@ class InfluenceReport(Kept, Shown):
 
     $$ \mu_c(S) = \sum_t \delta_{t,c}(S) \,/\, \big(\texttt{scale} \cdot \sqrt{\textstyle\sum_t \sigma^2_{t,c}}\big) $$
 
-    in standard deviations of the target's loss over trainings with `propagated`; with `in_run` in those of the gains that were seen,
-    which is a unit of that run alone unless it is calibrated. See [`Observations`]. **μ > 0: the example helps the target** (it
+    in standard deviations of the target's loss over trainings with `propagated`, and with `in_run` after calibration runs; else it has
+    **no unit**, and orders examples alone (`unit` says which). See [`Observations`]. **μ > 0: the example helps the target** (it
     taught it; without it the loss is higher). μ < 0: it harms it.
 
-    Intervals cover the noise of the estimate, **not the model bias of σ**. An example is seen once an epoch, so its
-    interval is wide; its z is its distance from the bulk of all examples (median, and the interquartile range as
-    scale), and its p-value is two-sided, for a Gaussian bulk whose scale is estimated (Student's law). An empirical μ
-    depends on the data and **is no privacy guarantee**.
+    Where μ has a unit, intervals cover the μ of retraining: the noise of the estimate, and what first order and σ were found to be
+    wrong by on twelve tasks. Without one they cover the noise alone. An example is seen once an epoch, so its interval is wide;
+    its z is its distance from the bulk of all examples (median, and the interquartile range as scale). It has no p-value: the bulk
+    has heavy tails, and of examples that did nothing one in ten would be below 0.05. An empirical μ depends on the data and
+    **is no privacy guarantee**.
 
     Args:
         dataset (`Dataset`): one row per target and example, by target, then in the order of `observations.sample_ids`:
-            `sample_id`, `target`, `mu`, `mu_low`, `mu_high`, `z`, `p_value`, `n_observations`, and columns that
+            `sample_id`, `target`, `mu`, `mu_low`, `mu_high`, `z`, `n_observations`, and columns that
             [`~InfluenceReport.join`] attached. μ is NaN for an example that was never seen, the bounds below two
             observations.
         observations (`Observations`): of the whole run.
@@ -96,7 +98,9 @@ class InfluenceReport(Kept, Shown):
             raise ValueError(f"burn_in={burn_in!r}: leaves no steps (the last one observed is {last})")
         estimates = used.example_mu(confidence=confidence)
         number, targets = estimates.mu.shape
-        mu, low, high = (column.T / scale for column in (estimates.mu, estimates.low, estimates.high))
+        scale_of_mu = gain_of(manifest) / scale
+        mu, low, high = (scale_of_mu * column.T for column in (estimates.mu, estimates.low, estimates.high))
+        low, high = widened(mu, low, high, manifest, confidence)
         z = np.stack([_z_scores(values) for values in mu])
         dataset = Dataset.from_dict(
             {
@@ -106,7 +110,6 @@ class InfluenceReport(Kept, Shown):
                 "mu_low": low.ravel(),
                 "mu_high": high.ravel(),
                 "z": z.ravel(),
-                "p_value": np.concatenate([2 * _tail(np.abs(values)) for values in z]),
                 "n_observations": np.tile(estimates.n_observations, targets),
             }
         )
@@ -122,8 +125,20 @@ class InfluenceReport(Kept, Shown):
         return self.observations.targets
 
     @property
+    def unit(self) -> str:
+        """What μ is measured in; it begins with "no unit" where a report orders examples and says nothing more."""
+        return unit_of(self.manifest)
+
+    @property
+    def order_only(self) -> bool:
+        """Whether μ has no unit: within a target it orders examples, and groups of like size, and means nothing beyond that."""
+        return why_order_only(self.manifest) is not None
+
+    @property
     def sigma(self) -> dict[str, float]:
-        """By target, `scale` · √(Σ_t σ²_{t,c}): the standard deviation that μ is in. NaN for `"self"`."""
+        """By target, `scale` · √(Σ_t σ²_{t,c}): the standard deviation that μ is in. NaN for `"self"`, and where there is none."""
+        if self.order_only:
+            return dict.fromkeys(self.targets, math.nan)
         return dict(zip(self.targets, (self.scale * self._used.sigma).tolist(), strict=True))
 
     @cached_property
@@ -249,6 +264,40 @@ class InfluenceReport(Kept, Shown):
         order = order[q[order] <= level]
         return _with_columns(self._rows(order, target), pa.table({"q_value": q[order]}), {"q_value": Value("float64")})
 
+    def suspects(self, k: int | None = None) -> Dataset:
+        r"""Examples whose labels look wrong, the most suspicious first: by their margin, **not by influence**.
+
+        The margin of an example is p(label) − p(the most probable other class), seen whenever the example was trained on and
+        averaged over the run: the area under the margin (AUM, arXiv 2001.10528) of probabilities. Whoever looks for wrong labels
+        alone finds more of them so than by any influence on itself (see the benchmark), and it costs nothing.
+
+        Args:
+            k (`int`, *optional*): how many; by default those whose margin is below 0, so that another class was on the whole more
+                probable than the label.
+
+        Returns:
+            `Dataset`: `sample_id`, `margin`, `n_observations`, and joined columns.
+
+        Raises:
+            ValueError: k below 1, or the run saw no margins: a language model, a loss of one's own without logits, a report of an
+                earlier version.
+        """
+        from datasets import Value
+
+        if k is not None and k < 1:
+            raise ValueError(f"k={k!r}: must be at least 1")
+        margin = self.observations.mean_margin()
+        order = np.argsort(margin, kind="stable")  # NaN last
+        order = order[np.isfinite(margin[order])]
+        if not len(order):
+            raise ValueError(
+                "suspects: the run saw no margins, as only classifiers with one label an example have them; look at top() of "
+                "target='self' instead"
+            )
+        order = order[: (margin < 0).sum() if k is None else k]
+        rows = self._rows(order, self.targets[0]).select_columns(["sample_id", "n_observations", *self._joined])
+        return _with_columns(rows, pa.table({"margin": margin[order]}), {"margin": Value("float64")})
+
     # Groups
 
     def group(
@@ -271,8 +320,8 @@ class InfluenceReport(Kept, Shown):
         [`~hf_unlearn.tradeoff.estimate.estimate_mu`], which says how biased each is.
 
         Signal and noise of a step are resampled together, with the same blocks for every group, so the differences
-        between groups are comparable too. Intervals cover the noise of the estimate, not the model bias of σ, and μ
-        is no privacy guarantee.
+        between groups are comparable too. Intervals of `"accumulated"` are as those of examples (see the class), those of the other methods
+        cover the noise of the estimate alone. μ is no privacy guarantee.
 
         Args:
             by: name of a column that [`~InfluenceReport.join`] attached (a group per value, NaN being one; rows without
@@ -305,13 +354,15 @@ class InfluenceReport(Kept, Shown):
             members,
             [self.targets.index(name) for name in targets],
             method,
-            scale=self.scale,
+            scale=self.scale / gain_of(self.manifest),
             confidence=confidence,
             n_resamples=n_resamples,
             block_length=block_length,
             seed=seed,
         )
         mu, low, high = estimates.transpose(2, 1, 0).reshape(3, -1)
+        if method == "accumulated":
+            low, high = widened(mu, low, high, self.manifest, confidence)
         return Dataset.from_dict(
             {
                 "group": names * len(targets),

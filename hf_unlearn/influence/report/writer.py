@@ -127,6 +127,7 @@ class Recorder:
         weight: ArrayOrTensor,
         value: ArrayOrTensor,
         variance: ArrayOrTensor | None = None,
+        margin: ArrayOrTensor | None = None,
     ) -> None:
         """Record one whole optimiser step. Steps may come in any order, each once.
 
@@ -137,6 +138,7 @@ class Recorder:
             value (`[batch, targets]`, or `[batch, 3]` for `"self"`): a_{t,i,c}; stored as float32.
             variance (`[targets]`, *optional*): σ²_{t,c} where the caller knows better than [`step_statistics`]; NaN
                 where unknown.
+            margin (`[batch]`, *optional*): how much more probable each example's label is than the best other one; NaN where unknown.
 
         Raises:
             ValueError: wrong shapes, a step that is recorded already, or a number that is not finite.
@@ -146,10 +148,11 @@ class Recorder:
             raise ValueError(f"step={step}: " + ("is recorded already" if step >= 0 else "must be at least 0"))
         if variance is not None and self.is_self:
             raise ValueError("variance: with target 'self' it is the third column of value; leave variance out")
-        given = (examples, weight, value, variance)
+        given = (examples, weight, value, variance, margin)
         tensors = [None if array is None else torch.as_tensor(array).detach() for array in given]
         size = len(tensors[0]) if tensors[0].ndim else 0
         shapes = {"examples": (size,), "weight": (size,), "value": (size, self._width), "variance": (self._width,)}
+        shapes["margin"] = (size,)
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
             if tensor is not None and (tuple(tensor.shape) != shape or not size):
                 raise ValueError(
@@ -176,13 +179,14 @@ class Recorder:
                 self._write_pending()
 
     def _write_pending(self) -> None:
-        steps, examples, weight, value, total, mean, variance = zip(*self._pending, strict=True)
+        steps, examples, weight, value, margin, total, mean, variance = zip(*self._pending, strict=True)
         size = np.array([len(part) for part in weight])
         rows = {
             "step": np.repeat(np.array(steps, dtype=np.int32), size),
             "example": np.concatenate(examples),
             "weight": np.concatenate(weight),
             "value": np.concatenate(value),
+            "margin": np.concatenate(margin),
         }
         columns = {"step": steps, "weight": total, "size": size, "mean": mean, "variance": variance}
         whole = {name: np.array(column) for name, column in columns.items()}
@@ -217,7 +221,8 @@ class Recorder:
         ends = np.cumsum([len(batch.weight) for batch in queue]).tolist()
         examples = _gather([batch.examples for batch in queue], torch.int64)
         weight = _gather([batch.weight for batch in queue], torch.float32)
-        value = _gather([batch.value for batch in queue], torch.float32)
+        # The margins go along with the values, as one column more.
+        value = _gather([torch.column_stack([batch.value, batch.known_margin()]) for batch in queue], torch.float32)
         given = [batch.variance for batch in queue if batch.variance is not None]
         variances = iter(_gather(given, torch.float64).reshape(len(given), -1) if given else ())
         for position, (batch, end) in enumerate(zip(queue, ends, strict=True)):
@@ -241,6 +246,7 @@ class Recorder:
                 raise ValueError(f"{name}: {numbers[row].tolist()}{whose} at step {step}; must be {rule}")
 
         examples, weight, value = _once(examples, weight, value)
+        value, margin = value[:, :-1], value[:, -1]
         if self.is_self and len(value) == 1:
             value[np.isnan(value[:, 2]), 2] = 0.0
         ids = len(self._ids)
@@ -257,7 +263,7 @@ class Recorder:
         variance = own_variance if variance is None else variance
         if (variance < 0).any() or np.isinf(variance).any():
             raise ValueError(f"variance: {variance.tolist()} at step {step}; must be finite and at least 0, or NaN")
-        return _Step(step, examples.astype(np.int32), weight, value, total, mean, variance)
+        return _Step(step, examples.astype(np.int32), weight, value, margin, total, mean, variance)
 
 
 class _Batch(NamedTuple):
@@ -268,6 +274,14 @@ class _Batch(NamedTuple):
     weight: torch.Tensor
     value: torch.Tensor
     variance: torch.Tensor | None
+    margin: torch.Tensor | None
+
+    def known_margin(self) -> torch.Tensor:
+        return (
+            self.weight.new_full((len(self.weight),), torch.nan, dtype=torch.float32)
+            if self.margin is None
+            else self.margin
+        )
 
 
 class _Step(NamedTuple):
@@ -277,6 +291,7 @@ class _Step(NamedTuple):
     examples: np.ndarray
     weight: np.ndarray
     value: np.ndarray
+    margin: np.ndarray
     total: float
     mean: np.ndarray
     variance: np.ndarray

@@ -83,7 +83,8 @@ def run(folder, kind, *, max_norm=0.0, segment=1, start=0, parts=1, **options):
             coefficient = torch.full_like(losses, 1 / BATCH).detach()
             (coefficient * losses).sum().backward()
             examples = step * BATCH + torch.arange(BATCH)[rows]
-            trajectory.add(step, MicroBatch(inputs, random, examples, weight, coefficient))
+            margin = examples / 100.0
+            trajectory.add(step, MicroBatch(inputs, random, examples, weight, coefficient, margin))
         if max_norm:
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
@@ -106,7 +107,8 @@ def target_sets():
 def swept(model, flat, trajectory, window=1):
     gains, variances = {}, {}
 
-    def record(step, examples, weight, values, variance):
+    def record(step, examples, weight, values, variance, margin):
+        assert torch.equal(margin, examples / 100.0)
         gains[step], variances[step] = values, torch.as_tensor(variance)
 
     Sweep(model, flat, trajectory, target_sets(), per_example, window=window).run(STEPS, record)
@@ -199,7 +201,7 @@ def test_examples_that_are_their_own_targets(tmp_path):
     found = {}
     own = OwnTargets(rows, collate, per_example, batch_size=5)
     Sweep(model, flat, trajectory, own, per_example, window=1).run(
-        STEPS, lambda step, examples, weight, values, variance: found.update({step: (examples, values, variance)})
+        STEPS, lambda step, examples, weight, values, variance, _: found.update({step: (examples, values, variance)})
     )
     _, expected = unrolled("momentum", sets={str(i): [row] for i, row in enumerate(rows)})
     for step, (examples, values, variance) in found.items():
@@ -239,6 +241,43 @@ def test_an_example_less_moves_the_end_as_the_gain_says(tmp_path):
     targets = target_sets()
     change = (targets.losses(again) - targets.losses(model)) / less
     torch.testing.assert_close(change, gains[step][example], rtol=1e-3, atol=1e-7)
+
+
+def test_the_cotangent_that_is_kept_is_the_derivative_by_the_state_of_that_step(tmp_path):
+    """With a window, of the last step's loss all the same. No derivative: train again from θ a little further on."""
+    model, flat, trajectory = run(tmp_path, "momentum")
+    sweep = Sweep(model, flat, trajectory, target_sets(), per_example, window=4, keep=3)
+    sweep.run(STEPS, lambda *_: None)
+    direction = torch.randn(sweep.kept.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    again, optimizer = make("momentum")
+    for index, batch in enumerate(batches()):
+        if index == 3:
+            start = 0
+            with torch.no_grad():
+                for p in again.parameters():
+                    p += 1e-6 * direction[start : start + p.numel()].view_as(p)
+                    start += p.numel()
+        optimizer.zero_grad()
+        per_example(again, batch)[0].mean().backward()
+        optimizer.step()
+    targets = target_sets()
+    change = (targets.losses(again) - targets.losses(model)) / 1e-6
+    torch.testing.assert_close(change, sweep.kept @ direction, rtol=1e-3, atol=1e-6)
+
+
+def test_what_no_batch_has_moved_yet_is_not_divided_by_nothing():
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=(0.9, 0.99))
+    flat, states = FlatOptimizer(optimizer, [parameter]), []
+    for gradient in ([1.0, 0.0, 0.0], [1.0, 2.0, 0.0]):
+        states.append((flat.state(), flat.settings(0.0)))
+        parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+    now, later = 1.0, 4 * 0.01 / (1 - 0.99**2)
+    reach = flat.reach(states[0][0], torch.tensor([1.0, 0.01, 0.0]), states[0][1])
+    torch.testing.assert_close(reach, torch.tensor([now, 0.01 / later**0.5, 1.0]), rtol=1e-4, atol=1e-6)
+    sgd = FlatOptimizer(torch.optim.SGD([parameter]), [parameter])
+    assert sgd.reach(sgd.state(), parameter, sgd.settings(0.0)) == 1.0
 
 
 def test_clip_is_torchs():

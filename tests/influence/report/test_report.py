@@ -50,6 +50,9 @@ def make(value=None, *, manifest=MANIFEST, **kwargs):
     return InfluenceReport.from_observations(observations, manifest, **own)
 
 
+FEWER = Shuffling(4, ((0.01, 0.01),) * 200, (4,) * 200)  # less noise than independent draws have
+
+
 @pytest.fixture
 def report():
     return make(weighted=True)
@@ -93,7 +96,6 @@ def test_rows_are_examples_by_target(report):
         np.testing.assert_allclose(table[column][:], values.T.ravel())
     z = np.concatenate([z_scores(estimates.mu[:, 0]), z_scores(estimates.mu[:, 1])])
     np.testing.assert_allclose(table["z"][:], z)
-    np.testing.assert_allclose(table["p_value"][:], 2 * stdtr(0.367 * 20, -np.abs(z)))
 
 
 def test_mu_of_two_steps_by_hand():
@@ -146,7 +148,7 @@ def test_examples_that_were_never_seen_come_last():
     for harmful in (False, True):
         assert report.top(12, harmful=harmful)["sample_id"][-2:] == ["k", "l"]
     row = report.select(["k"])[0]
-    assert all(math.isnan(row[name]) for name in ("mu", "mu_low", "mu_high", "z", "p_value"))
+    assert all(math.isnan(row[name]) for name in ("mu", "mu_low", "mu_high", "z"))
     assert row["n_observations"] == 0
     assert len(report.select(min_mu=-1e9)) == 10
     assert not set(report.discoveries(0.99, side="both")["sample_id"][:]) & {"k", "l"}
@@ -270,7 +272,7 @@ def test_group_by_hand():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_groups_are_estimated_by_estimate_mu(method, report):
-    observations = replace(report.observations, shuffling=Shuffling(4, (0.9, 0.6, 0.3)))
+    observations = replace(report.observations, shuffling=FEWER)
     report = InfluenceReport.from_observations(observations, MANIFEST)
     members = {"x": [103, 107, 111], "y": [119]}
     found = report.group(members, "b", method, confidence=0.8, n_resamples=300, block_length=4, seed=5)
@@ -515,7 +517,7 @@ def test_saved_and_loaded_in_another_process(report, training_set, tmp_path):
 
 
 def test_shuffling_is_saved(report, tmp_path):
-    observations = replace(report.observations, shuffling=Shuffling(4, (0.9, 0.6, 0.3, 0.1)))
+    observations = replace(report.observations, shuffling=FEWER)
     late = InfluenceReport.from_observations(observations, MANIFEST)
     late.save_to_disk(tmp_path / "report")
     loaded = InfluenceReport.load_from_disk(tmp_path / "report")
