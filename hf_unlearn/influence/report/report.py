@@ -18,6 +18,7 @@ from .groups import Groups, group_mu, members_of, positions_of
 from .kept import Kept
 from .observations import Observations
 from .shown import Shown
+from .unit import unit_of, why_order_only
 
 
 if TYPE_CHECKING:
@@ -122,8 +123,20 @@ class InfluenceReport(Kept, Shown):
         return self.observations.targets
 
     @property
+    def unit(self) -> str:
+        """What μ is measured in; it begins with "no unit" where a report orders examples and says nothing more."""
+        return unit_of(self.manifest)
+
+    @property
+    def order_only(self) -> bool:
+        """Whether μ has no unit: within a target it orders examples, and groups of like size, and means nothing beyond that."""
+        return why_order_only(self.manifest) is not None
+
+    @property
     def sigma(self) -> dict[str, float]:
-        """By target, `scale` · √(Σ_t σ²_{t,c}): the standard deviation that μ is in. NaN for `"self"`."""
+        """By target, `scale` · √(Σ_t σ²_{t,c}): the standard deviation that μ is in. NaN for `"self"`, and where there is none."""
+        if self.order_only:
+            return dict.fromkeys(self.targets, math.nan)
         return dict(zip(self.targets, (self.scale * self._used.sigma).tolist(), strict=True))
 
     @cached_property
