@@ -26,7 +26,7 @@ from .config import FINEArguments, FINEConfig, InfluenceConfig
 from .finished.checkpoints import Checkpoint, Optimizer, checkpoints_of, has_checkpoints, optimizer_of, segments_of
 from .finished.curvature import Curvature, damped
 from .finished.looks import Looks
-from .finished.unrolled import Unrolled, basis_of, target_shares
+from .finished.unrolled import Unrolled, basis_of, shared_out, target_shares
 from .report.observations import Observations, Steps, step_statistics
 from .report.report import InfluenceReport
 from .report.unit import ORDER_ONLY
@@ -97,14 +97,9 @@ def attribute(
         ("target_window", target_window, "in [0, 1)"),
     ):  # fmt: skip
         check_number(name, value, rule)
-    model, found = _model_and_checkpoints(model, checkpoints)
-    kept = (
-        None
-        if isinstance(model, str | os.PathLike)
-        else {k: v.clone() for k, v in model.state_dict().items()}
-        if found
-        else {}
-    )
+    model, found = model_and_checkpoints(model, checkpoints)
+    loads = bool(found) and isinstance(model, nn.Module)
+    kept = {name: value.clone() for name, value in model.state_dict().items()} if loads else {}
     with finished_trainer(
         model, train_dataset, target_dataset, target=target, args=args, processing_class=processing_class,
         data_collator=data_collator, trainer_class=trainer_class, factored=not found or target == "self",
@@ -125,7 +120,7 @@ def attribute(
     return report
 
 
-def _model_and_checkpoints(model: Any, checkpoints: Any) -> tuple[Model, list[Checkpoint]]:
+def model_and_checkpoints(model: Any, checkpoints: Any) -> tuple[Model, list[Checkpoint]]:
     """The model or its name, and the checkpoints that it was."""
     named = isinstance(model, str | os.PathLike)
     if named or isinstance(model, nn.Module):
@@ -202,6 +197,20 @@ def _loaded(name: str | os.PathLike, args: Any, processing_class: Any) -> tuple[
         return PeftModel.from_pretrained(model, str(name), is_trainable=True), processing_class
 
 
+def ordered(sample_ids: Sequence, targets: Sequence[str], weight: np.ndarray, values: np.ndarray) -> Observations:
+    """Scores `[examples, targets]` of a finished model as observations of one step.
+
+    The model is taken for a minimum, as influence functions do: without S the gradient of the loss is not zero but that of S.
+    """
+    number = len(weight)
+    total, _, variance = step_statistics(weight, values)
+    mean = np.zeros((1, len(targets)))
+    return Observations(
+        np.array(sample_ids), tuple(targets), np.zeros(number, int), np.arange(number), weight, values,
+        Steps(np.zeros(1, int), np.array([total]), np.array([number]), mean, variance[None]),
+    )  # fmt: skip
+
+
 class _Attribution:
     """One attribution."""
 
@@ -234,12 +243,7 @@ class _Attribution:
             spread = np.full(self.number, known.var(ddof=1) / len(known) if len(known) > 1 else 1.0)
             values = np.stack([values, np.zeros(self.number), spread], axis=1)
             return self._observed([0], [weight], [values], steps), about
-        total, _, variance = step_statistics(weight, values)
-        # The model is taken for a minimum, as influence functions do: without S its gradient is not zero but that of S.
-        steps = Steps(
-            np.zeros(1, int), total[None], np.array([self.number]), np.zeros((1, len(names))), variance[None]
-        )
-        return self._observed([0], [weight], [values], steps), about
+        return ordered(self.trainer.sample_ids, list(names), weight, values), about
 
     def of_segments(self, checkpoints: list[Checkpoint], window: float) -> tuple[Observations, dict[str, Any]]:
         """Around checkpoints of the training."""
@@ -265,12 +269,13 @@ class _Attribution:
                     )  # fmt: skip
                     weight, coordinates = self._products(looks.split(basis.probes), bar)
                 share = torch.from_numpy(weight / weight.mean())
-                gains, noise = unrolled.through(segments[index], basis, torch.from_numpy(coordinates), share)
+                gains, *noise = unrolled.through(segments[index], basis, torch.from_numpy(coordinates), share)
                 total, mean, _ = step_statistics(weight, gains.numpy())
                 rows.append((weight, gains.numpy()))
-                columns.append((segments[index].stop - 1, total, mean, noise.numpy()))
+                columns.append((segments[index].stop - 1, total, mean, torch.stack(noise)))
         rows, columns = rows[::-1], columns[::-1]
-        step, total, mean, variance = (np.array([one[place] for one in columns]) for place in range(4))
+        step, total, mean = (np.array([one[place] for one in columns]) for place in range(3))
+        variance = shared_out(*torch.stack([one[3] for one in columns], dim=1)).numpy()
         steps = Steps(step, total, np.full(len(step), self.number), mean, variance)
         about = self._about("segments", f"{len(segments)} segments") | {"steps": last.step, "segments": len(segments)}
         if not all(optimizers):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from .blocks import Block, Gradients, Layer, blocks_of
 
@@ -62,7 +63,9 @@ class Curvature:
     blocks: dict[str, Factored] = field(default_factory=dict)
     predictions: float = 0.0
 
-    def see_factors(self, layer: Layer, found: Mapping[str, Gradients]) -> None:
+    def see_factors(self, layer: Layer, found: Mapping[str, Gradients], *, inputs: bool = True) -> None:
+        """Of a batch with other labels, what its inputs add is known already: `inputs=False`."""
+        known = None if inputs else int(not isinstance(layer.module, Conv1D))
         for name, block, rows, columns in blocks_of(layer, found):
             if name not in self.blocks:
                 zeros = [
@@ -71,9 +74,10 @@ class Curvature:
                 self.blocks[name] = Factored(block, *zeros, rows.new_zeros(0))
             mine = self.blocks[name]
             counted = (rows != 0).any(-1, keepdim=True) & (columns != 0).any(-1, keepdim=True)  # padding does not
-            for total, side in zip((mine.rows, mine.columns), (rows, columns), strict=True):
-                one = (side * counted).transpose(0, 1).flatten(1, 2).to(total.dtype)
-                total += one.mT @ one
+            for place, (total, side) in enumerate(((mine.rows, rows), (mine.columns, columns))):
+                if place != known:
+                    one = (side * counted).transpose(0, 1).flatten(1, 2).to(total.dtype)
+                    total += one.mT @ one
 
     def decompose(self) -> None:
         """Factors become their eigenvectors."""
@@ -97,7 +101,11 @@ class Curvature:
             step = max(1, CHUNK_ELEMENTS // (block.groups * block.rows * block.columns))
             for r, c in zip(rows.split(step), columns.split(step), strict=True):
                 r, c = r.to(mine.rows), c.to(mine.columns)
-                yield mine, (r @ mine.rows).mT @ (c @ mine.columns)
+                positions, (a, b) = r.shape[2], (block.rows, block.columns)
+                if positions * (a * a + b * b) > a * b * (a + b):  # operations: formed, then rotated; or the other way
+                    yield mine, mine.rotated(r.mT @ c)
+                else:
+                    yield mine, (r @ mine.rows).mT @ (c @ mine.columns)
 
     def scores(self, layer: Layer, found: Mapping[str, Gradients], weights: Mapping[str, Tensor]) -> Tensor:
         """Σ_j h_ij² w_j of a batch's examples, in a layer: `[batch]`; `weights` by block, in the eigenbasis."""

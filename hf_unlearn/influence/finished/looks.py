@@ -41,6 +41,7 @@ class Looks:
         rows = trainer.train_dataset
         self.rows = trainer._remove_unused_columns(rows) if isinstance(rows, Dataset) else rows
         self.labels = "own" if own_loss else "all"
+        self.draw = 0
 
     def prepare(self, *, factored: bool = True) -> None:
         """Learn where the layers have their examples, and give up what takes no part; with `factored` also parameters that have no
@@ -120,9 +121,9 @@ class Looks:
                 method = "exact" if every else "monte_carlo"
                 draws = label_cotangents(outputs.float(), labels, method, 1, generator).to(outputs)
             dots = []
-            for draw in range(draws.shape[1]):
+            for self.draw in range(draws.shape[1]):
                 self._start(weight, targets is not None, visitor)
-                self._outputs(inputs)[0].backward(draws[:, draw])
+                self._outputs(inputs)[0].backward(draws[:, self.draw])
                 dots.append(self._stop(weight, weight)[2])
             yield inputs, weight.sum(), draws, dots
 
@@ -162,7 +163,11 @@ class Looks:
     def curvature(self, chosen: Sequence[int], *, seed: int, bar) -> Curvature:
         """EK-FAC of the loss on some of the rows."""
         found = Curvature()
-        for _ in self.answers(chosen, seed=seed, visitor=found.see_factors):
+
+        def factors(layer, gradients):
+            found.see_factors(layer, gradients, inputs=self.draw == 0)
+
+        for _ in self.answers(chosen, seed=seed, visitor=factors):
             bar.update()
         found.decompose()
         for _, predictions, *_ in self.answers(chosen, seed=seed, visitor=found.see_eigenvalues):

@@ -66,10 +66,8 @@ def basis_of(vectors: Tensor, root: Tensor, decay: Tensor, products, forms) -> B
     start = vectors * root
     first = _orthonormal(start)
     image = products(first * root) * root + first * decay
-    for _ in range(2):  # twice is enough, in single precision too
-        image = image - (image @ first.T) @ first
-    both = torch.cat([first, _orthonormal(image)])
-    # As many as there are parameters at most; what an exhausted space is filled up with is measured like the rest.
+    both = _orthonormal(torch.cat([first, torch.nn.functional.normalize(image, dim=1)]))
+    # What an exhausted space is filled up with is measured like the rest.
     form = forms(both * root) + ((both * decay) @ both.T).double()
     eigenvalues, rotation = torch.linalg.eigh((form + form.T) / 2)
     both = rotation.to(both).T @ both
@@ -99,7 +97,9 @@ class Unrolled:
             self.vectors = torch.cat([torch.zeros_like(gradients), gradients])
         self.vectors[: len(gradients)] += share * gradients
 
-    def through(self, segment: Segment, basis: Basis, coordinates: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    def through(
+        self, segment: Segment, basis: Basis, coordinates: Tensor, share: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Carry back through a segment.
 
         Args:
@@ -107,7 +107,8 @@ class Unrolled:
             share (`[examples]`): an example's weight over the mean weight.
 
         Returns:
-            gains `[examples, C]`, and the variance `[C]` that the segment's batches add to the loss after the last step.
+            gains `[examples, C]`; the variance `[C]` that the segment's batches would add to the loss after the last step if they were
+            independent draws; and what they do add, less what the epoch that ends in it has in common.
         """
         z, rate = float(segment.rates.sum()), basis.eigenvalues.to(coordinates)
         start = basis.coordinates.to(coordinates)
@@ -134,7 +135,7 @@ class Unrolled:
         left = basis.coordinates * torch.exp(-z * basis.eigenvalues)
         inverse = torch.where(basis.root > 0, 1 / basis.root, 0)
         self.vectors = left.to(basis.vectors) @ basis.vectors * inverse
-        return gains, torch.maximum(noise, FLOOR * plain)
+        return gains, plain, noise
 
     def _pieces(self, segment: Segment) -> list[tuple[int, object]]:
         """The segment's steps by epoch, the last first: the first step of each piece, and its rates."""
@@ -160,6 +161,12 @@ def variance(gains: Tensor, share: Tensor) -> Tensor:
     return (share[:, None] * (gains - (share[:, None] * gains).mean(0))).square().mean(0)
 
 
+def shared_out(plain: Tensor, noise: Tensor) -> Tensor:
+    """The variance of the whole run `[C]`, over its segments `[segments, C]`: as independent draws would have it between them."""
+    total = torch.maximum(noise.sum(0), FLOOR * plain.sum(0))
+    return torch.nan_to_num(plain / plain.sum(0)) * total
+
+
 def target_shares(steps: Sequence[int], window: float) -> list[float]:
     """Of the checkpoints after these steps, the share of each in the mean over the last share `window` of the steps."""
     inside = [step > (1 - window) * steps[-1] or step == steps[-1] for step in steps]
@@ -167,5 +174,5 @@ def target_shares(steps: Sequence[int], window: float) -> list[float]:
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:
-    """Rows that span the same space."""
-    return torch.linalg.qr(vectors.T.double() if vectors.dtype != torch.float64 else vectors.T).Q.T.to(vectors)
+    """Rows that span the same space, and others where it is smaller than their number; no more than they have elements."""
+    return torch.linalg.qr(vectors.T.double()).Q.T.to(vectors)

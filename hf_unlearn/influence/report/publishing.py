@@ -15,16 +15,13 @@ from ...hub.objects import Written, check_options
 from ...hub.provenance import hardware, library_versions
 from ...hub.record import other_record, write_record
 from ...hub.text import all_tags, line
+from .unit import said_of
 
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 PAPER = "2510.10510"
 DATA = "data/train-00000-of-00001.parquet"
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
-KINDS = {
-    "in_run": "one run, without its randomness: μ is in standard deviations of the gains that were seen, a unit of this run alone",
-    "propagated": "one run, with the law over trainings: μ is in standard deviations of the target's loss over trainings",
-}
 
 
 class PublishedReport:
@@ -114,7 +111,9 @@ class PublishedReport:
             title=line(repo_id.split("/")[-1]),
             count=f"{count:,}",
             sources=", ".join(f"[{line(one)}](https://huggingface.co/datasets/{one})" for one in sources),
-            kind=KINDS.get(about.get("observation"), "a kind of observation that the report does not name"),
+            observed=line(about.get("observation", "not named")),
+            unit=said_of(self.manifest),
+            order_only=self.order_only,
             paper=PAPER,
             targets=targets,
             columns=[line(name) for name in columns],

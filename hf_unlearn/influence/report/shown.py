@@ -15,6 +15,7 @@ from ...tradeoff.curve import TradeOff
 from ...tradeoff.estimate import MIN_OBSERVATIONS, Method
 from .groups import Groups, gains_with_and_without, group_mu, positions_of
 from .publishing import PublishedReport
+from .unit import said_of
 
 
 if TYPE_CHECKING:
@@ -54,9 +55,8 @@ class Shown(PublishedReport):
         missed = f" {100 * unseen['share']:.1f} % of the trainable parameters were not seen." if unseen else ""
         table = Table(
             title=f"Influence, run {escape(str(self.manifest.get('run_id', '?')))}",
-            caption="μ > 0 helps, < 0 harms, in standard deviations (of the loss over trainings with `propagated`, of the "
-            "gains seen with `in_run`). Intervals cover the noise "
-            f"of the estimate, not the model bias of σ. No privacy guarantee.{missed}",
+            caption=f"μ > 0 helps, < 0 harms. {said_of(self.manifest)}"
+            f"{'; intervals cover the noise of the estimate alone' if self.order_only else ''}. No privacy guarantee.{missed}",
         )
         for header in ("target", "sample", "μ", interval, "z", "seen", *joined):
             table.add_column(escape(header), justify="right" if header in ("μ", "z", "seen", interval) else "left")

@@ -24,3 +24,8 @@ def unit_of(manifest: Mapping[str, Any]) -> str:
     if why := why_order_only(manifest):
         return f"no unit: order only, since {why}"
     return UNITS.get(manifest.get("observation"), "standard deviations")
+
+
+def said_of(manifest: Mapping[str, Any]) -> str:
+    """The same as a sentence's beginning."""
+    return f"μ {'has' if why_order_only(manifest) else 'is in'} {unit_of(manifest)}"
