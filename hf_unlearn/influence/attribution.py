@@ -166,7 +166,7 @@ def finished_trainer(
         elif not isinstance(args, trainer_class._config_class):
             raise ValueError(f"args: needs {trainer_class._config_class.__name__}, got {type(args).__name__}")
         args = copy(args)
-        args.output_dir, args.observation, args.push_to_hub = folder, "in_run", False
+        args.output_dir, args.observation, args.push_to_hub, args.only_looks = folder, "in_run", False, True
         args.preconditioned, args.target_rank, args.last_steps, args.n_calibration_runs = False, None, None, 0
         if args.world_size > 1:
             raise ValueError("attribute: runs in one process; start it without accelerate launch")
