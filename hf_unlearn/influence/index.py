@@ -109,6 +109,8 @@ class InfluenceIndex:
             folder (`str` or `Path`): new, or of an index that was not finished.
             projection (`int`, *optional*, defaults to 16): what each side of a layer's gradients is projected to, so that a layer has at
                 most its square of numbers; None keeps gradients whole.
+            random_projection (`bool`, defaults to `False`): project at random, without bias and with much noise, instead of on the directions
+                that count most in scores.
             dtype (`str`, defaults to `"bfloat16"`): of the numbers on disk.
 
         Raises:

@@ -2,10 +2,11 @@ r"""Gradients made small: each side of a layer's gradient is projected for itsel
 
 $$ \phi(h_i) = \sum_t (M_R\, r_{it})\,(M_C\, c_{it})^\top, \qquad M_R = \Pi_R\, D_R\, Q_R^\top, \quad M_C = \Pi_C\, D_C\, Q_C^\top, $$
 
-Q the eigenvectors of the layer's Kronecker factors, D_R ⊗ D_C the product of sides that is nearest to (Λ + δ)^{−1/2}, and Π random with
+Q the eigenvectors of the layer's Kronecker factors, D_R ⊗ D_C the product of sides that is nearest to (Λ + δ)^{−1/2}, and Π what makes a
+side short: it keeps the directions with the largest sums of Λ/(Λ + δ), as little is left of others in a score; or it is random with
 orthonormal rows of length √(side/size), so that E[ΠᵀΠ] = 1. (Projections of the two sides are LoGra's, arXiv 2405.13954; TRAK's, arXiv
 2303.14186, is of the whole gradient.) A query's vector is multiplied by what D lacks of 1/(Λ + δ) before it is projected, so that a
-product of the two is without bias what EK-FAC says, and exactly that where nothing is projected.
+product of the two is exactly what EK-FAC says where nothing is projected, and so on average where Π is random.
 """
 
 from __future__ import annotations
