@@ -10,7 +10,7 @@ $$ \prod_t (1 - \eta_t \Lambda) \approx e^{-z\Lambda}, \qquad
 A target's gradient λ is carried back by the first, and an example's gain in the segment is the product of its gradient with the second of λ.
 
 Where SOURCE takes the eigenbasis of Kronecker factors, this takes that of F within the space of all λ and F λ (Rayleigh–Ritz in a
-block Krylov space): λ lies along the largest curvature, which the factors see less than half of (see the benchmark). F itself is
+block Krylov space): λ lies along the largest curvature, of which the factors see too little, so that too much is left of early steps. F itself is
 only multiplied with, so every layer counts that per-example gradients are seen of, and what lies between layers does too.
 
 Batches are noise. The batch of a step whose gains are a_{t,i} adds Var_i(a_{t,i})/b to the variance of the target's loss, but what one batch of an
