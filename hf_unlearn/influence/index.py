@@ -53,7 +53,10 @@ class InfluenceIndex:
     A query says what [`attribute`] says of a finished model, in order and without a unit, as far as the projection keeps it. The index tells of the
     training data: keep it as private as those are.
 
-    Made by [`~InfluenceIndex.build`] and [`~InfluenceIndex.load`].
+    Args:
+        folder (`str` or `Path`): of a finished index. Usually made by [`~InfluenceIndex.build`] and opened by [`~InfluenceIndex.load`].
+        model: that the index was built with.
+        arguments (`Mapping`): `args`, `processing_class`, `data_collator`, `trainer_class`, as for [`attribute`].
     """
 
     def __init__(self, folder: str | Path, model: Model, arguments: Mapping[str, Any]):
