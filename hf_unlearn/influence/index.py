@@ -79,6 +79,7 @@ class InfluenceIndex:
 
     @property
     def bytes_per_example(self) -> int:
+        """On disk, of its numbers."""
         return self.manifest["width"] * DTYPES[self.manifest["dtype"]].itemsize
 
     def _shards_there(self) -> int:
