@@ -246,13 +246,14 @@ def single_run(
     *,
     targets: dict[str, Dataset] | None = None,
     target: str | None = None,
+    save: str = "no",
     **config,
 ) -> Run:
-    """Train once with [`InfluenceTrainer`], with the judge's settings."""
+    """Train once with [`InfluenceTrainer`], with the judge's settings; `save="epoch"` leaves checkpoints in the folder."""
     settings = judge.settings
     set_seed(seed)
     arguments = InfluenceConfig(
-        output_dir=folder, use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        output_dir=folder, use_cpu=True, report_to="none", save_strategy=save, logging_strategy=save, disable_tqdm=True,
         seed=seed, num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=256, learning_rate=settings.lr, weight_decay=settings.weight_decay, max_grad_norm=0,
         lr_scheduler_type="constant", optim={"sgd": "sgd", "adamw": "adamw_torch"}[settings.optimizer], **config,

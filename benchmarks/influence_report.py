@@ -205,8 +205,60 @@ Products of per-example gradients with one target's gradient:
 {chr(10).join(products)}"""
 
 
-def render(fidelity: dict, labels: dict, poison: dict, cost: dict, units: dict) -> str:
-    """The section, from the five results."""
+def finished_section(found: dict) -> str:
+    """Of models that are already trained."""
+    parts = []
+    for name, judged in found["judges"].items():
+        ratio, within, covered = judged["sigma_ratio"], judged["sigma_within_1.3"], judged["coverage"]
+        lines = [
+            "| estimator | Spearman, disattenuated (sd over seeds) | within a target | Pearson | slope |",
+            "|---|---|---|---|---|",
+        ]
+        for estimator, row in judged["summary"].items():
+            slope = f"{row['slope']:.2f}" if "slope" in row else "—"
+            lines.append(
+                f"| {estimator} | {row['disattenuated']:.3f} ({row['disattenuated_sd']:.3f}) | {row['within_target']:.2f} | "
+                f"{row['pearson']:.3f} | {slope} |"
+            )
+        both = "; ".join(
+            f"`{key}` {100 * within[key]:.0f} %, mean ratio {ratio[key]:.2f}, intervals cover {100 * covered[key]:.0f} %"
+            for key in ("segments", "propagated")
+        )
+        times = ", ".join(
+            f"{key} {value:.2f}"
+            for key, value in judged["seconds_in_trainings"].items()
+            if not key.startswith("propagated")
+        )
+        parts.append(
+            f"{name}, reliability {judged['reliability']:.2f}:\n\n{chr(10).join(lines)}\n\nσ within a factor 1.3: {both}. "
+            f"Time, in those of a run with `propagated`: {times}."
+        )
+    index = found["index"]
+    lines = [
+        "| index | numbers an example | bytes an example | build, s | 1,000 targets, s | the same by faiss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for estimator, row in index["rows"].items():
+        other = f"{row['faiss']:.2f}" if "faiss" in row else "—"
+        lines.append(
+            f"| {estimator} | {row['numbers']:,} | {row['bytes_per_example']:,} | {row['build_seconds']:.0f} | {row['plain']:.2f} | {other} |"
+        )
+    return f"""### A model that is already trained
+
+`python benchmarks/influence_finished.py`: the same judges and seeds, all rows of one run. *segments*: from the checkpoints of the run, one an epoch, in
+a new model. *finished*: from the last state alone, by EK-FAC. *index*: the same, from projected gradients on disk. Their scores have no unit, and so no slope.
+
+{(chr(10) * 2).join(parts)}
+
+The index of {index["examples"]:,} examples, a model of {index["parameters"]:,} parameters, bfloat16, one thread; the {index["k"]} best examples of {index["targets"]:,} targets,
+without the targets' gradients. faiss reads the same files into a flat index and searches it.
+
+{chr(10).join(lines)}
+"""
+
+
+def render(fidelity: dict, labels: dict, poison: dict, cost: dict, units: dict, finished: dict | None = None) -> str:
+    """The section, from the results."""
     judged = "\n\n".join(
         f"### {name}\n\n{row['groups']} groups × 10 targets, {row['runs']} trainings each; reliability of the true μ "
         f"{row['reliability']:.2f}.\n\n{fidelity_table(row)}"
@@ -257,6 +309,7 @@ falsely. Where some are wrong, those rows do teach it something, namely not to b
 
 {false}
 
+{finished_section(finished) if finished else ""}
 ### Wrong labels, and agreement of seeds
 
 `python benchmarks/influence_labels.py`: 20 % wrong labels of digits, every example judged on itself, five seeds; and 15 % of other data, three seeds. Jaccard: mean over

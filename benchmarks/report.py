@@ -192,7 +192,9 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
         found["filters"].append(filter_text_to_image_report.render(results("filter_text_to_image")))
     names = ("fidelity", "labels", "poison", "cost", "units")
     if all((HERE / "results" / f"influence_{name}.json").is_file() for name in names):
-        found["influence"].append(influence_report.render(*(results(f"influence_{name}") for name in names)))
+        there = (HERE / "results" / "influence_finished.json").is_file()
+        last = results("influence_finished") if there else None
+        found["influence"].append(influence_report.render(*(results(f"influence_{name}") for name in names), last))
     names = ("unlearning", "tuning", "cost")
     if all((HERE / "results" / f"language_{name}.json").is_file() for name in names):
         found["language"].append(language_report.render(*(results(f"language_{name}") for name in names)))

@@ -48,7 +48,7 @@ def unlearn(arguments: Sequence[str]) -> None:
 
 
 def influence(arguments: Sequence[str]) -> None:
-    """train a model once and tell which training examples taught it a behaviour"""
+    """tell which training examples taught a model a behaviour, while it is trained or afterwards"""
     _of_a_method("influence", arguments, INFLUENCE)
 
 
@@ -175,7 +175,7 @@ def estimate(arguments: Sequence[str]) -> None:
 
 ESTIMATED = {
     "unlearn": {name: method for name, method in UNLEARN.items() if method.config},  # what has steps
-    "influence": INFLUENCE,
+    "influence": {name: method for name, method in INFLUENCE.items() if method.config},
     "filter fit": {"fit": FILTER["fit"]},
 }
 

@@ -62,7 +62,8 @@ def check_arguments(args, train_dataset, target_dataset, target, kwargs) -> None
 def check_model(trainer) -> None:
     check_parallelism(trainer, "no process would see whole parameters")
     check_features(trainer)
-    check_model_precision(trainer.model, trainer.args)
+    if not getattr(trainer.args, "only_looks", False):  # no step is lost where none is taken
+        check_model_precision(trainer.model, trainer.args)
     check_drop_last(trainer)
     if router_loss_weight(trainer):
         name = "router_aux_loss_coef" if hasattr(trainer.args, "router_aux_loss_coef") else "output_router_logits"

@@ -36,6 +36,11 @@ class RecordingMixin(LookingMixin):
         Returns:
             losses `[batch]` in nats, with gradient, and weights `[batch]`: the batch's loss is their weighted mean.
         """
+        logits, labels = self.predictions(model, inputs)
+        return cross_entropy(logits, labels), _predictions(labels)
+
+    def predictions(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
+        """Logits `[batch, …, classes]` with gradient, and their labels `[batch, …]`, −100 where a prediction does not count."""
         inputs = {name: value for name, value in inputs.items() if name != ROW}
         label = (self.label_names or ["labels"])[0]
         if label not in inputs:
@@ -52,7 +57,7 @@ class RecordingMixin(LookingMixin):
                 f"model: its logits ({given}) do not fit {label} {list(labels.shape)}: it needs one prediction a label; pass a "
                 "single-label classifier or a causal language model, or override per_example_loss"
             )
-        return cross_entropy(logits, labels), _predictions(labels)
+        return logits, labels
 
     def _weights(self, inputs: Batch) -> Tensor:
         """`per_example_loss`'s weights, from the labels alone."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..influence.config import FINEArguments
     from ..influence.trainer import InfluenceTrainer
+    from .recipe.attribute import AttributeJob
     from .recipe.influence import InfluenceJob
 
 
@@ -46,8 +47,8 @@ def run_influence(
     if job.wrong_labels:
         train = with_wrong_labels(train, job.wrong_labels, seed=config.seed)
     check = job.check_column or ("wrong" if job.wrong_labels else None)
-    _check_column(train, "check_column", check, ("bool", "int", "uint"))
-    _check_column(train, "group_column", job.group_column, ("bool", "int", "uint", "string", "large_string"))
+    check_column(train, "check_column", check, ("bool", "int", "uint"))
+    check_column(train, "group_column", job.group_column, ("bool", "int", "uint", "string", "large_string"))
     model, processing_class = _model(job, config, train)
     if job.method == "sft" and not is_causal_lm(model):
         raise ValueError(f"method: 'sft' trains causal language models, and {job.model!r} is a {type(model).__name__}")
@@ -55,7 +56,7 @@ def run_influence(
         model,
         config,
         train_dataset=train,
-        target_dataset=None if job.target else _targets(job, splits),
+        target_dataset=None if job.target else targets_of(job, splits),
         target=job.target,
         processing_class=processing_class,
         peft_config=adapter_of(job, "CAUSAL_LM" if job.method == "sft" else None),
@@ -64,10 +65,10 @@ def run_influence(
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return None
-    columns = {check, job.group_column, data.label_column(train), _shown_column(train)} - {None}
+    columns = {check, job.group_column, data.label_column(train), shown_column(train)} - {None}
     report = trainer.influence.join(train, config.id_column, sorted(columns))
     report.save_to_disk(trainer.private_dir / "report")  # first: a terminal may have no μ to print
-    return _tell(job, config, report, check, trainer.private_dir)
+    return tell(job, config.output_dir, report, check, trainer.private_dir)
 
 
 def _model(job: InfluenceJob, config: FINEArguments, train: Dataset) -> tuple[Any, Any]:
@@ -92,7 +93,7 @@ def _model(job: InfluenceJob, config: FINEArguments, train: Dataset) -> tuple[An
     return model, processing_class
 
 
-def _check_column(train: Dataset, key: str, column: str | None, kinds: tuple[str, ...]) -> None:
+def check_column(train: Dataset, key: str, column: str | None, kinds: tuple[str, ...]) -> None:
     if column is None:
         return
     if column not in train.column_names:
@@ -104,7 +105,7 @@ def _check_column(train: Dataset, key: str, column: str | None, kinds: tuple[str
         raise ValueError(f"{key}: {column!r} holds {kind}; it has to be {', '.join(kinds[:-1])} or {kinds[-1]}")
 
 
-def _targets(job: InfluenceJob, splits: DatasetDict) -> Dataset:
+def targets_of(job: InfluenceJob | AttributeJob, splits: DatasetDict) -> Dataset:
     if job.target_split:
         rows = one_split(splits, "target_split", job.target_split)
     else:
@@ -123,14 +124,15 @@ def _targets(job: InfluenceJob, splits: DatasetDict) -> Dataset:
     return rows
 
 
-def _shown_column(train: Dataset) -> str | None:
+def shown_column(train: Dataset) -> str | None:
     """What tells a reader which example it is."""
     return next((name for name in ("image", "text", "completion") if name in train.column_names), None)
 
 
-def _tell(
-    job: InfluenceJob, config: FINEArguments, report: InfluenceReport, check: str | None, private: Path
+def tell(
+    job: InfluenceJob | AttributeJob, trained: str | None, report: InfluenceReport, check: str | None, private: Path
 ) -> dict[str, Any]:
+    """Print what a report says, draw its pictures, and say where things are; `trained` is the folder of a model that was trained for it."""
     out, figures = console(), []
     out.print(report.summary(job.top), markup=True)  # which escapes what it shows
     pictures, label = [], data.label_column(report.dataset)
@@ -186,10 +188,8 @@ def _tell(
                 )
             path = private / "plots" / f"{name}_groups.png"
             pictures.append(report.plot(path, "groups", target=target, by=job.group_column))
-    out.print(
-        f"\nmodel    {config.output_dir}\nreport   {private / 'report'} (tells of the training data: never pushed)",
-        markup=False,
-    )
+    model = f"\nmodel    {trained}" if trained else ""
+    out.print(f"{model}\nreport   {private / 'report'} (tells of the training data: never pushed)", markup=False)
     out.print(f"plots    {pictures[0].parent} ({len(pictures)})\n\nOpen it:\n", markup=False)
     folder = private / "report"
     show_code(["from hf_unlearn import InfluenceReport", f'report = InfluenceReport.load_from_disk("{folder}")'])

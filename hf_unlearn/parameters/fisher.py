@@ -66,7 +66,7 @@ def diagonal_fisher(
             inputs = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
             with torch.no_grad():
                 logits, targets = predictions(model, inputs)
-            cotangents = _cotangents(logits.float(), targets, method, samples, generator)
+            cotangents = label_cotangents(logits.float(), targets, method, samples, generator)
             _add_squared_gradients_(totals, model, parameters, inputs, cotangents.to(logits.dtype), predictions)
             count += len(logits)
     if count == 0:
@@ -75,7 +75,7 @@ def diagonal_fisher(
     return totals
 
 
-def _cotangents(
+def label_cotangents(
     logits: Tensor, targets: Tensor, method: str, samples: int, generator: torch.Generator | None
 ) -> Tensor:
     """`[batch, draws, …, classes]`: pulled back through the logits and squared, their sum over draws is F times `draws`.

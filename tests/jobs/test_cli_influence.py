@@ -426,8 +426,8 @@ class TestBadRecipes:
     @pytest.mark.parametrize(
         ("keys", "message"),
         [
-            ({"method": None}, "method: missing; set it to one of classifier, sft"),
-            ({"method": "pbu"}, "method: 'pbu' is not one of classifier, sft; choose one of them"),
+            ({"method": None}, "method: missing; set it to one of classifier, sft, attribute"),
+            ({"method": "pbu"}, "method: 'pbu' is not one of classifier, sft, attribute; choose one of them"),
             ({"model": None}, "model: missing; set it to 'digits', 'opinions', a folder, or an id on the Hub"),
             ({"output_dir": None}, "output_dir: missing; set it to the folder that gets the model and the report"),
             ({"model": "opinions"}, "model: 'opinions' belongs to method 'sft', this is 'classifier'"),
@@ -473,7 +473,7 @@ class TestBadRecipes:
         assert fails("--config", recipe(), "--wrong_label", "0.1") == line
         assert (
             fails()
-            == "method: missing; set it to one of classifier, sft; or give a recipe, as in --config recipe.yaml"
+            == "method: missing; set it to one of classifier, sft, attribute; or give a recipe, as in --config recipe.yaml"
         )
 
 

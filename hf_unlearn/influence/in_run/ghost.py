@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from .layers import Factors, linear, mixes_examples
+from .layers import Factors, PerExampleGradients, linear, mixes_examples
 from .prompts import SharedPrompt, repeats_prompt
 from .recomputed import recomputed
 from .rows import FIRST, SHARED, Reached, Rows, rows_of
 from .survey import Layer, survey
 from .taps import Look, Pass, Seen, Tap
+
+
+Visitor = Callable[[Layer, Mapping[str, PerExampleGradients]], None]
 
 
 class GhostRecorder:
@@ -88,6 +91,7 @@ class GhostRecorder:
         self._expands = True
         self._targets: dict[str, Tensor | Factors] = {}
         self._count = 0
+        self._visitor: Visitor | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle | SharedPrompt] = []
         self._pass: Pass | None = None
 
@@ -220,8 +224,8 @@ class GhostRecorder:
                 )
             elif found:
                 self._rows[layer.name] = found.pop()
-        self._give_up(refused)
-        self._give_up(self._disagreeing(losses, batch_size, look))
+        self.give_up(refused)
+        self.give_up(self._disagreeing(losses, batch_size, look))
 
     def _looked(self, losses: Callable[[], Tensor], batch_size: int, examples: Sequence[int]) -> Look:
         look = Look()
@@ -259,8 +263,12 @@ class GhostRecorder:
             if abs(found.get(name, 0.0) - square) > share * square + bound or (square and name not in self.recorded)
         }
 
-    def _give_up(self, refused: Mapping[str, str]) -> None:
-        """Parameters, by name, and why. One that another layer uses too is not seen there either."""
+    def give_up(self, refused: Mapping[str, str]) -> None:
+        """See parameters no more, by name, and why. One that another layer uses too is not seen there either.
+
+        Raises:
+            ValueError: nothing trainable is left.
+        """
         if not refused:
             return
         self.uncovered |= refused
@@ -287,7 +295,9 @@ class GhostRecorder:
                 f"{what}: the hooks are not in place; call attach(), or use the recorder in a with statement"
             )
 
-    def start(self, batch_size: int, *, targets: bool = False, gram: bool = False) -> None:
+    def start(
+        self, batch_size: int, *, targets: bool = False, gram: bool = False, visitor: Visitor | None = None
+    ) -> None:
         """Arm the hooks for the passes until `stop`, and reset what is recorded.
 
         Several passes over the same examples add up. That is exact for dots; products of a sum need cross terms, so with
@@ -296,6 +306,7 @@ class GhostRecorder:
         Args:
             batch_size (`int`): examples per batch.
             targets, gram (`bool`): what to record.
+            visitor (callable, *optional*): is given each layer and its parameters' [`PerExampleGradients`] by their local name.
 
         Raises:
             ValueError: nothing to record, no targets set, or a Gram matrix of a parameter that two layers share.
@@ -303,7 +314,7 @@ class GhostRecorder:
                 layer is used twice and the Gram matrix was asked for.
         """
         self._check_attached("start")
-        if not (targets or gram):
+        if not (targets or gram or visitor):
             raise ValueError("start: nothing to record; set targets or gram")
         if targets and not self._targets:
             raise ValueError("start: targets=True, but there are none; call set_targets() first")
@@ -318,7 +329,7 @@ class GhostRecorder:
         self.dots = zeros(batch_size, self._count) if targets else None
         self.gram = zeros(batch_size, batch_size) if gram else None
         self.recorded = set()
-        self._pass = Pass(batch_size)
+        self._pass, self._visitor = Pass(batch_size), visitor
 
     def stop(self) -> None:
         """Disarm the hooks; what was recorded stays."""
@@ -405,6 +416,8 @@ class GhostRecorder:
                 x = x.expand(y.shape[:-1])
             x, y = (None if value is None else rows.examples_first(value, batch) for value in (x, y))
             found = layer.rule(module, x, y, batch, set(layer.names))
+        if self._visitor is not None:
+            self._visitor(layer, found)
         for local, gradients in found.items():
             name = layer.names[local]
             if self.dots is not None:

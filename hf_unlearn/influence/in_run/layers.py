@@ -57,6 +57,9 @@ class PerExampleGradients(Protocol):
     def gram(self) -> Tensor:
         """⟨h_i, h_j⟩ as `[batch, batch]`."""
 
+    def factors(self) -> Factors | None:
+        """r `[batch, groups, positions, rows]` and c `[batch, groups, positions, columns]` with h_i = Σ_t r_t c_tᵀ; None where there are none."""
+
 
 def forming_is_cheaper(positions: int, targets: int) -> bool:
     """Whether all dots of a layer take longer than its examples' gradients, written down, and the dots with those."""
@@ -74,6 +77,10 @@ class VectorGradients:
 
     def gram(self) -> Tensor:
         return self.values @ self.values.T
+
+    def factors(self) -> Factors:
+        rows = self.values[:, None, None]
+        return rows, torch.ones_like(rows[..., :1])
 
 
 class MatrixGradients:
@@ -153,6 +160,9 @@ class MatrixGradients:
         pairs = (rows @ rows.mT).mul_(columns @ columns.mT).view(groups, batch, positions, batch, positions)
         return pairs.sum((0, 2, 4), dtype=_accumulator(pairs.dtype))
 
+    def factors(self) -> Factors:
+        return self.rows, self.columns
+
     def _formed(self) -> Iterator[tuple[slice, Tensor]]:
         """Some rows of every h_i at a time, `[batch, elements]`: sums over elements need no more at once."""
         (batch, groups, _, r), c = self.rows.shape, self.columns.shape[-1]
@@ -194,6 +204,9 @@ class ConvolutionGradients:
     def gram(self) -> Tensor:
         return self._matrices().gram()
 
+    def factors(self) -> Factors:
+        return self._matrices().factors()
+
     def _matrices(self) -> MatrixGradients:
         module = self.module
         # torch.nn.functional.unfold knows no padding='same', which may be uneven
@@ -230,6 +243,9 @@ class LookupGradients:
             pairs = (y.flatten(0, 1) @ self.y.flatten(0, 1).T).mul_(same).view(len(ids), positions, batch, positions)
             gram.append(pairs.sum((1, 3), dtype=_accumulator(pairs.dtype)))
         return torch.cat(gram)
+
+    def factors(self) -> None:
+        return None  # one side would be as long as the vocabulary
 
 
 # A rule: (module, x, y, batch, names) -> the gradients of those of its parameters; x is None if "weight" is not asked.

@@ -143,6 +143,7 @@ UNLEARN = {
 INFLUENCE = {
     "classifier": Method("influence.InfluenceJob", "influence.run_influence", "InfluenceConfig", "InfluenceTrainer"),
     "sft": Method("influence.InfluenceJob", "influence.run_influence", "FINEConfig", "FINETrainer"),
+    "attribute": Method("attribute.AttributeJob", "attribute.run_attribute"),
 }
 FILTER = {
     "fit": Method("filter.FilterFitJob", "filter.fit.run_fit", goes_on=True),
