@@ -220,7 +220,9 @@ def main() -> None:
         return
     whole = set(arguments.judges) == set(JUDGES)
     result = {"judges": {}, "slopes": {}, "false_discoveries": {}} if whole else json.loads(file.read_text())
-    result["seeds"], result["panel"] = SEEDS, True  # σ is read off a panel of examples
+    result["seeds"] = SEEDS
+    # Judges of which σ is read off a panel of examples: rows of earlier versions may stand beside them.
+    result["panel"] = sorted({*result.get("panel", []), *arguments.judges})
     for name in arguments.judges:
         if name.startswith("digits"):
             result["judges"][name] = judge_runs(name, SEEDS, OBSERVATIONS)

@@ -10,10 +10,14 @@ AGREEMENT = (
     "root, which is how well each of them would agree with what they have in common. How the norm of the cotangents grows over the sweep was tried, "
     "too, and tells nothing:"
 )
-OLD = (
-    "The tables of this section but that of the unit and those of wrong labels were measured with an earlier σ, which took less of an "
-    "epoch's shared part off.\n\n"
-)
+
+
+def earlier(fidelity: dict) -> str:
+    """Which judges' tables are of a σ that is no more."""
+    old = sorted(set(fidelity["judges"]) - set(fidelity.get("panel", [])))
+    if not old:
+        return ""
+    return f"Of {' and of '.join(old)} the tables were measured with an earlier σ, which took less of an epoch's shared part off.\n\n"
 
 
 def mean(values) -> float:
@@ -276,7 +280,7 @@ def render(fidelity: dict, labels: dict, poison: dict, cost: dict, units: dict, 
 
 ### How it is judged
 
-{"" if fidelity.get("panel") else OLD}`python benchmarks/influence_fidelity.py`: 1,000 digits, one label in five wrong, a perceptron with 64 hidden units; the mean test loss of
+{earlier(fidelity)}`python benchmarks/influence_fidelity.py`: 1,000 digits, one label in five wrong, a perceptron with 64 hidden units; the mean test loss of
 each class is a target. True μ by retraining without each group. Then single runs of seeds {", ".join(map(str, fidelity["seeds"]))}, and on the same runs
 TracIn and LESS-style cosines (a checkpoint an epoch) and influence functions with EK-FAC (kronfluence, at the end of the run), as they are
 and with their mean over the training set taken off. All trainings take as many full batches; the last column judges against trainings in
