@@ -118,3 +118,11 @@ def keep(
     parts = [f"{json.dumps(word)}: {json.dumps(value)},\n" for word, value in about.items()]
     save(file, f'{{{"".join(parts)}"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}")
     return rows
+
+
+def high_water(begin: bool = False) -> float:
+    """The most memory that this process has had since it was begun to be looked at, in MB (Linux)."""
+    if begin:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))

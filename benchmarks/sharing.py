@@ -18,20 +18,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rows import by_line, high_water, rounded, save
+
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "sharing.json"
 SIZES = {"full": (512, 8), "quick": (64, 2)}  # width, layers
 WAYS = {"one process": (1, False), "two, DDP": (2, False), "two, FSDP2": (2, True)}
 ROWS, TOKENS, WORDS, STEPS = 8, 32, 4096, 3
-
-
-def high_water(begin: bool = False) -> float:
-    """The most memory that this process has had since it was begun to be looked at, in bytes (Linux)."""
-    if begin:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
-    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def one(folder: Path, size: str, shared: bool) -> None:
@@ -76,7 +70,7 @@ def one(folder: Path, size: str, shared: bool) -> None:
         )  # fmt: skip
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-        weights = sum(parameter.nbytes for parameter in model.parameters())
+        weights = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
         trainer = UnlearnTrainer(model, args, forget_dataset=rows)
         trainer.train()
     held = {"weights": weights, "peak": high_water() - before}
@@ -88,7 +82,7 @@ def one(folder: Path, size: str, shared: bool) -> None:
 def measured(way: str, size: str) -> dict[str, float]:
     processes, shared = WAYS[way]
     contracts = HERE.parent / "tests" / "contracts"
-    path = os.pathsep.join(map(str, [contracts, contracts.parent, os.environ.get("PYTHONPATH", HERE.parent)]))
+    path = os.pathsep.join(map(str, [HERE, contracts, contracts.parent, os.environ.get("PYTHONPATH", HERE.parent)]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +90,7 @@ def measured(way: str, size: str) -> dict[str, float]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         subprocess.run([sys.executable, *(launcher if processes > 1 else []), *mine], env=environment, check=True)
         found = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
-    return {"processes": processes, "weights_mb": found[0]["weights"] / 2**20, "peak": max(row["peak"] / row["weights"] for row in found)}  # fmt: skip
+    return {"processes": processes, "weights_mb": found[0]["weights"], "peak": max(row["peak"] / row["weights"] for row in found)}  # fmt: skip
 
 
 def main() -> None:
@@ -109,8 +103,6 @@ def main() -> None:
     if asked.folder:
         one(asked.folder, asked.size, asked.shared)
         return
-    from rows import by_line, rounded, save
-
     found = {}
     for way in WAYS:
         found[way] = rounded(measured(way, "quick" if asked.quick else "full"))

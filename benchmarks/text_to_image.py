@@ -31,7 +31,7 @@ import text_to_image_report
 from diffusers import DiffusionPipeline
 from generators import grid_of, start
 from PIL import Image
-from rows import Measured, by_line, gathered_in, rounded, save
+from rows import Measured, by_line, gathered_in, high_water, rounded, save
 from text_to_image_figures import (
     GUIDANCE,
     SCALES,
@@ -40,7 +40,6 @@ from text_to_image_figures import (
     Case,
     Figures,
     composite,
-    high_water,
     quick_look,
     real_pictures,
 )

@@ -26,7 +26,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from text_to_image_figures import high_water
+from rows import high_water
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from hf_unlearn import ConceptRedirection, TextMoments

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -233,11 +232,3 @@ def composite(row: dict[str, float], original: dict[str, float]) -> float:
     parts = [1 - row["forgotten"], *(min(1.0, row[key] / original[key]) for key in ("rest", "others"))]
     parts.append(min(1.0, original["fid"] / row["fid"]))
     return 0.0 if min(parts) <= 0 else len(parts) / sum(1 / part for part in parts)
-
-
-def high_water(begin: bool = False) -> float:
-    """The most memory that this process has had since it was begun to be looked at, in MB (Linux)."""
-    if begin:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
