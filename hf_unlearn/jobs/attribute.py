@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig
 
 from .. import data
-from ..examples.datasets import load, one_split, with_wrong_labels
+from ..examples.datasets import load
 from ..examples.named import LANGUAGE
-from ..files import PRIVATE, loading
+from ..files import PRIVATE, loading, read_json
 from ..influence.attribution import attribute
 from ..influence.config import FINEConfig, InfluenceConfig
 from ..influence.index import MANIFEST, InfluenceIndex
 from ..training.models import is_causal_lm, load_model
 from .alone import made_once
-from .influence import check_column, shown_column, targets_of, tell
+from .influence import shown_column, targets_of, tell, training_rows
 
 
 if TYPE_CHECKING:
@@ -33,14 +33,7 @@ def run_attribute(job: AttributeJob) -> dict[str, Any]:
         ValueError: something in the recipe does not fit the model or the data; nothing was written.
     """
     splits = load(job.dataset, revision=job.dataset_revision)
-    train = one_split(splits, "split", job.split)
-    if job.id_column not in train.column_names:
-        train = train.add_column(job.id_column, list(range(len(train))))
-    if job.wrong_labels:
-        train = with_wrong_labels(train, job.wrong_labels, seed=job.seed)
-    check = job.check_column or ("wrong" if job.wrong_labels else None)
-    check_column(train, "check_column", check, ("bool", "int", "uint"))
-    check_column(train, "group_column", job.group_column, ("bool", "int", "uint", "string", "large_string"))
+    train, check = training_rows(job, splits, job.id_column, job.seed)
     targets = None if job.target else targets_of(job, splits)
     report = _report(job, train, targets)
     private = Path(job.output_dir, PRIVATE)
@@ -52,7 +45,8 @@ def run_attribute(job: AttributeJob) -> dict[str, Any]:
 
 def _report(job: AttributeJob, train: Dataset, targets: Dataset | None) -> InfluenceReport:
     name = made_once(None, job.model) if job.model in ("digits", *LANGUAGE) else job.model
-    if not Path(name, "adapter_config.json").is_file():
+    is_adapter = Path(name, "adapter_config.json").is_file()
+    if not is_adapter:
         with loading("model", name, "a model"):
             AutoConfig.from_pretrained(name)
     config = {
@@ -62,9 +56,9 @@ def _report(job: AttributeJob, train: Dataset, targets: Dataset | None) -> Influ
     }  # fmt: skip
     model, processing_class = name, None
     args: Any = InfluenceConfig(**config)
-    if not Path(name, "adapter_config.json").is_file():
+    if not is_adapter:
         model, processing_class, _ = load_model(name, args, None)
-    if Path(name, "adapter_config.json").is_file() or is_causal_lm(model):
+    if is_adapter or is_causal_lm(model):
         args = FINEConfig(**config, **({"max_length": job.max_length} if job.max_length else {}))
     given = {"args": args, "processing_class": processing_class}
     if job.index_dir:
@@ -87,6 +81,4 @@ def _report(job: AttributeJob, train: Dataset, targets: Dataset | None) -> Influ
 
 
 def _is_whole(folder: str) -> bool:
-    from ..files import read_json
-
     return bool(read_json(Path(folder, MANIFEST)).get("complete"))

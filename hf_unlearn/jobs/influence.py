@@ -41,14 +41,7 @@ def run_influence(
     """
     check_processes(config)
     splits = load(job.dataset, revision=job.dataset_revision)
-    train = one_split(splits, "split", job.split)
-    if config.id_column not in train.column_names:
-        train = train.add_column(config.id_column, list(range(len(train))))
-    if job.wrong_labels:
-        train = with_wrong_labels(train, job.wrong_labels, seed=config.seed)
-    check = job.check_column or ("wrong" if job.wrong_labels else None)
-    check_column(train, "check_column", check, ("bool", "int", "uint"))
-    check_column(train, "group_column", job.group_column, ("bool", "int", "uint", "string", "large_string"))
+    train, check = training_rows(job, splits, config.id_column, config.seed)
     model, processing_class = _model(job, config, train)
     if job.method == "sft" and not is_causal_lm(model):
         raise ValueError(f"method: 'sft' trains causal language models, and {job.model!r} is a {type(model).__name__}")
@@ -69,6 +62,25 @@ def run_influence(
     report = trainer.influence.join(train, config.id_column, sorted(columns))
     report.save_to_disk(trainer.private_dir / "report")  # first: a terminal may have no μ to print
     return tell(job, config.output_dir, report, check, trainer.private_dir)
+
+
+def training_rows(
+    job: InfluenceJob | AttributeJob, splits: DatasetDict, id_column: str, seed: int
+) -> tuple[Dataset, str | None]:
+    """The rows whose influence is asked for, each with an id, and the column that says which are known to be at fault.
+
+    Raises:
+        ValueError: a column that is not there, or of another kind.
+    """
+    train = one_split(splits, "split", job.split)
+    if id_column not in train.column_names:
+        train = train.add_column(id_column, list(range(len(train))))
+    if job.wrong_labels:
+        train = with_wrong_labels(train, job.wrong_labels, seed=seed)
+    check = job.check_column or ("wrong" if job.wrong_labels else None)
+    check_column(train, "check_column", check, ("bool", "int", "uint"))
+    check_column(train, "group_column", job.group_column, ("bool", "int", "uint", "string", "large_string"))
+    return train, check
 
 
 def _model(job: InfluenceJob, config: FINEArguments, train: Dataset) -> tuple[Any, Any]:

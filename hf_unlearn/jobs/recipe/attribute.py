@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...training.checks import SEEDS, check_fields, check_is_not_original
-from .checks import check_at_most_one
+from .checks import check_at_most_one, check_target
 
 
 @dataclass
@@ -86,10 +86,7 @@ class AttributeJob:
         ):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing; set it to {example}")
-        if not check_at_most_one(self, ("target", "target_split", "target_dataset")):
-            raise ValueError(
-                "target_split: missing; say what to judge by target_split, target_dataset or target: self"
-            )
+        check_target(self)
         for name in ("target_column", "group_column", "index_dir", "checkpoints_folder"):
             if self.target and getattr(self, name):
                 raise ValueError(f"{name}: given beside target: self; keep one of them")

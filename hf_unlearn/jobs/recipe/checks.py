@@ -96,3 +96,13 @@ def check_adapter(job: Any) -> None:
     check_fields(job, {"≥ 1": ("lora_r",)})
     if (job.lora_alpha or job.lora_target_modules) and not job.lora_r:
         raise ValueError("lora_r: missing; set the rank of the adapter")
+
+
+def check_target(job: Any) -> None:
+    """Refuse a job of influence that does not say, or says twice, what is judged.
+
+    Raises:
+        ValueError: naming the keys.
+    """
+    if not check_at_most_one(job, ("target", "target_split", "target_dataset")):
+        raise ValueError("target_split: missing; say what to judge by target_split, target_dataset or target: self")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ...training.checks import check_fields, check_is_not_original
-from .checks import check_adapter, check_at_most_one
+from .checks import check_adapter, check_target
 
 
 BELONG = {"digits": "classifier", "opinions": "sft"}  # what is built in, and the method it is for
@@ -66,10 +66,7 @@ class InfluenceJob:
             if BELONG.get(getattr(self, name), self.method) != self.method:
                 word = getattr(self, name)
                 raise ValueError(f"{name}: {word!r} belongs to method {BELONG[word]!r}, this is {self.method!r}")
-        if not check_at_most_one(self, ("target", "target_split", "target_dataset")):
-            raise ValueError(
-                "target_split: missing; say what to judge by target_split, target_dataset or target: self"
-            )
+        check_target(self)
         if self.target and self.target_column:
             raise ValueError("target_column: given beside target: self; keep one of them")
         if self.target and self.group_column:
