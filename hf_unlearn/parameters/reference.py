@@ -96,9 +96,7 @@ class ReferencePoint:
         tensors = {}
         for kind, values in (("parameter", self.parameters), ("buffer", self.buffers)):
             for name, value in values.items():
-                gathered = whole(
-                    value
-                )  # one after the other: not all of them are anywhere at once but where they are written
+                gathered = whole(value)  # one at a time, so that all are together only where they are written
                 if write:
                     tensors[f"{kind}/{name}"] = gathered.contiguous() if gathered is value else gathered.cpu()
         if write:

@@ -6,6 +6,7 @@ way back to a state) is done to the parts, without a word between processes; wha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -101,11 +102,11 @@ def in_place_of(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
 
 def let_go(model: nn.Module) -> None:
     """What FSDP2 has gathered of parameters, and keeps from a forward pass on, as it does of the root's: each process has its part again."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules() if isinstance(model, FSDPModule) else ():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it nobody has shared anything
+    if fsdp is not None and isinstance(model, fsdp.FSDPModule):
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 def _swap(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:

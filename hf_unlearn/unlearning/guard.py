@@ -193,6 +193,8 @@ class Guard(TrainerCallback):
         else:
             logger.warning("the best state, of step %d, is gone from %s; keeping the last one", self.best.step, file)
             self.state.best = replace(self.looks[-1])
+            for buffer in model.buffers():  # statistics are each process's own until then
+                buffer.copy_(broadcast(buffer.clone()))
 
 
 DEFAULT_TOLERANCE = {"accuracy": 0.02, "loss": 0.1, "divergence": 0.5}

@@ -133,8 +133,7 @@ class FlatOptimizer:
         """
         if self.kind == "sgd":
             return 1.0
-        _, _, _, c2 = self._moments(settings)
-        _, beta2, _, _ = self._moments(settings)
+        _, beta2, _, c2 = self._moments(settings)
         now = (beta2 * state[2] + (1 - beta2) * clip(gradient, settings.max_norm).square()) / c2
         later = self.state()[2] / (1 - beta2 ** max(1, self.settings(0.0).count))
         return torch.where(later > now, (now / later).sqrt(), 1.0)
