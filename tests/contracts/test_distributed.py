@@ -1,16 +1,14 @@
 """Two processes on CPU (gloo), started by torchrun: one model, that of one process with the same global batch."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import processes
 import pytest
 import torch
 from diffusers import UNet2DModel
+from launching import launched
 from safetensors.torch import load_file
 from trainers import GANS, JOBS, arguments, check_same
 
@@ -35,16 +33,7 @@ SAME_RANKS = [*ALIKE, "fine, each its own tokens", "in_run, uneven", "unlearn, p
 def runs(tmp_path_factory):
     """Folder of the two processes' runs, and of the one process's."""
     two, one = (tmp_path_factory.mktemp(name) for name in ("two", "one"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    # A process that waits for another for ever is what the time limit is for.
-    run = subprocess.run(
-        [*launcher, processes.__file__, str(two)], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if line.startswith("[rank0]: "))[
-        -3000:
-    ]
-    assert run.stdout.count("all done") == 2
+    launched(processes.__file__, two)
     with pytest.MonkeyPatch.context() as patch, processes.as_two(patch):
         processes.run_all(one, 1)
     return two, one

@@ -1,13 +1,11 @@
 """Two processes that share the parameters (FSDP2) come to the same as two that hold all of them each."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import sharded
+from launching import launched
 from safetensors.torch import load_file
 from trainers import arguments, check_same
 
@@ -21,13 +19,7 @@ WHOLE = [name for name in sharded.RUNS if name != "unlearn, broken"]
 def runs(tmp_path_factory):
     """The folders of the runs of processes that hold all, and of those that share."""
     folder = tmp_path_factory.mktemp("sharded")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [*launcher, sharded.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if line.startswith("[rank"))[-4000:]
-    assert run.stdout.count("all done") == 2
+    launched(sharded.__file__, folder, timeout=900)
     return folder / "plain", folder / "sharded"
 
 
