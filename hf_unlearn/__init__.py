@@ -54,6 +54,7 @@ _EXPORTS = {
     "VDUConfig": "unlearning.diffusion.vdu",
     "VDUTrainer": "unlearning.diffusion.vdu",
     "attribute": "influence.attribution",
+    "attribute_tokens": "influence.tokens",
     "in_forget_set": "hub.verify",
     "publish": "hub.objects",
     "redirect_concept": "unlearning.diffusion.redirect",

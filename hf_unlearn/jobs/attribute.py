@@ -14,6 +14,7 @@ from ..files import PRIVATE, loading, read_json
 from ..influence.attribution import attribute
 from ..influence.config import FINEConfig, InfluenceConfig
 from ..influence.index import MANIFEST, InfluenceIndex
+from ..influence.tokens import attribute_tokens
 from ..training.models import is_causal_lm, load_model
 from .alone import made_once
 from .influence import shown_column, targets_of, tell, training_rows
@@ -61,6 +62,15 @@ def _report(job: AttributeJob, train: Dataset, targets: Dataset | None) -> Influ
     if is_adapter or is_causal_lm(model):
         args = FINEConfig(**config, **({"max_length": job.max_length} if job.max_length else {}))
     given = {"args": args, "processing_class": processing_class}
+    report = _asked(job, model, train, targets, given)
+    if targets is None or isinstance(args, InfluenceConfig):
+        return report
+    return attribute_tokens(report, model, train, targets, k=job.top, damping=job.damping, **given)
+
+
+def _asked(
+    job: AttributeJob, model: Any, train: Dataset, targets: Dataset | None, given: dict[str, Any]
+) -> InfluenceReport:
     if job.index_dir:
         if Path(job.index_dir, MANIFEST).is_file() and _is_whole(job.index_dir):
             index = InfluenceIndex.load(job.index_dir, model, **given)

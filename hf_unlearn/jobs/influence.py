@@ -13,6 +13,7 @@ from .. import data
 from ..examples.datasets import load, one_split, with_wrong_labels
 from ..files import loading
 from ..influence.report.report import COLUMNS, InfluenceReport
+from ..influence.tokens import attribute_tokens
 from ..training.checks import check_processes
 from ..training.models import is_causal_lm, load_model
 from .keys import adapter_of, console, run_training, show_code
@@ -60,6 +61,17 @@ def run_influence(
         return None
     columns = {check, job.group_column, data.label_column(train), shown_column(train)} - {None}
     report = trainer.influence.join(train, config.id_column, sorted(columns))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if job.method == "sft" and not job.target and config.world_size == 1:
+        report = attribute_tokens(
+            report,
+            model,
+            train,
+            targets_of(job, splits),
+            k=job.top,
+            args=config,
+            processing_class=trainer.processing_class,
+        )
     report.save_to_disk(trainer.private_dir / "report")  # first: a terminal may have no μ to print
     return tell(job, config.output_dir, report, check, trainer.private_dir)
 
@@ -200,9 +212,15 @@ def tell(
                 )
             path = private / "plots" / f"{name}_groups.png"
             pictures.append(report.plot(path, "groups", target=target, by=job.group_column))
+    page = report.to_html(private / "report.html", job.top)
     model = f"\nmodel    {trained}" if trained else ""
     out.print(f"{model}\nreport   {private / 'report'} (tells of the training data: never pushed)", markup=False)
+    out.print(f"page     {page}", markup=False)
     out.print(f"plots    {pictures[0].parent} ({len(pictures)})\n\nOpen it:\n", markup=False)
     folder = private / "report"
     show_code(["from hf_unlearn import InfluenceReport", f'report = InfluenceReport.load_from_disk("{folder}")'])
-    return {"figures": figures, "targets": [*report.targets], "places": {"report": folder, "plots": pictures}}
+    return {
+        "figures": figures,
+        "targets": [*report.targets],
+        "places": {"report": folder, "page": page, "plots": pictures},
+    }

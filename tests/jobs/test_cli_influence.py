@@ -142,6 +142,8 @@ class TestWrongLabels:
             assert f"│ {sample} " in line
         assert f"model    {out}\n" in shown
         assert f"report   {out / '_private/report'} (tells of the training data: never pushed)\n" in shown
+        assert f"page     {out / '_private/report.html'}\n" in shown
+        assert (out / "_private/report.html").read_text().count("data:image/png;base64,") == 2 * 3
         assert f"plots    {out / '_private/plots'} (2)\n" in shown
         plots = out / "_private/plots"
         assert {path.name for path in plots.iterdir()} == {"influence_ranked.png", "influence_top.png"}
@@ -229,6 +231,17 @@ class TestPoison:
         plots = out / "_private/plots"
         assert {path.name for path in plots.iterdir()} == {"influence_ranked.png", "influence_groups.png"}
         assert all(map(is_picture, plots.iterdir()))
+
+    def test_the_page_shades_what_is_printed(self, poison):
+        out, shown = poison
+        report, page = report_of(out), (out / "_private/report.html").read_text()
+        assert f"page     {out / '_private/report.html'}\n" in shown
+        for harmful in (False, True):
+            for row in report.top(10, harmful=harmful):
+                tokens = report.tokens(row["sample_id"])
+                assert row["completion"][0]["content"] in "".join(tokens.pieces)
+                assert np.isfinite(tokens.scores).sum() > 1
+        assert page.count('<div class="text"><span>') == 20
 
     def test_the_model_is_saved_with_its_tokenizer(self, poison):
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MARKER = "report.json"
 FORMAT = 1
+TOKENS = "tokens"
 RECORDS = "influence"  # folder of a run's records, in its private one
 
 
@@ -54,7 +55,7 @@ class Kept:
         )
 
     def save_to_disk(self, folder: str | Path) -> None:
-        """Write dataset, observations and manifest into a folder that is complete or not there.
+        """Write dataset, observations, manifest and tokens into a folder that is complete or not there.
 
         A report that is there is replaced.
 
@@ -69,6 +70,8 @@ class Kept:
             shutil.rmtree(leftover, ignore_errors=True)
         with kept_private(partial):
             self.dataset.save_to_disk(partial / "dataset")
+            if self.token_rows is not None:
+                self.token_rows.save_to_disk(partial / TOKENS)
             manifest = {**self.manifest, "targets": list(self.targets)}
             write_observations(partial / "observations", self.observations, manifest)
             settings = {"scale": self.scale, "burn_in": self.burn_in, "confidence": self.confidence}
@@ -95,7 +98,8 @@ class Kept:
         if settings.pop("format", None) != FORMAT:
             raise ValueError(f"folder={str(folder)!r}: has another format, this version reads {FORMAT}")
         observations, _ = read_observations(folder / "observations")
-        return cls(datasets.load_from_disk(folder / "dataset"), observations, **settings)
+        tokens = datasets.load_from_disk(folder / TOKENS) if (folder / TOKENS).is_dir() else None
+        return cls(datasets.load_from_disk(folder / "dataset"), observations, **settings, token_rows=tokens)
 
 
 def burnt_in(share: float, observations: Observations) -> int:

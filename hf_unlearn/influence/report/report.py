@@ -56,6 +56,7 @@ class InfluenceReport(Kept, Shown):
         scale (`float`, defaults to 1.0): multiplies σ; from calibration runs.
         burn_in (`int`, defaults to 0): observations of optimiser steps before this one are left out.
         confidence (`float`, defaults to 0.95): of the intervals in `dataset`.
+        token_rows (`Dataset`, *optional*): of [`attribute_tokens`].
     """
 
     dataset: Dataset
@@ -64,6 +65,7 @@ class InfluenceReport(Kept, Shown):
     scale: float = 1.0
     burn_in: int = 0
     confidence: float = 0.95
+    token_rows: Dataset | None = None
 
     @classmethod
     def from_observations(

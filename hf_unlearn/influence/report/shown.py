@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -15,10 +16,14 @@ from ...tradeoff.curve import TradeOff
 from ...tradeoff.estimate import MIN_OBSERVATIONS, Method
 from .groups import Groups, gains_with_and_without, group_mu, positions_of
 from .publishing import PublishedReport
+from .tokens import TokenScores, tokens_in
 from .unit import said_of
 
 
 if TYPE_CHECKING:
+    from typing import Self
+
+    from datasets import Dataset
     from rich.table import Table
 
 
@@ -67,11 +72,45 @@ class Shown(PublishedReport):
                 shown = list(self.top(k_shown, name, harmful)) if k_shown else []
                 for row in reversed(shown) if harmful else shown:
                     extra = [_shown(row[column], features[column]) for column in joined]
-                    cells = [name, str(row["sample_id"]), _signed(row["mu"])]
-                    cells += [f"{_signed(row['mu_low'])} … {_signed(row['mu_high'])}", _signed(row["z"], ".1f")]
+                    cells = [name, str(row["sample_id"]), signed(row["mu"])]
+                    cells += [f"{signed(row['mu_low'])} … {signed(row['mu_high'])}", signed(row["z"], ".1f")]
                     table.add_row(*map(escape, [*cells, str(row["n_observations"]), *extra]))
                 table.add_section()
         return table
+
+    def tokens(self, sample_id: Any, target: str | None = None) -> TokenScores:
+        """Which tokens of an example taught a target.
+
+        Args:
+            sample_id: of an example whose tokens were looked at by [`attribute_tokens`].
+            target (`str`, *optional*): may be left out where there is one.
+
+        Raises:
+            ValueError: no such target, several to choose from, or the tokens are not known.
+        """
+        return tokens_in(self.token_rows, sample_id, self._one_target(target))
+
+    def with_tokens(self, rows: Dataset) -> Self:
+        """The report with what [`attribute_tokens`] found: `sample_id`, `target`, `piece`, `score`, a row for each example and target."""
+        return replace(self, token_rows=rows)
+
+    def to_html(self, path: str | Path, k: int = 10, target: str | Sequence[str] | None = None) -> Path:
+        """One page that needs no other file: the k most helpful and the k most harmful examples of each target, with the columns that were
+        joined, pictures and texts among them, and texts shaded by token where [`attribute_tokens`] has looked. It shows training data.
+
+        Args:
+            path: where it goes.
+            k (`int`, defaults to 10): at least 1.
+            target (`str` or list of `str`, *optional*): all targets if left out.
+
+        Raises:
+            ValueError: k below 1, or no such target.
+        """
+        from .page import page
+
+        if k < 1:
+            raise ValueError(f"k={k!r}: must be at least 1")
+        return page(self, path, self._some_targets(target), k)
 
     def plot(
         self,
@@ -127,7 +166,7 @@ class Shown(PublishedReport):
             if column is not None and column not in rows.column_names:
                 raise ValueError(f"column {column!r}: is not in the report; attach it with join()")
         captions = [
-            f"{row['sample_id']}\nμ = {_signed(row['mu'])}"
+            f"{row['sample_id']}\nμ = {signed(row['mu'])}"
             + (
                 f"\n{caption_column}: {_shown(row[caption_column], rows.features[caption_column])}"
                 if caption_column
@@ -153,7 +192,7 @@ class Shown(PublishedReport):
         return plots.tradeoff_curve(curves, path, mu=dict(zip(names, fitted[:, 0, 0].tolist(), strict=True)))
 
 
-def _signed(value: float, digits: str = ".3g") -> str:
+def signed(value: float, digits: str = ".3g") -> str:
     return "–" if math.isnan(value) else f"{value:+{digits}}"
 
 
