@@ -31,7 +31,6 @@ from .report.observations import Observations, Steps, step_statistics
 from .report.report import InfluenceReport
 from .report.unit import ORDER_ONLY
 from .sft import FINETrainer
-from .step import RecordingMixin
 from .trainer import FINEMixin, InfluenceTrainer
 
 
@@ -177,8 +176,7 @@ def finished_trainer(
             model, args, train_dataset=train_dataset, target_dataset=target_dataset, target=target,
             processing_class=processing_class, **extra,
         )  # fmt: skip
-        own_loss = type(trainer).per_example_loss is not RecordingMixin.per_example_loss
-        looks = Looks(trainer, own_loss=own_loss)
+        looks = Looks(trainer, own_loss=not trainer.has_classes)
         looks.prepare(factored=factored)
         yield trainer, looks
 
@@ -186,13 +184,13 @@ def finished_trainer(
 def _loaded(name: str | os.PathLike, args: Any, processing_class: Any) -> tuple[nn.Module, Any]:
     args = args if args is not None else InfluenceConfig  # of which only settings of loading are asked
     if not Path(name, "adapter_config.json").is_file():
-        model, processing_class, _ = load_model(name, args, processing_class)
+        model, processing_class, _ = load_model(name, args, processing_class, any_head=True)
         return model, processing_class
     from peft import PeftConfig, PeftModel
 
     with loading("model", name, "an adapter"):
         base = PeftConfig.from_pretrained(str(name)).base_model_name_or_path
-    model, processing_class, _ = load_model(base, args, processing_class)
+    model, processing_class, _ = load_model(base, args, processing_class, any_head=True)
     with loading("model", name, "an adapter"):
         return PeftModel.from_pretrained(model, str(name), is_trainable=True), processing_class
 

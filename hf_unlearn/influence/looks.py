@@ -84,7 +84,10 @@ class LookingMixin:
         norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
         # Where weights are zero, as a fresh adapter's are, no gradient would arrive at what lies before them.
         zeros = [p for p in self.model.parameters() if p.is_floating_point() and not p.any()]
-        examples = weight.nonzero().squeeze(1).tolist()
+        # Those with most predictions: of a single token nothing may arrive at what tells its place from others'.
+        examples = (weight == weight.max()).nonzero().squeeze(1).tolist()
+        if len(examples) < 2:
+            examples = [row for row in weight.argsort(descending=True)[:2].tolist() if weight[row] > 0]
 
         def losses() -> Tensor:
             set_random_states(state, self.args.device)

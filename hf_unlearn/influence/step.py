@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from ..files import first_line
 from ..training.collators import ROW, RowCollator, WithRow
-from ..training.losses import IGNORED, cross_entropy, next_tokens
+from ..training.losses import IGNORED, binary_cross_entropy, cross_entropy, next_tokens, squared_error
+from ..training.models import CLASSES, problem_of
 from .in_run.layers import low_rank
 from .looks import LookingMixin
 from .propagated.trajectory import MicroBatch, random_states
@@ -37,32 +38,50 @@ class RecordingMixin(LookingMixin):
             losses `[batch]` in nats, with gradient, and weights `[batch]`: the batch's loss is their weighted mean.
         """
         logits, labels = self.predictions(model, inputs)
-        return cross_entropy(logits, labels), _predictions(labels)
+        loss = _LOSSES[self.problem(labels)]
+        return loss(logits, labels), self._weights_of(labels)
+
+    def problem(self, labels: Tensor) -> str:
+        """What the model's head takes labels for, as [`~hf_unlearn.training.models.problem_of`]."""
+        return problem_of(self.model, labels)
 
     def predictions(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
-        """Logits `[batch, …, classes]` with gradient, and their labels `[batch, …]`, −100 where a prediction does not count."""
+        """Logits `[batch, …, classes]` with gradient, and their labels `[batch, …]`, −100 where a prediction does not count. Of numbers, and of several
+        labels at once, `[batch, numbers]` both.
+        """
         inputs = {name: value for name, value in inputs.items() if name != ROW}
         label = (self.label_names or ["labels"])[0]
         if label not in inputs:
             raise ValueError(f"{label}: missing in the batch; the collator or the dataset must provide it")
-        labels = inputs.pop(label)
-        if self.is_causal_lm:
+        labels = inputs[label] if self.reads_labels else inputs.pop(label)
+        if self.is_causal_lm or self.reads_labels:
             inputs["use_cache"] = False
         logits = _logits_of(model(**inputs))
-        if self.is_causal_lm and isinstance(logits, Tensor) and logits.dim() == 3:
+        if self.problem(labels) != CLASSES and isinstance(logits, Tensor):
+            labels = labels.reshape(len(labels), -1)
+            fits = logits.shape == labels.shape
+        elif self.is_causal_lm and isinstance(logits, Tensor) and logits.dim() == 3:
             logits, labels = next_tokens(logits, labels)
-        if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
+            fits = logits.shape[:-1] == labels.shape
+        else:
+            fits = isinstance(logits, Tensor) and logits.shape[:-1] == labels.shape
+        if not fits:
             given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
                 f"model: its logits ({given}) do not fit {label} {list(labels.shape)}: it needs one prediction a label; pass a "
-                "single-label classifier or a causal language model, or override per_example_loss"
+                "classifier or a language model, or override per_example_loss"
             )
         return logits, labels
 
     def _weights(self, inputs: Batch) -> Tensor:
         """`per_example_loss`'s weights, from the labels alone."""
         labels = inputs[(self.label_names or ["labels"])[0]]
-        return _predictions(labels[:, 1:] if self.is_causal_lm else labels)
+        return self._weights_of(labels[:, 1:] if self.is_causal_lm else labels)
+
+    def _weights_of(self, labels: Tensor) -> Tensor:
+        if self.problem(labels) != CLASSES:
+            return torch.ones(len(labels), device=labels.device)
+        return _predictions(labels)
 
     # Batches that know their rows
 
@@ -110,18 +129,7 @@ class RecordingMixin(LookingMixin):
         Raises:
             ValueError: naming the set.
         """
-        config = getattr(self.model, "config", None)
-        problem = getattr(config, "problem_type", None)
         own_loss = type(self).per_example_loss is not RecordingMixin.per_example_loss
-        if not (own_loss or self.is_causal_lm) and problem in ("regression", "multi_label_classification"):
-            raise ValueError(
-                f"model: problem_type={problem!r} is not supported; single-label classifiers and causal language models are"
-            )
-        if not own_loss and self.is_causal_lm and getattr(config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"model: {type(self.model).__name__} is an encoder–decoder, which is not supported; single-label classifiers and "
-                "causal language models are, or override per_example_loss"
-            )
         label = (self.label_names or ["labels"])[0]
         sets = {f"target_dataset: {name!r}": rows for name, rows in self.target_sets.items()}
         for name, rows in ({"train_dataset:": self.train_dataset} | sets).items():
@@ -137,10 +145,16 @@ class RecordingMixin(LookingMixin):
                 raise ValueError(
                     f"{name} gives batches without {label!r}; the dataset or the collator must provide it"
                 )
-            if batch[label].is_floating_point() and not own_loss:
+            self.has_classes = not own_loss and self.problem(batch[label]) == CLASSES
+            if batch[label].is_floating_point() and self.has_classes:
                 raise ValueError(
-                    f"{name} has labels that are no classes (regression, several labels at once), which is not supported; "
+                    f"{name} has labels that are no classes, and {type(self.model).__name__} takes them for classes; set its config's problem_type, or "
                     "override per_example_loss"
+                )
+            width, wanted = batch[label][0].numel(), getattr(getattr(self.model, "config", None), "num_labels", None)
+            if not own_loss and not self.has_classes and width != wanted:
+                raise ValueError(
+                    f"{name} has {width} numbers in {label!r}, and the model answers with {wanted}; give each row as many as the model has num_labels"
                 )
 
     # The step
@@ -334,6 +348,13 @@ class RecordingMixin(LookingMixin):
             )
         if parts:
             logger.warning("Influence: %s", " ".join(parts))
+
+
+_LOSSES = {
+    CLASSES: cross_entropy,
+    "regression": squared_error,
+    "multi_label_classification": binary_cross_entropy,
+}
 
 
 def _own(

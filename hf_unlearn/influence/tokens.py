@@ -22,7 +22,6 @@ from .finished.curvature import damped
 from .finished.looks import Looks
 from .report.report import InfluenceReport
 from .report.tokens import token_table
-from .step import RecordingMixin
 
 
 def attribute_tokens(
@@ -76,7 +75,7 @@ def attribute_tokens(
     with finished_trainer(
         model, train_dataset, target_dataset, args=args, processing_class=processing_class, data_collator=data_collator
     ) as (trainer, looks):  # fmt: skip
-        if not trainer.is_causal_lm or type(trainer).per_example_loss is not RecordingMixin.per_example_loss:
+        if not (trainer.is_causal_lm and trainer.has_classes):
             raise ValueError(
                 f"model: {type(trainer.model).__name__} predicts no tokens; only causal language models with their own loss have tokens that teach"
             )

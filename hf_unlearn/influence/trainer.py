@@ -19,7 +19,7 @@ from ..hub.origin import origin
 from ..parameters.reference import trainable_parameters
 from ..training.checks import check_is_not_original
 from ..training.collators import RawCollator, raw_collator
-from ..training.models import LoadsByName, is_causal_lm, load_model
+from ..training.models import LoadsByName, is_causal_lm, is_encoder_decoder, load_model
 from ..training.runs import RunMixin
 from .calibration import CalibratingMixin
 from .checks import check_arguments, check_model, sample_ids_of, target_sets_of
@@ -72,7 +72,7 @@ class FINEMixin(RecordingMixin, CalibratingMixin, RunMixin, LoadsByName):
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
         if isinstance(model, str | os.PathLike):
             model, processing_class, base_model = load_model(
-                model, args or self._config_class(output_dir="influence"), processing_class
+                model, args or self._config_class(output_dir="influence"), processing_class, any_head=True
             )
         args = args if args is not None else self._config_class(output_dir="influence")
         if not isinstance(args, self._config_class):
@@ -88,7 +88,8 @@ class FINEMixin(RecordingMixin, CalibratingMixin, RunMixin, LoadsByName):
             args=args, eval_dataset=eval_dataset, processing_class=processing_class, **stock, **kwargs
         )  # fmt: skip
         check_model(self)
-        self.is_causal_lm = is_causal_lm(self.model)
+        self.reads_labels = is_encoder_decoder(self.model)
+        self.is_causal_lm = is_causal_lm(self.model) and not self.reads_labels
         self.target: str | None = target
         self.observation = self._choose_observation()
         self.sample_ids = self._prepared_ids(sample_ids)
@@ -122,7 +123,7 @@ class FINEMixin(RecordingMixin, CalibratingMixin, RunMixin, LoadsByName):
     def _choose_observation(self) -> str:
         chosen = self.args.observation
         if chosen is None:
-            many = self.args.world_size > 1 or self.target == "self" or self.is_causal_lm
+            many = self.args.world_size > 1 or self.target == "self" or self.is_causal_lm or self.reads_labels
             chosen = "in_run" if many else "propagated"
         other, unused = {"in_run": ("propagated", ("last_steps",)), "propagated": ("in_run", ONLY_IN_RUN)}[chosen]
         if given := [name for name in unused if getattr(self.args, name)]:

@@ -58,7 +58,7 @@ def _report(job: AttributeJob, train: Dataset, targets: Dataset | None) -> Influ
     model, processing_class = name, None
     args: Any = InfluenceConfig(**config)
     if not is_adapter:
-        model, processing_class, _ = load_model(name, args, None)
+        model, processing_class, _ = load_model(name, args, None, any_head=True)
     if is_adapter or is_causal_lm(model):
         args = FINEConfig(**config, **({"max_length": job.max_length} if job.max_length else {}))
     given = {"args": args, "processing_class": processing_class}

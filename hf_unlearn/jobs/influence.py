@@ -113,7 +113,7 @@ def _model(job: InfluenceJob, config: FINEArguments, train: Dataset) -> tuple[An
         return opinion_llama(tokenizer, seed=config.seed), tokenizer
     with loading("model", job.model, "a model"):
         AutoConfig.from_pretrained(job.model)
-    model, processing_class, _ = load_model(job.model, config, None)
+    model, processing_class, _ = load_model(job.model, config, None, any_head=True)
     return model, processing_class
 
 

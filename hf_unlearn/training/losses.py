@@ -23,6 +23,16 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return mean_over_predictions(losses.view(targets.shape), targets)
 
 
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error of each example's numbers: `[batch, numbers]` and `[batch, numbers]`, or `[batch]` of one number; `[batch]`."""
+    return (outputs.float().flatten(1) - targets.float().reshape(len(outputs), -1)).square().mean(1)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each example's labels, any number of which may hold: `[batch, labels]` each, `[batch]`; in nats."""
+    return F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean(1)
+
+
 def next_tokens(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """What a causal language model predicts, and what comes: `[batch, length − 1, vocabulary]` and `[batch, length − 1]`.
 

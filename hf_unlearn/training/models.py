@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.generic import find_labels
@@ -14,13 +14,17 @@ from transformers.utils.generic import find_labels
 from ..files import loading
 
 
+CLASSES = "single_label_classification"
 CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
 
 
-def load_model(model: str | os.PathLike | nn.Module, args, processing_class: Any) -> tuple[nn.Module, Any, str | None]:
+def load_model(
+    model: str | os.PathLike | nn.Module, args, processing_class: Any, *, any_head: bool = False
+) -> tuple[nn.Module, Any, str | None]:
     """`(model, processing_class, name)`: an id or a path is loaded with the class its config names, and with its processor.
 
-    In fp32, as TRL does and whatever it was saved in: steps of 1e-5 are lost in 16 bits. `model_init_kwargs` says otherwise.
+    In fp32, as TRL does and whatever it was saved in: steps of 1e-5 are lost in 16 bits. `model_init_kwargs` says otherwise. With `any_head` whatever
+    takes labels will do, and not single-label classifiers and causal language models alone.
 
     Raises:
         ValueError: nothing can be loaded by that name, the model has no head and so no loss, or its config names no class of Transformers.
@@ -53,6 +57,8 @@ def load_model(model: str | os.PathLike | nn.Module, args, processing_class: Any
         raise ValueError(
             f"model: {type(base).__name__} takes no labels, so it has no loss; {_with_labels(type(base))}"
         )
+    if any_head:
+        return model, processing_class, name
     config = getattr(base, "config", None)
     other_head = isinstance(base, PreTrainedModel) and base.loss_type not in CLASSIFIERS and not is_causal_lm(base)
     if getattr(config, "is_encoder_decoder", False) or other_head:
@@ -86,6 +92,24 @@ def is_causal_lm(model: nn.Module) -> bool:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return hasattr(base, "can_generate") and base.can_generate()
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether labels are read as well: the prediction at a token of theirs is of that token."""
+    return is_causal_lm(model) and bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def problem_of(model: nn.Module, labels: Tensor) -> str:
+    """What a classification head of Transformers takes `labels` for: "regression", "multi_label_classification", or CLASSES, as every other model."""
+    config = getattr(model, "config", None)
+    problem, number = (getattr(config, name, None) for name in ("problem_type", "num_labels"))
+    if is_causal_lm(model) or config is None:
+        return CLASSES
+    if problem is None and number == 1:
+        return "regression"
+    if problem is None and labels.is_floating_point():
+        return "multi_label_classification"
+    return problem or CLASSES
 
 
 def router_loss_weight(trainer) -> float:

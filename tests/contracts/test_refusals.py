@@ -222,7 +222,7 @@ TARGETS = [
     ("target: 'other' is not 'self'", "", {"target": "other"}),
     ("target_dataset: a target cannot be called 'self'", "rename", {"target_dataset": {"self": RETAIN}}),
     ("train_dataset: gives batches without 'labels'", "", {"train_dataset": FORGET.remove_columns("labels")}),
-    ("train_dataset: has labels that are no classes", "", dict.fromkeys(
+    ("train_dataset: has 2 numbers in 'labels', and the model answers with 5", "num_labels", dict.fromkeys(
         ("train_dataset", "target_dataset"), images(4).remove_columns("labels").add_column("labels", [[0.0, 1.0]] * 4))),
     ("train_dataset: id 'b' occurs twice in column 'id'", "", ids(["a", "b", "c", "b"])),
     *(("train_dataset: column 'id' must hold ids", "", ids(values))
@@ -262,9 +262,9 @@ MODELS = [
           (DeiTForImageClassificationWithTeacher, DeiTConfig(**SMALL), "load it with DeiTForImageClassification"),
           (PPLCNetForImageClassification, PPLCNetConfig(), "for inference only"))),
     ("unlearn", "model: ViTForMaskedImageModeling", "", {"model": lambda: ViTForMaskedImageModeling(vit().config)}),
-    *((name, f"model: problem_type='{problem}' is not supported", "single-label",
+    *(("unlearn", f"model: problem_type='{problem}' is not supported", "single-label",
        {"model": lambda problem=problem: regression(vit(), problem)})
-      for name in ("unlearn", "in_run") for problem in ("regression", "multi_label_classification")),
+      for problem in ("regression", "multi_label_classification")),
     ("unlearn", "forget='class' needs a classifier", "use forget='examples'", {
         "forget": "class", "model": lambda: llama(), "retain_dataset": None, "heldout_dataset": None, "forget_dataset":
         datasets.Dataset.from_dict({"input_ids": [[1, 5, 6]] * 4, "labels": [[1, 5, 6]] * 4})}),
