@@ -16,6 +16,8 @@ _EXPORTS = {
     "ConceptRedirection": "unlearning.diffusion.redirect",
     "DCGANDiscriminator": "gan.dcgan",
     "DCGANGenerator": "gan.dcgan",
+    "DiffusionInfluenceConfig": "influence.diffusion",
+    "DiffusionInfluenceTrainer": "influence.diffusion",
     "ESDConfig": "unlearning.diffusion.esd",
     "ESDTrainer": "unlearning.diffusion.esd",
     "FASTConfig": "filtering.checker",

@@ -23,6 +23,7 @@ from ..files import loading
 from ..training.checks import check_number
 from ..training.models import is_causal_lm, load_model
 from .config import FINEArguments, FINEConfig, InfluenceConfig
+from .diffusion import DiffusionInfluenceConfig, DiffusionInfluenceTrainer, is_pipeline
 from .finished.checkpoints import Checkpoint, Optimizer, checkpoints_of, has_checkpoints, optimizer_of, segments_of
 from .finished.curvature import Curvature, damped
 from .finished.looks import Looks
@@ -73,7 +74,8 @@ def attribute(
     alone. Embeddings, heads of more than 8,192 outputs and what shares weights are not, and it is said how much that is.
 
     Args:
-        model: a model, a folder or id of one; or the `output_dir` of a training, or a list of its checkpoints.
+        model: a model, a folder or id of one; or the `output_dir` of a training, or a list of its checkpoints. Or a diffusion pipeline as for
+            [`DiffusionInfluenceTrainer`], a folder of one with `args` of its kind.
         train_dataset, target_dataset, processing_class, data_collator: as for [`InfluenceTrainer`], or for [`FINETrainer`] where the model
             is a causal language model and the rows are not tokenized.
         target (`"self"`, *optional*): how much each example is learned by heart; from the last state alone.
@@ -122,7 +124,7 @@ def attribute(
 def model_and_checkpoints(model: Any, checkpoints: Any) -> tuple[Model, list[Checkpoint]]:
     """The model or its name, and the checkpoints that it was."""
     named = isinstance(model, str | os.PathLike)
-    if named or isinstance(model, nn.Module):
+    if named or isinstance(model, nn.Module) or is_pipeline(model):
         if checkpoints is None and named and has_checkpoints(model):
             checkpoints = model
         found = [] if checkpoints is None else checkpoints_of(checkpoints)
@@ -153,7 +155,9 @@ def finished_trainer(
     factored: bool = True,
 ) -> Iterator[tuple[FINEMixin, Looks]]:
     """A trainer that is not to train, and looks through it; its folder is gone afterwards."""
-    if isinstance(model, str | os.PathLike):
+    if isinstance(args, DiffusionInfluenceConfig) or is_pipeline(model):
+        trainer_class = trainer_class or DiffusionInfluenceTrainer
+    elif isinstance(model, str | os.PathLike):
         model, processing_class = _loaded(model, args, processing_class)
     if trainer_class is None:
         tokenized = "input_ids" in (getattr(train_dataset, "column_names", None) or ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -124,19 +125,20 @@ def own_gains(gains: Tensor, weight: Tensor) -> Tensor:
 def batched_grad(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor], *, at_once: int = 64
 ) -> list[Tensor]:
-    """Vector-Jacobian products of many vectors, `[vectors, …]` each: together where every operation can, else one by one."""
+    """Vector-Jacobian products of many vectors, `[vectors, …]` each: `at_once` together where every operation can, else one by one."""
     kept = [index for index, output in enumerate(outputs) if output.requires_grad]
     outputs, vectors = [outputs[index] for index in kept], [vectors[index] for index in kept]
     options = {"retain_graph": True, "materialize_grads": True}
     parts = []
     for chunk in zip(*(vector.split(at_once) for vector in vectors), strict=True):
-        try:
-            parts.append(torch.autograd.grad(outputs, inputs, chunk, is_grads_batched=True, **options))
-        except RuntimeError as error:
-            if "vmap" not in str(error) and "batch" not in str(error):
-                raise
+        together = None
+        if len(chunk[0]) > 1:
+            with suppress(RuntimeError):  # of an operation that cannot be batched
+                together = torch.autograd.grad(outputs, inputs, chunk, is_grads_batched=True, **options)
+        if together is None:
             rows = [torch.autograd.grad(outputs, inputs, row, **options) for row in zip(*chunk, strict=True)]
-            parts.append([torch.stack(stacked) for stacked in zip(*rows, strict=True)])
+            together = [torch.stack(stacked) for stacked in zip(*rows, strict=True)]
+        parts.append(together)
     return [torch.cat(same) for same in zip(*parts, strict=True)]
 
 

@@ -71,6 +71,8 @@ class Sweep:
         self.keep, self.kept = keep, None
         self.parameters: Sequence[Tensor] = optimizer.parameters
         self.device = self.parameters[0].device
+        # torch cannot batch the second derivative of a group norm, and of one group of one example does it wrong without a word.
+        self.at_once = 1 if any(isinstance(module, nn.GroupNorm) for module in model.modules()) else 64
 
     def run(self, steps: int, record: Callable[..., None]) -> None:
         """Sweep from step `steps − 1` down to the first one that was kept.
@@ -188,7 +190,9 @@ class Sweep:
                 parts, coefficient = graph or self._graph(batch)
                 split = of_gradient.split([p.numel() for p in self.parameters], dim=1)
                 vectors = [part.reshape(-1, *p.shape) for part, p in zip(split, self.parameters, strict=True)]
-                *second, of_coefficient = batched_grad(parts, [*self.parameters, coefficient], vectors)
+                *second, of_coefficient = batched_grad(
+                    parts, [*self.parameters, coefficient], vectors, at_once=self.at_once
+                )
                 hessian += torch.cat([part.flatten(1) for part in second], dim=1)
                 # Σ_i q_i is 1 where the step descended a mean, and then a_i is the gain of a batch of copies of i.
                 gains.append(-(of_coefficient * total).T)
@@ -209,7 +213,7 @@ class Sweep:
             parts = torch.autograd.grad(
                 (coefficient * losses).sum(), self.parameters, create_graph=True, materialize_grads=True
             )
-            gains.append(-(batched_grad(parts, [coefficient], vectors)[0] * total).T)
+            gains.append(-(batched_grad(parts, [coefficient], vectors, at_once=self.at_once)[0] * total).T)
             weights.append(weight)
         return torch.cat(weights), torch.cat(gains)
 

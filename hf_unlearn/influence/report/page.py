@@ -7,19 +7,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ...data import value_name
 from ...files import kept_private
-from .shown import signed
 from .tokens import TokenScores, tokens_in
-from .unit import said_of
+from .unit import said_of, signed
 
 
 if TYPE_CHECKING:
-    from .report import InfluenceReport
+    from datasets import Dataset
+
+    from .observations import Observations
 
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -28,7 +29,19 @@ OWN_TITLES = "Learned by heart most", "Learned by heart least"  # target "self"
 LONG = 40  # characters: what is longer is a text, and stands beside the numbers
 
 
-def page(report: InfluenceReport, path: str | Path, targets: Sequence[str], k: int) -> Path:
+class Pageable(Protocol):
+    """What the page asks of a report."""
+
+    dataset: Dataset
+    observations: Observations
+    manifest: dict[str, Any]
+    token_rows: Dataset | None
+    _joined: list[str]
+
+    def top(self, k: int, target: str | None = None, harmful: bool = False) -> Dataset: ...
+
+
+def page(report: Pageable, path: str | Path, targets: Sequence[str], k: int) -> Path:
     """Writes it."""
     from jinja2 import Environment
 
@@ -58,11 +71,11 @@ def page(report: InfluenceReport, path: str | Path, targets: Sequence[str], k: i
     return path
 
 
-def _worst(report: InfluenceReport, target: str, k: int) -> Iterable[dict[str, Any]]:
+def _worst(report: Pageable, target: str, k: int) -> Iterable[dict[str, Any]]:
     return report.top(k, target, harmful=True) if k else []
 
 
-def _row(report: InfluenceReport, row: Mapping[str, Any], target: str) -> dict[str, Any]:
+def _row(report: Pageable, row: Mapping[str, Any], target: str) -> dict[str, Any]:
     """What the page says of an example."""
     features = report.dataset.features
     columns, texts, images = [], [], []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from ...tradeoff.estimate import MIN_OBSERVATIONS, Method
 from .groups import Groups, gains_with_and_without, group_mu, positions_of
 from .publishing import PublishedReport
 from .tokens import TokenScores, tokens_in
-from .unit import said_of
+from .unit import said_of, signed
 
 
 if TYPE_CHECKING:
@@ -190,10 +189,6 @@ class Shown(PublishedReport):
             curve = TradeOff.from_samples(-gain, -without)
             curves[name] = curve.alpha, curve.beta
         return plots.tradeoff_curve(curves, path, mu=dict(zip(names, fitted[:, 0, 0].tolist(), strict=True)))
-
-
-def signed(value: float, digits: str = ".3g") -> str:
-    return "–" if math.isnan(value) else f"{value:+{digits}}"
 
 
 def _shown(value: Any, feature: Any) -> str:

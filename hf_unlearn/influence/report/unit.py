@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,3 +80,8 @@ def widened(
         mu - np.sqrt((mu - low) ** 2 + below**2 + beside**2),
         mu + np.sqrt((high - mu) ** 2 + above**2 + beside**2),
     )
+
+
+def signed(value: float, digits: str = ".3g") -> str:
+    """μ as it is shown."""
+    return "–" if math.isnan(value) else f"{value:+{digits}}"

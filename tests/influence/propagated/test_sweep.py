@@ -24,13 +24,14 @@ STEPS, BATCH = 7, 4
 
 
 class Net(nn.Module):
-    def __init__(self, dropout=0.0):
+    def __init__(self, dropout=0.0, groups=0):
         super().__init__()
         self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.norm = nn.GroupNorm(groups, 5) if groups else nn.Identity()
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        return self.second(self.dropout(torch.tanh(self.first(x))))
+        return self.second(self.dropout(torch.tanh(self.norm(self.first(x)))))
 
 
 def per_example(model, inputs):
@@ -38,9 +39,9 @@ def per_example(model, inputs):
     return losses, torch.ones_like(losses)
 
 
-def make(kind, dropout=0.0, two_groups=False):
+def make(kind, dropout=0.0, two_groups=False, groups=0):
     torch.manual_seed(0)
-    model = Net(dropout).double()
+    model = Net(dropout, groups).double()
     optimizer_class, settings = OPTIMIZERS[kind]
     parameters = list(model.parameters())
     groups = parameters
@@ -161,6 +162,12 @@ def test_gains_are_those_of_the_unrolled_run(kind, clipped, tmp_path):
     theta, expected = unrolled(kind, window=3 if clipped else 1, **options)
     torch.testing.assert_close(flat.state()[0], theta)  # our step is the optimiser's
     assert_equal_gains(swept(model, flat, trajectory, window=3 if clipped else 1)[0], expected)
+
+
+def test_group_norms(tmp_path):
+    """Of which torch cannot take second derivatives together."""
+    model, flat, trajectory = run(tmp_path, "adam", groups=1)
+    assert_equal_gains(swept(model, flat, trajectory)[0], unrolled("adam", groups=1)[1])
 
 
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])
