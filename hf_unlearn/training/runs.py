@@ -24,6 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from ..data import looks_of
 from ..files import PRIVATE, kept_private, read_json, write_json
 from .checks import check_is_not_original
+from .processes import EvaluationMixin
 
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ FORMAT = 2
 AGAIN = "resume it as it was, or start a new one"
 
 
-class RunMixin:
+class RunMixin(EvaluationMixin):
     """Gives a Trainer runs that can be resumed: `train` is here, and a trainer says by `_train` what it does itself.
 
     A trainer overrides `_checkpoint_state` for what it needs to go on, `_run_settings` and `_run_rows` for what a
@@ -81,24 +82,6 @@ class RunMixin:
 
     def _train(self, checkpoint: str | None, **kwargs: Any):
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any):
-        """As the stock trainer's, of which no trace is left on a model that is not trained yet.
-
-        accelerate 1.15 takes one that it made ready for evaluation for one that is ready to be trained, and several processes would then each train
-        alone, on their part of the rows, without a word.
-        """
-        ready = len(self.accelerator._models)
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            for model in self.accelerator._models[ready:]:
-                model.__dict__.pop("_is_accelerate_prepared", None)
-                if (
-                    forward := model.__dict__.pop("_original_forward", None)
-                ) is not None:  # under autocast it was replaced
-                    model.forward = forward
-            del self.accelerator._models[ready:]
 
     # What a trainer says of its run
 
