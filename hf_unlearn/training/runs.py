@@ -171,6 +171,7 @@ class RunMixin(EvaluationMixin):
                 "its own folder, or start a new one"
             )
         self._check_same(run)
+        self._check_sharing(given, about["files"])
         check_files(Path(given), about["files"])
         self._run = {name: run[name] for name in ("format", "run", "method")}
         self._resumed = about["state"]
@@ -185,6 +186,16 @@ class RunMixin(EvaluationMixin):
         if about.get("format") != FORMAT:
             raise ValueError(
                 f"resume_from_checkpoint: {str(where)!r} has format {about.get('format')}, this version reads {FORMAT}; start again"
+            )
+
+    def _check_sharing(self, checkpoint: str | Path, files: dict[str, Any]) -> None:
+        # accelerate 1.15 and transformers 5.23 write an optimizer's state in another form where processes share the parameters.
+        shares = self.is_fsdp_enabled
+        if ("optimizer.pt" if shares else "optimizer.bin") in files:
+            wrote, now = ("do not share", "does") if shares else ("share", "does not")
+            raise ValueError(
+                f"resume_from_checkpoint: {str(checkpoint)!r} is of processes that {wrote} the parameters (FSDP2), and this run {now}; resume it "
+                "by the config that it was launched with, on any number of processes, or start a new run"
             )
 
     def _check_same(self, run: dict[str, Any]) -> None:
