@@ -25,7 +25,7 @@ GOES_ON = [name for name, one in RUNS.items() if one.resumes and name not in REF
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("launches")
-    run_python("import sys, launches; launches.run_all(sys.argv[1])", root, timeout=600)
+    run_python("import sys, launches; launches.run_all(sys.argv[1])", root, timeout=1200)
     return root
 
 
