@@ -25,7 +25,7 @@ from trainers import JOBS, QUIET, arguments, build, images, outcome, own_images,
 from transformers import Trainer, TrainerCallback
 
 from hf_unlearn import cli
-from hf_unlearn.examples.named import made
+from hf_unlearn.examples.classifier import digits_model, digits_processor
 from hf_unlearn.influence.report.records import read_observations
 
 
@@ -223,7 +223,7 @@ def few(folder):
     return found
 
 
-def command(root, digits):
+def command(root, model):
     """`hf-unlearn unlearn` in two processes that share, and before it what is refused in one line. At its end a command leaves the others."""
     create = Trainer.create_accelerator_and_postprocess
 
@@ -239,19 +239,26 @@ def command(root, digits):
         os.environ["FSDP_VERSION"] = "1"
         codes["fsdp 1"] = cli.main(["unlearn", "--config", "pbu_digits", "--model", f"{root}/nowhere", *quick])
         os.environ["FSDP_VERSION"] = "2"
-        codes["shares"] = cli.main(["unlearn", "--config", "pbu_digits", "--model", digits, *quick])
+        codes["shares"] = cli.main(["unlearn", "--config", "pbu_digits", "--model", model, *quick])
     say(root, "command", codes)
 
 
-def together(root, names, works=(), digits=None):
+def digits(root):
+    """Folder of a classifier that is not trained."""
+    for part in (digits_model(), digits_processor()):
+        part.save_pretrained(f"{root}/digits")
+    return f"{root}/digits"
+
+
+def together(root, names, works=(), model=None):
     """What the processes of one launch do, one after the other."""
     torch.set_num_threads(1)
     for work in works:
         say(root, work.__name__ + ("" if "RANK" in os.environ else ", alone"), work(root))
     for name in names:
         train(root, name)
-    if digits:
-        command(root, digits)
+    if model:
+        command(root, model)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -298,7 +305,7 @@ def run_all(root):
     left = {n: [name for name, one in RUNS.items() if not one.death and one.processes == n] for n in (0, 1, 2)}
     ends["alone"] = alone(root, left[0], (evaluated,))
     ends["one that shares"] = launch(root, 1, left[1])
-    ends["two"] = launch(root, 2, left[2], (evaluated, few), str(made("digits")))
+    ends["two"] = launch(root, 2, left[2], (evaluated, few), digits(root))
     Path(root, "ends.json").write_text(json.dumps(ends))
 
 
