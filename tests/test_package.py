@@ -155,10 +155,16 @@ main()
 class TestDocuments:
     def test_every_command_can_be_read(self):
         """In the README, the pages and the heads of the recipes; without running them."""
-        files = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *(ROOT / "hf_unlearn" / "recipes").glob("*.yaml")]
+        files = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *(ROOT / "hf_unlearn" / "recipes").rglob("*.yaml")]
         begins = r"^(?:# +|    )?(?:hf-unlearn|accelerate launch .* -m hf_unlearn\.cli) +([^|`\n]*)$"
-        found = [line for file in files for line in re.findall(begins, file.read_text(), flags=re.MULTILINE)]
+        texts = {file: re.sub(r" \\\n#? +", " ", file.read_text()) for file in files}
+        found = [line for text in texts.values() for line in re.findall(begins, text, flags=re.MULTILINE)]
         assert len(found) > 25
+        for file in (ROOT / "hf_unlearn" / "recipes" / "accelerate").iterdir():  # each is started by its own
+            assert re.search(
+                rf"(?m)^# +accelerate launch --config_file recipes/accelerate/{file.name} .*-m hf_unlearn\.cli ",
+                texts[file],
+            )
         for line in found:
             verb, *words = shlex.split(line.replace(" …", ""), comments=True)
             if verb in ("list", "estimate") and not words:

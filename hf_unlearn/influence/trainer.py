@@ -69,15 +69,13 @@ class FINEMixin(RecordingMixin, CalibratingMixin, RunMixin, LoadsByName):
         **kwargs,
     ):
         name = type(self).__name__
-        base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
-        if isinstance(model, str | os.PathLike):
-            model, processing_class, base_model = load_model(
-                model, args or self._config_class(output_dir="influence"), processing_class, any_head=True
-            )
         args = args if args is not None else self._config_class(output_dir="influence")
         if not isinstance(args, self._config_class):
             raise ValueError(f"args: {name} needs {self._config_class.__name__}, got {type(args).__name__}")
         check_arguments(args, train_dataset, target_dataset, target, kwargs)
+        base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
+        if isinstance(model, str | os.PathLike):
+            model, processing_class, base_model = load_model(model, args, processing_class, any_head=True)
         check_is_not_original(args.output_dir, base_model)
         self._originals = [origin(base_model)]
         train_dataset = self._readable(train_dataset, args, kwargs)

@@ -19,6 +19,13 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
+def kind_of(model: nn.Module) -> type:
+    """Its class; of a model that is shared, for which FSDP2 makes a class of its own, the one that it had before."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it nobody has shared anything
+    is_shared = fsdp is not None and isinstance(model, fsdp.FSDPModule)
+    return type(model).__bases__[-1] if is_shared else type(model)
+
+
 def own(tensor: Tensor) -> Tensor:
     """The part that this process holds, not a copy; a plain tensor itself."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
@@ -102,7 +109,7 @@ def in_place_of(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
 
 def let_go(model: nn.Module) -> None:
     """What FSDP2 has gathered of parameters, and keeps from a forward pass on, as it does of the root's: each process has its part again."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it nobody has shared anything
+    fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(model, fsdp.FSDPModule):
         for module in model.modules():
             if isinstance(module, fsdp.FSDPModule):
@@ -112,7 +119,7 @@ def let_go(model: nn.Module) -> None:
 def _swap(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
     for one, other in zip(map(own, first), map(own, second), strict=True):
         kept = one.clone()
-        one.copy_(other)
+        one.data.copy_(other)  # behind autograd's back: they are as they were when it asks for BatchNorm's statistics
         other.copy_(kept)
 
 

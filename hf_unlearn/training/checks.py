@@ -277,14 +277,29 @@ def _can_checkpoint(model: Any) -> bool:
 
 
 def check_processes(args) -> None:
-    """Refuse processes that were launched together and do not know of each other: each would write the same folder.
+    """Refuse, before a model is loaded, processes that were launched together as they cannot train: that do not know of each other, so that each
+    would write the same folder; or by a config of accelerate that no trainer here takes.
 
     Raises:
-        ValueError: as when `accelerate launch` starts several on a machine without a GPU, which it does not tell them.
+        ValueError: as when `accelerate launch` starts several on a machine without a GPU, which it does not tell them; DeepSpeed; settings of FSDP, see
+            [`check_settings_of_fsdp`].
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != args.world_size:
         raise ValueError(f"use_cpu: {launched} processes were launched, but there is no GPU; set use_cpu=True")
+    if _launched_by("DEEPSPEED"):
+        raise ValueError(
+            "DeepSpeed is not supported: it steps inside backward, out of sight; use FSDP2 (recipes/accelerate/fsdp2.yaml), or DDP"
+        )
+    if _launched_by("FSDP"):
+        from accelerate import FullyShardedDataParallelPlugin
+
+        check_settings_of_fsdp(FullyShardedDataParallelPlugin())
+
+
+def _launched_by(kind: str) -> bool:
+    """What `accelerate launch` tells of its config."""
+    return os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true"
 
 
 def check_parallelism(trainer, why: str, shares: bool = False) -> None:
@@ -307,9 +322,20 @@ def check_parallelism(trainer, why: str, shares: bool = False) -> None:
         return
     if not shares:
         raise ValueError(f"FSDP is not supported: {why}; use DDP")
+    check_settings_of_fsdp(trainer.accelerator.state.fsdp_plugin)
+
+
+def check_settings_of_fsdp(plugin) -> None:
+    """Refuse what of FSDP hides whole parameters, or was never tried with an original beside.
+
+    Args:
+        plugin (`accelerate.FullyShardedDataParallelPlugin`): as accelerate's config has it.
+
+    Raises:
+        ValueError: FSDP 1, or a setting of FSDP2, by its name in the config.
+    """
     from torch.distributed.fsdp import CPUOffloadPolicy
 
-    plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(f"fsdp_version={plugin.fsdp_version}: flattens parameters; set it to 2")
     wrong = {

@@ -24,6 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from ..data import looks_of
 from ..files import PRIVATE, kept_private, read_json, write_json
 from .checks import check_is_not_original
+from .processes import EvaluationMixin
 
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ FORMAT = 2
 AGAIN = "resume it as it was, or start a new one"
 
 
-class RunMixin:
+class RunMixin(EvaluationMixin):
     """Gives a Trainer runs that can be resumed: `train` is here, and a trainer says by `_train` what it does itself.
 
     A trainer overrides `_checkpoint_state` for what it needs to go on, `_run_settings` and `_run_rows` for what a
@@ -81,24 +82,6 @@ class RunMixin:
 
     def _train(self, checkpoint: str | None, **kwargs: Any):
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any):
-        """As the stock trainer's, of which no trace is left on a model that is not trained yet.
-
-        accelerate 1.15 takes one that it made ready for evaluation for one that is ready to be trained, and several processes would then each train
-        alone, on their part of the rows, without a word.
-        """
-        ready = len(self.accelerator._models)
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            for model in self.accelerator._models[ready:]:
-                model.__dict__.pop("_is_accelerate_prepared", None)
-                if (
-                    forward := model.__dict__.pop("_original_forward", None)
-                ) is not None:  # under autocast it was replaced
-                    model.forward = forward
-            del self.accelerator._models[ready:]
 
     # What a trainer says of its run
 
@@ -188,6 +171,7 @@ class RunMixin:
                 "its own folder, or start a new one"
             )
         self._check_same(run)
+        self._check_sharing(given, about["files"])
         check_files(Path(given), about["files"])
         self._run = {name: run[name] for name in ("format", "run", "method")}
         self._resumed = about["state"]
@@ -202,6 +186,16 @@ class RunMixin:
         if about.get("format") != FORMAT:
             raise ValueError(
                 f"resume_from_checkpoint: {str(where)!r} has format {about.get('format')}, this version reads {FORMAT}; start again"
+            )
+
+    def _check_sharing(self, checkpoint: str | Path, files: dict[str, Any]) -> None:
+        # accelerate 1.15 and transformers 5.23 write an optimizer's state in another form where processes share the parameters.
+        shares = self.is_fsdp_enabled
+        if ("optimizer.pt" if shares else "optimizer.bin") in files:
+            wrote, now = ("do not share", "does") if shares else ("share", "does not")
+            raise ValueError(
+                f"resume_from_checkpoint: {str(checkpoint)!r} is of processes that {wrote} the parameters (FSDP2), and this run {now}; resume it "
+                "by the config that it was launched with, on any number of processes, or start a new run"
             )
 
     def _check_same(self, run: dict[str, Any]) -> None:

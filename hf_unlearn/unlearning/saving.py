@@ -16,7 +16,7 @@ from ..hub.adapters import check_mergeable, merged_state_dict, save_merged
 from ..hub.loading import loading_code, processor_loader
 from ..hub.origin import hub_id
 from ..hub.publish import save_settings
-from ..parameters.sharding import is_sharded, let_go, whole
+from ..parameters.sharding import is_sharded, kind_of, let_go, whole
 from ..training.publishing import PublishingMixin
 from .config import UnlearnArguments
 from .losses import CREDIT
@@ -151,7 +151,7 @@ class SavingMixin(PublishingMixin):
         """Python that loads what is saved: the base with the adapter merged into it, where there is one."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return loading_code(type(base), name, processor=self.processor_loader)
+        return loading_code(kind_of(base), name, processor=self.processor_loader)
 
     @property
     def processor_loader(self) -> str | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from ..parameters.reference import trainable_parameters
 from ..parameters.sharding import is_sharded
@@ -42,10 +46,24 @@ class SharingMixin:
 
     def _prepare_for_training(self, *args, **kwargs):
         """As the stock trainer's, which is where processes begin to share the parameters (FSDP2): what is held of the original is shared alike."""
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        with _asked_for_embeddings(self.model):
+            prepared = super()._prepare_for_training(*args, **kwargs)
         parameters = trainable_parameters(self.model)
         if is_sharded(parameters.values()):
             whole, self.reference = self.reference, self.reference.sharded_like(self.model)
             if self.anchor is not None:
                 self.anchor.share_(parameters, whole.parameters, self.reference.parameters)
         return prepared
+
+
+@contextmanager
+def _asked_for_embeddings(model: nn.Module) -> Iterator[None]:
+    """accelerate 1.15 asks a model that is to be shared for its input embeddings, and transformers 5.23 raises where there are none, as in a ResNet."""
+    try:
+        getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        model.get_input_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        model.__dict__.pop("get_input_embeddings", None)

@@ -676,21 +676,37 @@ def test_sharded_parameters(flag):
     assert one_line(str(error.value))
 
 
-@pytest.mark.parametrize(("wrong", "words"), [
-    ({"fsdp_version": 1}, "fsdp_version=1: flattens parameters; set it to 2"),
-    ({"state_dict_type": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type: no model would be saved"),
-    ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading: "),
-    ({"activation_checkpointing": True}, "fsdp_activation_checkpointing: .*set activation_checkpointing=True of the arguments"),
-    ({"cpu_offload": True}, "fsdp_offload_params: "),
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("FSDP_VERSION", "1", "fsdp_version=1: flattens parameters; set it to 2"),
+    ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", "fsdp_state_dict_type: no model would be saved"),
+    ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading: "),
+    ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp_activation_checkpointing: .*set activation_checkpointing=True of the arguments"),
+    ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: "),
 ])  # fmt: skip
-def test_settings_of_fsdp(wrong, words):
-    settings = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False} | wrong
-    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(**settings))
+def test_settings_of_fsdp(name, value, words, tmp_path, monkeypatch):
+    """As `accelerate launch` tells of its config: before a model is looked for, and of a plugin that the trainer was given."""
+    usual = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    for known, setting in (usual | {name: value}).items():
+        monkeypatch.setenv(known, setting)
+    with pytest.raises(ValueError, match=f"^{words}") as error:
+        build("unlearn", tmp_path, model="nowhere")
+    assert one_line(str(error.value))
+    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin())
     trainer = SimpleNamespace(
         args=SimpleNamespace(n_gpu=0), is_deepspeed_enabled=False, is_fsdp_enabled=True, accelerator=SimpleNamespace(state=state),
     )  # fmt: skip
-    with pytest.raises(ValueError, match=f"^{words}") as error:
+    with pytest.raises(ValueError, match=f"^{words}"):
         check_parallelism(trainer, "it steps or shards out of sight", shares=True)
+
+
+@pytest.mark.parametrize("name", ["unlearn", "in_run"])
+def test_deepspeed_is_refused_before_a_model_is_loaded(name, tmp_path, monkeypatch):
+    args = JOBS[name].config(str(tmp_path), **QUIET)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(
+        ValueError, match="^DeepSpeed is not supported: .*; use FSDP2 .recipes/accelerate/fsdp2.yaml.*"
+    ) as error:
+        build(name, tmp_path, model="nowhere", args=args)
     assert one_line(str(error.value))
 
 

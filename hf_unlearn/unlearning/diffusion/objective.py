@@ -259,7 +259,7 @@ class DenoisingMixin:
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The denoising error of a batch."""
-        batch = self.prepared(self._prepare_inputs(inputs), self._noise)
+        batch = self.prepared(self._prepare_inputs(self.each_once(inputs)), self._noise)
         with torch.no_grad():
             return self.task_loss(model, batch).mean(), None, None
 
