@@ -280,32 +280,38 @@ def latents(pipeline: Any, number: int, prompts: list[str], device: torch.device
     return EncodedImages(torch.randn(number, 4, side, side, generator=generator), None, *told, sorted(set(asked)))
 
 
-def of_denoiser(machine: Machine, shape: str, name: str, trained: str) -> dict[str, Any]:
-    batch = 1 if machine.tiny else IMAGES[shape]
+def denoising(machine: Machine, shape: str, name: str, trained: str) -> Any:
+    """The trainer of a row."""
+    batch = images_of(machine, shape)
     many = name == "plain, 2 batches"
     common = machine.common | {
         "output_dir": f"{machine.folder}/run",
         "per_device_train_batch_size": batch * (1 + many),
     }
+    pipeline = text_to_image(shape, machine.tiny, machine.device)
+    forget, replay = (latents(pipeline, 4 * batch, prompts, machine.device) for prompts in ([PROMPTS], OTHERS))
+    if name == "VDU":
+        args = VDUConfig(
+            **common, guard=False, grid_images=0, trainable=[trained], closed_form=False, concept={"cat": "animal"}, own_samples=4 * batch,
+            redirect_prompt=NEUTRAL,
+        )  # fmt: skip
+        return VDUTrainer(pipeline=pipeline, args=args, forget_dataset=forget, replay_dataset=replay)
+    unet = pipeline.unet.train()
+    for parameter_name, parameter in unet.named_parameters():
+        parameter.requires_grad_(trained == "all" or ".attn2." in parameter_name)
+    args = TrainingArguments(**common, remove_unused_columns=False)
+    trainer = PlainDenoising(unet, args, train_dataset=forget, data_collator=default_collate)
+    trainer.schedule, trainer.architecture = NoiseSchedule.of(pipeline.scheduler), architecture_of(pipeline)
+    return trainer
 
-    def make() -> Any:
-        pipeline = text_to_image(shape, machine.tiny, machine.device)
-        forget, replay = (latents(pipeline, 4 * batch, prompts, machine.device) for prompts in ([PROMPTS], OTHERS))
-        if name == "VDU":
-            args = VDUConfig(
-                **common, guard=False, grid_images=0, trainable=[trained], closed_form=False, concept={"cat": "animal"}, own_samples=4 * batch,
-                redirect_prompt=NEUTRAL,
-            )  # fmt: skip
-            return VDUTrainer(pipeline=pipeline, args=args, forget_dataset=forget, replay_dataset=replay)
-        unet = pipeline.unet.train()
-        for parameter_name, parameter in unet.named_parameters():
-            parameter.requires_grad_(trained == "all" or ".attn2." in parameter_name)
-        args = TrainingArguments(**common, remove_unused_columns=False)
-        trainer = PlainDenoising(unet, args, train_dataset=forget, data_collator=default_collate)
-        trainer.schedule, trainer.architecture = NoiseSchedule.of(pipeline.scheduler), architecture_of(pipeline)
-        return trainer
 
-    return run(make, machine, batch * (1 + (many or name == "VDU")))
+def images_of(machine: Machine, shape: str) -> int:
+    return 1 if machine.tiny else IMAGES[shape]
+
+
+def of_denoiser(machine: Machine, shape: str, name: str, trained: str) -> dict[str, Any]:
+    batches = 1 if name == "plain, 1 batch" else 2
+    return run(lambda: denoising(machine, shape, name, trained), machine, images_of(machine, shape) * batches)
 
 
 def of_closed_form(machine: Machine, shape: str) -> dict[str, Any]:
@@ -314,7 +320,7 @@ def of_closed_form(machine: Machine, shape: str) -> dict[str, Any]:
     machine.begin()
     begun = machine.now()
     keep = {"keep": OTHERS} if machine.tiny else {}
-    ConceptRedirection.of(pipeline, ["cat"], anchor="animal", measure=False, **keep).apply(pipeline)
+    ConceptRedirection.of(pipeline, ["cat"], anchor="animal", **keep).apply(pipeline)
     return {"seconds": machine.now() - begun, "step_mb": machine.most()}
 
 
@@ -323,7 +329,7 @@ def of_closed_form(machine: Machine, shape: str) -> dict[str, Any]:
 
 def of_filter(machine: Machine) -> dict[str, Any]:
     """1,000 pictures of 512 × 512 pixels, from PIL to a verdict; and the encoder alone on tensors of its own size."""
-    side, number = (32, 4 * MARKS) if machine.tiny else (224, 1000)
+    side, number = (32, 20 * MARKS) if machine.tiny else (224, 1000)
     model = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=side, **(SMALL if machine.tiny else LARGE)))
     model = model.to(machine.device, torch.float32 if machine.tiny else torch.float16)
     generator = np.random.default_rng(0)

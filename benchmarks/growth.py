@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 import tempfile
@@ -24,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import gpu
 import numpy as np
 import torch
 from rows import QUIET, high_water, keep, rounded
-from shapes import adapter, llama, text_to_image, words
+from shapes import SHORT, adapter, llama, sizes, text_to_image, words
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -59,7 +59,7 @@ from hf_unlearn.unlearning.diffusion.wordings import THINGS
 RESULTS = Path(__file__).parent / "results" / "growth.json"
 TIMES = (1, 4, 16)
 STEPS, FIRST = 5, 2  # of a training run, and those that are not timed; the last one is counted
-TOKENS, FORGET, KEPT = 64, 2, 2
+FORGET, KEPT = 2, 2
 COMMON = QUIET | {"use_cpu": True, "bf16": False, "learning_rate": 1e-6, "log_level": "error", "seed": 0}
 MARK = "MALLOC_MMAP_THRESHOLD_"
 
@@ -97,8 +97,8 @@ def trained(trainer: Any) -> dict[str, float]:
 
 
 def records(rows: int, folder: str) -> None:
-    """What f-INE observes, in shards of 100,000."""
-    recorder = Recorder(Path(folder, "records"), {"targets": ["one"]}, range(10_000))
+    """What f-INE observes, in shards of 20,000."""
+    recorder = Recorder(Path(folder, "records"), {"targets": ["one"]}, range(10_000), rows_per_shard=20_000)
     for step in range(rows // 1000):
         recorder.add(step, np.arange(1000), np.ones(1000), np.ones((1000, 1), dtype=np.float32))
     recorder.flush()
@@ -160,17 +160,8 @@ def unlearnt(rows: int, folder: str) -> dict[str, float]:
 # Parameters of a model, targets
 
 
-def sizes(times: int) -> dict[str, int]:
-    """Of a Llama of 1 M parameters, or of so many times as many."""
-    wider = math.isqrt(times)
-    return {
-        "vocab_size": 1024 * wider, "hidden_size": 128 * wider, "intermediate_size": 352 * wider, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": TOKENS,
-    }  # fmt: skip
-
-
 def texts(number: int) -> datasets.Dataset:
-    said = [[f"w{token}" for token in row] for row in np.random.default_rng(0).integers(3, 1024, (number, TOKENS - 1))]
+    said = [[f"w{token}" for token in row] for row in np.random.default_rng(0).integers(3, 1024, (number, SHORT - 1))]
     rows = {"prompt": [" ".join(row[:8]) for row in said], "completion": [" " + " ".join(row[8:]) for row in said]}
     return datasets.Dataset.from_dict(rows)
 
@@ -183,7 +174,7 @@ def language(times: int, folder: str, name: str, lora: bool = False, targets: in
         "output_dir": f"{folder}/run",
         "max_steps": STEPS,
         "gradient_checkpointing": False,
-        "max_length": TOKENS,
+        "max_length": SHORT,
     }
     common["per_device_train_batch_size"] = batch if name.startswith("plain") else FORGET
     given = {
@@ -207,6 +198,33 @@ def language(times: int, folder: str, name: str, lora: bool = False, targets: in
     )
 
 
+# Passes of a denoiser
+
+
+def denoised(times: int, folder: str, name: str, weights: str) -> dict[str, float]:
+    """A step of VDU, or of plain training, in the shape of Stable Diffusion but tiny."""
+    return trained(gpu.denoising(gpu.Machine(True, folder), "sd15", name, weights))
+
+
+def products(times: int, folder: str) -> dict[str, float]:
+    """The most that this machine's processor does: operations of a product in float32, bytes of a copy, a second."""
+    a, long = torch.randn(1024, 1024), torch.empty(2**27, dtype=torch.uint8)
+    other = torch.zeros_like(long)
+
+    def least(function: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(5):
+            begun = time.process_time()
+            function()
+            seconds.append(time.process_time() - begun)
+        return min(seconds)
+
+    return {
+        "operations_a_second": 2 * 1024**3 / least(lambda: a @ a),
+        "bytes_a_second": 2 * long.nbytes / least(lambda: other.copy_(long)),
+    }
+
+
 # Concepts
 
 
@@ -215,7 +233,7 @@ def redirected(concepts: int, folder: str, made: dict = {}) -> dict[str, float]:
     pipeline = made.setdefault("pipeline", text_to_image("sd15", tiny=True))
     names = [word for kind in THINGS.values() for word in kind.split()][:concepts]
     begun = time.process_time()
-    ConceptRedirection.of(pipeline, names, anchor="thing", keep=["a house", "a red car", "a tree"], measure=False)
+    ConceptRedirection.of(pipeline, names, anchor="thing", keep=["a house", "a red car", "a tree"])
     return {"seconds": time.process_time() - begun}
 
 
@@ -234,11 +252,11 @@ def scored(concepts: int, folder: str) -> dict[str, float]:
 
 
 PARTS: dict[tuple[str, str], tuple[int, Callable[[int, str], dict[str, float] | None]]] = {  # (along, part): (× 1 is, what is done)
-    ("rows", "f-INE: records"): (200_000, records),
+    ("rows", "f-INE: records"): (50_000, records),
     ("rows", "influence: index"): (128, index),
-    ("rows", "FAST: fitter"): (10_000, fitter),
+    ("rows", "FAST: fitter"): (4_000, fitter),
     ("rows", "metric: accuracy"): (10_000, accuracy),
-    ("rows", "metric: Fréchet distance"): (10_000, frechet),
+    ("rows", "metric: Fréchet distance"): (4_000, frechet),
     ("rows", "PBU: a step"): (256, unlearnt),
     ("parameters", "plain, 2 texts"): (1, partial(language, name="plain, 2 texts")),
     ("parameters", "plain, 6 texts"): (1, partial(language, name="plain, 6 texts")),
@@ -247,6 +265,12 @@ PARTS: dict[tuple[str, str], tuple[int, Callable[[int, str], dict[str, float] | 
     ("parameters", "f-INE, 2 texts"): (1, partial(language, name="f-INE, 2 texts")),
     ("targets", "f-INE, all weights: a step"): (1, lambda n, folder: language(1, folder, "f-INE, 2 texts", targets=n)),
     ("targets", "f-INE, LoRA: a step"): (1, lambda n, folder: language(1, folder, "f-INE, 2 texts", lora=True, targets=n)),
+    ("once", "products"): (1, products),
+    **{
+        ("once", f"{name}, {weights}"): (1, partial(denoised, name=name, weights=weights))
+        for name in ("plain, 1 batch", "VDU")
+        for weights in ("all", "cross_attention")
+    },
     ("concepts", "redirect in closed form"): (1, redirected),
     ("concepts", "FAST: scoring"): (1, scored),
 }  # fmt: skip
@@ -291,7 +315,8 @@ def main() -> None:
             continue
         if given.quick and along not in ("rows", "concepts"):
             continue
-        rows = rows_of(along, part, 1 if given.quick else given.repeats, (1,) if given.quick else TIMES)
+        once = given.quick or along == "once"
+        rows = rows_of(along, part, 1 if once else given.repeats, (1,) if once else TIMES)
         print(*map(json.dumps, rows), sep="\n", flush=True)
         if not given.quick:
             keep(RESULTS, rows, ("along", "part", "times"), torch=torch.__version__)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,7 @@ TINY = {
     "max_position_embeddings": 256,
 }  # fmt: skip
 SPECIAL = ("<pad>", "<s>", "</s>")
-TOKENS, RANK, PROMPT = 2048, 128, 77
+TOKENS, SHORT, RANK, PROMPT = 2048, 64, 128, 77
 VAE = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -96,6 +97,15 @@ def text_to_image(shape: str, tiny: bool = False, device: str | torch.device = "
     with torch.device(device):
         pipeline.register_modules(vae=AutoencoderKL(**(TINY_VAE if tiny else VAE)).eval())
     return pipeline.to(device, torch.float32)
+
+
+def sizes(times: int) -> dict[str, int]:
+    """Of a Llama of 1 M parameters, or of so many times as many."""
+    wider = math.isqrt(times)
+    return {
+        "vocab_size": 1024 * wider, "hidden_size": 128 * wider, "intermediate_size": 352 * wider, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": SHORT,
+    }  # fmt: skip
 
 
 # Counting
@@ -210,6 +220,10 @@ def denoiser(config: dict[str, Any], trained: str, dtype: torch.dtype):
     return unet, call, len(unet.down_blocks) + len(unet.up_blocks) + 1
 
 
+def _of_small(times: int) -> Counted:
+    return counted(*language(sizes(times), SHORT, None, torch.float32), f"{SHORT} tokens")
+
+
 def _of_unet(config: dict[str, Any], trained: str, examples: str) -> Counted:
     return counted(*denoiser(config, trained, torch.bfloat16), examples)
 
@@ -220,6 +234,8 @@ def shapes() -> dict[str, Callable[[], Counted]]:
         "Llama 8B, full": lambda: counted(*language(LLAMA_8B, TOKENS, None, bf16), f"{TOKENS:,} tokens"),
         "Llama 8B, LoRA": lambda: counted(*language(LLAMA_8B, TOKENS, RANK, bf16), f"{TOKENS:,} tokens"),
     }
+    for times in (1, 4, 16):  # what growth.py measures
+        found[f"Llama × {times}"] = partial(_of_small, times)
     for shape, config in UNETS.items():
         for trained in ("all", "cross_attention"):
             found[f"{shape}, {trained}"] = partial(_of_unet, config, trained, latents[shape])
@@ -229,14 +245,18 @@ def shapes() -> dict[str, Callable[[], Counted]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny Llama; writes nothing")
-    if parser.parse_args().quick:
+    parser.add_argument("--only", nargs="+", default=[], help="shapes whose names begin so; the others stay")
+    given = parser.parse_args()
+    if given.quick:
         print(json.dumps(vars(counted(*language(TINY, 64, 4, torch.float32), "64 tokens"))))
         return
-    found = {}
+    found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for name, count in shapes().items():
+        if given.only and not name.startswith(tuple(given.only)):
+            continue
         found[name] = vars(count())
         print(name, json.dumps(found[name]), flush=True)
-    save(RESULTS, by_line(found))
+        save(RESULTS, by_line(found))
 
 
 if __name__ == "__main__":
