@@ -52,6 +52,7 @@ from hf_unlearn import (
 )
 from hf_unlearn.training.noise import NoiseSchedule
 from hf_unlearn.unlearning.diffusion.architecture import Architecture
+from hf_unlearn.unlearning.diffusion.denoiser import choose_trainable
 from hf_unlearn.unlearning.diffusion.encoded import EncodedImages, encode_prompts
 from hf_unlearn.unlearning.diffusion.pipelines import architecture_of
 
@@ -133,13 +134,15 @@ class Steps(TrainerCallback):
 
     def __init__(self, machine: Machine):
         self.machine, self.ends = machine, []
-        self.before = 0.0
+        self.before = self.timed = 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
         self.ends.append(self.machine.now())
         if len(self.ends) == FIRST:
             self.before = self.machine.most()
             self.machine.begin()
+        elif len(self.ends) == args.max_steps:
+            self.timed = self.machine.most()
 
 
 def run(make: Callable[[], Any], machine: Machine, examples: int) -> dict[str, Any]:
@@ -157,15 +160,14 @@ def run(make: Callable[[], Any], machine: Machine, examples: int) -> dict[str, A
     sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
     trainer.train()
     seconds = [after - before for before, after in zip(steps.ends[FIRST - 1 :], steps.ends[FIRST:], strict=False)]
-    memory = machine.most()
     return {
         "examples": examples,
         "parameters": sum(number for number, _ in sizes),
         "trained": sum(number for number, trained in sizes if trained),
         "seconds": statistics.median(seconds),
         "mean_seconds": statistics.fmean(seconds),  # of f-INE: with its looks
-        "step_mb": memory,
-        "run_mb": max(memory, steps.before),
+        "step_mb": steps.timed,
+        "run_mb": max(machine.most(), steps.before),  # with what comes before the first step and after the last
         "before_seconds": steps.ends[0] - begun,
     }
 
@@ -219,7 +221,8 @@ def of_language(machine: Machine, name: str) -> dict[str, Any]:
     sizes, rank = (TINY, 4) if machine.tiny else (LLAMA_8B, RANK)
     tokenizer, tokens = words(sizes["vocab_size"]), 32 if machine.tiny else TOKENS
     common = machine.common | {
-        "output_dir": f"{machine.folder}/run", "per_device_train_batch_size": 1, "gradient_checkpointing": True, "max_length": tokens,
+        "output_dir": f"{machine.folder}/run", "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+        "gradient_checkpointing": True, "max_length": tokens,
     }  # fmt: skip
     steps, examples = machine.steps, 1
     rows = texts(machine, 64)
@@ -296,12 +299,11 @@ def denoising(machine: Machine, shape: str, name: str, trained: str) -> Any:
             redirect_prompt=NEUTRAL,
         )  # fmt: skip
         return VDUTrainer(pipeline=pipeline, args=args, forget_dataset=forget, replay_dataset=replay)
-    unet = pipeline.unet.train()
-    for parameter_name, parameter in unet.named_parameters():
-        parameter.requires_grad_(trained == "all" or ".attn2." in parameter_name)
+    architecture = architecture_of(pipeline)
+    choose_trainable(architecture, [trained])
     args = TrainingArguments(**common, remove_unused_columns=False)
-    trainer = PlainDenoising(unet, args, train_dataset=forget, data_collator=default_collate)
-    trainer.schedule, trainer.architecture = NoiseSchedule.of(pipeline.scheduler), architecture_of(pipeline)
+    trainer = PlainDenoising(pipeline.unet.train(), args, train_dataset=forget, data_collator=default_collate)
+    trainer.schedule, trainer.architecture = NoiseSchedule.of(pipeline.scheduler), architecture
     return trainer
 
 

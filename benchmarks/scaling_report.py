@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import cost_model
 from cost_model import (
     A_MACHINE,
     BANDWIDTH,
@@ -37,15 +37,11 @@ NOTES = {
 
 
 def exponent(first: float, last: float, times: float) -> float:
-    import math
-
     return math.log(max(last, 1e-9) / max(first, 1e-9)) / math.log(times)
 
 
 def slope_of(values: list[float], times: list[int]) -> float:
     """Of the logarithms, by least squares."""
-    import math
-
     xs, ys = [math.log(time) for time in times], [math.log(max(value, 1e-9)) for value in values]
     mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
     return sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
@@ -81,10 +77,18 @@ def growth_table(growth: dict[str, Any]) -> str:
 
 def estimate_table(found: dict[str, Any]) -> str:
     names = list(found["rows"][0]["parts"])
-    lines = ["| parameters | " + " | ".join(names) + " | sum | measured peak | sum / measured |", "|" + "---|" * (len(names) + 4)]
+    lines = [
+        "| parameters | " + " | ".join(names) + " | sum | measured peak | sum / measured |",
+        "|" + "---|" * (len(names) + 4),
+    ]
     for row in found["rows"]:
         sizes = [row["parts"][name] / 2**20 for name in names]
-        cells = [f"{row['parameters'] / 1e6:.0f} M", *(f"{size:.0f}" for size in sizes), f"{sum(sizes):.0f}", f"{row['measured_mb']:.0f}"]
+        cells = [
+            f"{row['parameters'] / 1e6:.0f} M",
+            *(f"{size:.0f}" for size in sizes),
+            f"{sum(sizes):.0f}",
+            f"{row['measured_mb']:.0f}",
+        ]
         lines.append("| " + " | ".join(cells) + f" | {sum(sizes) / row['measured_mb']:.2f} |")
     return "\n".join(lines)
 
@@ -111,7 +115,10 @@ def cases(growth: dict[str, Any]) -> list[Case]:
         name: operations_by_plain(growth, f"{name}, 2 + 4 texts", "plain, 2 texts") for name in ("redirect", "npo")
     }
     influence = operations_by_plain(growth, "f-INE, 2 texts", "plain, 2 texts")
-    denoising = {weights: operations_by_plain(growth, f"VDU, {weights}", f"plain, 1 batch, {weights}", 1) for weights in ("all", "cross_attention")}
+    denoising = {
+        weights: operations_by_plain(growth, f"VDU, {weights}", f"plain, 1 batch, {weights}", 1)
+        for weights in ("all", "cross_attention")
+    }
     found = [
         Case("Llama 8B, LoRA: plain SFT", "Llama 8B, LoRA", 1, 1, 1.0, 2, False, 0, 0, logits),
         Case("Llama 8B, LoRA: f-INE", "Llama 8B, LoRA", 1, 1, influence, 2, False, 1, 0, logits),
@@ -154,7 +161,9 @@ def shape_table(shapes: dict[str, Any]) -> str:
     for name, row in shapes.items():
         operations = " / ".join(f"{row[part] / 1e12:.3g} T" for part in ("forward", "backward", "again"))
         kept = " / ".join(f"{row[part] / GB:.2g}" for part in ("kept", "kept_again"))
-        lines.append(f"| {name} | {row['parameters'] / 1e6:,.0f} M | {row['trained'] / 1e6:,.1f} M | {row['examples']} | {operations} | {kept} |")
+        lines.append(
+            f"| {name} | {row['parameters'] / 1e6:,.0f} M | {row['trained'] / 1e6:,.1f} M | {row['examples']} | {operations} | {kept} |"
+        )
     return "\n".join(lines)
 
 
@@ -167,7 +176,9 @@ def gpu_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def render(growth: dict[str, Any], shapes: dict[str, Any], estimates: dict[str, Any] | None, gpu: dict[str, Any] | None) -> str:
+def render(
+    growth: dict[str, Any], shapes: dict[str, Any], estimates: dict[str, Any] | None, gpu: dict[str, Any] | None
+) -> str:
     memory, time, (utilisation, efficiency) = memory_fit(growth, shapes), time_fit(growth), used(growth)
     parts = [
         f"""# Scaling
@@ -240,6 +251,3 @@ Nothing yet. `python benchmarks/gpu.py` answers in one run of eight minutes: Lla
 CLIP ViT-L/14 as a filter on 1,000 images. Tests run it with tiny models on the CPU.
 """)
     return "\n".join(parts)
-
-
-__all__ = ["cost_model", "render"]

@@ -14,20 +14,38 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import text_to_image_cost
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig, get_peft_model
 from rows import by_line, save
-from text_to_image_cost import UNETS, pipeline_of
+from text_to_image_cost import UNETS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from hf_unlearn.examples.text_to_image_parts import tokenizer
+from hf_unlearn.unlearning.diffusion.unets import StableDiffusion, StableDiffusionXL
 
 
 RESULTS = Path(__file__).parent / "results" / "shapes.json"
@@ -87,16 +105,27 @@ def adapter(rank: int) -> LoraConfig:
 
 
 def text_to_image(shape: str, tiny: bool = False, device: str | torch.device = "cpu") -> DiffusionPipeline:
-    """A whole pipeline, its denoiser in float32, in which it is trained."""
-    pipeline = pipeline_of(shape, tiny)
-    if tiny:
-        width = pipeline.unet.config.cross_attention_dim
-        pipeline.register_modules(
-            unet=UNet2DConditionModel(**(TINY_UNET | TINY_TOLD[shape]), cross_attention_dim=width).eval()
-        )
+    """A whole pipeline in float32, made where it stays."""
+    known = text_to_image_cost
+    reader = tokenizer()
+    reader.model_max_length = PROMPT
+    large, huge = (known.SMALL, known.SMALL) if tiny else (known.LARGE, known.HUGE)
+    width = large["hidden_size"] + (huge["hidden_size"] if shape == "sdxl" else 0)
     with torch.device(device):
-        pipeline.register_modules(vae=AutoencoderKL(**(TINY_VAE if tiny else VAE)).eval())
-    return pipeline.to(device, torch.float32)
+        parts: dict[str, Any] = {
+            "vae": AutoencoderKL(**(TINY_VAE if tiny else VAE)).eval(),
+            "text_encoder": known.encoder(CLIPTextModel, reader, large, "quick_gelu"),
+            "unet": UNet2DConditionModel(
+                **(TINY_UNET | TINY_TOLD[shape] | {"cross_attention_dim": width} if tiny else UNETS[shape])
+            ).eval(),
+        }
+        if shape == "sdxl":
+            parts["text_encoder_2"] = known.encoder(CLIPTextModelWithProjection, reader, huge, "gelu")
+            parts["tokenizer_2"] = reader
+    parts |= {"tokenizer": reader, "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False)}
+    if shape == "sdxl":
+        return StableDiffusionXLPipeline(**parts)
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def sizes(times: int) -> dict[str, int]:
@@ -203,8 +232,9 @@ def denoiser(config: dict[str, Any], trained: str, dtype: torch.dtype):
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config).to(dtype).train()
     if trained == "cross_attention":
+        kind = StableDiffusionXL if unet.config.addition_embed_type else StableDiffusion
         for name, parameter in unet.named_parameters():
-            parameter.requires_grad_(".attn2." in name)
+            parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in kind.reads_prompts))
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
 
     def call(n: int) -> torch.Tensor:
