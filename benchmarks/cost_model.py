@@ -129,6 +129,7 @@ class Case:
         copies (`int`): of the trained parameters beside weights, gradients and moments.
         forwards (`int`): passes of the frozen original that a step makes.
         loss_bytes (`float`): of an example, for logits and their gradient.
+        checkpointed (`bool`): whether activations are computed again.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Case:
     copies: int
     forwards: int
     loss_bytes: float = 0.0
+    checkpointed: bool = True
 
 
 def predicted(
@@ -161,10 +163,12 @@ def predicted(
     states = 4 * trained * (3 + case.copies)  # gradients, moments, copies
     split = gpus if case.sharded else 1
     layer = 2 * weights / shape["layers"] if split > 1 else 0.0  # gathered: this one, and the next
-    # Backward has what is kept between blocks, one block computed again, and the loss.
-    again = shape["kept_again"] + (shape["kept"] - shape["kept_again"]) / shape["layers"]
-    held = (weights + states) / split + layer + case.trained_on * (again + case.loss_bytes)
-    passes = shape["forward"] + shape["again"]
+    kept, backward = shape["kept"], shape["backward"]
+    if case.checkpointed:  # what is kept between blocks, and one block that is computed again
+        kept = shape["kept_again"] + (shape["kept"] - shape["kept_again"]) / shape["layers"]
+        backward = shape["again"]
+    held = (weights + states) / split + layer + case.trained_on * (kept + case.loss_bytes)
+    passes = shape["forward"] + backward
     link = INSIDE if gpus <= A_MACHINE else OUTSIDE
     sent = 0.0
     if gpus > 1:

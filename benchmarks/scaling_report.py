@@ -130,8 +130,10 @@ def cases(growth: dict[str, Any]) -> list[Case]:
     for shape, title, batch in (("sd15", "SD 1.5", 4), ("sdxl", "SDXL", 2)):
         for weights, word in (("cross_attention", "cross-attention"), ("all", "all weights")):
             what = f"{shape}, {weights}"
-            found.append(Case(f"{title}, {word}: plain", what, batch, batch, 1.0, 4, False, 0, 0))
-            found.append(Case(f"{title}, {word}: VDU", what, batch, 4 * batch, denoising[weights], 4, False, 1, 0))
+            found.append(Case(f"{title}, {word}: plain", what, batch, batch, 1.0, 4, False, 0, 0, 0.0, False))
+            found.append(
+                Case(f"{title}, {word}: VDU", what, batch, 4 * batch, denoising[weights], 4, False, 1, 0, 0.0, False)
+            )
     return found
 
 
@@ -146,7 +148,7 @@ def prediction_table(growth: dict[str, Any], shapes: dict[str, Any]) -> str:
         for gpus in GPUS:
             said = predicted(case, shapes[case.shape], gpus, memory, shares)
             parts = [f"{said[name] / said['seconds']:.0%}" for name in ("compute", "passing", "network")]
-            room = "" if GB * said["memory"] / GB < CAPACITY else " (does not fit)"
+            room = "" if said["memory"] < CAPACITY else " (does not fit)"
             lines.append(
                 f"| {case.name} | {gpus} | {said['memory'] / GB:.0f}{room} | {said['sent'] / GB:.2g} | {said['seconds']:.2g} | {' / '.join(parts)} | {said['at_best']:.2g} |"
             )
@@ -167,11 +169,37 @@ def shape_table(shapes: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def gpu_table(found: dict[str, Any]) -> str:
-    lines = ["| part | row | seconds a step | MB in steps | MB in the run | |", "|---|---|---|---|---|---|"]
+PREDICTED = {  # row of gpu.py: the case
+    ("Llama 8B, LoRA", "plain, 1 text"): "Llama 8B, LoRA: plain SFT",
+    ("Llama 8B, LoRA", "f-INE, 1 text"): "Llama 8B, LoRA: f-INE",
+    ("Llama 8B, LoRA", "UnlearnSFT, 1 + 2 texts, redirect"): "Llama 8B, LoRA: `redirect`",
+    **{
+        (f"{shape}, {weights}", row): f"{title}, {word}: {what}"
+        for shape, title in (("sd15", "SD 1.5"), ("sdxl", "SDXL"))
+        for weights, word in (("cross_attention", "cross-attention"), ("all", "all weights"))
+        for row, what in (("plain, 1 batch", "plain"), ("VDU", "VDU"))
+    },
+}
+
+
+def gpu_table(found: dict[str, Any], growth: dict[str, Any], shapes: dict[str, Any]) -> str:
+    memory, shares = memory_fit(growth, shapes), used(growth)
+    known = {case.name: predicted(case, shapes[case.shape], 1, memory, shares) for case in cases(growth)}
+    lines = [
+        "| part | row | seconds a step | predicted | GB in steps | predicted | GB in the run | |",
+        "|" + "---|" * 8,
+    ]
     for row in found["rows"]:
-        said = row.get("failed") or row.get("left_out") or ""
-        cells = [f"{row[name]:.4g}" if name in row else "—" for name in ("seconds", "step_mb", "run_mb")]
+        said, case = (
+            row.get("failed") or row.get("left_out") or "",
+            known.get(PREDICTED.get((row["part"], row["name"]))),
+        )
+        cells = [f"{row['seconds']:.3g}" if "seconds" in row else "—", f"{case['seconds']:.2g}" if case else "—"]
+        cells += [
+            f"{row['step_mb'] * 2**20 / GB:.1f}" if "step_mb" in row else "—",
+            f"{case['memory'] / GB:.0f}" if case else "—",
+        ]
+        cells.append(f"{row['run_mb'] * 2**20 / GB:.1f}" if "run_mb" in row else "—")
         lines.append(f"| {row['part']} | {row['name']} | {' | '.join(cells)} | {said} |")
     return "\n".join(lines)
 
@@ -230,7 +258,7 @@ That is {utilisation:.0%} of the operations and {efficiency:.0%} of the bytes a 
 **Nothing in this table was measured on a GPU.** Data sheet of an H200: {RATE / 1e12:.0f} T operations a second in bf16, {BANDWIDTH / 1e12:.1f} TB/s, {CAPACITY / GB:.0f} GB; {INSIDE / GB:.0f} GB/s to the {A_MACHINE - 1}
 others of a machine, {OUTSIDE / GB:.0f} GB/s to another machine. The shares of operations and bandwidth are assumed to be those of the processor here, which is the weakest assumption: seconds
 may be off by a factor of two, memory by the error above and what kernels and the allocator hold besides. Each GPU takes one text of 2,048 tokens to forget and two to keep, or 4 (SDXL: 2)
-latents to forget and as many to keep; activation checkpointing for all. LoRA and U-Nets run under DDP, a whole Llama under FSDP2.
+latents to forget and as many to keep; activation checkpointing for the Llama. LoRA and U-Nets run under DDP, a whole Llama under FSDP2.
 
 {prediction_table(growth, shapes)}
 
@@ -242,7 +270,7 @@ Before the first step of a run under FSDP2 each GPU holds the whole model and it
 
 `python benchmarks/gpu.py`:
 
-{gpu_table(gpu)}
+{gpu_table(gpu, growth, shapes)}
 """)
     else:
         parts.append("""## Measured on a GPU

@@ -1,15 +1,19 @@
 """The cost model says what its formulas do, and its fits find constants that are known."""
 
 import itertools
+import json
 import random
 from pathlib import Path
 
 import pytest
 
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     import cost_model
 
     return cost_model
@@ -62,6 +66,9 @@ def test_one_gpu_by_hand(model):
     assert found["compute"] == pytest.approx(1.5 * 2 * 8e6 / (989e12 * 0.5))
     assert found["passing"] == pytest.approx(48 * 1000 / (4.8e12 * 0.25))
     assert found["seconds"] == pytest.approx(found["compute"] + found["passing"])
+    once = said(model, 1, checkpointed=False)
+    assert once["memory"] == 1000 * (4 + 16) + 3 * 5000
+    assert once["compute"] == pytest.approx(found["compute"] * 6 / 8)
 
 
 def test_what_is_shared_and_what_is_sent(model):
@@ -85,8 +92,16 @@ def test_a_frozen_weight_costs_its_bytes_alone(model):
     assert found["sent"] == pytest.approx(7 / 8 * 2 * 400)
 
 
+def test_every_row_of_a_gpu_that_is_compared_has_its_case(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import scaling_report
+
+    growth = json.loads((BENCHMARKS / "results" / "growth.json").read_text())
+    assert set(scaling_report.PREDICTED.values()) <= {case.name for case in scaling_report.cases(growth)}
+
+
 def test_slopes_of_powers_are_their_exponents(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     import scaling_report
 
     for power, factor in itertools.product((0.0, 1.0, 2.5), (1e-3, 5.0)):

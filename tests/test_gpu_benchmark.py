@@ -14,7 +14,10 @@ STEPS = {"seconds", "step_mb", "run_mb", "trained", "parameters", "examples"}
 
 
 @pytest.mark.slow
-def test_every_row_is_measured(tmp_path):
+def test_every_row_is_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import scaling_report
+
     out = tmp_path / "gpu.json"
     process = subprocess.run(
         [sys.executable, str(SCRIPT), "--tiny", "--out", str(out)],
@@ -28,6 +31,7 @@ def test_every_row_is_measured(tmp_path):
         -3000:
     ]
     assert len(rows) == 21
+    assert set(scaling_report.PREDICTED) <= set(rows)
     trainings = {place: row for place, row in rows.items() if place[0].startswith(("Llama", "sd15,", "sdxl,"))}
     assert len(trainings) == 17
     assert all(set(row) >= STEPS and row["seconds"] > 0 for row in trainings.values())
