@@ -2,7 +2,7 @@
 
 Counted of each shape, without memory (`shapes.py`): parameters, operations of both passes, bytes that autograd keeps. Measured here (`growth.py`), at three
 sizes: how many operations a method's step has beside plain training, and the slope of memory, and of time, on what is counted. Assumed: a GPU's data
-sheet, and that it is used as well as this machine's processor is. So what is said of GPUs are predictions, which `gpu.py` is there to check.
+sheet, and how much of its operations is reached. So what is said of GPUs are predictions, which `gpu.py` is there to check.
 
 A step of n examples, F and B operations of a forward and a backward pass, r the method's operations by those of plain training on n examples:
 
@@ -14,15 +14,21 @@ A step of n examples, F and B operations of a forward and a backward pass, r the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
 
 
 # Data sheet of an H200 SXM: operations a second in bf16 without sparsity, bytes a second of its memory, bytes of it, bytes a second of one direction to
 # another GPU of the machine, and to one of another machine by 400 Gbit/s.
 RATE, BANDWIDTH, CAPACITY, INSIDE, OUTSIDE = 989e12, 4.8e12, 141e9, 450e9, 50e9
 A_MACHINE = 8
+ASSUMED = (
+    0.4  # share of the operations that is reached: 38 to 43 % in Llama 3's own training on H100s (arXiv 2407.21783)
+)
 GPUS = (1, 8, 64)
 TOUCHED = (
     48  # bytes a trained parameter in float32: norm and clipping 12, AdamW 28, gradient written and set to none 8
@@ -32,15 +38,14 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Fit:
-    """Two constants and how far they are off.
+    """Constants, and how far off they are.
 
     Attributes:
-        each, other (`float`): of what is counted; `other` is 0 of a fit of one slope.
+        constants (`tuple[float, ...]`): one for each thing that is counted.
         errors (`tuple[float, ...]`): predicted by measured, less 1, row by row.
     """
 
-    each: float
-    other: float
+    constants: tuple[float, ...]
     errors: tuple[float, ...]
 
     @property
@@ -48,24 +53,11 @@ class Fit:
         return max(map(abs, self.errors))
 
 
-def slope(counted: Iterable[float], measured: Iterable[float]) -> Fit:
-    """`measured = each · counted`, by least squares of relative errors."""
-    pairs = list(zip(counted, measured, strict=True))
-    shares = [x / y for x, y in pairs]
-    each = sum(shares) / sum(share * share for share in shares)
-    return Fit(each, 0.0, tuple(each * share - 1 for share in shares))
-
-
-def plane(first: Iterable[float], second: Iterable[float], measured: Iterable[float]) -> Fit:
-    """`measured = each · first + other · second`, by least squares of relative errors, none below zero."""
-    rows = [(x / y, z / y) for x, z, y in zip(first, second, measured, strict=True)]
-    xx, xz, zz = (sum(a[i] * a[j] for a in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
-    x, z = (sum(a[i] for a in rows) for i in (0, 1))
-    determinant = xx * zz - xz * xz
-    each, other = (x * zz - z * xz) / determinant, (z * xx - x * xz) / determinant
-    if each < 0 or other < 0:
-        each, other = (x / xx, 0.0) if other < 0 else (0.0, z / zz)
-    return Fit(each, other, tuple(each * a + other * b - 1 for a, b in rows))
+def fit(measured: Sequence[float], *counted: Sequence[float]) -> Fit:
+    """`measured = Σ constant · counted`, by least squares of relative errors, no constant below zero."""
+    shares = np.array(counted, dtype=float).T / np.array(measured, dtype=float)[:, None]
+    constants, _ = nnls(shares, np.ones(len(shares)))
+    return Fit(tuple(constants.tolist()), tuple((shares @ constants - 1).tolist()))
 
 
 # The constants that are measured
@@ -87,14 +79,16 @@ def counted_bytes(row: dict[str, Any], shapes: dict[str, Any]) -> float:
 
 
 def memory_fit(growth: dict[str, Any], shapes: dict[str, Any]) -> Fit:
+    """Bytes a byte that is counted."""
     rows = along_parameters(growth)
-    return slope([counted_bytes(row, shapes) for row in rows], [row["mb"] * 2**20 for row in rows])
+    return fit([row["mb"] * 2**20 for row in rows], [counted_bytes(row, shapes) for row in rows])
 
 
 def time_fit(growth: dict[str, Any]) -> Fit:
-    """Seconds an operation, and seconds a parameter."""
+    """Seconds an operation, a parameter, and a step, whatever its size."""
     rows = along_parameters(growth)
-    return plane(*([row[name] for row in rows] for name in ("operations", "parameters", "seconds")))
+    seconds, operations, parameters = ([row[name] for row in rows] for name in ("seconds", "operations", "parameters"))
+    return fit(seconds, operations, parameters, [1.0] * len(rows))
 
 
 def operations_by_plain(growth: dict[str, Any], part: str, plain: str, times: int = 16) -> float:
@@ -106,9 +100,9 @@ def operations_by_plain(growth: dict[str, Any], part: str, plain: str, times: in
 def used(growth: dict[str, Any]) -> tuple[float, float]:
     """Shares of its own best product, and of its own best copy, that a step gets out of this machine; at most one."""
     machine = next(row for row in growth["rows"] if row["part"] == "products")
-    fit = time_fit(growth)
-    utilisation = 1 / fit.each / machine["operations_a_second"] if fit.each else 1.0
-    efficiency = TOUCHED / fit.other / machine["bytes_a_second"] if fit.other else 1.0
+    operation, parameter, _ = time_fit(growth).constants
+    utilisation = 1 / operation / machine["operations_a_second"] if operation else 1.0
+    efficiency = TOUCHED / parameter / machine["bytes_a_second"] if parameter else 1.0
     return min(1.0, utilisation), min(1.0, efficiency)
 
 
@@ -180,7 +174,7 @@ def predicted(
     passing = TOUCHED * trained / split / (BANDWIDTH * efficiency)
     network = sent / link
     return {
-        "memory": memory.each * held,
+        "memory": memory.constants[0] * held,
         "sent": sent,
         "compute": compute,
         "passing": passing,

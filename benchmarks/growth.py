@@ -49,6 +49,7 @@ from hf_unlearn.examples.classifier import digits_model
 from hf_unlearn.filtering.fitting import forms
 from hf_unlearn.filtering.fitting.background import Moments
 from hf_unlearn.filtering.scores import ScoreBank
+from hf_unlearn.influence import index as indexing
 from hf_unlearn.influence.report.writer import Recorder
 from hf_unlearn.metrics.classification import Accuracy
 from hf_unlearn.metrics.features import features_of
@@ -105,7 +106,8 @@ def records(rows: int, folder: str) -> None:
 
 
 def index(rows: int, folder: str) -> None:
-    """Projected gradients of a classifier."""
+    """Projected gradients of a classifier, in shards of 1 MB: those of 64 MB would hide whether memory grows."""
+    indexing.SHARD_BYTES = 2**20
     model = digits_model().eval()
     args = InfluenceConfig(folder, use_cpu=True, report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
     InfluenceIndex.build(model, digits(rows), f"{folder}/index", curvature_examples=64, args=args)
@@ -189,7 +191,7 @@ def language(times: int, folder: str, name: str, lora: bool = False, targets: in
         looked = {f"target {place}": rows.select(range(4)) for place in range(targets)}
         return trained(FINETrainer(args=args, train_dataset=rows, target_dataset=looked, **given))
     forget, retain = rows.select(range(2 * STEPS)), rows.select(range(2 * STEPS, 6 * STEPS))
-    loss = {"forget_loss": name.split()[0], "guard": False, "retain_per_forget": KEPT}
+    loss = {"forget_loss": name.split(",")[0], "guard": False, "retain_per_forget": KEPT}
     loss |= {"own_samples": 0} if loss["forget_loss"] == "redirect" else {"replay_weight": 0.0}
     return trained(
         UnlearnSFTTrainer(
@@ -254,7 +256,7 @@ def scored(concepts: int, folder: str) -> dict[str, float]:
 PARTS: dict[tuple[str, str], tuple[int, Callable[[int, str], dict[str, float] | None]]] = {  # (along, part): (× 1 is, what is done)
     ("rows", "f-INE: records"): (50_000, records),
     ("rows", "influence: index"): (128, index),
-    ("rows", "FAST: fitter"): (4_000, fitter),
+    ("rows", "FAST: fitter"): (16_000, fitter),
     ("rows", "metric: accuracy"): (10_000, accuracy),
     ("rows", "metric: Fréchet distance"): (4_000, frechet),
     ("rows", "PBU: a step"): (256, unlearnt),

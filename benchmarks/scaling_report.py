@@ -7,6 +7,7 @@ from typing import Any
 
 from cost_model import (
     A_MACHINE,
+    ASSUMED,
     BANDWIDTH,
     CAPACITY,
     GB,
@@ -29,8 +30,7 @@ from cost_model import (
 UNITS = {"rows": "rows", "parameters": "parameters", "targets": "targets", "concepts": "concepts"}
 NOTES = {
     "f-INE: records": "shards of 20,000 rows",
-    "influence: index": "",
-    "FAST: fitter": "",
+    "influence: index": "shards of 1 MB",
     "metric: accuracy": "summed over batches",
     "metric: Fréchet distance": "holds all features",
 }
@@ -138,7 +138,7 @@ def cases(growth: dict[str, Any]) -> list[Case]:
 
 
 def prediction_table(growth: dict[str, Any], shapes: dict[str, Any]) -> str:
-    memory, shares = memory_fit(growth, shapes), used(growth)
+    memory, shares = memory_fit(growth, shapes), (ASSUMED, used(growth)[1])
     lines = [
         "| a step (prediction) | GPUs | GB a GPU | GB sent by each | seconds | of which compute / passing over weights / network | "
         "with the network behind compute |",
@@ -183,7 +183,7 @@ PREDICTED = {  # row of gpu.py: the case
 
 
 def gpu_table(found: dict[str, Any], growth: dict[str, Any], shapes: dict[str, Any]) -> str:
-    memory, shares = memory_fit(growth, shapes), used(growth)
+    memory, shares = memory_fit(growth, shapes), (ASSUMED, used(growth)[1])
     known = {case.name: predicted(case, shapes[case.shape], 1, memory, shares) for case in cases(growth)}
     lines = [
         "| part | row | seconds a step | predicted | GB in steps | predicted | GB in the run | |",
@@ -247,8 +247,9 @@ The model is `benchmarks/cost_model.py`. For a step on n examples, with the oper
 - **passing over weights** = {TOUCHED} bytes · trained parameters / (bandwidth · efficiency): clipping and AdamW.
 - **network**: DDP reduces the gradients once; FSDP2 gathers the weights for each pass, and scatters the gradients.
 
-Its constants, fitted by least squares of relative errors on the steps of the table below, three sizes and five steps: the slope of memory is {memory.each:.2f}
-(worst error {memory.worst:.0%}); a step takes {time.each * 1e9:.3g} s for each 10⁹ operations and {time.other * 1e9:.2g} s for each 10⁹ parameters (worst error {time.worst:.0%}).
+Its constants, fitted by least squares of relative errors on the steps of the table below, three sizes and five steps: the slope of memory is {memory.constants[0]:.2f}
+(worst error {memory.worst:.0%}); a step takes {time.constants[0] * 1e9:.3g} s for each 10⁹ operations, {time.constants[1] * 1e9:.2g} s for each 10⁹ parameters and {time.constants[2]:.2g} s besides
+(worst error {time.worst:.0%}).
 That is {utilisation:.0%} of the operations and {efficiency:.0%} of the bytes a second that this processor's best product and copy reach.
 
 {fit_table(growth, shapes)}
@@ -256,8 +257,9 @@ That is {utilisation:.0%} of the operations and {efficiency:.0%} of the bytes a 
 ## Predictions for GPUs
 
 **Nothing in this table was measured on a GPU.** Data sheet of an H200: {RATE / 1e12:.0f} T operations a second in bf16, {BANDWIDTH / 1e12:.1f} TB/s, {CAPACITY / GB:.0f} GB; {INSIDE / GB:.0f} GB/s to the {A_MACHINE - 1}
-others of a machine, {OUTSIDE / GB:.0f} GB/s to another machine. The shares of operations and bandwidth are assumed to be those of the processor here, which is the weakest assumption: seconds
-may be off by a factor of two, memory by the error above and what kernels and the allocator hold besides. Each GPU takes one text of 2,048 tokens to forget and two to keep, or 4 (SDXL: 2)
+others of a machine, {OUTSIDE / GB:.0f} GB/s to another machine. {ASSUMED:.0%} of the operations are assumed to be reached, as Llama 3
+405B's training did on H100s (38 to 43 %, [arXiv 2407.21783](https://arxiv.org/abs/2407.21783)), and of the bandwidth the share that is reached here: the weakest assumptions, by which seconds may be
+off by a factor of two. Memory may be off by the error above and by what kernels and the allocator hold besides. Each GPU takes one text of 2,048 tokens to forget and two to keep, or 4 (SDXL: 2)
 latents to forget and as many to keep; activation checkpointing for the Llama. LoRA and U-Nets run under DDP, a whole Llama under FSDP2.
 
 {prediction_table(growth, shapes)}

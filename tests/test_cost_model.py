@@ -22,21 +22,21 @@ def model(monkeypatch):
 def test_fits_find_what_was_put_in(model):
     draw = random.Random(0)
     first, second = ([draw.uniform(1, 100) for _ in range(9)] for _ in range(2))
-    fit = model.plane(first, second, [3 * a + 7 * b for a, b in zip(first, second, strict=True)])
-    assert (fit.each, fit.other) == pytest.approx((3, 7))
+    fit = model.fit([3 * a + 7 * b + 2 for a, b in zip(first, second, strict=True)], first, second, [1] * 9)
+    assert fit.constants == pytest.approx((3, 7, 2))
     assert fit.worst < 1e-9
-    measured = [2.0, 4.0, 16.0]
-    assert model.slope([1, 2, 8], measured).each == pytest.approx(2)
-    best = model.slope([1, 3, 8], measured)
+    counted, measured = [1.0, 3.0, 8.0], [2.0, 4.0, 16.0]
+    best = model.fit(measured, counted)
 
     def lost(each):
-        return sum((each * x / y - 1) ** 2 for x, y in zip([1, 3, 8], measured, strict=True))
+        return sum((each * x / y - 1) ** 2 for x, y in zip(counted, measured, strict=True))
 
-    assert lost(best.each) < min(lost(best.each * 0.99), lost(best.each * 1.01))
-    assert best.errors == pytest.approx([best.each * x / y - 1 for x, y in zip([1, 3, 8], measured, strict=True)])
-    only = model.plane([1, 2, 8], [8, 2, 1], measured)  # the second would be below zero
-    assert only.other == 0
-    assert only.each == pytest.approx(2)
+    (slope,) = best.constants
+    assert lost(slope) < min(lost(slope * 0.99), lost(slope * 1.01))
+    assert best.errors == pytest.approx([slope * x / y - 1 for x, y in zip(counted, measured, strict=True)])
+    assert model.fit(measured, [1, 2, 8], [8, 2, 1]).constants == pytest.approx(
+        (2, 0)
+    )  # the second would be below zero
 
 
 SHAPE = {
@@ -56,7 +56,7 @@ def said(model, gpus, shape=SHAPE, **changes):
         "copies": 1,
         "forwards": 1,
     }
-    return model.predicted(model.Case(**(plain | changes)), shape, gpus, model.Fit(1.0, 0.0, ()), (0.5, 0.25))
+    return model.predicted(model.Case(**(plain | changes)), shape, gpus, model.Fit((1.0,), ()), (0.5, 0.25))
 
 
 def test_one_gpu_by_hand(model):
