@@ -113,11 +113,11 @@ def index(rows: int, folder: str) -> None:
     InfluenceIndex.build(model, digits(rows), f"{folder}/index", curvature_examples=64, args=args)
 
 
-def digits(rows: int) -> datasets.Dataset:
+def digits(rows: int, classes: int = 10) -> datasets.Dataset:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(rows, 1, 16, 16, generator=generator)
     return datasets.Dataset.from_dict(
-        {"pixel_values": images.numpy(), "label": [row % 10 for row in range(rows)]}
+        {"pixel_values": images.numpy(), "label": [row % classes for row in range(rows)]}
     ).with_format("torch")
 
 
@@ -156,7 +156,7 @@ def unlearnt(rows: int, folder: str) -> dict[str, float]:
     args = UnlearnConfig(
         f"{folder}/run", **COMMON, max_steps=STEPS, per_device_train_batch_size=16, guard=False, fisher_examples=16
     )
-    return trained(UnlearnTrainer(digits_model(), args, forget_dataset=digits(rows)))
+    return trained(UnlearnTrainer(digits_model(), args, forget_dataset=digits(rows, classes=1)))
 
 
 # Parameters of a model, targets
