@@ -59,26 +59,30 @@ from hf_unlearn.unlearning.diffusion.wordings import THINGS
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
 TIMES = (1, 4, 16)
-STEPS, FIRST = 5, 2  # of a training run, and those that are not timed; the last one is counted
+STEPS, FIRST, COUNTED = (
+    5,
+    2,
+    1,
+)  # of a training run, and those that are not timed; the one whose operations are counted
 FORGET, KEPT = 2, 2
 COMMON = QUIET | {"use_cpu": True, "bf16": False, "learning_rate": 1e-6, "log_level": "error", "seed": 0}
 MARK = "MALLOC_MMAP_THRESHOLD_"
 
 
 class Took(TrainerCallback):
-    """Processor seconds of the steps, and the operations of the last one."""
+    """Processor seconds of the steps, and the operations of the second one: f-INE looks at its targets in the first and the last."""
 
     def __init__(self):
         self.begins, self.seconds, self.counter = 0.0, [], FlopCounterMode(display=False)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == state.max_steps - 1:
+        if state.global_step == COUNTED:
             self.counter.__enter__()
         self.begins = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.process_time() - self.begins)
-        if state.global_step == state.max_steps:
+        if state.global_step == COUNTED + 1:
             self.counter.__exit__(None, None, None)
 
 

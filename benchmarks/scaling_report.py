@@ -31,6 +31,7 @@ UNITS = {"rows": "rows", "parameters": "parameters", "targets": "targets", "conc
 NOTES = {
     "f-INE: records": "shards of 20,000 rows",
     "influence: index": "shards of 1 MB",
+    "PBU: a step": "memory with its data, which are made there",
     "metric: accuracy": "summed over batches",
     "metric: Fréchet distance": "holds all features",
 }
@@ -55,7 +56,7 @@ def growth_table(growth: dict[str, Any]) -> str:
     parts: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in growth["rows"]:
         parts.setdefault((row["along"], row["part"]), []).append(row)
-    for (along, part), rows in parts.items():
+    for (along, part), rows in sorted(parts.items(), key=lambda item: [*UNITS, "once"].index(item[0][0])):
         rows = sorted(rows, key=lambda row: row["times"])
         times = [row["times"] for row in rows]
         if along == "once" or len(rows) < 3:
@@ -230,6 +231,7 @@ they come; records are written in shards; the Fréchet distance holds the featur
         parts.append(f"""## What `hf-unlearn estimate` says of memory
 
 `python benchmarks/estimate_parts.py`: MB by part, and the most that a run of the same recipe then held above what the process held before (NPO, a Llama in float32).
+Activations are what a step holds at its peak beside the gradients: of few texts they are gone when the last gradient is there.
 
 {estimate_table(estimates)}
 """)
