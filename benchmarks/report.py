@@ -254,7 +254,7 @@ def pages() -> dict[Path, str]:
     if all((HERE / "results" / f"{name}.json").is_file() for name in ("growth", "shapes")):
         known = {name: (HERE / "results" / f"{name}.json").is_file() for name in ("estimate_parts", "gpu")}
         more = (results(name) if there else None for name, there in known.items())
-        found[SCALING] = scaling_report.render(results("growth"), results("shapes"), *more)
+        found[SCALING] = scaling_report.render(results("growth"), results("shapes"), results("influence_cost"), *more)
     return found
 
 

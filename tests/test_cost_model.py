@@ -96,8 +96,10 @@ def test_every_row_of_a_gpu_that_is_compared_has_its_case(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import scaling_report
 
-    growth = json.loads((BENCHMARKS / "results" / "growth.json").read_text())
-    assert set(scaling_report.PREDICTED.values()) <= {case.name for case in scaling_report.cases(growth)}
+    growth, influence = (
+        json.loads((BENCHMARKS / "results" / f"{name}.json").read_text()) for name in ("growth", "influence_cost")
+    )
+    assert set(scaling_report.PREDICTED.values()) <= {case.name for case in scaling_report.cases(growth, influence)}
 
 
 def test_slopes_of_powers_are_their_exponents(monkeypatch):
