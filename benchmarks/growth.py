@@ -27,6 +27,7 @@ import gpu
 import numpy as np
 import torch
 from rows import QUIET, high_water, keep, rounded
+from scaling_report import slope_of
 from shapes import SHORT, adapter, llama, sizes, text_to_image, words
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
@@ -324,6 +325,9 @@ def main() -> None:
         once = given.quick or along == "once"
         rows = rows_of(along, part, 1 if once else given.repeats, (1,) if once else TIMES)
         print(*map(json.dumps, rows), sep="\n", flush=True)
+        if len(rows) == len(TIMES):
+            of = {name: slope_of([row[name] for row in rows], list(TIMES)) for name in ("seconds", "mb")}
+            print(f"{part}: exponents along {along}: time {of['seconds']:.2f}, memory {of['mb']:.2f}", flush=True)
         if not given.quick:
             keep(RESULTS, rows, ("along", "part", "times"), torch=torch.__version__)
 
