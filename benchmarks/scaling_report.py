@@ -231,8 +231,8 @@ How cost grows, measured on a CPU; and what it would be on GPUs, **predicted**, 
 
 ## How time and memory grow
 
-`python benchmarks/growth.py`: one process, one thread, torch {growth["torch"]}. Other programs ran on the machine: time is the processor's, and the least of several
-repeats in which sizes took turns; memory is the most that the process held above what it held before, which has a grain of some MB.
+`python benchmarks/growth.py`: one process, one thread, torch {growth["torch"]}. Many other programs ran on the machine: time is the processor's, of one or two
+repeats only, and exponents of time are rough; memory is the most that the process held above what it held before, which has a grain of some MB.
 Of steps of trainers, time is one step, memory the whole run from making the model on.
 
 {growth_table(growth)}
