@@ -18,6 +18,7 @@ import gan_report
 import influence_report
 import language_report
 import poison_report
+import scaling_report
 import text_to_image_report
 
 
@@ -25,6 +26,7 @@ HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
 FAMILIES = DOCUMENT.parent / "benchmarks"
 LANGUAGE = HERE.parent / "docs" / "methods" / "language.md"
+SCALING = DOCUMENT.parent / "scaling.md"
 BEGIN, END = "<!-- from benchmarks/report.py -->", "<!-- to here -->"
 
 METHODS = {
@@ -249,6 +251,10 @@ def pages() -> dict[Path, str]:
         before, after = LANGUAGE.read_text().split(BEGIN)[0], LANGUAGE.read_text().split(END)[1]
         table = language_report.which(results("language_unlearning")["cells"])
         found[LANGUAGE] = f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+    if all((HERE / "results" / f"{name}.json").is_file() for name in ("growth", "shapes")):
+        known = {name: (HERE / "results" / f"{name}.json").is_file() for name in ("estimate_parts", "gpu")}
+        more = (results(name) if there else None for name, there in known.items())
+        found[SCALING] = scaling_report.render(results("growth"), results("shapes"), results("influence_cost"), *more)
     return found
 
 

@@ -4,6 +4,8 @@ place of an older one; whole whenever another process reads them.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -123,6 +125,8 @@ def keep(
 def high_water(begin: bool = False) -> float:
     """The most memory that this process has had since it was begun to be looked at, in MB (Linux)."""
     if begin:
+        gc.collect()  # trainers hold themselves in circles
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
