@@ -78,11 +78,6 @@ def counted_bytes(row: dict[str, Any], shapes: dict[str, Any]) -> float:
     return 4 * (4 + COPIES[row["part"]]) * row["parameters"] + TEXTS[row["part"]] * shape["kept"]
 
 
-def timed(growth: dict[str, Any]) -> list[dict[str, Any]]:
-    """Without f-INE: three times as many operations are counted of its step as it has time for."""
-    return [row for row in along_parameters(growth) if not row["part"].startswith("f-INE")]
-
-
 def memory_fit(growth: dict[str, Any], shapes: dict[str, Any]) -> Fit:
     """Bytes a byte that is counted."""
     rows = along_parameters(growth)
@@ -91,7 +86,7 @@ def memory_fit(growth: dict[str, Any], shapes: dict[str, Any]) -> Fit:
 
 def time_fit(growth: dict[str, Any]) -> Fit:
     """Seconds an operation, a parameter, and a step, whatever its size."""
-    rows = timed(growth)
+    rows = along_parameters(growth)
     seconds, operations, parameters = ([row[name] for row in rows] for name in ("seconds", "operations", "parameters"))
     return fit(seconds, operations, parameters, [1.0] * len(rows))
 

@@ -60,18 +60,16 @@ from hf_unlearn.unlearning.diffusion.wordings import THINGS
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
 TIMES = (1, 4, 16)
-STEPS, FIRST, COUNTED = (
-    5,
-    2,
-    1,
-)  # of a training run, and those that are not timed; the one whose operations are counted
+# Of a training run, those that are not timed, and the one whose operations are counted. f-INE looks at the loss, by two passes more, in steps 0, 1, 2, 4
+# and the last, so that only step 3 is a step as most of them are.
+STEPS, FIRST, COUNTED = 5, 2, 3
 FORGET, KEPT = 2, 2
 COMMON = QUIET | {"use_cpu": True, "bf16": False, "learning_rate": 1e-6, "log_level": "error", "seed": 0}
 MARK = "MALLOC_MMAP_THRESHOLD_"
 
 
 class Took(TrainerCallback):
-    """Processor seconds of the steps, and the operations of the second one: f-INE looks at its targets in the first and the last."""
+    """Processor seconds of the steps, and the operations of one."""
 
     def __init__(self):
         self.begins, self.seconds, self.counter = 0.0, [], FlopCounterMode(display=False)

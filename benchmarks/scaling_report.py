@@ -23,7 +23,6 @@ from cost_model import (
     operations_by_plain,
     predicted,
     time_fit,
-    timed,
     used,
 )
 
@@ -101,12 +100,10 @@ def fit_table(growth: dict[str, Any], shapes: dict[str, Any]) -> str:
         "| step | parameters | operations | memory counted, MB | measured | predicted, less 1 | processor seconds | predicted, less 1 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    late = iter(time.errors)
-    for row, of_memory in zip(along_parameters(growth), memory.errors, strict=True):
-        of_time = f"{next(late):+.0%}" if row in timed(growth) else "not fitted"
+    for row, of_memory, of_time in zip(along_parameters(growth), memory.errors, time.errors, strict=True):
         lines.append(
             f"| {row['part']} | {row['parameters'] / 1e6:.1f} M | {row['operations'] / 1e9:.1f} G | {counted_bytes(row, shapes) / 2**20:.0f} | {row['mb']:.0f} | "
-            f"{of_memory:+.0%} | {row['seconds']:.2f} | {of_time} |"
+            f"{of_memory:+.0%} | {row['seconds']:.2f} | {of_time:+.0%} |"
         )
     return "\n".join(lines)
 
@@ -259,12 +256,12 @@ The model is `benchmarks/cost_model.py`. For a step on n examples, with the oper
 
 - **memory** = slope · (copies of the parameters + what autograd keeps). Copies: a frozen weight 4 bytes, 2 under a LoRA in bf16; a trained one 16 (weight, gradient, AdamW's
   moments), and 4 more where a method holds the original's value or a target's gradient. With FSDP2 all but the gathered layers is divided by the number of GPUs.
-- **compute** = r · n · (F + B) / (rate · utilisation), r the operations of the method's step by those of plain training on the forget rows, as they were counted in `growth.py` ; of f-INE its time by that of
-  stock training under a LoRA ([measured](benchmarks/influence.md)), as the operations that are counted of its step are three times what its time allows, which is not explained yet.
+- **compute** = r · n · (F + B) / (rate · utilisation), r the operations of the method's step by those of plain training on the forget rows, as they were counted in `growth.py`; of f-INE, which looks at a LoRA's layers alone, its
+  time by that of stock training under a LoRA ([measured](benchmarks/influence.md)).
 - **passing over weights** = {TOUCHED} bytes · trained parameters / (bandwidth · efficiency): clipping and AdamW.
 - **network**: DDP reduces the gradients once; FSDP2 gathers the weights for each pass, and scatters the gradients.
 
-Its constants, fitted by least squares of relative errors on the steps of the table below, three sizes of five steps (of four for time): the slope of memory is {memory.constants[0]:.2f}
+Its constants, fitted by least squares of relative errors on the steps of the table below, three sizes of five steps: the slope of memory is {memory.constants[0]:.2f}
 (worst error {memory.worst:.0%}); a step takes {time.constants[0] * 1e9:.3g} s for each 10⁹ operations, {time.constants[1] * 1e9:.2g} s for each 10⁹ parameters and {time.constants[2]:.2g} s besides
 (worst error {time.worst:.0%}).
 That is {utilisation:.0%} of the operations and {efficiency:.0%} of the bytes a second that this processor's best product and copy reach.{apart}
