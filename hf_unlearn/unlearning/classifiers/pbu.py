@@ -9,9 +9,12 @@ from ..config import UnlearnConfig
 from ..trainer import UnlearnTrainer
 
 
+STEPS, LOOKS = 40, 2  # of a run whose length is not given
+
+
 @dataclass
 class PBUConfig(UnlearnConfig):
-    __doc__ = r"""Configuration of [`PBUTrainer`]: [`UnlearnConfig`], with defaults that forget a class in tens of steps and do
+    __doc__ = rf"""Configuration of [`PBUTrainer`]: [`UnlearnConfig`], with defaults that forget a class in tens of steps and do
     not collapse when there are hundreds.
 
     The paper's loss is `forget_weight · (−CE) + fisher_weight · Σ Fᵢ(θᵢ−θ*ᵢ)² + isotropic_weight · ‖θ−θ*‖²`, that is α, β
@@ -20,15 +23,26 @@ class PBUConfig(UnlearnConfig):
     [`PBUConfig.paper`] is the paper's objective and schedule, with every safety off.
 
     The defaults were chosen on the validation split of scikit-learn's digits (docs/methods/pbu.md).
+
+    > Of PBU
+        num_train_epochs (`float`, *optional*): default: as many as make {STEPS} steps.
+        guard_steps (`int`, *optional*): default: once per epoch, and half of the run where its length is not given.
     """
 
     learning_rate: float = 2e-4
     lr_scheduler_type: str = "constant"
-    per_device_train_batch_size: int = 64
-    num_train_epochs: float = 20.0
+    per_device_train_batch_size: int = 32
+    num_train_epochs: float | None = None
     save_strategy: str = "no"
     logging_steps: float = 10
-    fisher_weight: float | None = None
+
+    def __post_init__(self):
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0  # as the stock config has it, where it does not count
+            if self.max_steps <= 0:
+                self.max_steps = STEPS
+                self.guard_steps = self.guard_steps or STEPS // LOOKS
+        super().__post_init__()
 
     @classmethod
     def paper(cls, output_dir: str, **overrides: Any) -> PBUConfig:
@@ -46,6 +60,7 @@ class PBUConfig(UnlearnConfig):
             "bn": "train",
             "guard": False,
             "learning_rate": 1e-4,
+            "per_device_train_batch_size": 64,
             "max_grad_norm": 0.0,
             "num_train_epochs": 3.0,
         }
@@ -68,9 +83,3 @@ class PBUTrainer(UnlearnTrainer):
     _title = "Partially-blinded unlearning"
     _paper = "2403.16246"
     _config_class = PBUConfig
-
-    @property
-    def fisher_weight(self) -> float:
-        if self.args.fisher_weight is None:
-            return 0.0 if hasattr(self.model, "peft_config") else 0.14
-        return self.args.fisher_weight

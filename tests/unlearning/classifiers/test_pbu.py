@@ -9,6 +9,7 @@ from peft import LoraConfig
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig
 from hf_unlearn.examples.classifier import digits_processor, predict
 from hf_unlearn.metrics.classification import per_class_accuracy
+from hf_unlearn.unlearning.classifiers.pbu import LOOKS, STEPS
 
 
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
@@ -96,10 +97,10 @@ class TestPaper:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch, of the Fisher of attention
-def test_the_fisher_anchor_is_on_by_default_and_not_under_lora(tiny_vit, tmp_path):
+def test_the_fisher_anchor_is_there_where_it_is_asked_for(tiny_vit, tmp_path):
     for settings, peft_config, weight in (
-        ({}, None, 0.14),
-        ({"fisher_weight": 0.0}, None, 0.0),
+        ({}, None, 0.0),
+        ({"fisher_weight": 0.14}, None, 0.14),
         ({}, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), 0.0),
     ):
         args = PBUConfig(str(tmp_path), **QUIET, max_steps=1, **settings)
@@ -109,16 +110,30 @@ def test_the_fisher_anchor_is_on_by_default_and_not_under_lora(tiny_vit, tmp_pat
         assert ("fisher" in trainer.anchor.value(dict(trainer.model.named_parameters()))) == bool(weight)
 
 
-@pytest.mark.parametrize("epochs", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("given", "steps", "epochs", "looks"),
+    [
+        ({}, STEPS, 3, STEPS // LOOKS),
+        ({"guard_steps": 5}, STEPS, 3, 5),
+        ({"num_train_epochs": 7}, -1, 7, None),
+        ({"max_steps": 9}, 9, 3, None),
+        ({"max_steps": 9, "num_train_epochs": 7}, 9, 7, None),
+    ],
+)
+def test_a_run_is_of_so_many_steps_where_its_length_is_not_given(given, steps, epochs, looks, tmp_path):
+    args = PBUConfig(str(tmp_path), **QUIET, **given)
+    assert (args.max_steps, args.num_train_epochs, args.guard_steps) == (steps, epochs, looks)
+
+
 def test_the_defaults_forget_the_class_and_keep_the_others(
-    epochs, digits_classifier, digits, digits_parts, digits_folder, tmp_path, caplog
+    digits_classifier, digits, digits_parts, digits_folder, tmp_path, caplog
 ):
     def recalls(model):
         answers = predict(model, digits_processor(), digits["validation"]).argmax(-1)
         return per_class_accuracy(answers, digits["validation"]["label"][:], 10)
 
     before, start = recalls(digits_classifier), weights(digits_classifier)
-    args = PBUConfig(str(tmp_path), num_train_epochs=epochs, **QUIET)
+    args = PBUConfig(str(tmp_path), **QUIET)
     trainer = PBUTrainer(str(digits_folder), args, forget_dataset=digits_parts["forget"])
     with caplog.at_level(logging.WARNING, "hf_unlearn"):
         trainer.train()
