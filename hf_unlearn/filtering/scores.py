@@ -4,8 +4,7 @@ Every score here is one of
 
 $$ s(x) = b + \langle w, x - m\rangle + \sum_j q_j\, y_j^2 + \sum_r g_r\, \langle v_r, y\rangle^2, \qquad y = (x - m) W, $$
 
-the linear ones without the squares, where m = 0. So many concepts are scored by one product with the embeddings, w and W side by side,
-and for the squares small ones behind it, in fp32: [`ScoreBank`].
+the linear ones without the squares. So many concepts are scored by a few matrix products, in fp32, linear ones alone by one: [`ScoreBank`].
 """
 
 from __future__ import annotations
@@ -143,11 +142,10 @@ class ScoreBank(nn.Module):
     def _scores(self, embeddings: Tensor) -> Tensor:
         if not self.components:
             return torch.addmm(self.bias - self.mean @ self.weight, embeddings, self.weight)
-        # The one product over d, for all concepts; centred before, since x can be far from 0 and near m.
-        product = (embeddings - self.mean) @ torch.cat([self.whitening, self.weight], 1)
-        y, linear = product.split([self.components, len(self.bias)], 1)
-        scores = linear + self.bias
-        return scores.addmm_((y @ self.directions).square_(), self.gains).addmm_(y.square(), self.squares)
+        centred = embeddings - self.mean
+        scores = torch.addmm(self.bias, centred, self.weight)
+        y = centred @ self.whitening
+        return scores.addmm_((y @ self.directions).square_(), self.gains).addmm_(y.square_(), self.squares)
 
     def _apply(self, fn, recurse: bool = True):
         """Moves, and never casts: in 16 bits a score would be on the other side of its threshold."""
