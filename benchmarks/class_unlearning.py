@@ -438,7 +438,9 @@ def run_fashion() -> dict:
             rows.append({"method": method, "seed": seed, **_score(answers(model, images), labels, forgotten)})
         model = AutoModelForImageClassification.from_pretrained(folders["original"])
         with tempfile.TemporaryDirectory() as folder:
-            config = PBUConfig(folder, seed=seed, **QUIET)
+            config = PBUConfig(
+                folder, seed=seed, per_device_train_batch_size=64, max_steps=64, guard_steps=16, **QUIET
+            )
             cost = unlearn(PBUTrainer, config, model, forget)
         cost["passes_relative"] = cost["passes"] / retrain_passes
         rows.append({"method": "pbu", "seed": seed, **_score(answers(model, images), labels, forgotten), **cost})

@@ -37,7 +37,7 @@ from hf_unlearn.examples.classifier import TRAINING, digits_model
 RESULTS = Path(__file__).parent / "results" / "forgetting_cost.json"
 JOBS = {0: (4,), 1: (6,), 2: (3,)}  # seed: classes
 VARIANTS = {
-    "former defaults": FORMER | {"num_train_epochs": 20.0},
+    "former defaults": FORMER | {"num_train_epochs": 20.0, "guard_steps": 2},
     "defaults": {},
     "with the Fisher anchor": {"fisher_weight": 0.14},
     "without the isotropic anchor": {"isotropic_weight": 0.0},

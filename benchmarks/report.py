@@ -172,7 +172,7 @@ def sections() -> dict[str, list[str]]:
 `python benchmarks/class_unlearning.py`: scikit-learn's digits (test: 450 images), a ResNet of 171,000 parameters, each of
 {len(digits["classes"])} classes forgotten once for each of {len(digits["seeds"])} seeds. Accuracies are percent of test images, differences are points of percent.
 *Example-passes* and *time* are relative to retraining; a pass without gradients counts a third, the exact Fisher one pass for each
-class and example. Our defaults take 40 steps of 32 images with the guard, whose looks are counted too; their
+class and example. Our defaults take ten epochs, here 40 steps, with the guard, whose looks are counted too; their
 row was measured later, in time of the processor, from originals trained again, to which its differences are.
 
 {class_table(digits)}

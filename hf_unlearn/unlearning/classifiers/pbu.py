@@ -9,7 +9,7 @@ from ..config import UnlearnConfig
 from ..trainer import UnlearnTrainer
 
 
-STEPS, LOOKS = 40, 2  # of a run whose length is not given
+LOOK = 20  # steps between two looks of the guard, where an epoch has fewer
 
 
 @dataclass
@@ -25,24 +25,15 @@ class PBUConfig(UnlearnConfig):
     The defaults were chosen on the validation split of scikit-learn's digits (docs/methods/pbu.md).
 
     > Of PBU
-        num_train_epochs (`float`, *optional*): default: as many as make {STEPS} steps.
-        guard_steps (`int`, *optional*): default: once per epoch, and half of the run where its length is not given.
+        guard_steps (`int`, *optional*): default: once per epoch, but no more often than every {LOOK} steps.
     """
 
     learning_rate: float = 2e-4
     lr_scheduler_type: str = "constant"
     per_device_train_batch_size: int = 32
-    num_train_epochs: float | None = None
+    num_train_epochs: float = 10.0
     save_strategy: str = "no"
     logging_steps: float = 10
-
-    def __post_init__(self):
-        if self.num_train_epochs is None:
-            self.num_train_epochs = 3.0  # as the stock config has it, where it does not count
-            if self.max_steps <= 0:
-                self.max_steps = STEPS
-                self.guard_steps = self.guard_steps or STEPS // LOOKS
-        super().__post_init__()
 
     @classmethod
     def paper(cls, output_dir: str, **overrides: Any) -> PBUConfig:
@@ -83,3 +74,8 @@ class PBUTrainer(UnlearnTrainer):
     _title = "Partially-blinded unlearning"
     _paper = "2403.16246"
     _config_class = PBUConfig
+
+    @property
+    def guard_steps(self) -> int | None:
+        in_epoch = self.state.max_steps / max(self.state.num_train_epochs, 1)
+        return self.args.guard_steps or (LOOK if in_epoch < LOOK else None)

@@ -9,7 +9,6 @@ from peft import LoraConfig
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig
 from hf_unlearn.examples.classifier import digits_processor, predict
 from hf_unlearn.metrics.classification import per_class_accuracy
-from hf_unlearn.unlearning.classifiers.pbu import LOOKS, STEPS
 
 
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
@@ -111,18 +110,19 @@ def test_the_fisher_anchor_is_there_where_it_is_asked_for(tiny_vit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "steps", "epochs", "looks"),
+    ("given", "looks"),
     [
-        ({}, STEPS, 3, STEPS // LOOKS),
-        ({"guard_steps": 5}, STEPS, 3, 5),
-        ({"num_train_epochs": 7}, -1, 7, None),
-        ({"max_steps": 9}, 9, 3, None),
-        ({"max_steps": 9, "num_train_epochs": 7}, 9, 7, None),
+        ({"num_train_epochs": 14}, [0, 20, 28]),  # an epoch has two steps
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 2, "guard_steps": 5}, [0, 5, 10, 15, 20]),
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 1}, [0, 20, 40]),
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, [0, 20]),
     ],
 )
-def test_a_run_is_of_so_many_steps_where_its_length_is_not_given(given, steps, epochs, looks, tmp_path):
-    args = PBUConfig(str(tmp_path), **QUIET, **given)
-    assert (args.max_steps, args.num_train_epochs, args.guard_steps) == (steps, epochs, looks)
+def test_the_guard_looks_once_per_epoch_but_not_at_every_few_steps(given, looks, tiny_vit, tmp_path):
+    settings = {"per_device_train_batch_size": 10, "learning_rate": 0.0, "guard_patience": 9} | given
+    trainer = PBUTrainer(tiny_vit, PBUConfig(str(tmp_path), **QUIET, **settings), forget_dataset=images(20, [3]))
+    trainer.train()
+    assert [look.step for look in trainer.guard.looks] == looks
 
 
 def test_the_defaults_forget_the_class_and_keep_the_others(
