@@ -38,6 +38,8 @@ from hf_unlearn.training.losses import cross_entropy
 
 
 HERE = Path(__file__).parent
+# The defaults until 2026-11, of the curve over epochs; beside them up to 20 epochs, and a look of the guard at the end of each.
+FORMER = {"per_device_train_batch_size": 64, "fisher_weight": 0.14}
 MARKS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 
 
@@ -126,21 +128,22 @@ class Digits:
 
 
 def stock_training(model, dataset, seed: int, settings: dict, watch: Watch | None = None) -> dict[str, float]:
+    """Processor seconds, which hardly know who else is at work on the machine, and passes."""
     with tempfile.TemporaryDirectory() as folder, counted(model) as passes:
         arguments = TrainingArguments(folder, seed=seed, **QUIET, **settings)
         trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=[watch] if watch else None)
-        started = time.perf_counter()
+        started = time.process_time()
         trainer.train()
-        return {"seconds": time.perf_counter() - started, "passes": passes["examples"]}
+        return {"seconds": time.process_time() - started, "passes": passes["examples"]}
 
 
 def unlearn(trainer_class, config, model, forget, watch: Watch | None = None) -> dict[str, float]:
     with counted(model) as passes:
         callbacks = [watch] if watch else None
         trainer = trainer_class(model, config, forget_dataset=forget, callbacks=callbacks)
-        started = time.perf_counter()
+        started = time.process_time()
         trainer.train()
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
     fisher = 0
     if trainer.fisher_weight:  # exact: one backward pass a class and example, unseen by the hook under vmap
         fisher = min(len(forget), config.fisher_examples or len(forget)) * model.config.num_labels
@@ -257,6 +260,8 @@ def rerun(stored: dict, method: str) -> None:
         if row["method"] != method:
             continue
         model, seed = data.original(row["seed"]), row["seed"]
+        # On another machine it is another one, by an image or two.
+        row["original"] = data.score(answers(model, data.images["test"]), "test", row["class"])
         forget, retain = (part(data.splits["train"], row["class"], inside) for inside in (True, False))
         if method == "finetune":
             cost = stock_training(model, retain, seed, fine_tuning(best["lr"], best["epoch"]))
@@ -313,7 +318,10 @@ def run_digits(quick: bool) -> dict:
                 record("pbu", seed, forgotten, answers(model, test), cost)
 
                 for method, config in (
-                    ("pbu", PBUConfig(folder, seed=seed, guard=False, num_train_epochs=max(epochs), **QUIET)),
+                    (
+                        "pbu",
+                        PBUConfig(folder, seed=seed, guard=False, num_train_epochs=max(epochs), **FORMER, **QUIET),
+                    ),
                     ("pbu_paper", PBUConfig.paper(folder, seed=seed, num_train_epochs=max(epochs), **QUIET)),
                 ):
                     watch = Watch(epochs, {"test": test})
@@ -347,7 +355,7 @@ def summary(result: dict) -> dict[str, dict[str, float]]:
     at = {(row["method"], row["seed"], row["class"]): row for row in result["rows"]}
     shown = {}
     for method, rows in by_method.items():
-        originals = [at["original", row["seed"], row["class"]] for row in rows]
+        originals = [row.get("original", at["original", row["seed"], row["class"]]) for row in rows]
         drops = [100 * (row["retain"] - original["retain"]) for row, original in zip(rows, originals, strict=True)]
         class_drops = [
             100
@@ -430,7 +438,9 @@ def run_fashion() -> dict:
             rows.append({"method": method, "seed": seed, **_score(answers(model, images), labels, forgotten)})
         model = AutoModelForImageClassification.from_pretrained(folders["original"])
         with tempfile.TemporaryDirectory() as folder:
-            config = PBUConfig(folder, seed=seed, max_steps=64, guard_steps=16, fisher_examples=64, **QUIET)
+            config = PBUConfig(
+                folder, seed=seed, per_device_train_batch_size=64, max_steps=64, guard_steps=16, **QUIET
+            )
             cost = unlearn(PBUTrainer, config, model, forget)
         cost["passes_relative"] = cost["passes"] / retrain_passes
         rows.append({"method": "pbu", "seed": seed, **_score(answers(model, images), labels, forgotten), **cost})

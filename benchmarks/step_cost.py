@@ -51,7 +51,7 @@ VARIANTS = {
     "ascent, Fisher + isotropic anchor": {"forget_loss": "ascent", "isotropic_weight": 0.1, "fisher_weight": 0.14},
     "redirect, Fisher + isotropic anchor": {"isotropic_weight": 0.1, "fisher_weight": 0.14},
     "the same, BatchNorm frozen": {"isotropic_weight": 0.1, "fisher_weight": 0.14, "bn": "frozen"},
-    "redirect, both anchors, replay, BatchNorm frozen, guard's check (PBU default)": {
+    "redirect, both anchors, replay, BatchNorm frozen, guard's check (PBU until 2026-11)": {
         "isotropic_weight": 0.1,
         "fisher_weight": 0.14,
         "replay_weight": 5.0,

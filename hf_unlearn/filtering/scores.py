@@ -4,7 +4,7 @@ Every score here is one of
 
 $$ s(x) = b + \langle w, x - m\rangle + \sum_j q_j\, y_j^2 + \sum_r g_r\, \langle v_r, y\rangle^2, \qquad y = (x - m) W, $$
 
-the linear ones without the squares. So many concepts are scored by a few matrix products, in fp32: [`ScoreBank`].
+the linear ones without the squares. So many concepts are scored by a few matrix products, in fp32, linear ones alone by one: [`ScoreBank`].
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class ScoreBank(nn.Module):
         basis = forms[0].basis if forms else None
         if not all(np.array_equal(score.basis.whitening, basis.whitening) for score in forms):
             raise ValueError("scores: quadratic ones of one bank must have one background")
-        mean = basis.mean if forms else scores[0].mean
+        mean = basis.mean if forms else np.zeros_like(scores[0].mean)
         dimension = len(mean)
         ranks = [0 if score.basis is None else len(score.gains) for score in scores]
         bank = cls(dimension, len(scores), basis.whitening.shape[1] if forms else 0, sum(ranks))
@@ -140,12 +140,12 @@ class ScoreBank(nn.Module):
             return torch.cat([self._scores(part.to(device).float()) for part in embeddings.split(ROWS)])
 
     def _scores(self, embeddings: Tensor) -> Tensor:
+        if not self.components:
+            return torch.addmm(self.bias - self.mean @ self.weight, embeddings, self.weight)
         centred = embeddings - self.mean
         scores = torch.addmm(self.bias, centred, self.weight)
-        if self.components:
-            y = centred @ self.whitening
-            scores.addmm_((y @ self.directions).square_(), self.gains).addmm_(y.square_(), self.squares)
-        return scores
+        y = centred @ self.whitening
+        return scores.addmm_((y @ self.directions).square_(), self.gains).addmm_(y.square_(), self.squares)
 
     def _apply(self, fn, recurse: bool = True):
         """Moves, and never casts: in 16 bits a score would be on the other side of its threshold."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -126,7 +126,8 @@ class Guard(TrainerCallback):
             first = self.state.baseline is None
             if first:
                 self.state.baseline = self.trainer.utility()
-            self._look(state.global_step)
+            # The model as it is against itself: 0, or NaN where its utility is none.
+            self._look(state.global_step, self.state.baseline - self.state.baseline if first else None)
             if first and self.best.forgotten:
                 logger.warning("forgotten before the first step: %s", self.trainer.nothing_to_forget)
 
@@ -165,8 +166,8 @@ class Guard(TrainerCallback):
                 kept += f", {max(self.best.remembered, 0.0):.3g} above the forget target"
             logger.warning("the guard %s: %s", " and ".join(done), kept)
 
-    def _look(self, step: int) -> None:
-        drop = self.trainer.utility_drop(self.state.baseline)
+    def _look(self, step: int, drop: float | None = None) -> None:
+        drop = self.trainer.utility_drop(self.state.baseline) if drop is None else drop
         look = Look(step, self.trainer.remembered(), drop, drop <= self.trainer.utility_tolerance)
         self.state.looks.append(look)
         self.trainer.trackers.figures({"guard_remembered": look.remembered, "guard_utility_drop": drop})
@@ -220,9 +221,15 @@ class UtilityMixin:
 
     def _mean(self, function: Callable[[Batch], Tensor], dataset) -> float:
         """Mean of a per-example quantity; under several processes all get the first one's number."""
+        return self._means((function,), dataset)[0]
+
+    def _means(self, functions: Sequence[Callable[[Batch], Tensor]], dataset) -> list[float]:
+        """Those of several, over which the examples are read once."""
         with self._looking():
-            values = torch.cat([function(batch).float() for batch in self._batches(dataset, self.args.guard_examples)])
-        return broadcast(values.mean()).item()
+            batches = self._batches(dataset, self.args.guard_examples)
+            values = zip(*([function(batch).float() for function in functions] for batch in batches), strict=True)
+            means = torch.stack([torch.cat(parts).mean() for parts in values])
+        return broadcast(means).tolist()
 
     def correct(self, model: Callable, batch: Batch) -> Tensor:
         """Whether every prediction of an example that counts is right: `[batch]`, bool."""

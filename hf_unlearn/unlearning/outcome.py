@@ -49,10 +49,8 @@ class OutcomeMixin:
         """Of the forget set: `loss`, its mean in nats, and `known`, the share of examples that are answered right, of texts
         the share of which every token that counts is the likeliest one.
         """
-        return {
-            "known": self._mean(lambda batch: self.correct(model, batch), self.forget_dataset),
-            "loss": self._mean(lambda batch: self.task_loss(model, batch), self.forget_dataset),
-        }
+        asked = (lambda batch: self.correct(model, batch), lambda batch: self.task_loss(model, batch))
+        return dict(zip(("known", "loss"), self._means(asked, self.forget_dataset), strict=True))
 
     def judge(self) -> Outcome:
         """Compare the model as it is with the original."""

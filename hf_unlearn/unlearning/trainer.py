@@ -204,7 +204,8 @@ class UnlearnMixin(
         rows = drawn[:limit].sort().values.tolist()
         part = dataset.select(rows) if isinstance(dataset, Dataset) else Subset(dataset, rows)
         collator = self._get_collator_with_removed_columns(self.data_collator)
-        loader = DataLoader(self._pruned(part), batch_size=self.args.eval_batch_size, collate_fn=collator)
+        size = max(self.args.eval_batch_size, self._train_batch_size)  # a look takes less memory than a step
+        loader = DataLoader(self._pruned(part), batch_size=size, collate_fn=collator)
         for batch in loader:
             yield self._prepare_inputs(batch)
 

@@ -9,9 +9,12 @@ from ..config import UnlearnConfig
 from ..trainer import UnlearnTrainer
 
 
+LOOK = 20  # steps between two looks of the guard, where an epoch has fewer
+
+
 @dataclass
 class PBUConfig(UnlearnConfig):
-    __doc__ = r"""Configuration of [`PBUTrainer`]: [`UnlearnConfig`], with defaults that forget a class in tens of steps and do
+    __doc__ = rf"""Configuration of [`PBUTrainer`]: [`UnlearnConfig`], with defaults that forget a class in tens of steps and do
     not collapse when there are hundreds.
 
     The paper's loss is `forget_weight · (−CE) + fisher_weight · Σ Fᵢ(θᵢ−θ*ᵢ)² + isotropic_weight · ‖θ−θ*‖²`, that is α, β
@@ -20,15 +23,17 @@ class PBUConfig(UnlearnConfig):
     [`PBUConfig.paper`] is the paper's objective and schedule, with every safety off.
 
     The defaults were chosen on the validation split of scikit-learn's digits (docs/methods/pbu.md).
+
+    > Of PBU
+        guard_steps (`int`, *optional*): default: once per epoch, but no more often than every {LOOK} steps.
     """
 
     learning_rate: float = 2e-4
     lr_scheduler_type: str = "constant"
-    per_device_train_batch_size: int = 64
-    num_train_epochs: float = 20.0
+    per_device_train_batch_size: int = 32
+    num_train_epochs: float = 10.0
     save_strategy: str = "no"
     logging_steps: float = 10
-    fisher_weight: float | None = None
 
     @classmethod
     def paper(cls, output_dir: str, **overrides: Any) -> PBUConfig:
@@ -46,6 +51,7 @@ class PBUConfig(UnlearnConfig):
             "bn": "train",
             "guard": False,
             "learning_rate": 1e-4,
+            "per_device_train_batch_size": 64,
             "max_grad_norm": 0.0,
             "num_train_epochs": 3.0,
         }
@@ -70,7 +76,6 @@ class PBUTrainer(UnlearnTrainer):
     _config_class = PBUConfig
 
     @property
-    def fisher_weight(self) -> float:
-        if self.args.fisher_weight is None:
-            return 0.0 if hasattr(self.model, "peft_config") else 0.14
-        return self.args.fisher_weight
+    def guard_steps(self) -> int | None:
+        in_epoch = self.state.max_steps / max(self.state.num_train_epochs, 1)
+        return self.args.guard_steps or (LOOK if in_epoch < LOOK else None)

@@ -96,10 +96,10 @@ class TestPaper:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch, of the Fisher of attention
-def test_the_fisher_anchor_is_on_by_default_and_not_under_lora(tiny_vit, tmp_path):
+def test_the_fisher_anchor_is_there_where_it_is_asked_for(tiny_vit, tmp_path):
     for settings, peft_config, weight in (
-        ({}, None, 0.14),
-        ({"fisher_weight": 0.0}, None, 0.0),
+        ({}, None, 0.0),
+        ({"fisher_weight": 0.14}, None, 0.14),
         ({}, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), 0.0),
     ):
         args = PBUConfig(str(tmp_path), **QUIET, max_steps=1, **settings)
@@ -109,16 +109,31 @@ def test_the_fisher_anchor_is_on_by_default_and_not_under_lora(tiny_vit, tmp_pat
         assert ("fisher" in trainer.anchor.value(dict(trainer.model.named_parameters()))) == bool(weight)
 
 
-@pytest.mark.parametrize("epochs", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("given", "looks"),
+    [
+        ({"num_train_epochs": 14}, [0, 20, 28]),  # an epoch has two steps
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 2, "guard_steps": 5}, [0, 5, 10, 15, 20]),
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 1}, [0, 20, 40]),
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, [0, 20]),
+    ],
+)
+def test_the_guard_looks_once_per_epoch_but_not_at_every_few_steps(given, looks, tiny_vit, tmp_path):
+    settings = {"per_device_train_batch_size": 10, "learning_rate": 0.0, "guard_patience": 9} | given
+    trainer = PBUTrainer(tiny_vit, PBUConfig(str(tmp_path), **QUIET, **settings), forget_dataset=images(20, [3]))
+    trainer.train()
+    assert [look.step for look in trainer.guard.looks] == looks
+
+
 def test_the_defaults_forget_the_class_and_keep_the_others(
-    epochs, digits_classifier, digits, digits_parts, digits_folder, tmp_path, caplog
+    digits_classifier, digits, digits_parts, digits_folder, tmp_path, caplog
 ):
     def recalls(model):
         answers = predict(model, digits_processor(), digits["validation"]).argmax(-1)
         return per_class_accuracy(answers, digits["validation"]["label"][:], 10)
 
     before, start = recalls(digits_classifier), weights(digits_classifier)
-    args = PBUConfig(str(tmp_path), num_train_epochs=epochs, **QUIET)
+    args = PBUConfig(str(tmp_path), **QUIET)
     trainer = PBUTrainer(str(digits_folder), args, forget_dataset=digits_parts["forget"])
     with caplog.at_level(logging.WARNING, "hf_unlearn"):
         trainer.train()
