@@ -19,6 +19,17 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
+def is_shared(model: nn.Module) -> bool:
+    """Whether processes share the parameters of a model, also while it has gathered them for a pass."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it nobody has shared anything
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
+
+
+def stock_class(model: nn.Module) -> type[nn.Module]:
+    """The class that a model has where no processes share it: FSDP2 makes one of its own of it."""
+    return type(model).__mro__[2] if is_shared(model) else type(model)
+
+
 def own(tensor: Tensor) -> Tensor:
     """The part that this process holds, not a copy; a plain tensor itself."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
@@ -102,11 +113,9 @@ def in_place_of(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
 
 def let_go(model: nn.Module) -> None:
     """What FSDP2 has gathered of parameters, and keeps from a forward pass on, as it does of the root's: each process has its part again."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it nobody has shared anything
-    if fsdp is not None and isinstance(model, fsdp.FSDPModule):
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
+    for module in model.modules() if is_shared(model) else ():
+        if is_shared(module):
+            module.reshard()
 
 
 def _swap(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..parameters.reference import trainable_parameters
-from ..parameters.sharding import is_sharded
+from ..parameters.sharding import is_shared
 
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ class SharingMixin:
 
     def _place_whole(self) -> None:
         """The stock trainer leaves a model where it is that is to be shared; here it is looked at before."""
-        if self.is_fsdp_enabled and not is_sharded(self.model.parameters()):
+        if self.is_fsdp_enabled and not is_shared(self.model):
             self._move_model_to_device(self.model, self.args.device)
 
     def evaluation_loop(self, *args, **kwargs):
         """As the stock trainer's. Before processes share the parameters (FSDP2), which is when training begins, each has the whole model, and evaluates it
         as it is: transformers 5.23 would have accelerate share it without an optimiser, which that refuses.
         """
-        if not self.is_fsdp_enabled or is_sharded(self.model.parameters()):
+        if not self.is_fsdp_enabled or is_shared(self.model):
             return super().evaluation_loop(*args, **kwargs)
         self._place_whole()
         self.is_fsdp_enabled = False
@@ -44,7 +44,7 @@ class SharingMixin:
         """As the stock trainer's, which is where processes begin to share the parameters (FSDP2): what is held of the original is shared alike."""
         prepared = super()._prepare_for_training(*args, **kwargs)
         parameters = trainable_parameters(self.model)
-        if is_sharded(parameters.values()):
+        if is_shared(self.model):
             whole, self.reference = self.reference, self.reference.sharded_like(self.model)
             if self.anchor is not None:
                 self.anchor.share_(parameters, whole.parameters, self.reference.parameters)

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 from processes import BATCH, DESCENDING, Broken
 from safetensors.torch import save_file
+from text_to_image_data import tiny
 from torch.distributed.tensor import DTensor
 from trainers import JOBS, QUIET, arguments, build, weights
+
+from hf_unlearn import ESDTrainer, SalUnTrainer, VDUTrainer
 
 
 COMMON = {
@@ -32,13 +35,24 @@ COMMON = {
 
 @dataclass
 class Run:
-    """A run of a job, and the layers that its processes gather one after the other."""
+    """A run of a job, and the layers that its processes gather one after the other, by default those that the model says of itself."""
 
     job: str
-    layers: str
+    layers: str | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     mixin: type | None = None
     adapter: bool = False
+    prompted: type | None = None
+
+
+def bright(images):
+    return images.mean((1, 2, 3)) > 0
+
+
+WORDS = {
+    "forget_prompts": ["a photo of a cat", "a cat in the rain"], "forget_samples": 8, "own_samples": 8, "num_inference_steps": 2,
+    "guard": False, "ema_decay": 0.0,
+}  # fmt: skip
 
 
 RUNS = {
@@ -47,6 +61,11 @@ RUNS = {
     "unlearn, broken": Run("unlearn", "ViTLayer", {"forget_loss": "ascent", "guard": True}, Broken),
     "sft": Run("sft", "LlamaDecoderLayer"),
     "sft, adapter": Run("sft", "LlamaDecoderLayer", {"isotropic_weight": 0.1}, adapter=True),
+    "vdu": Run("vdu", "ResnetBlock2D", {"grid_images": 2, "activation_checkpointing": True}),
+    "vdu, prompted": Run("vdu", None, WORDS | {"concept": {"cat": "horse"}}, prompted=VDUTrainer),
+    "vdu, adapter": Run("vdu", None, WORDS | {"concept": {"cat": "horse"}, "stability_weight": 0.0, "trainable": ["lora"]}, prompted=VDUTrainer),
+    "salun": Run("vdu", None, WORDS, prompted=SalUnTrainer),
+    "esd": Run("vdu", None, WORDS | {"own_samples": 0}, prompted=ESDTrainer),
 }
 
 
@@ -55,8 +74,8 @@ def environment(layers):
     """What `accelerate launch` sets for a config of FSDP2."""
     values = {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": layers, "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    }  # fmt: skip
+        "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    } | ({"FSDP_TRANSFORMER_CLS_TO_WRAP": layers} if layers else {})  # fmt: skip
     os.environ |= values
     try:
         yield
@@ -73,11 +92,14 @@ def told_of_accelerators():
 def trainer_of(folder, one, sharded):
     job = JOBS[one.job]
     settings = QUIET | job.values | COMMON | one.changes
-    args = job.config(str(folder), **{k: v for k, v in settings.items() if k in job.config.__dataclass_fields__})
+    config = one.prompted._config_class if one.prompted else job.config
+    args = config(str(folder), **{k: v for k, v in settings.items() if k in config.__dataclass_fields__})
     if sharded:
         told_of_accelerators()
+    if one.prompted:
+        return one.prompted(pipeline=tiny("sd"), args=args, marker=bright)
     known = arguments(one.job)
-    given = {name: known[name] for name in ("model", "forget_dataset")}
+    given = {name: known[name] for name in (job.start, "forget_dataset")}
     if one.adapter:
         given["peft_config"] = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     given["forget_dataset"] = given["forget_dataset"].select(range(8))  # or accelerate would fill the last batch up
@@ -102,7 +124,8 @@ def run(folder, one, sharded):
     facts |= {
         "sharded": all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
         "logs": [{k: v for k, v in log.items() if "loss" in k or "anchor" in k} for log in trainer.state.log_history],
-        "guard": trainer.guard.state.to_json(),
+        "guard": trainer.guard.state.to_json() if trainer.guard else None,
+        "outcome": asdict(trainer.outcome) if trainer.outcome else None,
     }
     if sharded and facts["error"] is None and "guard" not in one.changes:
         if trainer.is_world_process_zero():
@@ -118,11 +141,18 @@ def run(folder, one, sharded):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    import time
+    only = sys.argv[2:]
+    RUNS = {k: v for k, v in RUNS.items() if not only or k in only}
     gc.freeze()  # every train() collects garbage
     for name, one in RUNS.items():
+        t = time.time()
         run(Path(sys.argv[1], "plain", name), one, False)
+        print(name, "plain", time.time() - t, flush=True)
     for name, one in RUNS.items():
         with environment(one.layers):
+            t = time.time()
             run(Path(sys.argv[1], "sharded", name), one, True)
+            print(name, "shared", time.time() - t, flush=True)
     torch.distributed.destroy_process_group()
     print("all done", flush=True)
