@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
@@ -81,6 +81,19 @@ def from_first(value: Tensor | None, parameter: DTensor) -> Tensor:
     part = own(parameter)
     value = torch.empty(parameter.shape, dtype=part.dtype, device=part.device) if value is None else value.to(part)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements).to_local()
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`; of tensors that are shared alike one that is shared as each of them."""
+    first = tensors[0]
+    if not isinstance(first, DTensor):
+        return torch.stack([*tensors])
+    shape = torch.Size([len(tensors), *first.shape])
+    placements = [Shard(place.dim + 1) if place.is_shard() else place for place in first.placements]
+    return DTensor.from_local(
+        torch.stack([*map(own, tensors)]), first.device_mesh, placements, run_check=False,
+        shape=shape, stride=torch.empty(shape, device="meta").stride(),
+    )  # fmt: skip
 
 
 def summed(value: Tensor, like: Tensor) -> Tensor:

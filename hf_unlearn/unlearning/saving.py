@@ -56,7 +56,9 @@ class SavingMixin(PublishingMixin):
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         half_trained = Path(output_dir or self.args.output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
-        merges = not half_trained and self.args.merge_adapter and hasattr(model, "get_base_model")  # of diffusers none has
+        merges = (
+            not half_trained and self.args.merge_adapter and hasattr(model, "get_base_model")
+        )  # of diffusers none has
         if merges and is_shared(model):  # here all processes are together
             self._merged = _merged_whole(model, keep=self.args.should_save)
         try:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from processes import BATCH, DESCENDING, Broken
 from safetensors.torch import save_file
 from text_to_image_data import tiny
 from torch.distributed.tensor import DTensor
-from trainers import JOBS, QUIET, arguments, build, weights
+from trainers import INFLUENCES, JOBS, QUIET, arguments, build, records, weights
 
 from hf_unlearn import ESDTrainer, SalUnTrainer, VDUTrainer
 
@@ -35,37 +36,51 @@ COMMON = {
 
 @dataclass
 class Run:
-    """A run of a job, and the layers that its processes gather one after the other, by default those that the model says of itself."""
+    """A run of a job, and the layers that its processes gather one after the other; by default those that the model names."""
 
     job: str
     layers: str | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     mixin: type | None = None
     adapter: bool = False
-    prompted: type | None = None
+    resumed: bool = True
+    prompted: type | None = None  # a trainer of a pipeline that takes prompts, in place of the job's
+    marker: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
-def bright(images):
-    return images.mean((1, 2, 3)) > 0
+def brighter(images):
+    """Half of them."""
+    means = images.mean((1, 2, 3))
+    return means > means.median()
 
 
-WORDS = {
+PROMPTS = {
     "forget_prompts": ["a photo of a cat", "a cat in the rain"], "forget_samples": 8, "own_samples": 8, "num_inference_steps": 2,
-    "guard": False, "ema_decay": 0.0,
+    "guard": False, "ema_decay": 0.0, "stability_weight": 0.0, "max_steps": 2, "save_steps": 1,
 }  # fmt: skip
+HORSE = PROMPTS | {"concept": {"cat": "horse"}}
 
 
 RUNS = {
     "unlearn": Run("unlearn", "ViTLayer"),
-    "unlearn, guarded": Run("unlearn", "ViTLayer", DESCENDING),
-    "unlearn, broken": Run("unlearn", "ViTLayer", {"forget_loss": "ascent", "guard": True}, Broken),
+    "unlearn, guarded": Run("unlearn", "ViTLayer", DESCENDING, resumed=False),
+    "unlearn, broken": Run("unlearn", "ViTLayer", {"forget_loss": "ascent", "guard": True}, Broken, resumed=False),
     "sft": Run("sft", "LlamaDecoderLayer"),
     "sft, adapter": Run("sft", "LlamaDecoderLayer", {"isotropic_weight": 0.1}, adapter=True),
+    "in_run": Run("in_run", "ViTLayer", {"preconditioned": True, "target_every": 2}),
+    "in_run, self": Run("in_run", "ViTLayer", {"target": "self", "target_dataset": None}, resumed=False),
+    "fine": Run(
+        "fine",
+        "LlamaDecoderLayer",
+        {"target_rank": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    ),
     "vdu": Run("vdu", "ResnetBlock2D", {"grid_images": 2, "activation_checkpointing": True}),
-    "vdu, prompted": Run("vdu", None, WORDS | {"concept": {"cat": "horse"}}, prompted=VDUTrainer),
-    "vdu, adapter": Run("vdu", None, WORDS | {"concept": {"cat": "horse"}, "stability_weight": 0.0, "trainable": ["lora"]}, prompted=VDUTrainer),
-    "salun": Run("vdu", None, WORDS, prompted=SalUnTrainer),
-    "esd": Run("vdu", None, WORDS | {"own_samples": 0}, prompted=ESDTrainer),
+    "vdu, concept": Run("vdu", None, HORSE, prompted=VDUTrainer, marker=brighter, resumed=False),
+    "vdu, adapter": Run("vdu", None, HORSE | {"trainable": ["lora"]}, prompted=VDUTrainer),
+    "salun": Run("vdu", None, PROMPTS, prompted=SalUnTrainer, resumed=False),
+    "esd": Run(
+        "vdu", None, PROMPTS | {"own_samples": 0, "num_inference_steps": 3}, prompted=ESDTrainer, resumed=False
+    ),
 }
 
 
@@ -75,7 +90,9 @@ def environment(layers):
     values = {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    } | ({"FSDP_TRANSFORMER_CLS_TO_WRAP": layers} if layers else {})  # fmt: skip
+    }  # fmt: skip
+    if layers:
+        values["FSDP_TRANSFORMER_CLS_TO_WRAP"] = layers
     os.environ |= values
     try:
         yield
@@ -97,12 +114,15 @@ def trainer_of(folder, one, sharded):
     if sharded:
         told_of_accelerators()
     if one.prompted:
-        return one.prompted(pipeline=tiny("sd"), args=args, marker=bright)
+        return one.prompted(pipeline=tiny("sd"), args=args, marker=one.marker)
     known = arguments(one.job)
-    given = {name: known[name] for name in (job.start, "forget_dataset")}
+    rows = "train_dataset" if one.job in INFLUENCES else "forget_dataset"
+    given = {name: known[name] for name in (job.start, rows)}
+    if one.job in INFLUENCES:
+        given |= {name: one.changes.get(name, known.get(name)) for name in ("target", "target_dataset")}
     if one.adapter:
         given["peft_config"] = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    given["forget_dataset"] = given["forget_dataset"].select(range(8))  # or accelerate would fill the last batch up
+    given[rows] = given[rows].select(range(8))  # or accelerate would fill the last batch up
     return build(one.job, folder, mixin=one.mixin, args=args, **given)
 
 
@@ -114,45 +134,46 @@ def run(folder, one, sharded):
     if not one.adapter and trainer.is_world_process_zero():
         save_file(weights(trainer), folder / "start.safetensors")
     try:
-        facts["before"] = trainer.evaluate(trainer.forget_dataset)["eval_loss"]
+        rows = trainer.train_dataset
+        facts["before"] = trainer.evaluate(rows)["eval_loss"]
         trainer.train()
-        facts["after"] = trainer.evaluate(trainer.forget_dataset)["eval_loss"]
+        facts["after"] = trainer.evaluate(rows)["eval_loss"]
         trainer.save_model(folder / "final")
+        if getattr(trainer, "is_adapter", False):
+            trainer.args.merge_adapter = False
+            trainer.save_model(folder / "apart")
     except FloatingPointError as error:
         facts["error"] = str(error)
     trainer.accelerator.wait_for_everyone()
     facts |= {
         "sharded": all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
         "logs": [{k: v for k, v in log.items() if "loss" in k or "anchor" in k} for log in trainer.state.log_history],
-        "guard": trainer.guard.state.to_json() if trainer.guard else None,
-        "outcome": asdict(trainer.outcome) if trainer.outcome else None,
+        "guard": trainer.guard.state.to_json() if getattr(trainer, "guard", None) else None,
+        "outcome": asdict(trainer.outcome) if getattr(trainer, "outcome", None) else None,
     }
-    if sharded and facts["error"] is None and "guard" not in one.changes:
+    if one.job in INFLUENCES and trainer.is_world_process_zero():
+        save_file(records(trainer), folder / "records.safetensors")
+    if sharded and one.resumed:
         if trainer.is_world_process_zero():
-            shutil.rmtree(folder / "checkpoint-4")
+            shutil.rmtree(folder / f"checkpoint-{trainer.state.max_steps}")
         trainer.accelerator.wait_for_everyone()
         again = trainer_of(folder, one, sharded)
         again.train(resume_from_checkpoint=True)
         again.save_model(folder / "resumed")
+        if one.job in INFLUENCES and trainer.is_world_process_zero():
+            save_file(records(again), folder / "again.safetensors")
         facts["resumed"] = again.state.global_step
     rank = os.environ["RANK"]
-    (folder / f"facts-{rank}.json").write_text(json.dumps(facts).replace("NaN", "null"))
+    (folder / f"facts-{rank}.json").write_text(json.dumps(facts).replace("NaN", "null").replace("Infinity", "null"))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    import time
-    only = sys.argv[2:]
-    RUNS = {k: v for k, v in RUNS.items() if not only or k in only}
     gc.freeze()  # every train() collects garbage
     for name, one in RUNS.items():
-        t = time.time()
         run(Path(sys.argv[1], "plain", name), one, False)
-        print(name, "plain", time.time() - t, flush=True)
     for name, one in RUNS.items():
         with environment(one.layers):
-            t = time.time()
             run(Path(sys.argv[1], "sharded", name), one, True)
-            print(name, "shared", time.time() - t, flush=True)
     torch.distributed.destroy_process_group()
     print("all done", flush=True)

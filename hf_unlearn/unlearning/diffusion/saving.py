@@ -78,7 +78,10 @@ class PipelineSavingMixin(SavingMixin):
             plain.fuse_lora(safe_fusing=True)
             plain.unload_lora()
         part, parts = self.architecture.part, vars(self.pipeline)
-        trained, parts[part] = parts[part], plain  # not registered: of one that processes share the class has another name
+        trained, parts[part] = (
+            parts[part],
+            plain,
+        )  # not registered: of one that processes share the class has another name
         try:
             self.pipeline.save_pretrained(folder)
         finally:

@@ -1,0 +1,27 @@
+"""Trainers of a model whose parameters processes share (FSDP2), before they do."""
+
+from __future__ import annotations
+
+from ..parameters.sharding import is_shared
+
+
+class WholeAtFirstMixin:
+    """Until training begins each process has the whole model, and evaluates it so; from then on a part of it."""
+
+    def _place_whole(self) -> None:
+        """The stock trainer leaves a model where it is that is to be shared; here it is looked at before."""
+        if self.is_fsdp_enabled and not is_shared(self.model):
+            self._move_model_to_device(self.model, self.args.device)
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As the stock trainer's. Before processes share the parameters (FSDP2), which is when training begins, each has the whole model, and evaluates it
+        as it is: transformers 5.23 would have accelerate share it without an optimiser, which that refuses.
+        """
+        if not self.is_fsdp_enabled or is_shared(self.model):
+            return super().evaluation_loop(*args, **kwargs)
+        self._place_whole()
+        self.is_fsdp_enabled = False
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.is_fsdp_enabled = True
