@@ -164,6 +164,7 @@ class FINEMixin(RecordingMixin, CalibratingMixin, WholeAtFirstMixin, RunMixin, L
         self._recorder, self._trajectory, self._noted, self._micro, self._is_swept = None, None, False, [], False
         self._normalised_by, self._largest_gradient = None, 0.0
         self._target_sets = self._targets()
+        self._begin_as_first()
         try:
             if self._ghost is not None:
                 self._ghost.attach()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from accelerate.utils import broadcast
+
 from ..parameters.sharding import is_shared
 
 
@@ -12,6 +15,14 @@ class WholeAtFirstMixin:
         """The stock trainer leaves a model where it is that is to be shared; here it is looked at before."""
         if self.is_fsdp_enabled and not is_shared(self.model):
             self._move_model_to_device(self.model, self.args.device)
+
+    @torch.no_grad()
+    def _begin_as_first(self) -> None:
+        """With what the first process would train: DDP sees to that, and FSDP2 would take a part from each, as of an adapter that each drew at random."""
+        if self.is_fsdp_enabled and not is_shared(self.model):
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(broadcast(parameter.to(self.args.device, copy=True)))
 
     def evaluation_loop(self, *args, **kwargs):
         """As the stock trainer's. Before processes share the parameters (FSDP2), which is when training begins, each has the whole model, and evaluates it

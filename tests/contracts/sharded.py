@@ -43,6 +43,7 @@ class Run:
     changes: dict[str, Any] = field(default_factory=dict)
     mixin: type | None = None
     adapter: bool = False
+    task: str | None = None  # of the adapter
     resumed: bool = True
     prompted: type | None = None  # a trainer of a pipeline that takes prompts, in place of the job's
     marker: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -66,9 +67,9 @@ RUNS = {
     "unlearn, guarded": Run("unlearn", "ViTLayer", DESCENDING, resumed=False),
     "unlearn, broken": Run("unlearn", "ViTLayer", {"forget_loss": "ascent", "guard": True}, Broken, resumed=False),
     "sft": Run("sft", "LlamaDecoderLayer"),
-    "sft, adapter": Run("sft", "LlamaDecoderLayer", {"isotropic_weight": 0.1}, adapter=True),
+    "sft, adapter": Run("sft", "LlamaDecoderLayer", {"isotropic_weight": 0.1}, adapter=True, task="CAUSAL_LM"),
     "in_run": Run("in_run", "ViTLayer", {"preconditioned": True, "target_every": 2}),
-    "in_run, self": Run("in_run", "ViTLayer", {"target": "self", "target_dataset": None}, resumed=False),
+    "in_run, self": Run("in_run", "ViTLayer", {"target": "self", "target_dataset": None}, adapter=True, resumed=False),
     "fine": Run(
         "fine",
         "LlamaDecoderLayer",
@@ -121,7 +122,7 @@ def trainer_of(folder, one, sharded):
     if one.job in INFLUENCES:
         given |= {name: one.changes.get(name, known.get(name)) for name in ("target", "target_dataset")}
     if one.adapter:
-        given["peft_config"] = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        given["peft_config"] = LoraConfig(r=2, target_modules="all-linear", task_type=one.task)
     given[rows] = given[rows].select(range(8))  # or accelerate would fill the last batch up
     return build(one.job, folder, mixin=one.mixin, args=args, **given)
 
@@ -130,6 +131,9 @@ def run(folder, one, sharded):
     """Trains, saves, and says what came of it."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"error": None, "resumed": None, "before": None, "after": None}
+    torch.manual_seed(
+        int(os.environ["RANK"])
+    )  # what is drawn before there is a seed, as an adapter of a trainer that takes none
     trainer = trainer_of(folder, one, sharded)
     if not one.adapter and trainer.is_world_process_zero():
         save_file(weights(trainer), folder / "start.safetensors")
