@@ -22,7 +22,7 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
 def is_shared(model: nn.Module) -> bool:
     """Whether processes share the parameters of a model, also while it has gathered them for a pass."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # without it nobody has shared anything
-    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
+    return fsdp is not None and isinstance(getattr(model, "_orig_mod", model), fsdp.FSDPModule)
 
 
 def stock_class(model: nn.Module) -> type[nn.Module]:
@@ -127,7 +127,7 @@ def in_place_of(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
 def let_go(model: nn.Module) -> None:
     """What FSDP2 has gathered of parameters, and keeps from a forward pass on, as it does of the root's: each process has its part again."""
     for module in model.modules() if is_shared(model) else ():
-        if is_shared(module):
+        if is_shared(module) and not hasattr(module, "_orig_mod"):
             module.reshard()
 
 

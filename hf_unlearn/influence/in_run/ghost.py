@@ -121,7 +121,8 @@ class GhostRecorder:
         self.detach()
         for layer in self._layers:
             hook = partial(self._see, layer)
-            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+            # Before those of FSDP2, which gathers a layer's parameters again when the gradient of what came out of them arrives.
+            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         if repeats_prompt(self._model):
             self._handles.append(SharedPrompt(self._model))
 

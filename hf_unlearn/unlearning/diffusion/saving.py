@@ -62,7 +62,7 @@ class PipelineSavingMixin(SavingMixin):
             if self.is_adapter and not self.args.merge_adapter:
                 self._save_lora(denoiser, folder, state_dict)
             else:
-                self._save_pipeline(_held_alone(denoiser, state_dict), folder)
+                self._save_pipeline(denoiser, folder, state_dict)
             self._write_card(folder)
 
     def _save_settings(self, folder: Path) -> None:
@@ -71,10 +71,10 @@ class PipelineSavingMixin(SavingMixin):
             for config in self.accelerator.unwrap_model(self.model, keep_torch_compile=False).peft_config.values():
                 config.save_pretrained(folder)
 
-    def _save_pipeline(self, denoiser: torch.nn.Module, folder: Path) -> None:
-        plain = denoiser
+    def _save_pipeline(self, denoiser: torch.nn.Module, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        plain = _held_alone(denoiser, state_dict)
         if self.is_adapter:
-            plain = copy.deepcopy(denoiser)
+            plain = copy.deepcopy(denoiser) if plain is denoiser else plain
             plain.fuse_lora(safe_fusing=True)
             plain.unload_lora()
         part, parts = self.architecture.part, vars(self.pipeline)
@@ -114,7 +114,10 @@ class PipelineSavingMixin(SavingMixin):
             saved = stock_class(denoiser).from_pretrained(
                 resume_from_checkpoint, subfolder=self.architecture.part, torch_dtype=denoiser.dtype
             )
-            set_model_state_dict(denoiser, saved.state_dict(), options=StateDictOptions(full_state_dict=True))
+            if is_shared(denoiser):
+                set_model_state_dict(denoiser, saved.state_dict(), options=StateDictOptions(full_state_dict=True))
+            else:
+                denoiser.load_state_dict(saved.state_dict())
         if self.ema is not None:
             average = ReferencePoint.load(Path(resume_from_checkpoint, EMA_STATE), self.args.device)
             self.ema.point = average.sharded_like(denoiser)
