@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from trainers import INFLUENCES, JOBS, QUIET, arguments, build, records, weights
 
 from hf_unlearn import ESDTrainer, SalUnTrainer, VDUTrainer
+from hf_unlearn.unlearning.diffusion import vdu
 
 
 COMMON = {
@@ -59,7 +60,13 @@ PROMPTS = {
     "forget_prompts": ["a photo of a cat", "a cat in the rain"], "forget_samples": 8, "own_samples": 8, "num_inference_steps": 2,
     "guard": False, "ema_decay": 0.0, "stability_weight": 0.0, "max_steps": 2, "save_steps": 1,
 }  # fmt: skip
+UP = "CrossAttnUpBlock2D"
 HORSE = PROMPTS | {"concept": {"cat": "horse"}}
+ASKED = PROMPTS | {
+    "own_samples": 0,
+    "num_inference_steps": 3,
+    "seed": 4,
+}  # one draws for longer than the other, and then the other way round
 
 
 RUNS = {
@@ -75,13 +82,15 @@ RUNS = {
         "LlamaDecoderLayer",
         {"target_rank": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
     ),
-    "vdu": Run("vdu", "ResnetBlock2D", {"grid_images": 2, "activation_checkpointing": True}),
-    "vdu, concept": Run("vdu", None, HORSE, prompted=VDUTrainer, marker=brighter, resumed=False),
-    "vdu, adapter": Run("vdu", None, HORSE | {"trainable": ["lora"]}, prompted=VDUTrainer),
-    "salun": Run("vdu", None, PROMPTS, prompted=SalUnTrainer, resumed=False),
-    "esd": Run(
-        "vdu", None, PROMPTS | {"own_samples": 0, "num_inference_steps": 3}, prompted=ESDTrainer, resumed=False
+    "vdu": Run(
+        "vdu",
+        "ResnetBlock2D",
+        {"grid_images": 2, "activation_checkpointing": True, "guard_steps": 2, "own_samples": 8},
     ),
+    "vdu, concept": Run("vdu", UP, HORSE, prompted=VDUTrainer, marker=brighter, resumed=False),
+    "vdu, adapter": Run("vdu", None, HORSE | {"trainable": ["lora"]}, prompted=VDUTrainer),
+    "salun": Run("vdu", UP, PROMPTS, prompted=SalUnTrainer, resumed=False),
+    "esd": Run("vdu", UP, ASKED, prompted=ESDTrainer, resumed=False),
 }
 
 
@@ -143,6 +152,7 @@ def run(folder, one, sharded):
         trainer.train()
         facts["after"] = trainer.evaluate(rows)["eval_loss"]
         trainer.save_model(folder / "final")
+        trainer.check_saving()  # as before another training
         if getattr(trainer, "is_adapter", False):
             trainer.args.merge_adapter = False
             trainer.save_model(folder / "apart")
@@ -174,6 +184,7 @@ def run(folder, one, sharded):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     gc.freeze()  # every train() collects garbage
+    vdu.HANDFUL = 4  # images that are drawn for a marker
     for name, one in RUNS.items():
         run(Path(sys.argv[1], "plain", name), one, False)
     for name, one in RUNS.items():
