@@ -85,7 +85,7 @@ RUNS = {
     "vdu": Run(
         "vdu",
         "ResnetBlock2D",
-        {"grid_images": 2, "activation_checkpointing": True, "guard_steps": 2, "own_samples": 8},
+        {"grid_images": 2, "activation_checkpointing": True, "guard_steps": 2},
     ),
     "vdu, concept": Run("vdu", UP, HORSE, prompted=VDUTrainer, marker=brighter, resumed=False),
     "vdu, adapter": Run("vdu", None, HORSE | {"trainable": ["lora"]}, prompted=VDUTrainer),
