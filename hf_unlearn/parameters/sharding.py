@@ -30,6 +30,20 @@ def stock_class(model: nn.Module) -> type[nn.Module]:
     return type(model).__mro__[2] if is_shared(model) else type(model)
 
 
+def without_a_part(model: nn.Module) -> list[str]:
+    """Names of the parameters that processes share and of which some process has nothing: they have fewer rows than there are processes."""
+    let_go(model)
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, DTensor)
+        and any(
+            place.is_shard() and parameter.shape[place.dim] <= (parts - 1) * -(-parameter.shape[place.dim] // parts)
+            for place, parts in zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+        )
+    ]
+
+
 def own(tensor: Tensor) -> Tensor:
     """The part that this process holds, not a copy; a plain tensor itself."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor

@@ -136,6 +136,13 @@ def trainer_of(folder, one, sharded):
     return build(one.job, folder, mixin=one.mixin, args=args, **given)
 
 
+def refusal(function):
+    try:
+        function()
+    except ValueError as error:
+        return str(error)
+
+
 def run(folder, one, sharded):
     """Trains, saves, and says what came of it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,6 +160,8 @@ def run(folder, one, sharded):
         facts["after"] = trainer.evaluate(rows)["eval_loss"]
         trainer.save_model(folder / "final")
         trainer.check_saving()  # as before another training
+        if sharded and folder.name == "vdu":
+            facts["refused"] = refusal(trainer.train)
         if getattr(trainer, "is_adapter", False):
             trainer.args.merge_adapter = False
             trainer.save_model(folder / "apart")

@@ -120,6 +120,12 @@ def test_a_loss_that_is_not_finite_on_one_stops_both(runs):
     check_same(shared, plain, exact=False)
 
 
+def test_a_second_training_that_would_mix_up_parameters(runs):
+    """The last layer has one row, and so the second process has nothing of its weight or its bias."""
+    for rank in (0, 1):
+        assert "would take 'conv_out.weight' for 'conv_out.bias'" in said(runs[1], "vdu", rank)["refused"]
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_stock_diffusers_loads_it(name, runs):
     """The same files, and settings that say nothing of processes."""
