@@ -242,6 +242,8 @@ class GhostRecorder:
         them, g is the mean over an example of each, and so are the products with it.
         """
         mean = {name: p.grad.detach().clone() for name, p in self.covered.items() if p.grad is not None}
+        if not mean:
+            return {}
         kept = self._targets, self._count
         self.set_targets({name: stacked([mean.get(name, torch.zeros_like(p))]) for name, p in self.covered.items()})
         self.start(batch_size, targets=True)
