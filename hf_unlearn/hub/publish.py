@@ -244,7 +244,7 @@ def _check_weights(model: Any) -> None:
         if not isinstance(value, Tensor) or value.layout != strided:
             kind = type(value).__name__ if not isinstance(value, Tensor) else "sparse"
             raise ValueError(f"{name} is {kind}, no tensor that a file of weights could hold")
-        if name not in tied and not value.is_meta and value.numel():
+        if name not in tied and value.data_ptr():  # none of a meta tensor, of one that is empty, and of a DTensor
             last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
             spans.append((value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size(), name))
     spans.sort()

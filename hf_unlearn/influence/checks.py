@@ -60,9 +60,14 @@ def check_arguments(args, train_dataset, target_dataset, target, kwargs) -> None
 
 
 def check_model(trainer) -> None:
-    check_parallelism(trainer, "no process would see whole parameters")
+    looks = getattr(trainer.args, "only_looks", False)
+    check_parallelism(trainer, "no process would see whole parameters", shares=not looks)
+    if trainer.is_fsdp_enabled and trainer.model_init is not None:
+        raise ValueError(
+            "model_init: is not supported with FSDP2, under which a model is looked at before it is shared; pass model="
+        )
     check_features(trainer)
-    if not getattr(trainer.args, "only_looks", False):  # no step is lost where none is taken
+    if not looks:  # no step is lost where none is taken
         check_model_precision(trainer.model, trainer.args)
     check_drop_last(trainer)
     if router_loss_weight(trainer):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..parameters.sharding import is_sharded, is_shared, let_go, own, summed
 from .propagated.trajectory import random_states, set_random_states
 from .targets import Batch
 
@@ -55,7 +56,9 @@ class LookingMixin:
         """Forward and backward passes of the model itself, that leave nothing behind: gradients, statistics, random numbers, TRL's
         running averages.
         """
+        let_go(self.model)
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        shared = is_shared(self.model)
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         metrics = getattr(self, "_metrics", {}).get("train", {})
         averages, tokens = (
@@ -65,9 +68,14 @@ class LookingMixin:
         self.model.zero_grad()
         self.model.train()
         try:
+            if shared:  # also within an accumulation, for the time of which gradients stay where they are
+                self.model.set_requires_gradient_sync(True)
             with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
                 yield
         finally:
+            if shared:
+                self.model.set_requires_gradient_sync(self.accelerator.sync_gradients)
+            let_go(self.model)
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
@@ -83,11 +91,13 @@ class LookingMixin:
         """See [`GhostRecorder.learn_rows`]."""
         norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
         # Where weights are zero, as a fresh adapter's are, no gradient would arrive at what lies before them.
-        zeros = [p for p in self.model.parameters() if p.is_floating_point() and not p.any()]
+        let_go(self.model)
+        zeros = [own(p) for p in self.model.parameters() if p.is_floating_point() and not own(p).any()]
         # Those with most predictions: of a single token nothing may arrive at what tells its place from others'.
-        examples = (weight == weight.max()).nonzero().squeeze(1).tolist()
-        if len(examples) < 2:
+        examples = ((weight == weight.max()) & (weight > 0)).nonzero().squeeze(1).tolist()
+        if len(examples) == 1:
             examples = [row for row in weight.argsort(descending=True)[:2].tolist() if weight[row] > 0]
+        examples = examples or [0]  # none where it is another process that wants to look
 
         def losses() -> Tensor:
             set_random_states(state, self.args.device)
@@ -156,8 +166,11 @@ class LookingMixin:
 
     def _norm(self) -> float:
         """Of all gradients together."""
-        norms = [p.grad.float().norm() for p in self._parameters.values() if p.grad is not None]
-        return torch.stack(norms).norm().item() if norms else 0.0
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if not gradients:
+            return 0.0
+        norm = torch.stack([own(gradient).float().norm() for gradient in gradients]).norm()
+        return norm.item() if not is_sharded(gradients) else summed(norm.square(), gradients[0]).sqrt().item()
 
     def _items_per_step(self, num_items_in_batch: Tensor | int) -> Tensor | float:
         """What the losses of a step are divided by, on this process."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..files import first_line
+from ..parameters.sharding import is_shared, own, whole
 from ..training.collators import ROW, RowCollator, WithRow
 from ..training.losses import IGNORED, binary_cross_entropy, cross_entropy, next_tokens, squared_error
 from ..training.models import CLASSES, problem_of
@@ -165,7 +166,9 @@ class RecordingMixin(LookingMixin):
         step, first = self.state.global_step, not self._micro
         weight = self._weights(prepared).float()
         # Both before the step is opened: what is covered says which gradients of targets are needed.
-        if self._ghost is not None and len(rows) > self._ghost.learned and weight.any():
+        if self._ghost is not None and self._wants_to_learn(
+            first, len(rows) > self._ghost.learned and bool(weight.any())
+        ):
             self._learn_rows(prepared, weight)
         if first and self._is_looked_at(step):
             self._normalised_by = self._check_loss(prepared, weight, num_items_in_batch)
@@ -203,6 +206,12 @@ class RecordingMixin(LookingMixin):
             self._micro.append((rows, weight, weight.new_empty(0), margin))
         return loss
 
+    def _wants_to_learn(self, first: bool, wants: bool) -> bool:
+        """Where processes share the model, all or none; and not within an accumulation, the gradients of which have not been added up yet."""
+        if not is_shared(self.model):
+            return wants
+        return first and bool(gather(torch.tensor([wants], device=self.args.device)).any())
+
     def _observed(self, coefficient: Tensor) -> Tensor:
         """What one micro-batch tells: `[batch, targets]`, or for `target="self"` the Gram matrix, of the examples' own losses."""
         size = coefficient.to(torch.float32)
@@ -227,27 +236,35 @@ class RecordingMixin(LookingMixin):
     def _look_at_targets(self, step: int) -> None:
         # The learning rate of the step comes on top when it closes, so only what differs between parameters goes into G: their
         # groups' rates relative to the leading one, and Adam's second moment. One look serves `target_every` steps of any schedule.
-        covered, rank = self._ghost.covered, self.args.target_rank
+        covered, matrices, rank = self._ghost.covered, self._ghost.matrices, self.args.target_rank
         self._target_gradients = None  # both, before the next ones are made
         self._ghost.clear_targets()
-        flat = self._target_sets.gradients(
-            self.model, list(covered.values()), step=step, examples=self.args.target_batch_size
-        )
-        start, gradients = 0, {}
+        gradients: dict[str, Any] = self._gradients_of_targets(step)
         for name, parameter in covered.items():
-            gradient = flat[:, start : start + parameter.numel()].view(-1, *parameter.shape)
-            start += parameter.numel()
-            gradient.mul_(self._relative_rate(parameter))
+            gradient = gradients[name]
+            part = own(gradient)
+            part.mul_(self._relative_rate(parameter))
             if self.args.preconditioned:
-                gradient.div_(self._root_of_second_moment(parameter))
-            if rank is None:
-                gradients[name] = gradient
-            elif name in self._ghost.matrices and rank * sum(parameter.shape) < parameter.numel():
-                gradients[name] = low_rank(gradient, rank)
-            else:
-                gradients[name] = gradient.clone()  # not a view, so that all else of `flat` is freed
+                part.div_(own(self._root_of_second_moment(parameter)))
+            if rank is not None and name in matrices and rank * sum(parameter.shape) < parameter.numel():
+                gradients[name] = low_rank(whole(gradient), rank)
+            elif rank is not None:
+                gradients[name] = gradient.clone()  # not a view, so that all else is freed
         self._target_gradients = gradients
         self._ghost.set_targets(gradients)
+
+    def _gradients_of_targets(self, step: int) -> dict[str, Tensor]:
+        """By name, `[targets, *shape]`, shared as the parameters are."""
+        covered, drawn = self._ghost.covered, {"step": step, "examples": self.args.target_batch_size}
+        if is_shared(self.model):
+            with self._unnoticed():
+                return self._target_sets.shared_gradients(self.model, covered, **drawn)
+        flat = self._target_sets.gradients(self.model, list(covered.values()), **drawn)
+        parts = flat.split([parameter.numel() for parameter in covered.values()], dim=1)
+        return {
+            name: part.view(-1, *parameter.shape)
+            for (name, parameter), part in zip(covered.items(), parts, strict=True)
+        }
 
     def _root_of_second_moment(self, parameter: Tensor) -> Tensor:
         """√v̂ + ε of Adam."""
@@ -277,7 +294,7 @@ class RecordingMixin(LookingMixin):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        value = float(norm)
+        value = float(whole(norm) if isinstance(norm, Tensor) else norm)
         if not np.isfinite(value) and self._loss_scale() == 1.0:
             raise FloatingPointError(
                 f"gradient is not finite at step {self.state.global_step + 1}: nothing was updated, and the records of the steps "

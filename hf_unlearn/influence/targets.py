@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..parameters.sharding import stacked
+
 
 Batch = Mapping[str, Tensor]
 PerExampleLoss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
@@ -66,6 +68,26 @@ class Targets:
                         start += gradient.numel()
                     del part
         return flat
+
+    def shared_gradients(
+        self, model: nn.Module, parameters: Mapping[str, Tensor], *, step: int = 0, examples: int | None = None
+    ) -> dict[str, Tensor]:
+        """∇ℓ_c of a model that processes share, which all ask together: by name `[targets, *shape]`, shared like the parameters. It leaves its
+        `.grad` empty.
+
+        Args:
+            parameters (`Mapping[str, Tensor]`): the model's own, as they are shared.
+            step, examples: as of [`~Targets.gradients`].
+        """
+        found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+        with _undisturbed(model):
+            for name in self.datasets:
+                for losses, count in self._losses(model, name, step, examples):
+                    (losses.sum() / count).backward()  # the mean over processes, of which each had the same examples
+                for name, parameter in parameters.items():
+                    found[name].append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+                model.zero_grad()
+        return {name: stacked(gradients) for name, gradients in found.items()}
 
     @torch.no_grad()
     def losses(self, model: nn.Module) -> Tensor:

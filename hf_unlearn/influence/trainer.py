@@ -17,10 +17,12 @@ from transformers.utils import logging
 from ..data import LABEL_COLUMNS, looks_of
 from ..hub.origin import origin
 from ..parameters.reference import trainable_parameters
+from ..parameters.sharding import is_shared
 from ..training.checks import check_is_not_original
 from ..training.collators import RawCollator, raw_collator
 from ..training.models import LoadsByName, is_causal_lm, is_encoder_decoder, load_model
 from ..training.runs import RunMixin
+from ..training.sharing import WholeAtFirstMixin
 from .calibration import CalibratingMixin
 from .checks import check_arguments, check_model, sample_ids_of, target_sets_of
 from .config import InfluenceConfig
@@ -42,7 +44,7 @@ MAX_GIGABYTES = 8  # of memory in a sweep
 ONLY_IN_RUN = ("preconditioned", "layers", "target_rank")
 
 
-class FINEMixin(RecordingMixin, CalibratingMixin, RunMixin, LoadsByName):
+class FINEMixin(RecordingMixin, CalibratingMixin, WholeAtFirstMixin, RunMixin, LoadsByName):
     """Gives a Trainer a record of what each example did to each target.
 
     Training is as it would be without: the same batches, the same updates (but for rounding where [`FINETrainer`] trains the head).
@@ -121,14 +123,14 @@ class FINEMixin(RecordingMixin, CalibratingMixin, RunMixin, LoadsByName):
     def _choose_observation(self) -> str:
         chosen = self.args.observation
         if chosen is None:
-            many = self.args.world_size > 1 or self.target == "self" or self.is_causal_lm or self.reads_labels
-            chosen = "in_run" if many else "propagated"
+            many = self.args.world_size > 1 or self.is_fsdp_enabled or self.target == "self"
+            chosen = "in_run" if many or self.is_causal_lm or self.reads_labels else "propagated"
         other, unused = {"in_run": ("propagated", ("last_steps",)), "propagated": ("in_run", ONLY_IN_RUN)}[chosen]
         if given := [name for name in unused if getattr(self.args, name)]:
             raise ValueError(
                 f"{given[0]}: observation={chosen!r} does not use it; leave it out, or set observation={other!r}"
             )
-        if chosen == "propagated" and self.args.world_size > 1:
+        if chosen == "propagated" and (self.args.world_size > 1 or self.is_fsdp_enabled):
             raise ValueError("observation='propagated': runs in one process only; use 'in_run' with several")
         if chosen == "propagated" and self.args.fp16:
             raise ValueError(
@@ -161,6 +163,7 @@ class FINEMixin(RecordingMixin, CalibratingMixin, RunMixin, LoadsByName):
         self._recorder, self._trajectory, self._noted, self._micro, self._is_swept = None, None, False, [], False
         self._normalised_by, self._largest_gradient = None, 0.0
         self._target_sets = self._targets()
+        self._begin_as_first()
         try:
             if self._ghost is not None:
                 self._ghost.attach()
@@ -195,6 +198,9 @@ class FINEMixin(RecordingMixin, CalibratingMixin, RunMixin, LoadsByName):
                 self._ghost.detach()
                 self._ghost = self._build_ghost()
                 self._ghost.attach()
+        if is_shared(self.model):  # from now on
+            self._parameters = trainable_parameters(self.model)
+            self._ghost.share(self._parameters)
         if self.observation == "propagated" and not self._is_swept:
             self._flat_optimizer = FlatOptimizer(self._inner_optimizer, list(self._parameters.values()))
             # What is not kept of the states is computed again, a segment at a time, and a whole segment is held at once: so room on

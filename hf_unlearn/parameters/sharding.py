@@ -12,18 +12,36 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
-def kind_of(model: nn.Module) -> type:
-    """Its class; of a model that is shared, for which FSDP2 makes a class of its own, the one that it had before."""
+def is_shared(model: nn.Module) -> bool:
+    """Whether processes share the parameters of a model, also while it has gathered them for a pass."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # without it nobody has shared anything
-    is_shared = fsdp is not None and isinstance(model, fsdp.FSDPModule)
-    return type(model).__bases__[-1] if is_shared else type(model)
+    return fsdp is not None and isinstance(getattr(model, "_orig_mod", model), fsdp.FSDPModule)
+
+
+def stock_class(model: nn.Module) -> type[nn.Module]:
+    """The class that a model has where no processes share it: FSDP2 makes one of its own of it."""
+    return type(model).__mro__[2] if is_shared(model) else type(model)
+
+
+def without_a_part(model: nn.Module) -> list[str]:
+    """Names of the parameters that processes share and of which some process has nothing: they have fewer rows than there are processes."""
+    let_go(model)
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, DTensor)
+        and any(
+            place.is_shard() and parameter.shape[place.dim] <= (parts - 1) * -(-parameter.shape[place.dim] // parts)
+            for place, parts in zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+        )
+    ]
 
 
 def own(tensor: Tensor) -> Tensor:
@@ -79,6 +97,19 @@ def from_first(value: Tensor | None, parameter: DTensor) -> Tensor:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements).to_local()
 
 
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`; of tensors that are shared alike one that is shared as each of them."""
+    first = tensors[0]
+    if not isinstance(first, DTensor):
+        return torch.stack([*tensors])
+    shape = torch.Size([len(tensors), *first.shape])
+    placements = [Shard(place.dim + 1) if place.is_shard() else place for place in first.placements]
+    return DTensor.from_local(
+        torch.stack([*map(own, tensors)]), first.device_mesh, placements, run_check=False,
+        shape=shape, stride=torch.empty(shape, device="meta").stride(),
+    )  # fmt: skip
+
+
 def summed(value: Tensor, like: Tensor) -> Tensor:
     """Sum over the processes that share `like` of what each has of its own part."""
     if not isinstance(like, DTensor):
@@ -109,11 +140,9 @@ def in_place_of(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
 
 def let_go(model: nn.Module) -> None:
     """What FSDP2 has gathered of parameters, and keeps from a forward pass on, as it does of the root's: each process has its part again."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and isinstance(model, fsdp.FSDPModule):
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
+    for module in model.modules() if is_shared(model) else ():
+        if is_shared(module) and not hasattr(module, "_orig_mod"):
+            module.reshard()
 
 
 def _swap(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:

@@ -294,7 +294,7 @@ def check_processes(args) -> None:
     if _launched_by("FSDP"):
         from accelerate import FullyShardedDataParallelPlugin
 
-        check_settings_of_fsdp(FullyShardedDataParallelPlugin())
+        check_settings_of_fsdp(FullyShardedDataParallelPlugin(), args)
 
 
 def _launched_by(kind: str) -> bool:
@@ -322,14 +322,15 @@ def check_parallelism(trainer, why: str, shares: bool = False) -> None:
         return
     if not shares:
         raise ValueError(f"FSDP is not supported: {why}; use DDP")
-    check_settings_of_fsdp(trainer.accelerator.state.fsdp_plugin)
+    check_settings_of_fsdp(trainer.accelerator.state.fsdp_plugin, trainer.args)
 
 
-def check_settings_of_fsdp(plugin) -> None:
+def check_settings_of_fsdp(plugin, args) -> None:
     """Refuse what of FSDP hides whole parameters, or was never tried with an original beside.
 
     Args:
         plugin (`accelerate.FullyShardedDataParallelPlugin`): as accelerate's config has it.
+        args (`TrainingArguments`): of the trainer.
 
     Raises:
         ValueError: FSDP 1, or a setting of FSDP2, by its name in the config.
@@ -339,6 +340,7 @@ def check_settings_of_fsdp(plugin) -> None:
     if plugin.fsdp_version != 2:
         raise ValueError(f"fsdp_version={plugin.fsdp_version}: flattens parameters; set it to 2")
     wrong = {
+        "auto_find_batch_size": (getattr(args, "auto_find_batch_size", False), "would share the model a second time; set per_device_train_batch_size"),
         "fsdp_state_dict_type": ("FULL" not in str(plugin.state_dict_type), "no model would be saved at the end; set FULL_STATE_DICT"),
         "fsdp_cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "each process looks at the original before it is shared; set false"),
         "fsdp_activation_checkpointing": (plugin.activation_checkpointing, "renames parameters; set activation_checkpointing=True of the arguments instead"),
@@ -347,6 +349,22 @@ def check_settings_of_fsdp(plugin) -> None:
     for name, (is_wrong, what) in wrong.items():
         if is_wrong:
             raise ValueError(f"{name}: {what}")
+
+
+def check_shared_once(model: Any) -> None:
+    """Refuse to train a model again that processes share, where accelerate 1.15 would mix up its parameters: it knows them by the place in memory of this
+    process's part, of which those have none that have fewer rows than there are processes.
+
+    Raises:
+        ValueError: there are two such parameters or more.
+    """
+    from ..parameters.sharding import without_a_part
+
+    if len(names := without_a_part(model)) > 1:
+        raise ValueError(
+            f"model: was trained, and processes share it since; a second training would take {names[0]!r} for {names[1]!r}, as some have no part of "
+            "either; load what was saved in a new process"
+        )
 
 
 def check_single_precision(parameters: Iterable[Tensor], what: str = "model: its weights", other: str = "") -> None:

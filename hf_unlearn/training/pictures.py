@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..files import kept_private
 from ..images import grid
 from ..metrics.features import Features, features_of
 from ..metrics.generation import frechet_distance, percentage_unlearned
+from ..parameters.sharding import is_shared
 from .trackers import Trackers, log_beside
 
 
@@ -28,6 +29,7 @@ class Draws(Protocol):
     """A trainer of a generator."""
 
     args: Any
+    model: nn.Module
     private_dir: Path
     trackers: Trackers
 
@@ -68,9 +70,12 @@ class SampleGrids(_DrawsAtTimes):
 
     def look(self, step: int, stage: str) -> None:
         args = self.trainer.args
+        if not (args.should_save or is_shared(self.trainer.model)):
+            return
+        drawn = self.trainer.draw(args.grid_images, GRID_SEED)  # processes that share the model draw together
         if not args.should_save:
             return
-        picture = grid(self.trainer.draw(args.grid_images, GRID_SEED))
+        picture = grid(drawn)
         name = {"before": "before", "during": f"step-{step}", "after": "after"}[stage]
         folders = [self.trainer.private_dir / "samples"]
         if stage == "after" or (stage == "before" and args.publish_before):

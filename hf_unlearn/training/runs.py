@@ -23,7 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from ..data import looks_of
 from ..files import PRIVATE, kept_private, read_json, write_json
-from .checks import check_is_not_original
+from .checks import check_is_not_original, check_shared_once
 from .processes import EvaluationMixin
 
 
@@ -70,6 +70,7 @@ class RunMixin(EvaluationMixin):
                 settings or data; or another run is at work in `output_dir`.
             FloatingPointError: a loss or a gradient is not finite.
         """
+        check_shared_once(self.model)
         resumes = resume_from_checkpoint not in (None, False)
         # What is to be resumed and is no run is refused before a file is made there.
         with self._alone() if not resumes or (self.private_dir / MARKER).is_file() else nullcontext():

@@ -16,7 +16,7 @@ from ..hub.adapters import check_mergeable, merged_state_dict, save_merged
 from ..hub.loading import loading_code, processor_loader
 from ..hub.origin import hub_id
 from ..hub.publish import save_settings
-from ..parameters.sharding import is_sharded, kind_of, let_go, whole
+from ..parameters.sharding import is_shared, let_go, stock_class, whole
 from ..training.publishing import PublishingMixin
 from .config import UnlearnArguments
 from .losses import CREDIT
@@ -56,8 +56,10 @@ class SavingMixin(PublishingMixin):
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         half_trained = Path(output_dir or self.args.output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
-        merges = not half_trained and self.args.merge_adapter and hasattr(model, "peft_config")
-        if merges and is_sharded(model.parameters()):  # here all processes are together
+        merges = (
+            not half_trained and self.args.merge_adapter and hasattr(model, "get_base_model")
+        )  # of diffusers none has
+        if merges and is_shared(model):  # here all processes are together
             self._merged = _merged_whole(model, keep=self.args.should_save)
         try:
             super().save_model(output_dir, _internal_call)
@@ -151,7 +153,7 @@ class SavingMixin(PublishingMixin):
         """Python that loads what is saved: the base with the adapter merged into it, where there is one."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return loading_code(kind_of(base), name, processor=self.processor_loader)
+        return loading_code(stock_class(base), name, processor=self.processor_loader)
 
     @property
     def processor_loader(self) -> str | None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from ..parameters.reference import trainable_parameters
-from ..parameters.sharding import is_sharded
+from ..parameters.sharding import is_shared
+from ..training.sharing import WholeAtFirstMixin
 
 
 if TYPE_CHECKING:
@@ -17,53 +14,20 @@ if TYPE_CHECKING:
     from ..parameters.reference import ReferencePoint
 
 
-class SharingMixin:
-    """Until training begins each process has the whole model, and does with it what comes before the first step; from then on a part of it, of the
-    original and of the anchor.
+class SharingMixin(WholeAtFirstMixin):
+    """What comes before the first step is done by each process with the whole model; from then on it has a part of it, of the original and of the
+    anchor.
     """
 
     reference: ReferencePoint | None
     anchor: Anchor | None
-    _shares = True  # a trainer may not know how
-
-    def _place_whole(self) -> None:
-        """The stock trainer leaves a model where it is that is to be shared; here it is looked at before."""
-        if self.is_fsdp_enabled and not is_sharded(self.model.parameters()):
-            self._move_model_to_device(self.model, self.args.device)
-
-    def evaluation_loop(self, *args, **kwargs):
-        """As the stock trainer's. Before processes share the parameters (FSDP2), which is when training begins, each has the whole model, and evaluates it
-        as it is: transformers 5.23 would have accelerate share it without an optimiser, which that refuses.
-        """
-        if not self.is_fsdp_enabled or is_sharded(self.model.parameters()):
-            return super().evaluation_loop(*args, **kwargs)
-        self._place_whole()
-        self.is_fsdp_enabled = False
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            self.is_fsdp_enabled = True
 
     def _prepare_for_training(self, *args, **kwargs):
         """As the stock trainer's, which is where processes begin to share the parameters (FSDP2): what is held of the original is shared alike."""
-        with _asked_for_embeddings(self.model):
-            prepared = super()._prepare_for_training(*args, **kwargs)
-        parameters = trainable_parameters(self.model)
-        if is_sharded(parameters.values()):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if is_shared(self.model):
+            parameters = trainable_parameters(self.model)
             whole, self.reference = self.reference, self.reference.sharded_like(self.model)
             if self.anchor is not None:
                 self.anchor.share_(parameters, whole.parameters, self.reference.parameters)
         return prepared
-
-
-@contextmanager
-def _asked_for_embeddings(model: nn.Module) -> Iterator[None]:
-    """accelerate 1.15 asks a model that is to be shared for its input embeddings, and transformers 5.23 raises where there are none, as in a ResNet."""
-    try:
-        getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:
-        model.get_input_embeddings = lambda: None
-    try:
-        yield
-    finally:
-        model.__dict__.pop("get_input_embeddings", None)

@@ -117,7 +117,7 @@ class UnlearnMixin(
         self.model_init = model_init
         if forget_dataset is None:  # rows were there for the stock trainer, which looks at them
             self.train_dataset = None
-        check_parallelism(self, "it steps or shards out of sight", shares=self._shares)
+        check_parallelism(self, "it steps or shards out of sight", shares=True)
         check_features(self)
         check_drop_last(self)
         check_trainable(self.model, args)

@@ -668,11 +668,11 @@ def test_several_gpus_in_one_process(name, check_refused, tmp_path):
 
 @pytest.mark.parametrize("flag", ["is_deepspeed_enabled", "is_fsdp_enabled"])
 def test_sharded_parameters(flag):
-    """As a trainer that is sharded says of itself; there is none without GPUs."""
+    """As a trainer that only looks says of itself; there is none without GPUs."""
     flags = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, flag: True}
     kind = {"is_deepspeed_enabled": "DeepSpeed", "is_fsdp_enabled": "FSDP"}[flag]
     with pytest.raises(ValueError, match=f"^{kind} is not supported: .*; use DDP") as error:
-        check_model(SimpleNamespace(args=SimpleNamespace(n_gpu=0), model=vit(), **flags))
+        check_model(SimpleNamespace(args=SimpleNamespace(n_gpu=0, only_looks=True), model=vit(), **flags))
     assert one_line(str(error.value))
 
 
@@ -707,6 +707,22 @@ def test_deepspeed_is_refused_before_a_model_is_loaded(name, tmp_path, monkeypat
         ValueError, match="^DeepSpeed is not supported: .*; use FSDP2 .recipes/accelerate/fsdp2.yaml.*"
     ) as error:
         build(name, tmp_path, model="nowhere", args=args)
+    assert one_line(str(error.value))
+
+
+def sharing():
+    """What is asked of a trainer under FSDP2."""
+    settings = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
+    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(**settings))
+    return SimpleNamespace(
+        args=SimpleNamespace(n_gpu=0), is_deepspeed_enabled=False, is_fsdp_enabled=True, accelerator=SimpleNamespace(state=state),
+        model=vit(), model_init=vit,
+    )  # fmt: skip
+
+
+def test_a_model_that_is_made_anew_where_it_is_shared():
+    with pytest.raises(ValueError, match="^model_init: is not supported with FSDP2, .*; pass model=") as error:
+        check_model(sharing())
     assert one_line(str(error.value))
 
 

@@ -276,14 +276,21 @@ def outcome(trainer) -> dict[str, torch.Tensor]:
         looks = [list(asdict(look).values()) for look in trainer.guard.looks]
         found["looks/all"] = torch.tensor(looks, dtype=torch.float64)
     if hasattr(trainer, "records_dir"):
-        seen, _ = read_observations(trainer.records_dir)
-        columns = [("rows", seen, ("step", "example", "weight", "value"))]
-        columns += [("steps", seen.steps, ("step", "weight", "size", "mean", "variance"))]
-        for group, part, names in columns:
-            for name in names:
-                values = torch.tensor(getattr(part, name))
-                found[f"{group}.{name}/all"] = values.nan_to_num(-1.0) if values.is_floating_point() else values
+        found |= records(trainer)
     return {name: value.detach().clone().contiguous() for name, value in found.items()}
+
+
+def records(trainer) -> dict[str, torch.Tensor]:
+    """Those of `outcome` that an influence trainer has written."""
+    seen, _ = read_observations(trainer.records_dir)
+    columns = [("rows", seen, ("step", "example", "weight", "value"))]
+    columns += [("steps", seen.steps, ("step", "weight", "size", "mean", "variance"))]
+    found = {}
+    for group, part, names in columns:
+        for name in names:
+            values = torch.tensor(getattr(part, name))
+            found[f"{group}.{name}/all"] = values.nan_to_num(-1.0) if values.is_floating_point() else values
+    return found
 
 
 # Kernels may sum in another order where memory lies differently (MKL does, unless it is told that it must not), which puts

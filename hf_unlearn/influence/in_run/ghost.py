@@ -8,15 +8,18 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ...parameters.sharding import is_sharded, own, stacked, summed, whole
 from .layers import Factors, PerExampleGradients, linear, mixes_examples
 from .prompts import SharedPrompt, repeats_prompt
 from .recomputed import recomputed
 from .rows import FIRST, SHARED, Reached, Rows, rows_of
 from .survey import Layer, survey
 from .taps import Look, Pass, Seen, Tap
+from .wanted import checked
 
 
 Visitor = Callable[[Layer, Mapping[str, PerExampleGradients]], None]
@@ -118,7 +121,8 @@ class GhostRecorder:
         self.detach()
         for layer in self._layers:
             hook = partial(self._see, layer)
-            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+            # Before those of FSDP2, which gathers a layer's parameters again when the gradient of what came out of them arrives.
+            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         if repeats_prompt(self._model):
             self._handles.append(SharedPrompt(self._model))
 
@@ -150,37 +154,22 @@ class GhostRecorder:
         Raises:
             ValueError: a covered parameter is missing, a shape does not fit, or factors of what is no linear layer's weight.
         """
-        counts, targets = set(), {}
-        for name, parameter in self.covered.items():
-            if name not in gradients:
-                raise ValueError(f"gradients: {name} is missing; give all of covered, or choose fewer with layers=")
-            gradient = gradients[name]
-            if isinstance(gradient, tuple):
-                self._check_factors(name, gradient)
-                targets[name] = (gradient[0].detach(), gradient[1].detach())
-            else:
-                shape = tuple(gradient.shape)
-                if shape[1:] != parameter.shape:
-                    raise ValueError(f"gradients[{name!r}]: shape {shape} must be (C, *{tuple(parameter.shape)})")
-                targets[name] = gradient.detach()
-            counts.add(len(gradient[0] if isinstance(gradient, tuple) else gradient))
-        if len(counts) > 1:
-            raise ValueError(f"gradients: the number of targets C differs between parameters: {sorted(counts)}")
-        self._targets, self._count = targets, counts.pop()
+        self._targets, self._count = checked(gradients, self.covered, self.matrices)
+
+    def share(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """From now on processes share the model's parameters (FSDP2), each of which sees the examples of its own batches.
+
+        Targets may then be shared as they are: what a layer needs of them is gathered while it is there. All processes call what runs the model
+        together, with as many examples or with others.
+
+        Args:
+            parameters (`Mapping[str, nn.Parameter]`): the model's own by name, as they are shared.
+        """
+        self.covered = {name: parameters[name] for name in self.covered}
 
     def clear_targets(self) -> None:
         """Let go of the targets, to have room for the next ones."""
         self._targets, self._count = {}, 0
-
-    def _check_factors(self, name: str, factors: Factors) -> None:
-        if name not in self.matrices:
-            raise ValueError(
-                f"gradients[{name!r}]: is no weight of linear layers alone; give the gradient, not factors"
-            )
-        (rows, columns), shapes = self.covered[name].shape, [tuple(factor.shape) for factor in factors]
-        count, *_, rank = shapes[0]
-        if shapes != [(count, rows, rank), (count, columns, rank)]:
-            raise ValueError(f"gradients[{name!r}]: factors {shapes} must be [(C, {rows}, r), (C, {columns}, r)]")
 
     def learn_rows(self, losses: Callable[[], Tensor], batch_size: int, examples: Sequence[int] | None = None) -> None:
         """Find out from a batch where each layer has its examples, by a backward pass of one example's loss, then of another's.
@@ -200,7 +189,7 @@ class GhostRecorder:
         """
         self._check_attached("learn_rows")
         chosen = range(batch_size) if examples is None else examples
-        chosen = sorted({chosen[0], chosen[-1]})
+        chosen = [chosen[0], chosen[-1]]  # also of one: processes that share a model pass as often as each other
         try:
             look = self._looked(losses, batch_size, chosen)
         except RuntimeError:
@@ -224,8 +213,14 @@ class GhostRecorder:
                 )
             elif found:
                 self._rows[layer.name] = found.pop()
-        self.give_up(refused)
-        self.give_up(self._disagreeing(losses, batch_size, look))
+        self.give_up(self._refused_by_any(refused))
+        self.give_up(self._refused_by_any(self._disagreeing(losses, batch_size, look)))
+
+    def _refused_by_any(self, refused: dict[str, str]) -> dict[str, str]:
+        """Of all processes that share the parameters: they gather the same targets."""
+        if not is_sharded(self.covered.values()):
+            return refused
+        return {name: why for found in gather_object([refused]) for name, why in found.items()}
 
     def _looked(self, losses: Callable[[], Tensor], batch_size: int, examples: Sequence[int]) -> Look:
         look = Look()
@@ -233,7 +228,9 @@ class GhostRecorder:
             self._pass = Pass(batch_size, look)
             self._model.zero_grad()
             losses()[look.example].backward()
-            if not all(p.grad.isfinite().all() for p in self.covered.values() if p.grad is not None):
+            gradients = [p.grad for p in self.covered.values() if p.grad is not None]
+            wrong = sum((~own(gradient).isfinite()).any().float() for gradient in gradients)
+            if gradients and summed(wrong, gradients[0]):
                 raise FloatingPointError(
                     "train_dataset: a batch has a gradient that is not finite; look at its rows and at the model's weights"
                 )
@@ -241,10 +238,14 @@ class GhostRecorder:
         return look
 
     def _disagreeing(self, losses: Callable[[], Tensor], batch_size: int, look: Look) -> dict[str, str]:
-        """Parameters g of which autograd, whose gradients of one example are in `.grad`, says another ⟨g, g⟩ than the layers do."""
-        own = {name: p.grad.detach().clone() for name, p in self.covered.items() if p.grad is not None}
+        """Parameters of which autograd, whose gradients g of one example are in `.grad`, says another ⟨g, g⟩ than the layers do. Where processes share
+        them, g is the mean over an example of each, and so are the products with it.
+        """
+        mean = {name: p.grad.detach().clone() for name, p in self.covered.items() if p.grad is not None}
+        if not mean:
+            return {}
         kept = self._targets, self._count
-        self.set_targets({name: own.get(name, torch.zeros_like(p))[None] for name, p in self.covered.items()})
+        self.set_targets({name: stacked([mean.get(name, torch.zeros_like(p))]) for name, p in self.covered.items()})
         self.start(batch_size, targets=True)
         self._pass.by_name = {}
         self._model.zero_grad()
@@ -252,9 +253,13 @@ class GhostRecorder:
         found = self._pass.by_name
         self.stop()
         self._targets, self._count = kept
-        squares = {name: g.to(self.dots.dtype).square().sum().item() for name, g in own.items()}
+        parts = torch.stack([own(g).to(self.dots.dtype).square().sum() for g in mean.values()])
+        squares = dict(zip(mean, summed(parts, next(iter(mean.values()))).tolist(), strict=True))
+        if is_sharded(mean.values()):
+            dots = reduce(parts.new_tensor([found.get(name, 0.0) for name in mean]), "mean")
+            found = dict(zip(mean, dots.tolist(), strict=True))
         # What is nothing but rounding, as the gradient of a key's bias, agrees with nothing.
-        loose = any(p.dtype.itemsize < 4 for p in own.values()) or look.loose
+        loose = any(p.dtype.itemsize < 4 for p in mean.values()) or look.loose
         share, floor = (0.1, 1e-3) if loose else (1e-2, 1e-7)
         bound = floor * sum(squares.values())
         return {
@@ -366,15 +371,19 @@ class GhostRecorder:
             autocast,
         )
         if current.look is not None:
-            current.look.loose |= autocast is not None
+            current.look.loose |= autocast is not None or outputs[places[0]].dtype.itemsize < 4
         if current.look is not None and layer.rule is None:
-            whole = [one.detach() if isinstance(one, Tensor) else one for one in outputs]
-            if not seen.call(kept).repeats(module, whole, current.batch_size):
+            given = [one.detach() if isinstance(one, Tensor) else one for one in outputs]
+            if not seen.call(kept).repeats(module, given, current.batch_size):
                 current.look.failed.add(layer.name)
         tapped = Tap.apply(self, seen, *(outputs[place] for place in places), *kept)
         for place, one in zip(places, tapped, strict=True):
             outputs[place] = one
         return tuple(outputs) if type(output) is tuple else outputs[0]
+
+    def _gathered(self, name: str) -> Tensor | Factors:
+        target = self._targets[name]
+        return target if isinstance(target, tuple) else whole(target)
 
     @torch.no_grad()
     def _record(self, seen: Seen, kept: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
@@ -388,6 +397,7 @@ class GhostRecorder:
                 Reached.by(y, look.example, layer.leading_axes(y))
             )
             return
+        targets = {} if self.dots is None else {local: self._gathered(name) for local, name in layer.names.items()}
         if layer.name not in self._rows and self.learned:  # no gradient had arrived here
             if not any(one.any() for one in ys):
                 self.recorded |= set(layer.names.values())
@@ -421,7 +431,7 @@ class GhostRecorder:
         for local, gradients in found.items():
             name = layer.names[local]
             if self.dots is not None:
-                dots = gradients.dots(self._targets[name], self.form_gradients).to(self.dots)
+                dots = gradients.dots(targets[local], self.form_gradients).to(self.dots)
                 self.dots += dots
                 if self._pass.by_name is not None:
                     self._pass.by_name[name] = self._pass.by_name.get(name, 0.0) + dots.sum().item()

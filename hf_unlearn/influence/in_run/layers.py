@@ -257,7 +257,7 @@ def linear(module, x, y, batch, names) -> dict[str, PerExampleGradients]:
     if "weight" in names:
         rows, columns = _tokens(y, batch).unsqueeze(1), _tokens(x, batch).unsqueeze(1)
         gradients["weight"] = (
-            MatrixGradients(columns, rows) if type(module) is Conv1D else MatrixGradients(rows, columns)
+            MatrixGradients(columns, rows) if isinstance(module, Conv1D) else MatrixGradients(rows, columns)
         )
     if "bias" in names:
         gradients["bias"] = VectorGradients(_tokens(y, batch).sum(1, dtype=_accumulator(y.dtype)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...modes import in_eval_mode
+from ...parameters.sharding import is_shared
 from ...training.checks import check_fields
 from ..objective import Batch
 from ..outcome import Outcome
@@ -110,9 +111,12 @@ class ESDTrainer(DiffusionUnlearnTrainer):
         noise = torch.randn(shape, generator=generator, device=device)
         clean, noisy, times = torch.zeros_like(noise), noise.clone(), self._times
         taken = torch.randint(len(times), (len(noisy),), generator=generator, device=device)
+        last = longest = int(taken.max())
+        if is_shared(self.model):  # those that share it answer together, also one whose images are all left already
+            longest = int(self.accelerator.gather(taken.max()[None]).max())
         with in_eval_mode(self.model):
-            for step in range(int(taken.max())):
-                on = (taken > step).nonzero()[:, 0]
+            for step in range(longest):
+                on = (taken > step).nonzero()[:, 0] if step < last else taken.argmax()[None]
                 now, later = (times[place].expand(len(on)) for place in (step, step + 1))
                 told = {name: value[on] for name, value in batch["conditioning"].items()}
                 part = {
@@ -123,8 +127,9 @@ class ESDTrainer(DiffusionUnlearnTrainer):
                     "conditioning": told,
                 }
                 answer = self.guided(self.model, part, self.args.start_guidance)
-                clean[on], noise[on] = self.schedule.parts(answer, noisy[on], now)
-                noisy[on] = self.schedule.add_noise(clean[on], noise[on], later)
+                if step < last:
+                    clean[on], noise[on] = self.schedule.parts(answer, noisy[on], now)
+                    noisy[on] = self.schedule.add_noise(clean[on], noise[on], later)
         return {
             "clean": clean, "noise": noise, "noisy": noisy, "timesteps": times[taken], "conditioning": batch["conditioning"],
         }  # fmt: skip

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from ...files import load_tensors, save_tensors
 from ...parameters.anchors import Anchor
 from ...parameters.reference import trainable_parameters
+from ...parameters.sharding import own, sharded_like
 from ...training.checks import check_fields
 from .denoiser import is_prompted
 from .redirect_prompts import OwnAnswerTrainer, RedirectPromptsConfig
@@ -113,12 +114,18 @@ class SalUnTrainer(OwnAnswerTrainer):
                         total[name] += gradient
         return total
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        weights = trainable_parameters(self.model)
+        self.mask = {name: sharded_like(mask, weights[name]) for name, mask in self.mask.items()}
+        return prepared
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             for name, weight in trainable_parameters(self.model).items():
                 if weight.grad is not None:
-                    weight.grad.mul_(self.mask[name])
+                    own(weight.grad).mul_(own(self.mask[name]))
         return loss
 
 
@@ -132,7 +139,8 @@ class _OthersStay(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         before = self.trainer.reference.parameters
         for name, weight in trainable_parameters(self.trainer.model).items():
-            torch.where(self.trainer.mask[name], weight, before[name].to(weight), out=weight.data)
+            now, first = own(weight), own(before[name])
+            torch.where(own(self.trainer.mask[name]), now, first.to(now), out=now)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -17,6 +19,7 @@ from ...hub.loading import diffusion_task, loading_code
 from ...hub.origin import hub_id
 from ...hub.publish import forget_local_paths, save_settings
 from ...parameters.reference import ReferencePoint, average_, trainable_parameters
+from ...parameters.sharding import is_shared, stock_class
 from ..saving import SavingMixin
 from .architecture import Architecture
 
@@ -46,23 +49,21 @@ class PipelineSavingMixin(SavingMixin):
         return bool(getattr(self.model, "peft_config", None))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        if not self.args.should_save:
-            return
+        folder, writes = Path(output_dir if output_dir is not None else self.args.output_dir), self.args.should_save
         denoiser = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             if self.is_adapter:
-                ReferencePoint.capture(denoiser).save(folder / ADAPTER_STATE)
-            else:
-                denoiser.save_pretrained(folder / self.architecture.part)
+                ReferencePoint.capture(denoiser, copy=False).save(folder / ADAPTER_STATE, write=writes)
+            elif writes:
+                _held_alone(denoiser, state_dict).save_pretrained(folder / self.architecture.part)
             if self.ema is not None:
-                self.ema.point.save(folder / EMA_STATE)
-            return
-        if self.is_adapter and not self.args.merge_adapter:
-            self._save_lora(denoiser, folder)
-        else:
-            self._save_pipeline(denoiser, folder)
-        self._write_card(folder)
+                self.ema.point.save(folder / EMA_STATE, write=writes)
+        elif writes:
+            if self.is_adapter and not self.args.merge_adapter:
+                self._save_lora(denoiser, folder, state_dict)
+            else:
+                self._save_pipeline(denoiser, folder, state_dict)
+            self._write_card(folder)
 
     def _save_settings(self, folder: Path) -> None:
         save_settings(self.pipeline, folder)
@@ -70,26 +71,28 @@ class PipelineSavingMixin(SavingMixin):
             for config in self.accelerator.unwrap_model(self.model, keep_torch_compile=False).peft_config.values():
                 config.save_pretrained(folder)
 
-    def _save_pipeline(self, denoiser: torch.nn.Module, folder: Path) -> None:
-        plain = denoiser
+    def _save_pipeline(self, denoiser: torch.nn.Module, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        plain = _held_alone(denoiser, state_dict)
         if self.is_adapter:
-            plain = copy.deepcopy(denoiser)
+            plain = copy.deepcopy(denoiser) if plain is denoiser else plain
             plain.fuse_lora(safe_fusing=True)
             plain.unload_lora()
-        part = self.architecture.part
-        trained = getattr(self.pipeline, part)
-        self.pipeline.register_modules(**{part: plain})
+        part, parts = self.architecture.part, vars(self.pipeline)
+        trained, parts[part] = (
+            parts[part],
+            plain,
+        )  # not registered: of one that processes share the class has another name
         try:
             self.pipeline.save_pretrained(folder)
         finally:
-            self.pipeline.register_modules(**{part: trained})
+            parts[part] = trained
         forget_local_paths(folder)
 
-    def _save_lora(self, denoiser: torch.nn.Module, folder: Path) -> None:
+    def _save_lora(self, denoiser: torch.nn.Module, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
-        part, layers = self.architecture.part, get_peft_model_state_dict(denoiser)
+        part, layers = self.architecture.part, get_peft_model_state_dict(denoiser, state_dict)
         if (
             part == "unet"
         ):  # transformers keep the names of peft: with the others half of Stable Diffusion 3's would not be loaded
@@ -108,12 +111,16 @@ class PipelineSavingMixin(SavingMixin):
         if self.is_adapter:
             ReferencePoint.load(Path(resume_from_checkpoint, ADAPTER_STATE), self.args.device).restore(denoiser)
         else:
-            saved = type(denoiser).from_pretrained(
+            saved = stock_class(denoiser).from_pretrained(
                 resume_from_checkpoint, subfolder=self.architecture.part, torch_dtype=denoiser.dtype
             )
-            denoiser.load_state_dict(saved.state_dict())
+            if is_shared(denoiser):
+                set_model_state_dict(denoiser, saved.state_dict(), options=StateDictOptions(full_state_dict=True))
+            else:
+                denoiser.load_state_dict(saved.state_dict())
         if self.ema is not None:
-            self.ema.point = ReferencePoint.load(Path(resume_from_checkpoint, EMA_STATE), self.args.device)
+            average = ReferencePoint.load(Path(resume_from_checkpoint, EMA_STATE), self.args.device)
+            self.ema.point = average.sharded_like(denoiser)
 
     # The card
 
@@ -141,6 +148,20 @@ class PipelineSavingMixin(SavingMixin):
             "pipeline_tag": diffusion_task(type(self.pipeline)),
             "load_snippet": loading_code(type(self.pipeline), name, **steps, **lora),
         }
+
+
+def _held_alone(denoiser: torch.nn.Module, state_dict: dict[str, Tensor] | None) -> torch.nn.Module:
+    """The denoiser; one that processes share as a copy that needs none of the others, of what was gathered."""
+    if not is_shared(denoiser):
+        return denoiser
+    with torch.device("meta"):
+        alone = stock_class(denoiser).from_config(denoiser.config)
+        for name, config in (getattr(denoiser, "peft_config", None) or {}).items():
+            config = copy.copy(config)
+            config.init_lora_weights = False
+            alone.add_adapter(config, name)
+    alone.load_state_dict(state_dict, assign=True)
+    return alone
 
 
 class AverageWeights(TrainerCallback):

@@ -62,7 +62,6 @@ class DiffusionUnlearnTrainer(DenoisingMixin, OwnSamplesMixin, PipelineSavingMix
     """
 
     _config_class = DiffusionUnlearnConfig
-    _shares = False  # one process draws and saves alone
 
     def __init__(
         self,
