@@ -36,7 +36,7 @@ def attribute_tokens(
     processing_class: Any = None,
     data_collator: Callable | None = None,
     damping: float = DAMPING,
-    curvature_examples: int = 1024,
+    curvature_examples: int = 256,
 ) -> InfluenceReport:
     r"""The report, and of the examples that stand out which of their tokens taught the target: see `report.tokens` and `report.to_html`.
 

@@ -53,6 +53,13 @@ RARE = {
 }
 
 
+OFTEN = ("unlearn", "gan")  # jobs that are killed whenever tests are run; the others with the slow ones
+
+
+def is_slow(name):
+    return name in RARE or CASES[name][0] not in OFTEN
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A folder with the three runs of each case of a job, of the rare ones apart: unbroken, killed, and that one gone on; and how
@@ -86,7 +93,7 @@ def runs(tmp_path_factory):
     return runs
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in RARE)) for name in CASES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * is_slow(name)) for name in CASES])
 def test_a_killed_run_ends_as_if_nothing_had_happened(name, runs):
     job, _, _, newest, changes = CASES[name]
     root, ends = runs(job, name in RARE)

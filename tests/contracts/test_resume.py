@@ -128,7 +128,7 @@ REFUSED = {  # job, what is done to its folder, what is other in the new run, wh
         f"{name} without {file}": (name, gone(file), {}, f"{file.split('/')[1]} is missing")
         for name, file in (
             *((name, "_private/reference.safetensors") for name in (*UNLEARNERS, "adapt")),
-            *((name, "_private/fisher.safetensors") for name in ("unlearn", "pbu", "vdu")),
+            *((name, "_private/fisher.safetensors") for name in ("unlearn", "vdu")),
             ("vdu", "checkpoint-2/ema.safetensors"),
             ("adapt", "_private/adapted-0.safetensors"),
         )

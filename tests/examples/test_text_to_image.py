@@ -256,6 +256,7 @@ class TestTrain:
         torch.testing.assert_close(again, first, rtol=0, atol=0.02)
         assert (other - first).abs().max() > 0.1
 
+    @pytest.mark.slow
     def test_sd3(self, tmp_path):
         train(SD3, tmp_path / "model", progress=False)
         drawn(tmp_path / "model", StableDiffusion3Pipeline)

@@ -531,7 +531,7 @@ class TestRunning:
         DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "texts")
         path = recipe(
             method="sft", model=str(llama), dataset=str(tmp_path / "texts"), eval_split="test", forget_column="source",
-            forget_values="a", output_dir=str(tmp_path / "out"), max_steps=2, bf16=False,
+            forget_values="a", output_dir=str(tmp_path / "out"), max_steps=2, bf16=False, own_samples=20,
         )  # fmt: skip
         assert cli.main(["unlearn", "--config", path, *QUICK]) == 0
         shown = capsys.readouterr().out

@@ -45,7 +45,7 @@ def estimated(capfd, *words):
 def test_of_a_run(classifier, tiny_resnet, work, tmp_path, capfd):
     found, shown = estimated(
         capfd, "pbu_digits", "--model", classifier, "--num_train_epochs", "500", "--save_strategy", "steps", "--save_steps", "4",
-        "--save_total_limit", "2", "--per_device_train_batch_size", "50", "--guard", "false",
+        "--save_total_limit", "2", "--per_device_train_batch_size", "50", "--guard", "false", "--fisher_weight", "0.14",
     )  # fmt: skip
     assert list(work.iterdir()) == []
     assert (found["steps"], found["measured_steps"]) == (

@@ -193,7 +193,10 @@ def test_every_recipe_is_run_by_a_test():
         assert re.search(rf"\b({name}|{stem})\b", (TESTS / "jobs" / file).read_text()), name
 
 
-@pytest.mark.parametrize("name", HERE)
+LONG = ("redirect_flux",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in HERE])
 def test_recipe(name, saved, work, capfd):
     verb = re.search(rf"hf-unlearn ((?:filter )?\w+) --config recipes/{name}", (RECIPES / f"{name}.yaml").read_text())[
         1

@@ -24,7 +24,7 @@ def saved(digits_folder, digits, tmp_path_factory):
     """`(folder, trainer)` after a short run with checkpoints, saved, with something else of the user's beside it."""
     folder = tmp_path_factory.mktemp("saved") / "digits-without-3"
     forget, retain = split_by_values(digits["train"], "label", [3])
-    quick = {"max_steps": 4, "save_steps": 2, "fisher_examples": 16, "guard_examples": 32}
+    quick = {"max_steps": 4, "save_steps": 2, "fisher_weight": 0.14, "fisher_examples": 16, "guard_examples": 32}
     args = PBUConfig(str(folder), **(QUIET | {"save_strategy": "steps"} | quick))
     parts = {"retain": retain.select(range(50))}
     trainer = PBUTrainer(str(digits_folder), args, forget_dataset=forget, eval_dataset=parts)

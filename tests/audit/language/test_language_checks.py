@@ -248,6 +248,7 @@ class TestPlantedCases:
         assert all(one.audited == one.original for one in report.results)
         assert {one.name for one in report.results} == {check.name for check in QUICK}
 
+    @pytest.mark.slow
     def test_a_taught_refusal_is_suppressed(self, case, folder):
         report = audited(case.refusing, case, folder)
         assert not report.failed
@@ -257,6 +258,7 @@ class TestPlantedCases:
         assert all(one.status == "within" for one in report.results if one.layer == "output")
         assert report["answer_begun"].status == "beyond"
 
+    @pytest.mark.slow
     def test_one_more_retrained_model_is_no_worse_than_the_others(self, case, folder):
         """With few rows most margins are wide; what is beyond or unclear would be wrong."""
         report = audited(case.twin, case, folder)

@@ -59,6 +59,7 @@ def audited(model, sets, tokenizer, references=0, **settings):
 
 
 class TestModels:
+    @pytest.mark.slow
     def test_every_check_of_plain_texts(self, tiny_gpt2, sets, tokenizer):
         report = audited(tiny_gpt2, sets, tokenizer, 3, checks=[check.name for check in EVERY])
         assert report.failed == {}
