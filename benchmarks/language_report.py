@@ -209,7 +209,8 @@ weights, rounded to nearest in groups of 32; the smallest weights of all linear 
     parts.append(f"""### What was chosen for the peers
 
 On other people, with data seed 10 and training seed 0; what was tried is in `benchmarks/results/language_tuning.json`. A run that lost half of the
-utility, or from 50 steps on was below the median of those before it after as many, or from 100 steps on no longer got better, was not gone on with.
+utility, or from 50 steps on was below the median of those before it after as many, or from 100 steps on no longer got better, was not gone on with. A composite of 0, as long as one attack tells all forgotten rows, is
+no reason; it was one until `satimp`, `idkdpo` and `rmu` were stopped by it, which are tuned anew.
 
 {chosen(tuning)}
 

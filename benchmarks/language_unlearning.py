@@ -279,7 +279,9 @@ def hopeless(tried: list[dict], seen: dict[int, dict], steps: int) -> bool:
     before = [row["composite"] for row in tried if row["max_steps"] == steps >= 50]
     worse = bool(before) and now["composite"] < statistics.median(before)
     latest = max((step for step in seen if step < steps), default=0)
-    return now["utility"] < 0.5 or worse or steps >= 100 and now["composite"] <= seen[latest]["composite"]
+    # One attack that tells all of them is enough for a composite of 0, which says nothing of the way there.
+    stuck = steps >= 100 and 0 < now["composite"] <= seen[latest]["composite"]
+    return now["utility"] < 0.5 or worse or stuck
 
 
 def tune(method: str, mode: str, data: str) -> None:
@@ -311,7 +313,8 @@ def tune(method: str, mode: str, data: str) -> None:
                 settings = PLAIN | PEERS[method] | option | {"max_steps": max(STEPS)}
                 unlearn(TUNED_ON, method, mode, data, settings, Path(scratch), at)
         tried += [option | {"max_steps": steps} | seen for steps, seen in at.seen.items()]
-        best = max(tried, key=lambda row: (row["composite"], row["utility"]))
+        # Of composites of 0 the one that is nearest to something, and not an untouched model.
+        best = max(tried, key=lambda row: (row["composite"], row["memorisation"] * row["utility"], row["utility"]))
         chosen = {key: best[key] for key in (*option, "max_steps")} if option == every[-1] else None
         save(TUNING, by_line(tuning() | {name: rounded({"chosen": chosen, "tried": tried})}))
         print(name, json.dumps(tried[-len(at.seen) :]), flush=True)
