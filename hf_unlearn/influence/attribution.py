@@ -105,7 +105,7 @@ def attribute(
         model, train_dataset, target_dataset, target=target, args=args, processing_class=processing_class,
         data_collator=data_collator, trainer_class=trainer_class, factored=not found or target == "self",
     ) as (trainer, looks):  # fmt: skip
-        sweep = _Attribution(trainer, looks, damping, curvature_examples)
+        sweep = Attribution(trainer, looks, damping, curvature_examples)
         try:
             if found and target != "self":
                 observations, about = sweep.of_segments(found, target_window)
@@ -213,7 +213,7 @@ def ordered(sample_ids: Sequence, targets: Sequence[str], weight: np.ndarray, va
     )  # fmt: skip
 
 
-class _Attribution:
+class Attribution:
     """One attribution."""
 
     def __init__(self, trainer: FINEMixin, looks: Looks, damping: float, curvature_examples: int):
@@ -233,7 +233,7 @@ class _Attribution:
             if own:
                 weight, values = self._own_scores(curvature, bar)
             else:
-                vectors = curvature.apply(looks.split(self._target_gradients()), damped(self.damping))
+                vectors = curvature.apply(looks.split(self.target_gradients()), damped(self.damping))
                 weight, values = self._products(vectors, bar)
         about = self._about("finished", f"EK-FAC of {len(curvature.blocks)} blocks") | {
             ORDER_ONLY: ONE_MODEL,
@@ -263,7 +263,7 @@ class _Attribution:
                 trainer._load_from_checkpoint(str(checkpoints[index].folder), trainer.model)
                 with looks.quiet():
                     if shares[index]:
-                        unrolled.add(self._target_gradients(), shares[index])
+                        unrolled.add(self.target_gradients(), shares[index])
                     root, decay = self._steps_of(optimizers[index])
                     basis = basis_of(
                         unrolled.vectors, root, decay, partial(looks.fisher_products, bar=bar, **options),
@@ -291,7 +291,7 @@ class _Attribution:
 
     # Parts
 
-    def _target_gradients(self) -> Tensor:
+    def target_gradients(self) -> Tensor:
         """`[C, parameters]`, in fp32."""
         trainer = self.trainer
         flat = trainer._targets().gradients(trainer.model, list(self.ghost.covered.values())).float()

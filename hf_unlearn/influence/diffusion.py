@@ -126,9 +126,7 @@ class DiffusionInfluenceTrainer(FINEMixin, Trainer):
         return (answer.float() - wanted.float()).square().flatten(1).mean(1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses, _ = self.per_example_loss(
-            model, {name: inputs[name] for name in inputs if name in (CLEAN, "class_labels")}
-        )
+        losses, _ = self.per_example_loss(model, inputs)
         return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
 
     def _weights(self, inputs: dict[str, Tensor]) -> Tensor:

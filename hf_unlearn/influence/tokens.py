@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..modes import in_eval_mode
 from ..training.checks import check_number
 from ..training.losses import IGNORED
-from .attribution import DAMPING, Model, finished_trainer, model_and_checkpoints
+from .attribution import DAMPING, Attribution, Model, finished_trainer, model_and_checkpoints
 from .config import FINEArguments
 from .finished.curvature import damped
 from .finished.looks import Looks
@@ -92,7 +92,7 @@ def attribute_tokens(
         if found:
             trainer._load_from_checkpoint(str(found[-1].folder), trainer.model)
         chosen = sorted({place[one] for ids in wanted.values() for one in ids})
-        vectors = _directions(trainer, looks, damping, curvature_examples, len(chosen))
+        vectors = _directions(Attribution(trainer, looks, damping, curvature_examples))
         read = {
             trainer.sample_ids[position]: (
                 _pieces(ids, trainer.processing_class),
@@ -110,20 +110,13 @@ def _ends(report: InfluenceReport, target: str, k: int) -> list[Any]:
     return list(dict.fromkeys(both))
 
 
-def _directions(
-    trainer: Any, looks: Looks, damping: float, curvature_examples: int, chosen: int
-) -> Mapping[str, Tensor]:
+def _directions(sweep: Attribution) -> Mapping[str, Tensor]:
     """(F + δ)⁻¹∇ℓ_c by parameter, `[C, *shape]`."""
-    number = len(trainer.sample_ids)
-    generator = torch.Generator().manual_seed(trainer.args.seed)
-    rows = torch.randperm(number, generator=generator)[:curvature_examples].sort().values.tolist()
-    gradients = trainer._targets().gradients(trainer.model, list(looks.ghost.covered.values())).float()
-    if not gradients.isfinite().all():
-        raise ValueError("target_dataset: its gradient is not finite; look at its rows and at the model's weights")
-    total = 2 * looks.batches_of(len(rows))
+    trainer, looks, gradients = sweep.trainer, sweep.looks, sweep.target_gradients()
+    total = 2 * looks.batches_of(len(sweep.chosen))
     with tqdm(total=total, desc="Tokens", unit="batch", disable=trainer.args.disable_tqdm) as bar, looks.quiet():
-        curvature = looks.curvature(rows, seed=trainer.args.seed, bar=bar)
-    return curvature.apply(looks.split(gradients), damped(damping))
+        curvature = looks.curvature(sweep.chosen, seed=trainer.args.seed, bar=bar)
+    return curvature.apply(looks.split(gradients), damped(sweep.damping))
 
 
 def _scores(

@@ -10,7 +10,7 @@ from brute_force import QUIET, mlp, vectors
 from datasets import Dataset
 
 from hf_unlearn import FINEConfig, InfluenceReport, InfluenceTrainer, attribute, attribute_tokens
-from hf_unlearn.influence.attribution import finished_trainer
+from hf_unlearn.influence.attribution import Attribution, finished_trainer
 from hf_unlearn.influence.tokens import _directions, _pieces
 
 
@@ -49,7 +49,7 @@ def by_brute_force(model, rows, given):
     given = dict(given)
     count = given.pop("curvature_examples")
     with finished_trainer(model, rows, TARGETS, **given) as (trainer, looks):
-        vectors_ = _directions(trainer, looks, 0.1, count, 2)
+        vectors_ = _directions(Attribution(trainer, looks, 0.1, count))
         parameters = [looks.ghost.covered[name] for name in vectors_]
         found = {}
         for sample_id, row in zip(trainer.sample_ids, looks.rows, strict=True):
