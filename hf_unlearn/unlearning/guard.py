@@ -219,7 +219,7 @@ class UtilityMixin:
     def _random_devices(self) -> list[torch.device]:
         return [self.args.device] if self.args.device.type == "cuda" else []
 
-    def _mean(self, function: Callable[[Batch], Tensor], dataset) -> float:
+    def mean_of(self, function: Callable[[Batch], Tensor], dataset) -> float:
         """Mean of a per-example quantity; under several processes all get the first one's number."""
         return self._means((function,), dataset)[0]
 
@@ -239,11 +239,11 @@ class UtilityMixin:
     def remembered(self) -> float:
         """How far from forgotten: accuracy above its target, or nats of loss below the held-out loss. ≤ 0: forgotten."""
         if self.args.forget == "class":
-            known = self._mean(lambda batch: self.correct(self.model, batch), self.forget_dataset)
+            known = self.mean_of(lambda batch: self.correct(self.model, batch), self.forget_dataset)
             return self.above_target(known=known)
         if self.heldout_loss is None:
             return math.inf
-        loss = self._mean(lambda batch: self.task_loss(self.model, batch), self.forget_dataset)
+        loss = self.mean_of(lambda batch: self.task_loss(self.model, batch), self.forget_dataset)
         return self.above_target(loss=loss)
 
     def above_target(self, known: float = math.nan, loss: float = math.nan, **others: float) -> float:
@@ -288,11 +288,11 @@ class UtilityMixin:
         """The figure that utility is judged by; its unit is that of `utility_kind`. Of the model as it is, or of another."""
         model = self.model if model is None else model
         if self.utility_kind == "accuracy":
-            return self._mean(lambda batch: self.correct(model, batch), self._utility_dataset)
+            return self.mean_of(lambda batch: self.correct(model, batch), self._utility_dataset)
         if self.utility_kind == "loss":
-            return self._mean(lambda batch: self.task_loss(model, batch), self._utility_dataset)
+            return self.mean_of(lambda batch: self.task_loss(model, batch), self._utility_dataset)
         generator = self._generator(LOOKING)  # the same replay inputs at every look
-        return self._mean(
+        return self.mean_of(
             lambda batch: self.replay_loss(model, self.replay_inputs(batch, generator)), self._utility_dataset
         )
 

@@ -9,23 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# Whose losses these are, for the cards.
-CREDIT = {
-    "redirect": {"DELETE's loss": "2503.23751"},
-    "npo": {"NPO's loss": "2404.05868"},
-    "dpo": {"DPO's loss": "2305.18290"},
-    "idkdpo": {"DPO's loss": "2305.18290", "TOFU's preference for not knowing": "2401.06121"},
-    "altpo": {"DPO's loss": "2305.18290", "AltPO's answers": "2409.13474"},
-    "simnpo": {"SimNPO's loss": "2410.07163"},
-    "rmu": {"RMU's loss": "2403.03218"},
-    "pdu": {"PDU's loss": "2506.05314"},
-    "undial": {"UNDIAL's loss": "2402.10052"},
-    "wga": {"WGA's loss": "2502.19301"},
-    "satimp": {"SatImp's loss": "2505.11953"},
-    "ceu": {"CE-U's loss": "2503.01224"},
-}
-
-
 def ascent(loss: Tensor) -> Tensor:
     """−ℓ: gradient ascent. It has no lower bound, so something else must stop it."""
     return -loss

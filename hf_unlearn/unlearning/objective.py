@@ -15,20 +15,28 @@ from ..parameters.fisher import diagonal_fisher
 from ..parameters.lora import LoRAProductAnchor, lora_layers
 from ..parameters.reference import ReferencePoint
 from ..training.collators import ALTERNATE
-from ..training.losses import IGNORED, cross_entropy, mean_over_predictions
-from . import losses
+from ..training.losses import IGNORED, cross_entropy
 from .classifiers.objective import ClassifierObjective
 from .classifiers.replay import perturb_images
-from .language.losses import dpo, rmu
-from .language.objective import ONLY_TEXTS, PAIRED_LOSSES, TOKEN_LOSSES, LanguageObjective, token_loss
-from .language.pdu import Dual
+from .forget_loss import Ascent, ForgetLoss, Match, Npo, Redirect, Uniform
+from .language.ceu import Ceu
+from .language.objective import LanguageObjective
+from .language.pdu import Pdu
+from .language.preference import AltPo, Dpo, IdkDpo
 from .language.replay import ordinary_tokens, perturb_tokens
-from .language.rmu import direction, hidden_states, layer_of, layers_of, train_below
+from .language.rmu import Rmu
+from .language.simnpo import SimNpo
+from .language.undial import Undial
+from .language.weighted_ascent import SatImp, Wga
 
 
 Batch = Mapping[str, Tensor]
-# These change what the model says of single examples, which inputs made from them pull against.
-DEFAULT_REPLAY_WEIGHT = {"match": 0.1, "npo": 1.0} | dict.fromkeys(PAIRED_LOSSES, 1.0)
+FORGET_LOSSES: dict[str, type[ForgetLoss]] = {
+    loss.name: loss
+    for loss in (
+        Ascent, Npo, Redirect, Uniform, Match, SimNpo, Undial, Wga, SatImp, Ceu, Dpo, IdkDpo, AltPo, Rmu, Pdu,
+    )
+}  # fmt: skip
 
 
 class ObjectiveMixin:
@@ -37,7 +45,7 @@ class ObjectiveMixin:
     """
 
     reference: ReferencePoint | None
-    dual: Dual | None = None
+    forgetting: ForgetLoss | None = None
     forgotten_classes: list[int]
 
     @cached_property
@@ -47,43 +55,39 @@ class ObjectiveMixin:
             return ClassifierObjective(self.args, self.model.config.num_labels, self.forgotten_classes)
         return LanguageObjective(self.args)
 
-    def _choose_forget_loss(self) -> str:
-        """Which loss `forget_loss` means here.
+    def _settle_forget_loss(self) -> None:
+        """Which loss `forget_loss` means here, made.
 
         Raises:
             ValueError: a choice that this model or these data do not allow.
         """
+        self.forget_loss_name = self._choose_forget_loss()
+        self.forgetting = FORGET_LOSSES[self.forget_loss_name](self)
+
+    def _choose_forget_loss(self) -> str:
         has_target = self.args.heldout_loss is not None or self.heldout_dataset is not None
         bounded = self.family.choose(has_target)
         name = bounded if self.args.forget_loss == "bounded" else self.args.forget_loss
-        if name == "match" and not has_target:
-            raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
         self._check_is_for(name)
-        if self.is_causal_lm:
-            self.family.check(name, self._has_alternates, self.retain_dataset)
-        if name == "rmu":
-            train_below(self.model, layer_of(self.model, self.args.rmu_layer))
         return name
 
     @property
-    def _has_alternates(self) -> bool:
+    def has_alternates(self) -> bool:
+        """Whether the forget rows have answers that are wanted instead, or will have."""
         return ALTERNATE in self.forget_dataset[0]
 
     def _check_is_for(self, name: str) -> None:
-        if name in ONLY_TEXTS and not self.is_causal_lm:
+        if FORGET_LOSSES[name].of_texts and not self.is_causal_lm:
             raise ValueError(f"forget_loss={name!r}: is for language models; use 'redirect', or leave it out")
-
-    @property
-    def rmu_layer(self) -> int | None:
-        return layer_of(self.model, self.args.rmu_layer) if self.forget_loss_name == "rmu" else None
 
     # The losses
 
     def predictions(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits `[batch, …, classes]` and the targets `[batch, …]` they answer, −100 where none."""
-        return self.family.answers(forward, self._inputs(batch), self._labels(batch))
+        return self.family.answers(forward, self.inputs_of(batch), self.labels_of(batch))
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def inputs_of(self, batch: Batch) -> dict[str, Tensor]:
+        """What of a batch the model reads."""
         self._set_signature_columns_if_needed()
         others = (*self.label_names, ALTERNATE)
         inputs = {k: v for k, v in batch.items() if k not in others and k in self._signature_columns}
@@ -91,7 +95,12 @@ class ObjectiveMixin:
             inputs.setdefault("attention_mask", batch.get("attention_mask"))
         return inputs
 
-    def _labels(self, batch: Batch) -> Tensor:
+    def labels_of(self, batch: Batch) -> Tensor:
+        """The labels of a batch.
+
+        Raises:
+            ValueError: it has none.
+        """
         label = self.label_names[0] if self.label_names else "labels"
         if label not in batch:
             raise ValueError(f"{label}: missing in the batch; the collator or the dataset must provide it")
@@ -119,12 +128,12 @@ class ObjectiveMixin:
         the text as a whole is forgotten. `loss_reduction="sum"` is the paper's.
         """
         values = self._forget_means(model, batch)
-        return values * self._counts(batch) if self.args.loss_reduction == "sum" else self._by_token(values, batch)
+        return values * self._counts(batch) if self.args.loss_reduction == "sum" else self.by_token(values, batch)
 
     def _counts(self, batch: Batch) -> Tensor:
-        return self.family.counts(self._labels(batch), batch.get("attention_mask"))
+        return self.family.counts(self.labels_of(batch), batch.get("attention_mask"))
 
-    def _by_token(self, values: Tensor, batch: Batch) -> Tensor:
+    def by_token(self, values: Tensor, batch: Batch) -> Tensor:
         """With `loss_reduction="token"` means of examples, weighted so that their mean is that over all tokens of the batch."""
         if self.args.loss_reduction != "token":
             return values
@@ -132,36 +141,9 @@ class ObjectiveMixin:
         return values * counts * len(counts) / counts.sum().clamp(min=1)
 
     def _forget_means(self, model: Callable, batch: Batch) -> Tensor:
-        if self.forget_loss_name == "ascent":
-            return losses.ascent(self.task_loss(model, batch))
-        if self.forget_loss_name == "match":
-            return losses.match(self.task_loss(model, batch), self.heldout_loss)
-        if self.forget_loss_name == "rmu":
-            hidden = self._hidden(model, batch)
-            noise = self.args.rmu_coefficient * direction(hidden.shape[-1], self.args.seed).to(hidden.device)
-            return mean_over_predictions(rmu(hidden, noise), self._labels(batch))
-        if self.forget_loss_name in ("npo", *PAIRED_LOSSES):
-            *nlls, count = self._of_whole_texts(model, batch)
-            if self.forget_loss_name == "npo":
-                return losses.npo(*nlls, self.args.preference_beta) / count
-            *alternate_nlls, _ = self._of_whole_texts(model, batch[ALTERNATE])
-            return dpo(*nlls, *alternate_nlls, self.args.preference_beta) / count
-        logits, targets = self.predictions(model, batch)
-        if self.forget_loss_name == "uniform":
-            return mean_over_predictions(losses.uniform(logits), targets)
-        if self.forget_loss_name in TOKEN_LOSSES:
-            return token_loss(
-                self.forget_loss_name, logits, targets, lambda: self.predictions(self.reference_forward, batch)[0]
-            )
-        reference_logits, _ = self.predictions(self.reference_forward, batch)
-        values = losses.redirect(logits, reference_logits, self.family.excluded(logits, targets))
-        return mean_over_predictions(values, targets)
+        return self.forgetting.means(model, batch)
 
-    def _hidden(self, forward: Callable, batch: Batch) -> Tensor:
-        hidden = hidden_states(forward, self._inputs(batch), layers_of(self.model)[self.rmu_layer])
-        return hidden[:, -self._labels(batch).shape[1] :]  # behind the virtual tokens of prompt tuning
-
-    def _of_whole_texts(self, model: Callable, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def of_whole_texts(self, model: Callable, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """−log π and −log π* of all predictions of an example together, and how many count, `[batch]` each."""
         logits, targets = self.predictions(model, batch)
         reference_logits, _ = self.predictions(self.reference_forward, batch)
@@ -169,26 +151,10 @@ class ObjectiveMixin:
         return cross_entropy(logits, targets) * count, cross_entropy(reference_logits, targets) * count, count
 
     def retain_loss(self, model: Callable, batch: Batch) -> Tensor:
-        """What is minimised on the retain examples: the task's own loss, or the divergence from the original's answers; of RMU the
-        distance from its hidden states; `[batch]`.
+        """What is minimised on the retain examples: the task's own loss, or the divergence from the original's answers, unless the forget
+        loss has one of its own; `[batch]`.
         """
-        if self.forget_loss_name == "rmu":
-            hidden, kept = (self._hidden(forward, batch) for forward in (model, self.reference_forward))
-            return mean_over_predictions(rmu(hidden, kept), self._labels(batch))
-        if self.args.retain_loss == "nll":
-            return self._by_token(self.task_loss(model, batch), batch)
-        logits, targets = self.predictions(model, batch)
-        reference_logits, _ = self.predictions(self.reference_forward, batch)
-        return self._by_token(mean_over_predictions(losses.divergence(logits, reference_logits), targets), batch)
-
-    @property
-    def retain_weight(self) -> float:
-        return self.dual.weight if self.dual else self.args.retain_weight
-
-    def _new_dual(self) -> Dual:
-        """The limit is what utility may fall to: the original's loss on what is kept, and `utility_tolerance`."""
-        original = self._mean(lambda batch: self.retain_loss(self.reference_forward, batch), self.retain_dataset)
-        return Dual(self.args.retain_weight, original + self.utility_tolerance, self.args.pdu_rate)
+        return self.forgetting.retain_loss(model, batch)
 
     def replay_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Inputs related to the forget examples on which the original says what is to be kept; see [`hf_unlearn.unlearning.classifiers.replay`]."""
@@ -219,7 +185,7 @@ class ObjectiveMixin:
     def replay_weight(self) -> float:
         if self.args.replay_weight is not None:
             return self.args.replay_weight
-        return DEFAULT_REPLAY_WEIGHT.get(self.forget_loss_name, 5.0) if self.retain_dataset is None else 0.0
+        return self.forgetting.replay_weight if self.retain_dataset is None else 0.0
 
     @property
     def fisher_weight(self) -> float:

@@ -19,7 +19,7 @@ from ..hub.publish import save_settings
 from ..parameters.sharding import is_shared, let_go, stock_class, whole
 from ..training.publishing import PublishingMixin
 from .config import UnlearnArguments
-from .losses import CREDIT
+from .objective import FORGET_LOSSES
 
 
 if TYPE_CHECKING:
@@ -33,14 +33,6 @@ RUN_SETTINGS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 )
-
-# Settings that only some forget losses have.
-OF_LOSSES = {
-    "preference_beta": ("npo", "dpo", "idkdpo", "altpo"),
-    "rmu_layer": ("rmu",),
-    "rmu_coefficient": ("rmu",),
-    "pdu_rate": ("pdu",),
-}
 
 PIPELINE_TAGS = {
     "ForImageClassification": "image-classification",
@@ -114,7 +106,7 @@ class SavingMixin(PublishingMixin):
 
     @property
     def _stands_on(self) -> dict[str, str]:
-        return CREDIT.get(self.forget_loss_name, {})
+        return self.forgetting.credit
 
     @property
     def _allow_adapter(self) -> bool:
@@ -130,16 +122,19 @@ class SavingMixin(PublishingMixin):
         """The settings that a card tells."""
         chosen = {f.name: getattr(self.args, f.name) for f in fields(UnlearnArguments)}
         chosen["forget_loss"] = loss = self.forget_loss_name
-        for name in ("replay_weight", "fisher_weight", "rmu_layer"):
+        for name in ("replay_weight", "fisher_weight"):
             chosen[name] = getattr(self, name)
         of_texts = () if self.is_causal_lm else ("loss_reduction",)
-        of_others = [name for name, losses in OF_LOSSES.items() if loss not in losses]
-        of_others += ["retain_loss"] if loss == "rmu" else []
+        of_some = {name for every in FORGET_LOSSES.values() for name in every.settings}
         keeps = self.retain_dataset is not None or (loss == "redirect" and self.is_causal_lm)
-        of_others += [] if keeps else ["retain_per_forget"]
-        for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter", *of_texts, *of_others):
+        alone = () if keeps else ("retain_per_forget",)
+        for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter", *of_texts, *of_some, *alone):
             chosen.pop(name)
-        return chosen | {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
+        return (
+            chosen
+            | self.forgetting.chosen()
+            | {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
+        )
 
     def _card_defaults(self, name: str) -> dict[str, Any]:
         """What the card says of this kind of model."""

@@ -96,11 +96,12 @@ class StockFeaturesMixin:
             if self._begun is None:
                 moved = kwargs.get("resume_from_checkpoint") or not self._begins_as_original
                 point = ReferencePoint.capture(self.model) if moved else self.reference
-                self._begun = point, copy.deepcopy((self.guard.state if self.guard else None, self.dual))
+                self._begun = point, copy.deepcopy((self.guard.state if self.guard else None, self.forgetting.state()))
             else:
                 self._begun[0].restore(self.model)
                 self.model.zero_grad()
-                guard_state, self.dual = copy.deepcopy(self._begun[1])
+                guard_state, state = copy.deepcopy(self._begun[1])
+                self.forgetting.begin(state)
                 if self.guard:
                     self.guard.state = guard_state
                 if self.optimizer is not None:
@@ -135,7 +136,7 @@ class StockFeaturesMixin:
         self._batchnorms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
         for cached in ("family", "_vocabulary"):
             self.__dict__.pop(cached, None)
-        self.forget_loss_name = self._choose_forget_loss()
+        self._settle_forget_loss()
         self._align_special_tokens()
         check_trainable(self.model, self.args)
         if self.guard:

@@ -30,9 +30,7 @@ from ..training.trackers import Trackers
 from .checks import check_arguments, check_labels, check_stock_arguments, check_trainable, first_rows
 from .config import UnlearnConfig
 from .guard import LOOKING, Guard, GuardState, UtilityMixin
-from .language.objective import PAIRED_LOSSES
-from .language.pdu import Dual
-from .objective import Batch, ObjectiveMixin
+from .objective import FORGET_LOSSES, Batch, ObjectiveMixin
 from .outcome import OutcomeMixin
 from .saving import SavingMixin
 from .sharing import SharingMixin
@@ -128,7 +126,9 @@ class UnlearnMixin(
         self.heldout_dataset = self._prepared(heldout_dataset, "heldout")
         self.data_collator = NestedCollator(self.data_collator)
         self._check_batches()
-        self.forget_loss_name = self._choose_forget_loss() if forget_dataset is not None else args.forget_loss
+        self.forget_loss_name = args.forget_loss
+        if forget_dataset is not None:
+            self._settle_forget_loss()
         self.reference: ReferencePoint | None = None
         self.anchor: Anchor | None = None
         self.heldout_loss = args.heldout_loss
@@ -138,7 +138,7 @@ class UnlearnMixin(
         self._terms: dict[str, Tensor] = {}
         self._terms_count = 0
         self._micro_step = 0
-        self._begun: tuple[ReferencePoint, tuple[GuardState | None, Dual | None]] | None = None
+        self._begun: tuple[ReferencePoint, tuple[GuardState | None, Any]] | None = None
         if self.compute_metrics is None and self.is_classifier:
             self.compute_metrics = Accuracy()
         self.trackers = Trackers(self)
@@ -169,7 +169,8 @@ class UnlearnMixin(
             super()._set_signature_columns_if_needed()
             collator = getattr(self.data_collator, "collator", self.data_collator)
             raw = [collator.column, *LABEL_COLUMNS] if isinstance(collator, RawCollator) else []
-            paired = [ALTERNATE] if self.args.forget_loss in PAIRED_LOSSES else []
+            loss = FORGET_LOSSES.get(self.args.forget_loss)
+            paired = [ALTERNATE] if loss is not None and loss.paired else []
             self._signature_columns = [*self._signature_columns, "forget", "retain", *paired, *raw]
 
     def _pruned(self, dataset):
@@ -228,12 +229,11 @@ class UnlearnMixin(
         generator = self._generator(self.state.global_step, self._micro_step)
         forget = self.prepared(inputs["forget"], generator)
         terms = {"forget": (self.args.forget_weight, self.forget_loss(model, forget).mean())}
-        if "retain" in inputs and (self.dual or self.retain_weight):
+        if "retain" in inputs and (self.forgetting.watches_kept or self.forgetting.retain_weight):
             retain = self.prepared(inputs["retain"], generator)
             kept = self.retain_loss(model, retain).mean()
-            terms["retain"] = (self.retain_weight, kept)
-            if self.dual:
-                self.dual.saw(kept)
+            terms["retain"] = (self.forgetting.retain_weight, kept)
+            self.forgetting.saw(kept)
         if self.replay_weight:
             replayed = self.replay_inputs(forget, generator)
             terms["replay"] = (self.replay_weight, self.replay_loss(model, replayed).mean())
@@ -266,8 +266,7 @@ class UnlearnMixin(
                 self.anchor.add_grad_(trainable_parameters(self.model), scaler.get_scale() if scaled else 1.0)
             if self.args.guard:
                 self._refuse_non_finite(loss, check_gradients=not scaled)
-            if self.dual:
-                self.dual.step(lambda value: self.accelerator.reduce(value, "mean"))
+            self.forgetting.stepped()
         return loss
 
     def _refuse_non_finite(self, loss: Tensor, check_gradients: bool) -> None:
@@ -304,8 +303,7 @@ class UnlearnMixin(
             if self.anchor is not None:
                 for name, value in self.anchor.value(trainable_parameters(self.model)).items():
                     terms[f"anchor_{name}"] = value
-            if self.dual:
-                terms["retain_weight"] = torch.tensor(self.dual.weight)
+            terms |= {name: torch.tensor(value) for name, value in self.forgetting.logged().items()}
             values = self.accelerator.reduce(
                 torch.stack([v.float().to(self.args.device) for v in terms.values()]), "mean"
             )
@@ -349,9 +347,8 @@ class UnlearnMixin(
                 self.reference = ReferencePoint.capture(self.model)
             self.reference.save(file, write=self.args.should_save)
             if first and self.heldout_loss is None and self.heldout_dataset is not None:
-                self.heldout_loss = self._mean(lambda batch: self.task_loss(self.model, batch), self.heldout_dataset)
-        if self.forget_loss_name == "pdu":
-            self.dual = Dual(**self._resumed["dual"]) if checkpoint else self._new_dual()
+                self.heldout_loss = self.mean_of(lambda batch: self.task_loss(self.model, batch), self.heldout_dataset)
+        self.forgetting.begin(self._resumed["forgetting"] if checkpoint else None)
         if self.anchor is None or checkpoint:
             self.anchor = self.build_anchor()
         if self.guard and not checkpoint:  # a second run of the same trainer: what was useful is still the original
@@ -376,8 +373,7 @@ class UnlearnMixin(
 
     def _checkpoint_state(self) -> dict[str, Any]:
         guard = self.guard.state.to_json() if self.guard else None
-        dual = self.dual.to_json() if self.dual else None
-        return {"guard": guard, "heldout_loss": self.heldout_loss, "dual": dual}
+        return {"guard": guard, "heldout_loss": self.heldout_loss, "forgetting": self.forgetting.state()}
 
     def _run_settings(self) -> dict[str, Any]:
         return super()._run_settings() | {

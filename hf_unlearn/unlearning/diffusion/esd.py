@@ -143,7 +143,7 @@ class ESDTrainer(DiffusionUnlearnTrainer):
 
     def forget_figures(self, model: Callable) -> dict[str, Any]:
         """`away`, the squared distance to the answers that are asked for, on what the student draws now."""
-        away = self._mean(lambda batch: self.forget_loss(model, batch), self.forget_dataset)
+        away = self.mean_of(lambda batch: self.forget_loss(model, batch), self.forget_dataset)
         return {"away": away, "loss": away}
 
     def _forgotten_how_far(self, outcome: Outcome) -> str:

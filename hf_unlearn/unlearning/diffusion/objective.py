@@ -55,11 +55,9 @@ class DenoisingMixin:
 
     def _choose_forget_loss(self) -> str:
         name = self.args.forget_loss
-        has_target = self.args.heldout_loss is not None or self.heldout_dataset is not None
         if name == "bounded":
+            has_target = self.args.heldout_loss is not None or self.heldout_dataset is not None
             name = "match" if has_target else "redirect"
-        if name == "match" and not has_target:
-            raise ValueError("forget_loss='match' needs a target: pass heldout_dataset= or heldout_loss=")
         self._check_is_for(name)
         return name
 
@@ -181,7 +179,7 @@ class DenoisingMixin:
         loss, kept = (self.task_loss, self.retain_dataset) if self.own is None else (self.replay_loss, self.own.kept)
         if self.guidance > 1:
             loss = self._guided_loss
-        return self._mean(lambda batch: loss(model, batch), kept) / self._own_error
+        return self.mean_of(lambda batch: loss(model, batch), kept) / self._own_error
 
     @cached_property
     def guidance(self) -> float:
@@ -217,7 +215,7 @@ class DenoisingMixin:
     @cached_property
     def _own_error(self) -> float:
         kept = self.retain_dataset if self.own is None else self.own.kept
-        return self._mean(lambda batch: self.task_loss(self.reference_forward, batch), kept)
+        return self.mean_of(lambda batch: self.task_loss(self.reference_forward, batch), kept)
 
     # How a run came out
 
@@ -226,10 +224,10 @@ class DenoisingMixin:
 
     def forget_figures(self, model: Callable) -> dict[str, float]:
         """Of the forget set: `error`, the denoising error, and where the forget loss has a target `away`, the distance to it."""
-        figures = {"error": self._mean(lambda batch: self.task_loss(model, batch), self.forget_dataset)}
+        figures = {"error": self.mean_of(lambda batch: self.task_loss(model, batch), self.forget_dataset)}
         figures["loss"] = figures["error"]
         if self.forget_loss_name in ("redirect", "uniform"):
-            figures["away"] = self._mean(lambda batch: self.forget_loss(model, batch), self.forget_dataset)
+            figures["away"] = self.mean_of(lambda batch: self.forget_loss(model, batch), self.forget_dataset)
         return figures
 
     def _way(self, outcome: Outcome) -> float | None:

@@ -89,8 +89,8 @@ class AltPOMixin:
         return self.args.forget_loss == "altpo" and ALTERNATE not in columns and {"prompt", "completion"} <= columns
 
     @property
-    def _has_alternates(self) -> bool:
-        return self._writes_alternates or super()._has_alternates
+    def has_alternates(self) -> bool:
+        return self._writes_alternates or super().has_alternates
 
     def _train(self, checkpoint: str | None, **kwargs):
         if self._writes_alternates:

@@ -1,41 +1,14 @@
-"""What forgetting means for a causal language model: which loss, which token answers which, what replay compares."""
+"""What forgetting means for a causal language model: which loss by default, which token answers which, what replay compares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...training.losses import IGNORED, cross_entropy, mean_over_predictions, next_tokens
+from ...training.losses import IGNORED, mean_over_predictions, next_tokens
 from ..losses import divergence
-from . import losses
-
-
-TOKEN_LOSSES = ("simnpo", "undial", "wga", "satimp", "ceu", "pdu")
-PAIRED_LOSSES = ("dpo", "idkdpo", "altpo")  # of an answer and the one that is wanted instead
-ONLY_TEXTS = (*TOKEN_LOSSES, *PAIRED_LOSSES, "rmu")
-
-
-def token_loss(name: str, logits: Tensor, targets: Tensor, reference_logits: Callable[[], Tensor]) -> Tensor:
-    """One of [`TOKEN_LOSSES`], a mean over the tokens of each text that count, `[batch]`.
-
-    Args:
-        logits (`Tensor`): `[batch, tokens, vocabulary]`.
-        targets (`Tensor`): `[batch, tokens]`, −100 where none.
-        reference_logits (callable): the original's; only `undial` asks for them.
-    """
-    if name == "simnpo":
-        return losses.simnpo(cross_entropy(logits, targets))
-    if name == "pdu":
-        return mean_over_predictions(losses.pdu(logits), targets)
-    if name in ("undial", "ceu"):
-        other = (reference_logits(),) if name == "undial" else ()
-        return mean_over_predictions(getattr(losses, name)(logits, *other, targets), targets)
-    nll = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
-    return mean_over_predictions(getattr(losses, name)(nll), targets)
 
 
 class LanguageObjective:
@@ -59,39 +32,6 @@ class LanguageObjective:
                 "forget='class' needs a classifier; a language model forgets examples: use forget='examples'"
             )
         return "redirect"
-
-    def check(self, name: str, has_alternates: bool, retain_rows: Any) -> None:
-        """Refuse what does not go with a forget loss.
-
-        Args:
-            name (`str`): of the loss.
-            has_alternates (`bool`): the forget rows have answers that are wanted instead, or will have.
-            retain_rows: what is to be kept, or None.
-
-        Raises:
-            ValueError: naming the setting or the dataset.
-        """
-        if name in ("match", "rmu") and self.args.loss_reduction != "example":
-            raise ValueError(
-                f"loss_reduction={self.args.loss_reduction!r}: forget_loss={name!r} takes means of texts; leave it out"
-            )
-        if name == "rmu" and self.args.retain_loss != "nll":
-            raise ValueError(
-                f"retain_loss={self.args.retain_loss!r}: forget_loss='rmu' compares hidden states instead; leave it out"
-            )
-        if name == "rmu" and self.args.torch_compile:
-            raise ValueError(
-                "torch_compile=True: forget_loss='rmu' reads hidden states by hooks, which a compiled model skips; set it to False"
-            )
-        if name == "pdu" and retain_rows is None:
-            raise ValueError(
-                "retain_dataset: missing, whose loss is the limit of forget_loss='pdu'; pass rows to keep"
-            )
-        if name in PAIRED_LOSSES and not has_alternates:
-            raise ValueError(
-                f"forget_dataset: has no column 'alternate', which forget_loss={name!r} needs; give the answers that are wanted "
-                "instead there"
-            )
 
     def answers(self, forward: Callable, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[batch, length − 1, vocabulary]` and the tokens `[batch, length − 1]` that they predict."""

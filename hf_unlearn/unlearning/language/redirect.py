@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +46,25 @@ LONGEST = 256  # tokens at most of what is written
 OWN_SAMPLES, BESIDE = 4000, 1000  # texts of its own where own_samples is not given: alone, and beside rows to keep
 
 
+class of_redirect:
+    """A method or a property of the trainer whose forget loss is redirect; of one with another loss it is as without [`RedirectMixin`]."""
+
+    def __init__(self, member: Any):
+        self.member = member
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __get__(self, trainer: Any, kind: type | None = None) -> Any:
+        if trainer is None:
+            return self
+        if not trainer.redirects:
+            return getattr(super(self.owner, trainer), self.name)
+        return self.member.__get__(trainer, kind)
+
+
 class RedirectMixin:
-    """Gives an unlearning trainer of texts the objective."""
+    """Gives an unlearning trainer of texts the objective. What is marked [`of_redirect`] holds where that is the forget loss."""
 
     asked: Asked | None = None
     kept: Asked | None = None
@@ -57,8 +75,9 @@ class RedirectMixin:
     def redirects(self) -> bool:
         return self.forget_loss_name == "redirect"
 
+    @of_redirect
     def _train(self, checkpoint: str | None, **kwargs):
-        if self.redirects and (checkpoint or self.asked is None):
+        if checkpoint or self.asked is None:
             files = {name: self.private_dir / f"{name}.safetensors" for name in ("asked", "kept")}
             if not checkpoint and self.args.should_save:
                 for name, asked in self._made().items():
@@ -68,13 +87,14 @@ class RedirectMixin:
                 if not file.is_file():
                     raise ValueError(f"resume_from_checkpoint: {file} is missing; start again")
                 setattr(self, name, Asked.load(file))
-        if self.redirects and self._chooses_epochs:
+        if self._chooses_epochs:
             self.args.num_train_epochs = self._epochs
         return super()._train(checkpoint, **kwargs)
 
+    @of_redirect
     @property
     def _steps_look_back(self) -> bool:
-        return not self.redirects  # what the original says is known
+        return False  # what the original says is known
 
     @property
     def _epochs(self) -> int:
@@ -150,10 +170,12 @@ class RedirectMixin:
         """What the user says each forget text is about."""
         return self.forget_dataset["subject"][:] if "subject" in self.forget_dataset.column_names else None
 
-    def _check_is_for(self, name: str) -> None:
-        super()._check_is_for(name)
-        if name != "redirect":
-            return
+    def _settle_forget_loss(self) -> None:
+        super()._settle_forget_loss()
+        if self.redirects:
+            self._check()
+
+    def _check(self) -> None:
         args, rows = self.args, self.forget_dataset.with_format(None)
         check_unused(
             args.forget_loss,
@@ -168,73 +190,71 @@ class RedirectMixin:
         prompts = {row: prompt_of(rows[row]["input_ids"], rows[row]["labels"]) for row in marks}
         check_marks(marks, prompts, self._words)
 
+    @of_redirect
     @property
     def _is_over(self) -> bool:
-        nothing = self.redirects and self.guard and self.guard.looks and self.guard.looks[0].forgotten
+        nothing = self.guard and self.guard.looks and self.guard.looks[0].forgotten
         return super()._is_over or bool(nothing)
 
     # What the guard watches, and what is said in the end
 
+    @of_redirect
     @property
     def nothing_to_forget(self) -> str:
-        if not self.redirects:
-            return super().nothing_to_forget
         return (
             "the original knows the forget texts no better than if they were about somebody whom it never met "
             f"({self.others['known']:.1%} word for word, probability {self.others['probability']:.3g})"
         )
 
+    @of_redirect
     @property
     def _title(self) -> str:
-        return "redirect to what the original says of strangers" if self.redirects else super()._title
+        return "redirect to what the original says of strangers"
 
+    @of_redirect
     @property
     def _stands_on(self) -> dict[str, str]:
-        return CREDIT if self.redirects else super()._stands_on
+        return CREDIT
 
+    @of_redirect
     @property
     def latest_is_best(self) -> bool:
-        return self.redirects
+        return True
 
+    @of_redirect
     @property
-    def guard_steps(self) -> int | None:
-        return self.args.guard_steps or (max(1, self.state.max_steps // LOOKS) if self.redirects else None)
+    def guard_steps(self) -> int:
+        return self.args.guard_steps or max(1, self.state.max_steps // LOOKS)
 
+    @of_redirect
     def forget_figures(self, model) -> dict[str, float]:
-        figures = super().forget_figures(model)
-        if self.redirects:
-            figures["probability"] = self._mean(
-                lambda batch: (-self.task_loss(model, batch)).exp(), self.forget_dataset
-            )
-        return figures
+        probability = self.mean_of(lambda batch: (-self.task_loss(model, batch)).exp(), self.forget_dataset)
+        return super().forget_figures(model) | {"probability": probability}
 
+    @of_redirect
     def remembered(self) -> float:
-        return self.above_target(**self.forget_figures(self.model)) if self.redirects else super().remembered()
+        return self.above_target(**self.forget_figures(self.model))
 
+    @of_redirect
     def above_target(self, known: float = math.nan, probability: float = math.nan, **others: float) -> float:
         """How much more of the forget texts is known than where they are about somebody else: the larger excess, of their probability or of
         the share that is known word for word, less a tolerance.
         """
-        if not self.redirects:
-            return super().above_target(known=known, **others)
         return max(known - self.others["known"], probability - self.others["probability"]) - TOLERANCE
 
+    @of_redirect
     @property
     def _target(self) -> str:
-        return (
-            "the forget texts are no better known than where they are about somebody else"
-            if self.redirects
-            else super()._target
-        )
+        return "the forget texts are no better known than where they are about somebody else"
 
+    @of_redirect
     @property
     def _target_unit(self) -> str:
-        return "of probability, or of the share known word for word," if self.redirects else super()._target_unit
+        return "of probability, or of the share known word for word,"
 
+    @of_redirect
     def _forgotten_how_far(self, outcome) -> str:
         said = super()._forgotten_how_far(outcome)
-        if not self.redirects:
-            return said
         now, before = outcome.now["probability"], outcome.original["probability"]
         others = self.others
         return (
@@ -242,14 +262,10 @@ class RedirectMixin:
             f"probability {others['probability']:.3g}"
         )
 
+    @of_redirect
     @property
     def _figure_names(self):
-        names = super()._figure_names
-        return (
-            names | {"probability": ("probability", "Probability of the forget answers", "", 1)}
-            if self.redirects
-            else names
-        )
+        return super()._figure_names | {"probability": ("probability", "Probability of the forget answers", "", 1)}
 
     @cached_property
     def others(self) -> dict[str, float]:
@@ -262,45 +278,46 @@ class RedirectMixin:
             probability.append(targets.answer_log_p[places].mean().exp().item())
         return {"known": sum(known) / len(known), "probability": sum(probability) / len(probability)}
 
+    @of_redirect
     def utility(self, model=None) -> float:
         """As without redirect, but that what is to be kept where there are no data is what the original wrote."""
-        if not (self.redirects and self.utility_kind == "divergence"):
+        if self.utility_kind != "divergence":
             return super().utility(model)
-        return self._mean(lambda batch: self._kl(model or self.model, batch, self.kept), WithRow(self.kept.rows))
+        return self.mean_of(lambda batch: self._kl(model or self.model, batch, self.kept), WithRow(self.kept.rows))
 
+    @of_redirect
     @property
     def has_utility(self) -> bool:
-        return self.redirects or super().has_utility
+        return True
 
+    @of_redirect
     @property
     def replay_weight(self) -> float:
-        return 0.0 if self.redirects else super().replay_weight
+        return 0.0
 
+    @of_redirect
     def _chosen(self):
-        chosen = super()._chosen()
-        if self.redirects:
-            chosen = {name: value for name, value in chosen.items() if name not in ("retain_loss", "replay_weight")}
-            chosen |= {"own_samples": self._own_samples}
-        return chosen
+        chosen = super()._chosen() | {"own_samples": self._own_samples}
+        return {name: value for name, value in chosen.items() if name not in ("retain_loss", "replay_weight")}
 
     # The loss
 
+    @of_redirect
     @property
     def drawn_rows(self):
-        return self.asked.rows if self.redirects else super().drawn_rows
+        return self.asked.rows
 
+    @of_redirect
     def _training_rows(self):
-        if not self.redirects:
-            return super()._training_rows()
         return WithRow(self.asked.rows), WithRow(self.kept.rows)
 
+    @of_redirect
     def _forget_means(self, model, batch):
-        return self._kl(model, batch, self.asked) if self.redirects else super()._forget_means(model, batch)
+        return self._kl(model, batch, self.asked)
 
+    @of_redirect
     def retain_loss(self, model, batch):
-        if not self.redirects:
-            return super().retain_loss(model, batch)
-        return self._by_token(self._kl(model, batch, self.kept), batch)
+        return self.by_token(self._kl(model, batch, self.kept), batch)
 
     def _kl(self, model, batch, asked: Asked) -> Tensor:
         """Divergence from what is asked for, a mean over the tokens of each row, `[batch]`, nats."""

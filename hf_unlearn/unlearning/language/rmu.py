@@ -1,15 +1,75 @@
-"""RMU: where the hidden states of what is to be forgotten are sent, of which layer, and what is trained for it (arXiv 2403.03218)."""
+"""RMU: hidden states of what is to be forgotten are sent to a random vector (arXiv 2403.03218)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...training.losses import mean_over_predictions
+from ..forget_loss import ForgetLoss, check_takes_means
+
 
 BELOW = 2  # layers below the one that is looked at which are trained too
+
+
+def rmu(hidden: Tensor, target: Tensor) -> Tensor:
+    r"""Distance of hidden states from where they are to be: $\frac1d\lVert h - t \rVert^2$, with $t = c\,u$ for what is to be forgotten, and the
+    original's own for what is to be kept.
+
+    Args:
+        hidden (`Tensor`): h, `[rows, tokens, size]`.
+        target (`Tensor`): t, which broadcasts to it.
+
+    Returns:
+        `Tensor`: `[rows, tokens]`.
+    """
+    return (hidden.float() - target.float()).square().mean(-1)
+
+
+class Rmu(ForgetLoss):
+    """RMU's loss, on rows to keep too. Of the model only the layer that is looked at and the two below it stay trainable."""
+
+    name, of_texts = "rmu", True
+    credit = {"RMU's loss": "2403.03218"}
+    settings = ("rmu_layer", "rmu_coefficient")
+
+    def __init__(self, trainer: Any):
+        super().__init__(trainer)
+        self.layer = layer_of(trainer.model, self.args.rmu_layer)
+        train_below(trainer.model, self.layer)
+
+    def check(self) -> None:
+        check_takes_means(self)
+        if self.args.retain_loss != "nll":
+            raise ValueError(
+                f"retain_loss={self.args.retain_loss!r}: forget_loss='rmu' compares hidden states instead; leave it out"
+            )
+        if self.args.torch_compile:
+            raise ValueError(
+                "torch_compile=True: forget_loss='rmu' reads hidden states by hooks, which a compiled model skips; set it to False"
+            )
+
+    def means(self, model: Callable, batch: Any) -> Tensor:
+        hidden = self._hidden(model, batch)
+        noise = self.args.rmu_coefficient * direction(hidden.shape[-1], self.args.seed).to(hidden.device)
+        return mean_over_predictions(rmu(hidden, noise), self.trainer.labels_of(batch))
+
+    def retain_loss(self, model: Callable, batch: Any) -> Tensor:
+        """The distance from the original's hidden states, `[batch]`."""
+        hidden, kept = (self._hidden(forward, batch) for forward in (model, self.trainer.reference_forward))
+        return mean_over_predictions(rmu(hidden, kept), self.trainer.labels_of(batch))
+
+    def chosen(self) -> dict[str, Any]:
+        return super().chosen() | {"rmu_layer": self.layer}
+
+    def _hidden(self, forward: Callable, batch: Any) -> Tensor:
+        layer = layers_of(self.trainer.model)[self.layer]
+        hidden = hidden_states(forward, self.trainer.inputs_of(batch), layer)
+        return hidden[:, -self.trainer.labels_of(batch).shape[1] :]  # behind the virtual tokens of prompt tuning
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:

@@ -16,11 +16,11 @@ from ...data import overlap
 from ...training.collators import ALTERNATE
 from ...training.texts import as_prompt_completion, check_template, check_texts, count_tokens, fit_length
 from ..config import UnlearnSFTConfig
+from ..objective import FORGET_LOSSES
 from ..stock import parts_of
 from ..trainer import UnlearnMixin
 from .alternates import wanted_instead
 from .altpo import AltPOMixin
-from .objective import PAIRED_LOSSES
 from .redirect import FEWEST, RedirectMixin
 from .turns import are_texts, as_turns, taught_in_turns
 
@@ -163,7 +163,8 @@ class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
             dataset = self.as_asked(dataset, argument, processing_class)
             check_template(dataset, processing_class, argument)
         whole, alternates = dataset_name == "train", None
-        if whole and args.forget_loss in PAIRED_LOSSES and "input_ids" not in dataset.column_names:
+        loss = FORGET_LOSSES.get(args.forget_loss)  # of "bounded" it is not chosen yet, and not one of pairs
+        if whole and loss is not None and loss.paired and "input_ids" not in dataset.column_names:
             alternates = wanted_instead(dataset, args.forget_loss, args.seed)
         if alternates is not None:
             others = (processing_class, args, packing, formatting_func, ALTERNATE)

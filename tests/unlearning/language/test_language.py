@@ -29,6 +29,7 @@ from transformers import (
 
 from hf_unlearn import UnlearnTrainer
 from hf_unlearn.unlearning.losses import divergence
+from hf_unlearn.unlearning.objective import FORGET_LOSSES
 
 
 RATES = {"npo": 0.05, "ascent": 0.05, "uniform": 0.05, "redirect": 3.0, "match": 0.05,
@@ -350,7 +351,7 @@ def test_no_example_depends_on_batch_or_padding(tiny_llama, tokenizer, trained):
             batch = padding(tokenizer, side, **kwargs)([dict(row) for row in rows])
             if name in ("task_loss", "replay_loss"):
                 return getattr(trainer, name)(trainer.model, batch)
-            trainer.forget_loss_name = name
+            trainer.forgetting = FORGET_LOSSES[name](trainer)
             return trainer.forget_loss(trainer.model, batch)
 
         alone = torch.cat([values([row]) for row in rows])

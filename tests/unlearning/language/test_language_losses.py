@@ -2,15 +2,21 @@
 and what they have in common with ours.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_unlearn.training.losses import cross_entropy
 from hf_unlearn.unlearning import losses as shared
-from hf_unlearn.unlearning.language import losses
-from hf_unlearn.unlearning.language.objective import TOKEN_LOSSES, token_loss
+from hf_unlearn.unlearning.language.ceu import ceu
 from hf_unlearn.unlearning.language.pdu import Dual
-from hf_unlearn.unlearning.language.rmu import direction
+from hf_unlearn.unlearning.language.preference import dpo
+from hf_unlearn.unlearning.language.rmu import direction, rmu
+from hf_unlearn.unlearning.language.tokens import TokenLoss
+from hf_unlearn.unlearning.language.undial import undial
+from hf_unlearn.unlearning.objective import FORGET_LOSSES
 
 
 @pytest.fixture
@@ -52,11 +58,22 @@ def theirs(name, logits, reference, targets, counts):
     }[name]()
 
 
+def trainer_of(logits, reference, targets):
+    """What a loss asks of a trainer: of the model "student" or of the original."""
+    asked = {"student": (logits, targets), "original": (reference, targets)}
+    return SimpleNamespace(
+        args=None, retain_dataset=[], reference_forward="original", predictions=lambda model, batch: asked[model],
+        task_loss=lambda model, batch: cross_entropy(*asked[model]),
+    )  # fmt: skip
+
+
 class TestTheFieldsFormulas:
-    @pytest.mark.parametrize("name", TOKEN_LOSSES)
+    @pytest.mark.parametrize(
+        "name", ["simnpo", *(n for n, loss in FORGET_LOSSES.items() if issubclass(loss, TokenLoss))]
+    )
     def test_of_tokens(self, name, padded):
         logits, reference, targets, counts = padded
-        ours = token_loss(name, logits, targets, lambda: reference)
+        ours = FORGET_LOSSES[name](trainer_of(logits, reference, targets)).means("student", None)
         weights = torch.ones(3) if name == "simnpo" else counts.sum(1)
         assert_alike((ours * weights).sum() / weights.sum(), theirs(name, *padded), logits)
 
@@ -70,7 +87,7 @@ class TestTheFieldsFormulas:
         ratio, other = (nll(reference, y) - nll(logits, y) for y in (targets, alternates))
         nlls = (nll(z, y) for y in (targets, alternates) for z in (logits, reference))
         formula = -2 / 0.3 * F.logsigmoid(0.3 * (other - ratio)).mean()
-        assert_alike(losses.dpo(*nlls, beta=0.3).mean(), formula, logits)
+        assert_alike(dpo(*nlls, beta=0.3).mean(), formula, logits)
 
     def test_of_hidden_states(self, padded):
         """Squared errors of an answer's tokens, averaged over the size and the tokens, and then over texts."""
@@ -81,7 +98,7 @@ class TestTheFieldsFormulas:
         for target in (6.5 * u, kept):
             away = F.mse_loss(hidden, target.expand_as(hidden), reduction="none") * counts.unsqueeze(-1)
             formula = (away.mean(2).sum(1) / counts.sum(1)).mean()
-            values = losses.rmu(hidden, target)
+            values = rmu(hidden, target)
             assert_alike(
                 torch.stack([row[c].mean() for row, c in zip(values, counts, strict=True)]).mean(), formula, hidden
             )
@@ -101,12 +118,10 @@ class TestTheFieldsFormulas:
 def test_undial_tends_to_redirect(batch):
     logits, reference, targets = batch
     own = F.one_hot(targets, 8).bool()
-    torch.testing.assert_close(
-        losses.undial(logits, reference, targets, beta=1e4), shared.redirect(logits, reference, own)
-    )
+    torch.testing.assert_close(undial(logits, reference, targets, beta=1e4), shared.redirect(logits, reference, own))
 
 
-@pytest.mark.parametrize("loss", [losses.ceu, lambda z, y: losses.undial(z, z.detach(), y)])
+@pytest.mark.parametrize("loss", [ceu, lambda z, y: undial(z, z.detach(), y)])
 def test_places_that_do_not_count_take_nothing_away(batch, loss):
     logits, _, targets = batch
     ignored = targets.clone()

@@ -469,8 +469,8 @@ class TestRunning:
 
         whole, killed, resumed = check_resuming(tmp_path, make)
         if loss == "pdu":
-            assert 0 < resumed.dual.weight < killed.dual.weight < 1
-            assert resumed.dual.to_json() == pytest.approx(whole.dual.to_json(), rel=1e-4)
+            assert 0 < resumed.forgetting.dual.weight < killed.forgetting.dual.weight < 1
+            assert resumed.forgetting.dual.to_json() == pytest.approx(whole.forgetting.dual.to_json(), rel=1e-4)
 
 
 NAMES = ["Anna", "Bruno", "Clara", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Luis"]
