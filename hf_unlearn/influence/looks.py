@@ -158,39 +158,34 @@ class LookingMixin:
                 loss = self.compute_loss(self.model, dict(inputs), num_items_in_batch=items)
             loss = loss[0] if isinstance(loss, tuple) else loss
             (scale * loss).backward()
-            shares = self._shares(logits, inputs)
+            shares = self._shares(logits, inputs, scale * weight / weight.sum().clamp(min=1))
             whole = self._norm()
             set_random_states(state, self.args.device)
             with self.compute_loss_context_manager():
                 each, _ = self.per_example_loss(self.model, dict(inputs))
             summed = (each * weight).sum()
-            choices = {"batch": summed / weight.sum().clamp(min=1)}
+            mean_over = {"batch": weight.sum().clamp(min=1)}
             if items is not None:
-                choices["step"] = summed / self._items_per_step(items)
-            weighed = None if shares is None else (shares / scale * each).sum()
-            if weighed is not None and (weighed - loss).abs() > self._slack * loss.abs():
-                weighed = None  # its weights depend on the model, which one gradient cannot tell
-            name = min(choices, key=lambda name: (choices[name] - loss).abs().item())
-            taken = weighed if self._weighs and weighed is not None else choices[name]
-            (-scale * taken).backward(retain_graph=True)
+                mean_over["step"] = self._items_per_step(items)
+            name = min(mean_over, key=lambda name: (summed / mean_over[name] - loss).abs().item())
+            taken, mean = summed / mean_over[name], weight / mean_over[name]
+            if shares is not None and (may_weigh or self._weighs):
+                shares = shares / scale
+                differs = (shares - mean).norm() > self._slack * shares.norm()
+                weighed = (shares * each).sum()  # other than the loss, where weights depend on the model
+                self._weighs |= bool(differs and (weighed - loss).abs() <= self._slack * loss.abs())
+                taken = weighed if self._weighs else taken
+            (-scale * taken).backward()
             rest = self._norm()
-            # A converged batch's gradient is rounding; the fp16 scaler's first factors may overflow, and it then skips the step.
-            self._largest_gradient = max(self._largest_gradient, whole if np.isfinite(whole) else 0.0)
-            bound = self._slack * max(whole, 1e-3 * self._largest_gradient)
-            if may_weigh and weighed is not None and np.isfinite([whole, rest]).all() and rest > bound:
-                (scale * (taken - weighed)).backward()
-                self._weighs, rest = True, self._norm()
+        # A converged batch's gradient is rounding; the fp16 scaler's first factors may overflow, and it then skips the step.
+        self._largest_gradient = max(self._largest_gradient, whole if np.isfinite(whole) else 0.0)
+        bound = self._slack * max(whole, 1e-3 * self._largest_gradient)
         if np.isfinite([whole, rest]).all() and rest > bound:
             raise ValueError(
                 f"compute_loss: at step {self.state.global_step + 1} it is not the mean of the examples' own losses: of its gradient "
                 f"{rest / max(whole, rest):.2g} parts in 1 are something else (a penalty, label smoothing, an auxiliary loss?); {LEAVE_OUT}"
             )
-        if self._weighs and may_weigh:
-            logger.info(
-                "compute_loss is a sum of the examples' own losses with other weights, of classes maybe: they are read off its gradient"
-            )
-            return "batch"
-        return name
+        return "batch" if self._weighs else name
 
     @property
     def _slack(self) -> float:
@@ -198,9 +193,9 @@ class LookingMixin:
         low = torch.is_autocast_enabled(self.args.device.type) or self.args.bf16 or self.args.fp16
         return 0.05 if low or any(p.dtype.itemsize < 4 for p in self._parameters.values()) else 0.01
 
-    def _shares(self, seen: list[Tensor], inputs: Batch) -> Tensor | None:
+    def _shares(self, seen: list[Tensor], inputs: Batch, of_mean: Tensor) -> Tensor | None:
         """cᵢ of a batch's loss that is Σ cᵢ ℓᵢ, ℓᵢ the examples' own, by its gradient at the logits: `[batch]`, ≥ 0, with whatever else the
-        gradient was multiplied by; None where it is no such sum, or the logits do not say.
+        gradient was multiplied by; None where it is no such sum, or the logits do not say. `of_mean` are those of a mean.
         """
         labels = inputs.get((self.label_names or ["labels"])[0])
         if self._has_own_loss or self.is_causal_lm or self.reads_labels or not seen or seen[0].grad is None:
@@ -215,10 +210,11 @@ class LookingMixin:
         square = own_gradients.square().sum(1)
         shares = (own_gradients * gradients).sum(1) / square
         sure = square > SURE**2
-        if not sure.any() or (shares[sure] < 0).any():
+        if (shares[sure] < 0).any():
             return None
         # Of an example that is learnt no gradient tells; it has next to none to share.
-        shares = torch.where(sure, shares, shares[sure].mean())
+        ratio = shares[sure].sum() / of_mean[sure].sum() if sure.any() else 1.0
+        shares = torch.where(sure, shares, ratio * of_mean)
         rest = gradients - shares[:, None] * own_gradients
         return shares if rest.norm() <= self._slack * gradients.norm() else None
 

@@ -196,7 +196,7 @@ class RecordingMixin(LookingMixin):
         total = self._items_per_step(num_items_in_batch) if self._normalised_by == "step" else weight.sum()
         coefficient = self._upstream * weight / total
         if self._weighs:
-            coefficient = self._shares(logits, prepared)
+            coefficient = self._shares(logits, prepared, coefficient)
             if coefficient is None:
                 raise ValueError(
                     f"compute_loss: at step {step + 1} it is no sum of the examples' own losses any more; {LEAVE_OUT}"
