@@ -32,7 +32,7 @@ def check_arguments(args, train_dataset, target_dataset, target, kwargs) -> None
         raise ValueError(f"target: {target!r} is not 'self'; pass other targets as target_dataset=")
     if (target is None) == (target_dataset is None):
         raise ValueError("target_dataset: pass it, or target='self', and not both")
-    if kwargs.get("compute_loss_func") is not None:
+    if kwargs.get("compute_loss_func") is not None and hasattr(args, "packing"):
         raise ValueError("compute_loss_func: not supported; the loss must be the mean of the examples' own")
     if kwargs.get("model_init") is not None and hasattr(args, "packing"):
         raise ValueError("model_init: SFTTrainer takes none; pass a model")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from ..training.collators import ROW, RowCollator, WithRow
 from ..training.losses import IGNORED, binary_cross_entropy, cross_entropy, next_tokens, squared_error
 from ..training.models import CLASSES, problem_of
 from .in_run.layers import low_rank
-from .looks import LookingMixin
+from .looks import LEAVE_OUT, LookingMixin, logits_of, seen_logits
 from .propagated.trajectory import MicroBatch, random_states
 from .targets import Batch, OwnTargets, Targets, own_gains
 
@@ -39,8 +37,14 @@ class RecordingMixin(LookingMixin):
             losses `[batch]` in nats, with gradient, and weights `[batch]`: the batch's loss is their weighted mean.
         """
         logits, labels = self.predictions(model, inputs)
-        loss = _LOSSES[self.problem(labels)]
-        return loss(logits, labels), self._weights_of(labels)
+        return self._losses_of(logits, labels), self._weights_of(labels)
+
+    def _losses_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return _LOSSES[self.problem(labels)](logits, labels)
+
+    @property
+    def _has_own_loss(self) -> bool:
+        return type(self).per_example_loss is not RecordingMixin.per_example_loss
 
     def problem(self, labels: Tensor) -> str:
         """What the model's head takes labels for, as [`~hf_unlearn.training.models.problem_of`]."""
@@ -57,7 +61,7 @@ class RecordingMixin(LookingMixin):
         labels = inputs[label] if self.reads_labels else inputs.pop(label)
         if self.is_causal_lm or self.reads_labels:
             inputs["use_cache"] = False
-        logits = _logits_of(model(**inputs))
+        logits = logits_of(model(**inputs))
         if self.problem(labels) != CLASSES and isinstance(logits, Tensor):
             labels = labels.reshape(len(labels), -1)
             fits = logits.shape == labels.shape
@@ -130,8 +134,7 @@ class RecordingMixin(LookingMixin):
         Raises:
             ValueError: naming the set.
         """
-        own_loss = type(self).per_example_loss is not RecordingMixin.per_example_loss
-        label = (self.label_names or ["labels"])[0]
+        own_loss, label = self._has_own_loss, (self.label_names or ["labels"])[0]
         sets = {f"target_dataset: {name!r}": rows for name, rows in self.target_sets.items()}
         for name, rows in ({"train_dataset:": self.train_dataset} | sets).items():
             try:
@@ -171,7 +174,7 @@ class RecordingMixin(LookingMixin):
         ):
             self._learn_rows(prepared, weight)
         if first and self._is_looked_at(step):
-            self._normalised_by = self._check_loss(prepared, weight, num_items_in_batch)
+            self._normalised_by = self._check_loss(prepared, weight, num_items_in_batch, self._all_was_looked_at(step))
         if first:
             self._open_step(step)
         kept = random_states(self.args.device), dict(inputs)
@@ -179,7 +182,7 @@ class RecordingMixin(LookingMixin):
             self._ghost.start(len(rows), targets=self.target != "self", gram=self.target == "self")
         self._upstream = None
         try:
-            with self._watched_loss(), seen_logits(self.model) as logits:
+            with self._watched_loss(), seen_logits(self.model, with_gradient=self._weighs) as logits:
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             if self._ghost is not None:
@@ -192,6 +195,13 @@ class RecordingMixin(LookingMixin):
         # h_i as the layers saw it is the example's share of what was backwarded: its own gradient times this.
         total = self._items_per_step(num_items_in_batch) if self._normalised_by == "step" else weight.sum()
         coefficient = self._upstream * weight / total
+        if self._weighs:
+            coefficient = self._shares(logits, prepared, coefficient)
+            if coefficient is None:
+                raise ValueError(
+                    f"compute_loss: at step {step + 1} it is no sum of the examples' own losses any more; {LEAVE_OUT}"
+                )
+            weight = coefficient * total / self._upstream
         margin = margins(logits, prepared, (self.label_names or ["labels"])[0], weight)
         if self._ghost is not None:
             if self._sees():
@@ -326,16 +336,18 @@ class RecordingMixin(LookingMixin):
             sums = gather(sums[None]).sum(0) if self.args.world_size > 1 else sums
             micro = [_own(*part, *sums) for part in micro]
         rows, weight, values, margin = (torch.cat(parts) for parts in zip(*micro, strict=True))
-        factor = learning_rate * self._clipped
-        if self.target == "self":
-            values = values * values.new_tensor([factor, factor, factor**2])
-        else:
-            values = values * factor
         if self.args.world_size > 1:
             rows, weight, values, margin = (
                 gather(pad_across_processes(part, pad_index=-1 if part is rows else 0))
                 for part in (rows, weight, values, margin)
             )
+        factor = learning_rate * self._clipped
+        if self._weighs:  # what the examples' shares of the step come to, which otherwise is 1
+            factor *= weight[rows >= 0].mean().item()
+        if self.target == "self":
+            values = values * values.new_tensor([factor, factor, factor**2])
+        else:
+            values = values * factor
         counted = (weight > 0) & (rows >= 0)
         if self.is_world_process_zero() and counted.any():
             self._recorder.add(step, rows[counted], weight[counted], values[counted], margin=margin[counted])
@@ -393,22 +405,6 @@ def _own(
     return rows, weight, torch.stack([own, mean, variance], dim=1), margin
 
 
-@contextmanager
-def seen_logits(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, the logits of the model's last forward pass are in the list."""
-    seen: list[Tensor] = []
-
-    def keep(module, arguments, outputs):
-        logits = _logits_of(outputs)
-        seen[:] = [logits.detach()] if isinstance(logits, Tensor) else []
-
-    handle = model.register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
 @torch.no_grad()
 def margins(logits: list[Tensor], inputs: Batch, label: str, weight: Tensor) -> Tensor:
     """`[batch]`: p of the label less p of the most probable other class; NaN where the model is no classifier with one label."""
@@ -421,13 +417,6 @@ def margins(logits: list[Tensor], inputs: Batch, label: str, weight: Tensor) -> 
     p, own = logits[0].float().softmax(-1), labels.clamp(min=0)[:, None]
     margin = p.gather(1, own)[:, 0] - p.scatter(1, own, -1).amax(1)
     return torch.where(weight > 0, margin.to(weight), unknown)
-
-
-def _logits_of(outputs: Any) -> Any:
-    """Of a model that was given no labels: with them gone, the first of a tuple."""
-    if isinstance(outputs, tuple):
-        return outputs[0]
-    return outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
 
 
 def _base_rate(group: dict[str, Any]) -> float:

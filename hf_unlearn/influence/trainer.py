@@ -48,8 +48,8 @@ class FINEMixin(RecordingMixin, CalibratingMixin, WholeAtFirstMixin, RunMixin, L
     """Gives a Trainer a record of what each example did to each target.
 
     Training is as it would be without: the same batches, the same updates (but for rounding where [`FINETrainer`] trains the head).
-    Before it starts and again on the way it is looked at whether `compute_loss`, a subclass's too, is the mean of the examples' own
-    losses; a subclass with another loss overrides `per_example_loss`.
+    Before it starts and again on the way it is looked at whether `compute_loss`, a subclass's or a `compute_loss_func=` too, is the mean of the examples'
+    own losses, or a sum of them with weights of its own; a subclass with another loss overrides `per_example_loss`.
     """
 
     _method = "influence"
@@ -161,7 +161,7 @@ class FINEMixin(RecordingMixin, CalibratingMixin, WholeAtFirstMixin, RunMixin, L
 
     def _train(self, checkpoint: str | None, **kwargs):
         self._recorder, self._trajectory, self._noted, self._micro, self._is_swept = None, None, False, [], False
-        self._normalised_by, self._largest_gradient = None, 0.0
+        self._normalised_by, self._largest_gradient, self._weighs = None, 0.0, False
         self._target_sets = self._targets()
         self._begin_as_first()
         try:

@@ -396,7 +396,7 @@ ARGUMENTS = [
                          ("sft", JOBS["unlearn"].config), ("vdu", JOBS["unlearn"].config), ("gan", TrainingArguments),
                          ("adapt", JOBS["gan"].config), ("in_run", SFTConfig), ("fine", JOBS["in_run"].config))),
     *((name, f"compute_loss_func: {why}", "", {"compute_loss_func": lambda *args, **kwargs: 0.0})
-      for name, why in (("unlearn", "would be ignored"), ("in_run", "not supported"))),
+      for name, why in (("unlearn", "would be ignored"), ("fine", "not supported"))),
     *((name, f"load_best_model_at_end: {why}", "", {
         "load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "eval_dataset": RETAIN})
       for name, why in (("unlearn", "the guard"), ("propagated", "the sweep"))),

@@ -51,10 +51,22 @@ def in_the_last_step(self, model, inputs, **kwargs):
     return self.stock(model, inputs, **kwargs) * (2.0 if self.state.global_step == 5 else 1.0)
 
 
+CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
+
+
 def class_weights(self, model, inputs, **kwargs):
     """Without calling the trainer's own; a fresh head has the same loss in all classes."""
-    logits = model(inputs["x"])["logits"]
-    return F.cross_entropy(logits, inputs["labels"], weight=torch.tensor([1.0, 2.0, 5.0]))
+    return F.cross_entropy(model(inputs["x"])["logits"], inputs["labels"], weight=CLASS_WEIGHTS)
+
+
+def weighed_and_penalised(self, model, inputs, **kwargs):
+    return class_weights(self, model, inputs) + (model.first.weight - 1).square().sum()
+
+
+def focal(self, model, inputs, **kwargs):
+    """Its gradient at the logits is that of the cross-entropy with weights, which depend on the model."""
+    nll = F.cross_entropy(model(inputs["x"])["logits"], inputs["labels"], reduction="none")
+    return ((1 - (-nll).exp()).square() * nll).mean()
 
 
 def smoothed(self, model, inputs, **kwargs):
@@ -69,7 +81,7 @@ def plain(self, model, inputs, return_outputs=False, num_items_in_batch=None):
     ("loss", "step", "observation"),
     [
         (penalty, 2, "propagated"), (from_the_start, 2, "in_run"), (late, 5, "in_run"), (in_the_last_step, 6, "in_run"),
-        (class_weights, 1, "in_run"), (class_weights, 1, "propagated"), (smoothed, 1, "in_run"),
+        (focal, 1, "in_run"), (weighed_and_penalised, 1, "propagated"), (smoothed, 1, "in_run"),
     ],
 )  # fmt: skip
 def test_a_loss_that_is_no_mean_over_examples(loss, step, observation, tmp_path):
@@ -103,6 +115,65 @@ def test_a_mean_that_does_not_call_the_trainers_own_loss(how, tmp_path):
         seen.append(observations(trainer).value)
     assert how == "a subclass" or trainer.compute_loss is own
     np.testing.assert_allclose(seen[1], seen[0], rtol=1e-4, atol=1e-6)
+
+
+class Weighs(InfluenceTrainer):
+    compute_loss = class_weights
+
+
+class Told(Weighs):
+    def _weights_of(self, labels):
+        return CLASS_WEIGHTS[labels]
+
+
+class WeighsInMean(InfluenceTrainer):
+    """A mean over examples, of which classes weigh."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        nll = F.cross_entropy(model(inputs["x"])["logits"], inputs["labels"], reduction="none")
+        return (CLASS_WEIGHTS[inputs["labels"]] * nll).mean()
+
+
+class Folds(WeighsInMean):
+    """The same, told as losses that are larger."""
+
+    def per_example_loss(self, model, inputs):
+        nll, weights = super().per_example_loss(model, inputs)
+        return CLASS_WEIGHTS[inputs["labels"]] * nll, weights
+
+
+@pytest.mark.parametrize("observation", ["in_run", "propagated"])
+@pytest.mark.parametrize(("finds", "knows", "accumulated"), [(Weighs, Told, 1), (WeighsInMean, Folds, 2)])
+def test_weights_of_classes_are_read_off_the_gradient(observation, finds, knows, accumulated, tmp_path):
+    """As where they are told. The targets are of a class that weighs 1, so that their loss is the same."""
+    targets = vectors(9, seed=1).filter(lambda row: row["labels"] == 0)
+    args = {"observation": observation, "gradient_accumulation_steps": accumulated, "max_steps": 4}
+    shares, after = [], []
+    for number, trainer_class in enumerate((finds, knows)):
+        trainer = trainer_class(
+            mlp(), settings(tmp_path / str(number), **args), train_dataset=vectors(16), target_dataset=targets
+        )
+        trainer.train()
+        assert trainer._weighs is (trainer_class is finds)
+        seen = observations(trainer)
+        order = np.lexsort((seen.example, seen.position))
+        shares.append((seen.weight[:, None] / seen.steps.weight[seen.position, None] * seen.value)[order])
+        after.append(state(trainer.model))
+    assert same(*after)
+    assert np.abs(shares[1]).max() > 0.01
+    np.testing.assert_allclose(shares[0], shares[1], rtol=2e-3, atol=1e-6)
+
+
+def test_a_loss_that_is_given_as_a_function(tmp_path):
+    seen = []
+    for number, (trainer_class, given) in enumerate(
+        [(Weighs, {}), (InfluenceTrainer, {"compute_loss_func": lambda outputs, labels, **_: F.cross_entropy(outputs["logits"], labels, weight=CLASS_WEIGHTS)})]
+    ):  # fmt: skip
+        trainer = trainer_class(mlp(), settings(tmp_path / str(number)), **DATA, **given)
+        trainer.train()
+        seen.append(observations(trainer))
+    np.testing.assert_allclose(seen[1].value, seen[0].value, rtol=1e-5)
+    np.testing.assert_allclose(seen[1].weight, seen[0].weight, rtol=1e-5)
 
 
 def test_a_step_that_nobody_saw(tmp_path):
