@@ -20,7 +20,7 @@ from ..parameters.reference import trainable_parameters
 from ..parameters.sharding import is_shared
 from ..training.checks import check_is_not_original
 from ..training.collators import RawCollator, raw_collator
-from ..training.models import LoadsByName, is_causal_lm, is_encoder_decoder, load_model
+from ..training.models import LoadsByName, is_causal_lm, is_encoder_decoder, load_model, ready_quantised
 from ..training.runs import RunMixin
 from ..training.sharing import WholeAtFirstMixin
 from .calibration import CalibratingMixin
@@ -87,6 +87,7 @@ class FINEMixin(RecordingMixin, CalibratingMixin, WholeAtFirstMixin, RunMixin, L
         super().__init__(
             args=args, eval_dataset=eval_dataset, processing_class=processing_class, **stock, **kwargs
         )  # fmt: skip
+        ready_quantised(self.model)
         check_model(self)
         self.reads_labels = is_encoder_decoder(self.model)
         self.is_causal_lm = is_causal_lm(self.model) and not self.reads_labels
