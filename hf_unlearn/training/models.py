@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
 from ..files import loading
+from .checks import check_in_memory
 
 
 CLASSES = "single_label_classification"
@@ -52,6 +53,7 @@ def load_model(
         raise ValueError(f"model: {type(model).__name__} is no model; pass a model, a path or an id")
     else:
         name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    check_in_memory(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if type(base).__name__ in MODEL_MAPPING_NAMES.values() or not find_labels(type(base)):
         raise ValueError(
