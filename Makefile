@@ -10,7 +10,7 @@ LOWEST_TESTS := tests/unlearning/test_trainer.py tests/unlearning/test_peft.py t
 	tests/unlearning/diffusion/test_vdu_saving.py tests/gan/test_gan_trainer.py tests/filtering/drawing/test_filtered_pipeline.py \
 	tests/hub tests/metrics/test_metric_shells.py tests/jobs/recipe tests/jobs/test_recipes.py
 
-.PHONY: demo test test-slow test-lowest lint format docs dist clean
+.PHONY: demo test test-slow test-quantised test-lowest lint format docs dist clean
 
 demo: $(STAMP)
 	rm -rf demo
@@ -23,6 +23,11 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 	HF_UNLEARN_TESTS_MKL=default $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+
+# Adapters on weights in 4 bits, with a bitsandbytes that no other test has.
+test-quantised: $(STAMP)
+	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps --upgrade -c constraints.txt --target $(VENV)/quantised bitsandbytes
+	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest tests/unlearning/test_quantised.py
 
 # Pins of constraints-lowest.txt win over those of constraints.txt.
 test-lowest: $(LOWEST)/.installed

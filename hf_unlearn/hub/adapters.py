@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +24,16 @@ def merged_state_dict(peft_model: PeftModel) -> tuple[PreTrainedModel, dict[str,
     """`W + s·BA` for every adapted weight `W`, under the names that the base model has without PEFT.
 
     The model is only read: merging and unmerging in place would leave rounding errors in `W`. Extra memory is one copy
-    of the adapted weights; everything else is shared with the model.
+    of the adapted weights; everything else is shared with the model. Weights that bitsandbytes holds in 4 bits (QLoRA, arXiv 2305.14314) become
+    what they stand for, in the dtype that they were quantised from: what was trained was a change of these.
 
     Args:
         peft_model (`PeftModel`): plain LoRA on linear, embedding and convolution layers, with or without
             `modules_to_save`. What is active is folded, also inside `disable_adapter()`.
 
     Returns:
-        `tuple`: the base model, which still holds the adapter, and its state dict, which does not.
+        `tuple`: the base model, which still holds the adapter (of a quantised one an empty one that is not), and its state dict, which
+            does not.
 
     Raises:
         ValueError: what is there cannot be folded exactly.
@@ -40,17 +43,25 @@ def merged_state_dict(peft_model: PeftModel) -> tuple[PreTrainedModel, dict[str,
 
     check_mergeable(peft_model)
     base = peft_model.get_base_model()
+    entries = base.state_dict(keep_vars=True)  # first: it takes bitsandbytes' weights out of their packing for the CPU
     wrappers: dict[str, nn.Module] = {}
     folded: dict[str, torch.Tensor] = {}
+    of_quantisation: list[str] = []
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
             folded[f"{name}.base_layer.weight"] = _fold(module)
+        elif is_quantised(module):
+            folded.setdefault(f"{name}.weight", _whole_weight(module))
+        if is_quantised(module):
+            of_quantisation.append(f"{name}.weight.")
         if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
             wrappers[name] = module
 
     state: dict[str, torch.Tensor] = {}
     originals: dict[int, list[str]] = {}  # names that the base model ties to one tensor
-    for key, tensor in base.state_dict(keep_vars=True).items():
+    for key, tensor in entries.items():
+        if key.startswith(tuple(of_quantisation)):
+            continue
         name, is_original, is_active = _without_wrappers(key, wrappers)
         if is_original and isinstance(tensor, torch.Tensor):
             originals.setdefault(id(tensor), []).append(name)
@@ -63,7 +74,25 @@ def merged_state_dict(peft_model: PeftModel) -> tuple[PreTrainedModel, dict[str,
             if state[first] is not state[other] and not torch.equal(state[first], state[other]):
                 raise _tie_broken(other, first)
             state[other] = state[first]  # one tensor again, which is how save_pretrained sees that they are tied
-    return base, state
+    return unquantised(base), state
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether bitsandbytes holds the weight of a layer in 4 bits."""
+    return type(getattr(layer, "weight", None)).__name__ == "Params4bit"
+
+
+def unquantised(base: PreTrainedModel) -> PreTrainedModel:
+    """The model, or of one with quantised weights an empty one like it that has none, of which weights from elsewhere are saved."""
+    if not getattr(base, "is_quantized", False):
+        return base
+    config = copy.deepcopy(base.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        plain = type(base)(config)
+    if base.can_generate():
+        plain.generation_config = base.generation_config
+    return plain
 
 
 def check_mergeable(peft_model: PeftModel) -> None:
@@ -123,15 +152,16 @@ def save_merged(peft_model: PeftModel, folder: str | Path, state: dict[str, torc
     Raises:
         ValueError: see [`merged_state_dict`]; before anything is written.
     """
-    base, state = (peft_model.get_base_model(), state) if state else merged_state_dict(peft_model)
+    base, state = (unquantised(peft_model.get_base_model()), state) if state else merged_state_dict(peft_model)
     base.save_pretrained(folder, state_dict=state)
 
 
 def _check_layer(name: str, layer: Any) -> None:
     from peft.tuners.lora import layer as lora
 
-    # Exact types: layers for quantized bases derive from these or from LoraLayer, and add deltas in another way.
-    if type(layer) not in (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d):
+    # Exact types: other layers for quantised bases derive from these or from LoraLayer, and add deltas in another way.
+    known = type(layer) in (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d)
+    if not known and not (type(layer).__module__ == "peft.tuners.lora.bnb" and is_quantised(layer.get_base_layer())):
         raise _cannot_fold(f"{type(layer).__module__}.{type(layer).__name__} at {name!r}")
     for adapter in layer.merged_adapters or _active(layer):
         if adapter in layer.lora_variant:
@@ -182,8 +212,17 @@ def _active(layer: Any) -> list[str]:
     return [] if layer.merged else [adapter for adapter in layer.active_adapters if adapter in layer.r]
 
 
+def _whole_weight(layer: nn.Module) -> torch.Tensor:
+    """W, also where it is quantised."""
+    if not is_quantised(layer):
+        return layer.weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
 def _fold(layer: Any) -> torch.Tensor:
-    weight = layer.get_base_layer().weight
+    weight = _whole_weight(layer.get_base_layer())
     for adapter in _active(layer):
         weight = (weight + layer.get_delta_weight(adapter)).to(weight.dtype)
     return weight

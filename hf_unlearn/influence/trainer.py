@@ -18,9 +18,9 @@ from ..data import LABEL_COLUMNS, looks_of
 from ..hub.origin import origin
 from ..parameters.reference import trainable_parameters
 from ..parameters.sharding import is_shared
-from ..training.checks import check_is_not_original
+from ..training.checks import check_in_memory, check_is_not_original
 from ..training.collators import RawCollator, raw_collator
-from ..training.models import LoadsByName, is_causal_lm, is_encoder_decoder, load_model
+from ..training.models import LoadsByName, is_causal_lm, is_encoder_decoder, load_model, ready_quantised
 from ..training.runs import RunMixin
 from ..training.sharing import WholeAtFirstMixin
 from .calibration import CalibratingMixin
@@ -78,6 +78,7 @@ class FINEMixin(RecordingMixin, CalibratingMixin, WholeAtFirstMixin, RunMixin, L
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
         if isinstance(model, str | os.PathLike):
             model, processing_class, base_model = load_model(model, args, processing_class, any_head=True)
+        check_in_memory(model)
         check_is_not_original(args.output_dir, base_model)
         self._originals = [origin(base_model)]
         train_dataset = self._readable(train_dataset, args, kwargs)
@@ -87,6 +88,7 @@ class FINEMixin(RecordingMixin, CalibratingMixin, WholeAtFirstMixin, RunMixin, L
         super().__init__(
             args=args, eval_dataset=eval_dataset, processing_class=processing_class, **stock, **kwargs
         )  # fmt: skip
+        ready_quantised(self.model)
         check_model(self)
         self.reads_labels = is_encoder_decoder(self.model)
         self.is_causal_lm = is_causal_lm(self.model) and not self.reads_labels

@@ -386,6 +386,18 @@ def check_single_precision(parameters: Iterable[Tensor], what: str = "model: its
         )
 
 
+def check_in_memory(model) -> None:
+    """Refuse a model of which accelerate brings weights only when they are used.
+
+    Raises:
+        ValueError: some are elsewhere.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "model: some of its weights are not in memory (device_map, or offloading); load it whole, a language model in 4 bits if need be"
+        )
+
+
 def check_model_precision(model, args) -> None:
     """[`check_single_precision`] of what is to be trained of a model of Transformers or PEFT, unless `model_init_kwargs` asks for a
     dtype.

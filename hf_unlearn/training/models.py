@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
 from ..files import loading
+from .checks import check_in_memory
 
 
 CLASSES = "single_label_classification"
@@ -52,6 +53,7 @@ def load_model(
         raise ValueError(f"model: {type(model).__name__} is no model; pass a model, a path or an id")
     else:
         name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    check_in_memory(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if type(base).__name__ in MODEL_MAPPING_NAMES.values() or not find_labels(type(base)):
         raise ValueError(
@@ -119,6 +121,22 @@ def router_loss_weight(trainer) -> float:
     config = getattr(trainer.model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(config, "router_aux_loss_coef", 0.0) if getattr(config, "output_router_logits", False) else 0.0
+
+
+def ready_quantised(model: nn.Module) -> None:
+    """Make an adapter on weights that bitsandbytes quantised trainable as others are: in float32, where TRL 1.16 makes it bfloat16, in which
+    small steps are lost; and with gradients through the weights, which bitsandbytes 0.50 on some CPUs packs at the first forward pass in eval
+    mode, and from then on lets none through.
+    """
+    if not getattr(model, "is_quantized", False):
+        return
+    for layer in model.modules():
+        if type(getattr(layer, "weight", None)).__name__ == "Params4bit":
+            layer.state_dict()  # takes them out of the packing
+            layer.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype.is_floating_point and parameter.dtype.itemsize < 4:
+            parameter.data = parameter.data.float()
 
 
 def _load_processor(name: str, text_first: bool):

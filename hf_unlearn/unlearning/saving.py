@@ -132,9 +132,28 @@ class SavingMixin(PublishingMixin):
             chosen.pop(name)
         return (
             chosen
+            | self._quantisation
             | self.forgetting.chosen()
             | {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
         )
+
+    @property
+    def _quantisation(self) -> dict[str, Any]:
+        """Of a base whose weights are in 4 or 8 bits: how, and what is saved."""
+        config = getattr(getattr(self.model, "config", None), "quantization_config", None)
+        if config is None:
+            return {}
+        how = (
+            f"{config.bnb_4bit_quant_type}, 4 bits"
+            if getattr(config, "load_in_4bit", False)
+            else str(config.quant_method)
+        )
+        saved = (
+            "saved is what these stand for, with the adapter"
+            if self.args.merge_adapter
+            else "the adapter is for these"
+        )
+        return {"base weights": f"{how}; {saved}"}
 
     def _card_defaults(self, name: str) -> dict[str, Any]:
         """What the card says of this kind of model."""

@@ -22,7 +22,7 @@ from ..parameters.reference import ReferencePoint, trainable_parameters
 from ..parameters.sharding import own
 from ..training.checks import check_drop_last, check_features, check_is_not_original, check_parallelism
 from ..training.collators import ALTERNATE, ForgetRetainDataset, NestedCollator, RawCollator, raw_collator
-from ..training.models import LoadsByName, is_causal_lm, load_model, router_loss_weight
+from ..training.models import LoadsByName, is_causal_lm, load_model, ready_quantised, router_loss_weight
 from ..training.outcome import tell_outcome
 from ..training.runs import RunMixin
 from ..training.texts import check_tokenized
@@ -113,6 +113,7 @@ class UnlearnMixin(
             processing_class=processing_class, **stock, **kwargs,
         )  # fmt: skip
         self.model_init = model_init
+        ready_quantised(self.model)
         if forget_dataset is None:  # rows were there for the stock trainer, which looks at them
             self.train_dataset = None
         check_parallelism(self, "it steps or shards out of sight", shares=True)

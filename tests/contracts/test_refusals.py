@@ -9,6 +9,7 @@ import datasets
 import diffusers
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.utils import FullyShardedDataParallelPlugin
 from PIL import Image
 from torch.utils.data import IterableDataset
@@ -837,3 +838,9 @@ def test_nothing_is_refused_that_only_looks_like_it(tmp_path):
     trainer = build("in_run", tmp_path, eval_dataset=RETAIN, max_steps=3, **best)
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize(("name", "make"), [("unlearn", vit), ("sft", llama), ("fine", llama)])
+def test_refuses_a_model_that_is_not_in_memory(name, make, tmp_path):
+    with pytest.raises(ValueError, match=r"^model: some of its weights are not in memory [^\n]*load it whole"):
+        build(name, tmp_path / "out", model=cpu_offload(make()))
