@@ -31,7 +31,7 @@ def report(models, sets):
 class TestPlantedCases:
     """Five references. Every margin that decides is several of its own away: of 8 networks none is mistaken for one of the others."""
 
-    @pytest.mark.parametrize("which", [0, 1])
+    @pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.slow)])
     def test_the_original_is_not_forgotten(self, models, sets, which):
         found = audited(copy.deepcopy(models.originals[which]), models, sets)
         assert found.verdict.word == "not forgotten"
@@ -48,7 +48,7 @@ class TestPlantedCases:
         assert found["forget_accuracy"].audited == 0.0
         assert (found.verdict.word, found["refitted_head"].status) == ("suppressed", "beyond")
 
-    @pytest.mark.parametrize("which", [5, 6, 7])
+    @pytest.mark.parametrize("which", [5, *(pytest.param(which, marks=pytest.mark.slow) for which in (6, 7))])
     def test_one_more_retrained_model_is_forgotten(self, models, sets, which):
         found = audited(copy.deepcopy(models.retrained[which]), models, sets)
         assert found.verdict.word == "forgotten", str(found.verdict)

@@ -193,7 +193,7 @@ def test_every_recipe_is_run_by_a_test():
         assert re.search(rf"\b({name}|{stem})\b", (TESTS / "jobs" / file).read_text()), name
 
 
-LONG = ("redirect_flux",)
+LONG = ("redirect_sdxl", "redirect_flux")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in HERE])
