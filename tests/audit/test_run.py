@@ -1,8 +1,6 @@
 import copy
 import gc
 import json
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -245,13 +243,9 @@ class TestReport:
             - table.loc["refitted_head", [f"retrained_{k}" for k in range(1, 6)]].mean()
         )
 
-    def test_saved_and_loaded_in_another_process(self, report, tmp_path):
+    def test_saved_and_loaded(self, report, tmp_path):
         file = report.save(tmp_path / "report.json")
         assert AuditReport.load(file) == AuditReport.from_dict(json.loads(json.dumps(report.to_dict())))
-        script = f"from hf_unlearn.audit.report import AuditReport as A; r = A.load({str(file)!r}); print(r.verdict.word, r['quantised'].audited)"
-        assert subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True
-        ).stdout.split() == ["suppressed", "0.0"]
         with pytest.raises(ValueError, match="must end in .json"):
             report.save(tmp_path / "report.txt")
 
