@@ -101,6 +101,7 @@ class TestModels:
         same = audited(tiny_llama, sets, tokenizer, checks=["answer", "unseen_loss"])
         assert [one.audited for one in report.results] == pytest.approx([one.audited for one in same.results])
 
+    @pytest.mark.slow
     def test_from_a_folder_in_16_bits(self, tiny_llama, sets, tokenizer, tmp_path):
         """Every check reads such weights; answers differ as bfloat16 rounds, to three digits."""
         for part in (tiny_llama, tokenizer):
