@@ -1,9 +1,12 @@
 """Fixtures that every test file shares: tiny models from configs with fixed seeds, real digits, a tiny tokenizer."""
 
+import gc
 import json
 import os
 
 
+# What the libraries leave in memory stays there: looking through it again and again is a third of their import.
+gc.disable()
 # All read when a library is imported, so before anything else.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # MKL's sums depend on where in memory their operands lie, on some CPUs, unless it is told that they must not. `make test-slow`
@@ -13,12 +16,19 @@ if os.environ.get("HF_UNLEARN_TESTS_MKL") != "default":
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from building import build
+from building import build  # noqa: E402
 
-from hf_unlearn.examples import datasets as example_data
+from hf_unlearn.examples import datasets as example_data  # noqa: E402
 
 
 torch.set_num_threads(int(os.environ.get("HF_UNLEARN_TESTS_THREADS", 1)))
+
+
+def pytest_collection_finish():
+    """Nor is it looked at by every `Trainer.train()`, which collects garbage."""
+    gc.freeze()
+    gc.enable()
+
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",

@@ -4,6 +4,7 @@ They are forked from a clean interpreter that has imported the libraries and not
 is imported (`HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE`) cannot be changed in them: that needs a real interpreter.
 """
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -48,6 +49,7 @@ def run_python(code, *arguments, cwd=None, env=None, timeout=240):
 def _run(code, arguments, cwd, env, out, err):
     import torch
 
+    gc.freeze()  # what the libraries left: neither looked at nor copied
     for file, descriptor in ((out, 1), (err, 2)):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, descriptor)

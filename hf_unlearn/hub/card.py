@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from .text import all_tags, line, one_line, shown
 
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
+    from jinja2 import Template
 
 
 TAGS = ("machine-unlearning", "hf_unlearn")
@@ -132,7 +134,7 @@ def unlearning_card(
     Raises:
         ValueError: a picture that a push would leave behind.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
     if picture is not None and (Path(picture).parent.as_posix() != "pictures" or not picture.endswith(".png")):
         raise ValueError(f"picture={picture!r}: must be pictures/NAME.png, the only pictures that are published")
@@ -167,9 +169,9 @@ def unlearning_card(
         pipeline_tag=pipeline_tag,
         tags=all_tags(TAGS, tags),
     )
-    return ModelCard.from_template(
+    return _filled(
         data,
-        template_path=str(TEMPLATE),
+        TEMPLATE,
         model_name=line(model_name),
         method=line(provenance.method),
         method_title=line(provenance.method_title),
@@ -227,7 +229,7 @@ def plain_card(
         audit ([`~hf_unlearn.AuditReport`], *optional*): of it.
         metadata: license, language, tags and datasets.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCardData
 
     tags, base_id = metadata.pop("tags", None) or (), hub_id(base_model)
     data = ModelCardData(
@@ -238,9 +240,9 @@ def plain_card(
         tags=all_tags("hf_unlearn", tags),
         **metadata,
     )
-    card = ModelCard.from_template(
+    card = _filled(
         data,
-        template_path=str(PLAIN),
+        PLAIN,
         title=line(model_name),
         base_model_link=_base_model_link(base_model, base_id),
         base_revision=base_revision,
@@ -249,6 +251,20 @@ def plain_card(
         versions=", ".join(f"{name} {number}" for name, number in library_versions().items()),
     )
     return card if audit is None else with_audit(card, audit)
+
+
+@cache
+def _template(path: Path) -> Template:
+    from jinja2 import Template
+
+    return Template(path.read_text(encoding="utf-8"))
+
+
+def _filled(data: ModelCardData, template: Path, **values: Any) -> ModelCard:
+    """As `ModelCard.from_template`, which compiles its template each time: a run makes its card twice, before it trains and after."""
+    from huggingface_hub import ModelCard
+
+    return ModelCard(_template(template).render(card_data=data.to_yaml(), **(data.to_dict() | values)))
 
 
 def _bibtex(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,16 @@ def _auto_class(model_class: Any) -> str | None:
     import transformers
 
     config_class = getattr(model_class, "config_class", None)
-    for name in sorted(dir(transformers)):
-        # AutoModelForPreTraining also lists models that have an Auto class that says more.
-        if name.startswith("AutoModel") and name != "AutoModelForPreTraining":
-            mapping = getattr(getattr(transformers, name), "_model_mapping", None)
-            if mapping is not None and config_class in mapping and mapping[config_class] is model_class:
-                return name
+    for name in _auto_classes():
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None)
+        if mapping is not None and config_class in mapping and mapping[config_class] is model_class:
+            return name
     return None
+
+
+@cache  # dir() of transformers 5.23 compares each of its thousands of names with all of them
+def _auto_classes() -> list[str]:
+    import transformers
+
+    # AutoModelForPreTraining also lists models that have an Auto class that says more.
+    return sorted({name for name in dir(transformers) if name.startswith("AutoModel")} - {"AutoModelForPreTraining"})

@@ -7,6 +7,7 @@ import os
 import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -16,6 +17,11 @@ PACKAGES = ("hf_unlearn", "torch", "transformers", "peft", "trl", "accelerate", 
 
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that shape a result, without importing them."""
+    return dict(_versions())
+
+
+@cache  # of a process: they are read from disk
+def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

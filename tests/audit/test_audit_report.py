@@ -3,12 +3,11 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import yaml
+from fresh import run_python
 from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yaml, parse_eval_result_entries
 
 from hf_unlearn.audit.report import AuditReport
@@ -27,7 +26,7 @@ def report(models, sets):
 def test_another_process_reads_the_same(report, tmp_path):
     path = report.save(tmp_path / "audit.json")
     script = "import json, sys; from hf_unlearn.audit.report import AuditReport; print(json.dumps(AuditReport.load(sys.argv[1]).to_dict()))"
-    told = subprocess.run([sys.executable, "-c", script, path], check=True, capture_output=True, text=True).stdout
+    told = run_python(script, path).stdout
     assert json.loads(told) == json.loads(path.read_text())
     assert AuditReport.load(path) == report
 

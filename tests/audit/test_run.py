@@ -1,8 +1,6 @@
 import copy
 import gc
 import json
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -31,7 +29,7 @@ def report(models, sets):
 class TestPlantedCases:
     """Five references. Every margin that decides is several of its own away: of 8 networks none is mistaken for one of the others."""
 
-    @pytest.mark.parametrize("which", [0, 1])
+    @pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.slow)])
     def test_the_original_is_not_forgotten(self, models, sets, which):
         found = audited(copy.deepcopy(models.originals[which]), models, sets)
         assert found.verdict.word == "not forgotten"
@@ -48,7 +46,7 @@ class TestPlantedCases:
         assert found["forget_accuracy"].audited == 0.0
         assert (found.verdict.word, found["refitted_head"].status) == ("suppressed", "beyond")
 
-    @pytest.mark.parametrize("which", [5, 6, 7])
+    @pytest.mark.parametrize("which", [5, *(pytest.param(which, marks=pytest.mark.slow) for which in (6, 7))])
     def test_one_more_retrained_model_is_forgotten(self, models, sets, which):
         found = audited(copy.deepcopy(models.retrained[which]), models, sets)
         assert found.verdict.word == "forgotten", str(found.verdict)
@@ -245,13 +243,9 @@ class TestReport:
             - table.loc["refitted_head", [f"retrained_{k}" for k in range(1, 6)]].mean()
         )
 
-    def test_saved_and_loaded_in_another_process(self, report, tmp_path):
+    def test_saved_and_loaded(self, report, tmp_path):
         file = report.save(tmp_path / "report.json")
         assert AuditReport.load(file) == AuditReport.from_dict(json.loads(json.dumps(report.to_dict())))
-        script = f"from hf_unlearn.audit.report import AuditReport as A; r = A.load({str(file)!r}); print(r.verdict.word, r['quantised'].audited)"
-        assert subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True
-        ).stdout.split() == ["suppressed", "0.0"]
         with pytest.raises(ValueError, match="must end in .json"):
             report.save(tmp_path / "report.txt")
 

@@ -244,6 +244,7 @@ class TestTrain:
         ends = [UNet.from_pretrained(path / "unet") for path in (folder, *sorted(folder.glob("checkpoint-*")))]
         assert len({end.conv_in.weight.detach().numpy().tobytes() for end in ends}) == 3
 
+    @pytest.mark.slow
     def test_the_same_twice_whatever_the_global_randomness(self, folder, tmp_path):
         torch.manual_seed(99)
         train(TINY, tmp_path / "again", progress=False)
@@ -271,6 +272,7 @@ class TestTrain:
         images = labelled(TINY.data()["train"])[0]
         assert text_to_image.encoded(pipeline.vae, images).std().item() == pytest.approx(1, abs=1e-4)
 
+    @pytest.mark.slow
     def test_the_text_encoder_learns_what_captions_say_and_then_stays(self):
         """Before, its states do not tell how a picture is called for; after, linear heads on them do."""
         texts = [f"a {colour} {digit} on white" for colour in ("red", "blue") for digit in ("three", "seven", "zero")]

@@ -219,7 +219,7 @@ def digits_marker(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", ["ddpm", "gan"])
+@pytest.mark.parametrize("kind", [pytest.param("ddpm", marks=pytest.mark.slow), "gan"])
 def test_the_recipe_of_a_generator(kind, digits_marker, tiny_ddpm, work, capsys):
     def save(seed, folder):
         pipe = gan(seed=seed) if kind == "gan" else tiny_ddpm

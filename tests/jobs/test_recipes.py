@@ -193,7 +193,8 @@ def test_every_recipe_is_run_by_a_test():
         assert re.search(rf"\b({name}|{stem})\b", (TESTS / "jobs" / file).read_text()), name
 
 
-LONG = ("redirect_flux",)
+# With one of their kind that is run here, or in test_cli.py.
+LONG = ("forget_poison", "pbu_digits_paper", "redirect_stable_diffusion", "redirect_sdxl", "redirect_flux")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in HERE])

@@ -1,21 +1,11 @@
 """Fixtures of the tests that train: a digits classifier that many of them start from."""
 
 import copy
-import gc
 
 import pytest
 
 from hf_unlearn.examples import classifier
 from hf_unlearn.examples import datasets as example_data
-
-
-@pytest.fixture(scope="session", autouse=True)
-def light_garbage_collection():
-    """Every `Trainer.train()` collects garbage: half a second of looking at what the libraries have imported."""
-    import hf_unlearn.unlearning.trainer  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

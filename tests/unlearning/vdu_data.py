@@ -44,8 +44,10 @@ def arguments(output_dir, **values):
 
 
 def prompted_arguments(output_dir, **values):
-    """The same for a prompted pipeline."""
-    plain = {"replay_prompts": ["pot", "a hat"], "own_samples": 4, "learning_rate": 0.05}
+    """The same for a prompted pipeline, without the closed form: a thousand prompts are encoded for it."""
+    plain = {
+        "replay_prompts": ["pot", "a hat"], "own_samples": 4, "forget_samples": 4, "learning_rate": 0.05, "closed_form": False,
+    }  # fmt: skip
     return arguments(output_dir, **(plain | values))
 
 

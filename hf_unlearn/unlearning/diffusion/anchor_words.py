@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from ...modes import looking, seeded_generator
 from .prompt_effect import BATCH, SHARES
-from .text_side import TextSide
+from .text_side import TextSide, quiet
 from .wordings import GENERIC, KINDS, filled, kind_of, naming, templates_for
 
 
@@ -36,6 +36,7 @@ class AnchorWords:
         self.side, self.concepts, self.batch_size = side, list(concepts), batch_size
         self._known: dict[str, Tensor] = {}
 
+    @quiet()
     def of(self, concept: str, *, asks: bool = True) -> str:
         """The anchor of a concept: of the words of its kind that are not the same thing, the nearest few; of these the half that the text
         encoder confuses the least with others, as a word that it hardly knows; and of these the one that the denoiser answers the least like

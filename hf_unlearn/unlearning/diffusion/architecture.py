@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +73,11 @@ class Architecture:
         """What is noised in which way, and what the denoiser should answer."""
         return NoiseSchedule.of(self.pipe.scheduler)
 
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the pipeline computes, also where its parts are offloaded; found by going through all their modules."""
+        return self.pipe._execution_device
+
     # What the denoiser is told
 
     @property
@@ -110,8 +116,10 @@ class Architecture:
 
     def guidance_scale(self, given: float | None = None) -> float:
         """What is given, or the scale of guidance that the pipeline draws with by default."""
-        if given is not None:
-            return given
+        return self._usual_guidance if given is None else given
+
+    @cached_property
+    def _usual_guidance(self) -> float:
         return inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default
 
     def free_guidance(self, given: float | None = None) -> float:
@@ -142,7 +150,7 @@ class Architecture:
     def times(self, share: float, count: int) -> Tensor:
         """What is told of the time at a share of the way from the image (0) to noise (1): `[count]`."""
         last = self.pipe.scheduler.config.num_train_timesteps
-        return torch.full((count,), min(int(share * last), last - 1), device=self.pipe._execution_device)
+        return torch.full((count,), min(int(share * last), last - 1), device=self.device)
 
     # What it sees of an image
 

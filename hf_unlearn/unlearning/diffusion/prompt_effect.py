@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...modes import looking, seeded_generator
 from .pipelines import text_side_of
-from .text_side import TextSide
+from .text_side import TextSide, quiet
 
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def measured(side: TextSide, pairs: Sequence[tuple[str, str]]) -> PromptEffect:
     return PromptEffect(list(pairs), _differences(side, pairs), whole, side.free_guidance())
 
 
+@quiet()
 def _differences(side: TextSide, pairs: Sequence[tuple[str, str]]) -> Tensor:
     """ε(first) − ε(second) for each pair, on noise that depends on its place alone."""
     noise = torch.cat([side.noise(1, seeded_generator("cpu", place)) for place in range(len(pairs))])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...files import save_tensors, undamaged
 from .pipelines import text_side_of
-from .text_side import POOLED, TOKENS, TextSide, Told
+from .text_side import POOLED, TOKENS, TextSide, Told, quiet
 from .wordings import EMPTY_SHARE, kept_prompts
 
 
@@ -133,6 +133,7 @@ def weighted(prompts: Iterable[str], near: Sequence[str] = ()) -> dict[str, floa
 
 
 @torch.no_grad()
+@quiet()
 def moments_of(side: TextSide, weights: Mapping[str, float], batch_size: int) -> TextMoments:
     """[`TextMoments.of`] a text side, for prompts with weights."""
     sums: dict[str, Tensor] = {}
@@ -154,6 +155,7 @@ def moments_of(side: TextSide, weights: Mapping[str, float], batch_size: int) ->
 
 
 @torch.no_grad()
+@quiet()
 def moments_between(
     side: TextSide, pairs: Sequence[tuple[str, str]], batch_size: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
@@ -185,6 +187,7 @@ def moments_between(
 
 
 @torch.no_grad()
+@quiet()
 def last_words(side: TextSide, prompts: Sequence[str], batch_size: int) -> dict[str, Tensor]:
     """By stream the state of each prompt's last token before the end, `[rows, width]`, float64: of the empty prompt that of its first token.
     Where there are several segments, of each; a pooled vector as it is.

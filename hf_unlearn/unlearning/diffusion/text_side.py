@@ -52,10 +52,13 @@ class TextLayer:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of diffusers for the time of a `with` block."""
+    """No warnings of diffusers for the time of a `with` block, or of a function. A level is set once: setting it goes through all loggers."""
     from diffusers.utils import logging
 
     level = logging.get_verbosity()
+    if level >= logging.ERROR:
+        yield
+        return
     logging.set_verbosity_error()
     try:
         yield
@@ -118,10 +121,6 @@ class TextSide(Architecture):
         return found
 
     # Helpers
-
-    @property
-    def device(self) -> torch.device:
-        return self.pipe._execution_device
 
     def _longest(self) -> int:
         return inspect.signature(self.pipe.encode_prompt).parameters["max_sequence_length"].default

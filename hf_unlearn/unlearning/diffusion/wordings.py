@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
 
 # Kinds of words that pictures are asked for by. Written by hand; a word stands for its kind, no list is complete.
@@ -88,7 +89,12 @@ def kept_prompts(without: Iterable[str] = ()) -> list[str]:
     Args:
         without (`Iterable[str]`): concepts that no prompt may name.
     """
-    concepts = list(without)
+    named = naming(list(without))
+    return [prompt for prompt in _kept() if not (named and named.search(prompt))]
+
+
+@cache
+def _kept() -> tuple[str, ...]:
     made = [
         filled(template, word)
         for group, kinds in (("thing", THINGS), ("look", LOOKS), ("style", STYLES))
@@ -105,8 +111,7 @@ def kept_prompts(without: Iterable[str] = ()) -> list[str]:
         for slot, word in words.items():
             scene = filled(scene.replace(slot, "{}"), word)
         made.append(scene)
-    named = naming(concepts)
-    return [prompt for prompt in dict.fromkeys(made) if not (named and named.search(prompt))]
+    return tuple(dict.fromkeys(made))
 
 
 def neighbours(concepts: Iterable[str]) -> list[str]:

@@ -2,8 +2,7 @@
 
 import copy
 import random
-from functools import cache
-from types import SimpleNamespace
+from functools import cache, cached_property
 
 import torch
 from datasets import Dataset
@@ -98,27 +97,39 @@ def refusing(rows):
     return [one | {"completion": [{"role": "assistant", "content": REFUSAL}]} for one in rows]
 
 
-@cache
-def planted():
-    """Two seconds a model: copy one before changing it.
+class Planted:
+    """The planted cases, each trained when it is first asked for, in two seconds: copy one before changing it."""
 
-    `sets`; `tokenizer`; `original`; `refusing`, which was taught to say that it does not know; `retrained`, without the forget rows, and
-    `twin`, one more of them.
-    """
-    sets = people()
-    tokenizer = tokenizer_of(sets)
-    forget, retain = (in_both_wordings(sets[name]) for name in ("forget", "retain"))
+    def __init__(self):
+        self.sets = people()
+        self.tokenizer = tokenizer_of(self.sets)
+        self.forget, self.retain = (in_both_wordings(self.sets[name]) for name in ("forget", "retain"))
 
-    def learnt(rows, seed):
-        return taught(untrained(tokenizer, seed), rows, tokenizer, 100, 8e-3, seed=seed)
+    def _learnt(self, rows, seed):
+        return taught(untrained(self.tokenizer, seed), rows, self.tokenizer, 100, 8e-3, seed=seed)
 
-    original = learnt(forget + retain, 0)
-    retrained = [learnt(retain, seed) for seed in range(1, 2 + REFERENCES)]
-    return SimpleNamespace(
-        sets=sets,
-        tokenizer=tokenizer,
-        original=original,
-        refusing=taught(original, refusing(forget) + retain, tokenizer, 150, 1e-3),
-        twin=retrained[-1],
-        retrained=retrained[:-1],
-    )
+    @cached_property
+    def original(self):
+        return self._learnt(self.forget + self.retain, 0)
+
+    @cached_property
+    def refusing(self):
+        """The original, taught to say that it does not know."""
+        return taught(self.original, refusing(self.forget) + self.retain, self.tokenizer, 150, 1e-3)
+
+    @cache  # noqa: B019 - there is one of it
+    def reference(self, seed):
+        """Trained without the forget rows."""
+        return self._learnt(self.retain, seed)
+
+    @property
+    def retrained(self):
+        return [self.reference(seed) for seed in range(1, 1 + REFERENCES)]
+
+    @property
+    def twin(self):
+        """One more of them."""
+        return self.reference(1 + REFERENCES)
+
+
+planted = cache(Planted)

@@ -55,9 +55,16 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("audit")
 
 
-def audited(model, case, folder, **settings):
-    settings = {"original": case.original, "retrained": case.retrained, "output_dir": folder} | settings
-    return audit(copy.deepcopy(model), **case.sets, processing_class=case.tokenizer, progress=False, **settings)
+def audited(model, case, folder, retrained=(), **settings):
+    settings = {"original": case.original, "output_dir": folder} | settings
+    return audit(
+        copy.deepcopy(model),
+        **case.sets,
+        retrained=retrained,
+        processing_class=case.tokenizer,
+        progress=False,
+        **settings,
+    )
 
 
 def alone(model, answer):
@@ -241,7 +248,8 @@ class TestRelearning:
 
 class TestPlantedCases:
     def test_the_original_is_not_forgotten(self, case, folder):
-        report = audited(case.original, case, folder, checks="quick")
+        references = [case.reference(1), case.reference(2), case.twin]
+        report = audited(case.original, case, folder, references, checks="quick")
         assert not report.failed
         assert report.verdict.word == "not forgotten"
         assert report[report.verdict.decided_by].layer == "output"
@@ -250,7 +258,7 @@ class TestPlantedCases:
 
     @pytest.mark.slow
     def test_a_taught_refusal_is_suppressed(self, case, folder):
-        report = audited(case.refusing, case, folder)
+        report = audited(case.refusing, case, folder, case.retrained)
         assert not report.failed
         assert report.verdict.word == "suppressed", str(report.verdict)
         assert {one.name for one in report.results} == {check.name for check in STANDARD}
@@ -261,16 +269,16 @@ class TestPlantedCases:
     @pytest.mark.slow
     def test_one_more_retrained_model_is_no_worse_than_the_others(self, case, folder):
         """With few rows most margins are wide; what is beyond or unclear would be wrong."""
-        report = audited(case.twin, case, folder)
+        report = audited(case.twin, case, folder, case.retrained)
         assert report.verdict.word in ("forgotten", "undetermined")
         deciding = [one for one in report.results if one.layer in ("output", "below")]
         assert {one.status for one in deciding} <= {"within", "blind"}
-        quick = audited(case.twin, case, folder, checks=[check.name for check in QUICK])
+        quick = audited(case.twin, case, folder, case.retrained, checks=[check.name for check in QUICK])
         assert quick.verdict.word == "forgotten", str(quick.verdict)
 
     def test_without_references(self, case, folder):
         """More than half of the telling words are memory, by whatever way they came; less proves nothing."""
-        settings = {"retrained": (), "checks": "quick"}
+        settings = {"checks": "quick"}
         beside = [
             audited(model, case, folder, **settings).verdict for model in (case.original, case.refusing, case.twin)
         ]

@@ -73,13 +73,14 @@ class TestModels:
         model, before = tiny_llama.train(), torch.get_rng_state()
         model.get_input_embeddings().weight.requires_grad_(False)
         digest = digest_of(model)
-        first, second = (audited(model, sets, tokenizer) for _ in range(2))
+        first, second = (audited(model, sets, tokenizer, checks=checks) for checks in ("standard", "quick"))
         assert digest_of(model) == digest
         assert model.training
         assert not model.get_input_embeddings().weight.requires_grad
         assert all(parameter.grad is None for parameter in model.parameters())
         assert torch.equal(torch.get_rng_state(), before)
-        assert [one.audited for one in first.results] == [one.audited for one in second.results]
+        assert {one.name for one in second.results} < {one.name for one in first.results}
+        assert all(first[one.name].audited == one.audited for one in second.results)
 
     def test_adapters_are_looked_at_as_they_are_and_merged_for_attacks(self, tiny_llama, sets, tokenizer):
         model = get_peft_model(copy.deepcopy(tiny_llama), LoraConfig(r=2, target_modules="all-linear"))
@@ -100,6 +101,7 @@ class TestModels:
         same = audited(tiny_llama, sets, tokenizer, checks=["answer", "unseen_loss"])
         assert [one.audited for one in report.results] == pytest.approx([one.audited for one in same.results])
 
+    @pytest.mark.slow
     def test_from_a_folder_in_16_bits(self, tiny_llama, sets, tokenizer, tmp_path):
         """Every check reads such weights; answers differ as bfloat16 rounds, to three digits."""
         for part in (tiny_llama, tokenizer):
@@ -121,7 +123,7 @@ class TestChecks:
 
     def test_costs_are_told_of_every_check(self, tiny_llama, sets, tokenizer):
         report = audited(tiny_llama, sets, tokenizer, checks=["answer"])
-        assert audited(tiny_llama, sets, tokenizer).estimated_seconds > report.estimated_seconds > 0
+        assert audited(tiny_llama, sets, tokenizer, checks="quick").estimated_seconds > report.estimated_seconds > 0
 
     def test_without_retained_and_unseen_rows(self, tiny_llama, sets, tokenizer):
         report = audited(tiny_llama, {"forget": sets["forget"]}, tokenizer)

@@ -18,7 +18,7 @@ ASKED = ["a photo of a cat", "a cat in the rain", "cat"]
 
 
 def trainer_of(pipeline, folder, marker=None, forget=None, **values):
-    plain = {"concept": WANTED, "max_steps": 2, "own_samples": 4, "forget_samples": 4, "replay_prompts": None}
+    plain = {"concept": WANTED, "max_steps": 2, "replay_prompts": None, "closed_form": None}
     args = prompted_arguments(folder, **(plain | values))
     return VDUTrainer(pipeline=pipeline, args=args, marker=marker, forget_dataset=forget)
 
@@ -48,7 +48,7 @@ class TestTheConceptOfPrompts:
 class TestWhatFollows:
     def test_of_one_word(self, tmp_path):
         """Wordings, what they are answered as, what is kept, how far beyond, and which weights: none of it has to be said."""
-        args = prompted_arguments(tmp_path, concept="cat", own_samples=4, forget_samples=4, replay_prompts=None)
+        args = prompted_arguments(tmp_path, concept="cat", replay_prompts=None, closed_form=None)
         trainer = VDUTrainer(pipeline=tiny("sd"), args=args)
         settled = trainer.args
         (anchor,) = settled.concept.values()

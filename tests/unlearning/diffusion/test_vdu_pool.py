@@ -67,7 +67,7 @@ class TestPool:
         assert kept[0].shape != kept[1].shape or not kept[0].equal(kept[1])
 
     def test_prompts_are_part_of_what_is_drawn(self, tiny_stable_diffusion, tmp_path, counted):
-        values = {"forget_prompts": ["a pot"], "forget_samples": 2, "max_steps": 1}
+        values = {"forget_prompts": ["a pot"], "redirect_prompt": "a hat", "forget_samples": 2, "max_steps": 1}
         for prompts in (["a photo"], ["a photo"], ["a path"]):
             args = prompted_arguments(tmp_path, **(values | {"replay_prompts": prompts}))
             trained(copy.deepcopy(tiny_stable_diffusion), args)
