@@ -15,7 +15,7 @@ from ..parameters.fisher import diagonal_fisher
 from ..parameters.lora import LoRAProductAnchor, lora_layers
 from ..parameters.reference import ReferencePoint
 from ..training.collators import ALTERNATE
-from ..training.losses import IGNORED, cross_entropy, mean_over_predictions
+from ..training.losses import IGNORED, cross_entropy, mean_of_counted, mean_over_predictions
 from . import losses
 from .classifiers.objective import ClassifierObjective
 from .classifiers.replay import perturb_images
@@ -83,6 +83,18 @@ class ObjectiveMixin:
         """Logits `[batch, …, classes]` and the targets `[batch, …]` they answer, −100 where none."""
         return self.family.answers(forward, self._inputs(batch), self._labels(batch))
 
+    def counted(self, forward: Callable, batch: Batch, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits `[predictions, classes]` of the predictions that count alone, example after example, and the targets of all `[batch, …]`.
+
+        Args:
+            labels (`Tensor`, *optional*): in the place of the batch's.
+        """
+        if self.is_causal_lm:
+            labels = self._labels(batch) if labels is None else labels
+            return self.family.counted(forward, self._inputs(batch), labels, self.model)
+        logits, targets = self.predictions(forward, batch)
+        return logits[targets != IGNORED], targets
+
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         self._set_signature_columns_if_needed()
         others = (*self.label_names, ALTERNATE)
@@ -107,7 +119,8 @@ class ObjectiveMixin:
 
     def task_loss(self, model: Callable, batch: Batch) -> Tensor:
         """Loss of each example under the model's own task: `[batch]`, mean over its predictions."""
-        return cross_entropy(*self.predictions(model, batch))
+        logits, targets = self.counted(model, batch)
+        return mean_of_counted(cross_entropy(logits, targets[targets != IGNORED]), targets)
 
     def forget_loss(self, model: Callable, batch: Batch) -> Tensor:
         """What is minimised on the forget examples; a scalar or one value per example.
@@ -146,27 +159,25 @@ class ObjectiveMixin:
                 return losses.npo(*nlls, self.args.preference_beta) / count
             *alternate_nlls, _ = self._of_whole_texts(model, batch[ALTERNATE])
             return dpo(*nlls, *alternate_nlls, self.args.preference_beta) / count
-        logits, targets = self.predictions(model, batch)
+        logits, targets = self.counted(model, batch)
         if self.forget_loss_name == "uniform":
-            return mean_over_predictions(losses.uniform(logits), targets)
+            return mean_of_counted(losses.uniform(logits), targets)
         if self.forget_loss_name in TOKEN_LOSSES:
             return token_loss(
-                self.forget_loss_name, logits, targets, lambda: self.predictions(self.reference_forward, batch)[0]
+                self.forget_loss_name, logits, targets, lambda: self.counted(self.reference_forward, batch)[0]
             )
-        reference_logits, _ = self.predictions(self.reference_forward, batch)
-        values = losses.redirect(logits, reference_logits, self.family.excluded(logits, targets))
-        return mean_over_predictions(values, targets)
+        reference_logits, _ = self.counted(self.reference_forward, batch)
+        values = losses.redirect(logits, reference_logits, self.family.excluded(logits, targets[targets != IGNORED]))
+        return mean_of_counted(values, targets)
 
     def _hidden(self, forward: Callable, batch: Batch) -> Tensor:
-        hidden = hidden_states(forward, self._inputs(batch), layers_of(self.model)[self.rmu_layer])
+        hidden = hidden_states(forward, self._inputs(batch), layers_of(self.model)[self.rmu_layer], self.model)
         return hidden[:, -self._labels(batch).shape[1] :]  # behind the virtual tokens of prompt tuning
 
     def _of_whole_texts(self, model: Callable, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """−log π and −log π* of all predictions of an example together, and how many count, `[batch]` each."""
-        logits, targets = self.predictions(model, batch)
-        reference_logits, _ = self.predictions(self.reference_forward, batch)
-        count = (targets != IGNORED).reshape(len(targets), -1).sum(1).clamp(min=1)
-        return cross_entropy(logits, targets) * count, cross_entropy(reference_logits, targets) * count, count
+        count = self._counts(batch).clamp(min=1)
+        return *(self.task_loss(forward, batch) * count for forward in (model, self.reference_forward)), count
 
     def retain_loss(self, model: Callable, batch: Batch) -> Tensor:
         """What is minimised on the retain examples: the task's own loss, or the divergence from the original's answers; of RMU the
@@ -177,9 +188,9 @@ class ObjectiveMixin:
             return mean_over_predictions(rmu(hidden, kept), self._labels(batch))
         if self.args.retain_loss == "nll":
             return self._by_token(self.task_loss(model, batch), batch)
-        logits, targets = self.predictions(model, batch)
-        reference_logits, _ = self.predictions(self.reference_forward, batch)
-        return self._by_token(mean_over_predictions(losses.divergence(logits, reference_logits), targets), batch)
+        logits, targets = self.counted(model, batch)
+        reference_logits, _ = self.counted(self.reference_forward, batch)
+        return self._by_token(mean_of_counted(losses.divergence(logits, reference_logits), targets), batch)
 
     @property
     def retain_weight(self) -> float:
@@ -211,9 +222,10 @@ class ObjectiveMixin:
 
     def replay_loss(self, model: Callable, batch: Batch) -> Tensor:
         """Divergence from the original on replay inputs, over the classes to be kept: `[batch]`, nats."""
-        reference_logits, _ = self.predictions(self.reference_forward, batch)
-        logits, _ = self.predictions(model, batch)
-        return self.family.replay_divergence(logits, reference_logits, batch)
+        labels = self.family.replayed(batch) if self.is_causal_lm else None
+        reference_logits, _ = self.counted(self.reference_forward, batch, labels)
+        logits, targets = self.counted(model, batch, labels)
+        return mean_of_counted(self.family.replay_divergence(logits, reference_logits), targets)
 
     @property
     def replay_weight(self) -> float:

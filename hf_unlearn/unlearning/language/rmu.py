@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...training.logits import only_at
+
 
 BELOW = 2  # layers below the one that is looked at which are trained too
 
@@ -59,12 +61,13 @@ def direction(size: int, seed: int) -> Tensor:
     return drawn / drawn.norm()
 
 
-def hidden_states(forward: Callable, inputs: Mapping[str, Tensor], layer: nn.Module) -> Tensor:
-    """What a layer puts out while the model runs, `[batch, tokens, size]`."""
+def hidden_states(forward: Callable, inputs: Mapping[str, Tensor], layer: nn.Module, model: PreTrainedModel) -> Tensor:
+    """What a layer of the model puts out while it runs, without logits, `[batch, tokens, size]`."""
     seen = []
     hook = layer.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
     try:
-        forward(**inputs, use_cache=False)
+        with only_at(model, torch.zeros_like(inputs["input_ids"], dtype=torch.bool)):
+            forward(**inputs, use_cache=False)
     finally:
         hook.remove()
     return seen[0]
