@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -191,6 +192,10 @@ class ObjectiveMixin:
         logits, targets = self.counted(model, batch)
         reference_logits, _ = self.counted(self.reference_forward, batch)
         return self._by_token(mean_of_counted(losses.divergence(logits, reference_logits), targets), batch)
+
+    def seen_together(self, model: Callable, forget: Batch, replayed: Batch | None) -> AbstractContextManager[None]:
+        """Within, a step's losses are computed of these batches; a family may answer both at once."""
+        return nullcontext()
 
     @property
     def retain_weight(self) -> float:
