@@ -91,9 +91,12 @@ class TestLogitsAt:
     @pytest.mark.parametrize("how", [partial(torch.compile, backend="eager"), lambda model: model.__call__])
     def test_without_a_head_that_can_be_watched(self, tiny_llama, how):
         inputs, places = as_inputs(IDS, torch.device("cpu")), places_of(PLACES, 8, torch.device("cpu"))
-        wanted = expected(tiny_llama, inputs, PLACES)
+        wanted, forward = expected(tiny_llama, inputs, PLACES), how(tiny_llama)
+        with torch.no_grad(), Rows(tiny_llama.config.vocab_size) as rows:
+            torch.testing.assert_close(logits_at(forward, inputs, places), wanted, rtol=1e-5, atol=1e-6)
+        assert rows.most == 24  # a hook would be compiled with the rest, and stay
         with torch.no_grad():
-            torch.testing.assert_close(logits_at(how(tiny_llama), inputs, places), wanted, rtol=1e-5, atol=1e-6)
+            assert forward(**inputs, use_cache=False).logits.shape[:2] == (3, 8)
 
     def test_a_failure_leaves_the_head_as_it_was(self, tiny_llama):
         with pytest.raises(RuntimeError, match="no"), only_at(tiny_llama, torch.ones(1, 1, dtype=torch.bool)):
