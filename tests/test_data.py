@@ -1,6 +1,8 @@
 import copy
 import datetime
 import gzip
+import hashlib
+import json
 import pickle
 
 import numpy as np
@@ -445,6 +447,40 @@ class TestFingerprint:
         }  # fmt: skip
         for name, variants in groups.items():
             assert len({fingerprint(variant, KEY) for variant in variants}) == len(variants), name
+
+    NUMBERS = st.one_of(
+        st.integers(), st.floats(), st.booleans(), st.sampled_from([0.0, -0.0, 1, 1.0, True, 1e22, 10**22])
+    )
+    NESTED = st.recursive(
+        st.one_of(NUMBERS, st.text(max_size=3), st.none()),
+        lambda parts: st.lists(parts, max_size=4) | st.dictionaries(st.text(max_size=2), parts, max_size=2),
+        max_leaves=12,
+    )
+
+    @settings(deadline=None, max_examples=200)
+    @given(rows=st.lists(st.one_of(NESTED, st.lists(NUMBERS)), max_size=4))
+    def test_digests_are_those_of_every_number_by_itself(self, rows):
+        """They are published: what was written by an earlier version must be found again."""
+
+        def joined(*parts):
+            content = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+            return hashlib.blake2b(content, key=KEY, digest_size=32).digest()
+
+        def one(value):
+            if isinstance(value, dict):
+                return joined(b"dict", *(one(part) for name in sorted(value) for part in (name, value[name])))
+            if isinstance(value, list):
+                return joined(b"list", *map(one, value))
+            return joined(b"json", json.dumps(value).encode())
+
+        expected = hashlib.blake2b(b"".join(sorted(map(one, rows))), key=KEY, digest_size=32).hexdigest()
+        assert fingerprint(rows, KEY) == expected
+
+    def test_a_number_that_occurs_again_is_hashed_once(self, monkeypatch):
+        hashed, digest = [], hashlib.blake2b
+        monkeypatch.setattr(hashlib, "blake2b", lambda *args, **kwargs: hashed.append(1) or digest(*args, **kwargs))
+        fingerprint([{"pixels": [[column % 7 for column in range(100)]] * 50}] * 3, KEY)
+        assert len(hashed) == 7 + 3 * (50 + 1 + 1 + 1) + 1  # numbers; rows of pixels, pictures, names and rows; all
 
     def test_equal_values_in_other_memory_are_equal(self):
         transposed = torch.arange(6).view(2, 3).T

@@ -137,15 +137,38 @@ class ScoreBank(nn.Module):
         """Scores `[n, concepts]`, fp32, of embeddings `[n, d]` of any floating dtype."""
         device = self.mean.device
         with torch.autocast(device.type, enabled=False):
-            return torch.cat([self._scores(part.to(device).float()) for part in embeddings.split(ROWS)])
+            inside = self._inside() if self.components and len(embeddings) > ROWS else None
+            rows = min(ROWS, len(embeddings))
+            spaces = [self.mean.new_empty(rows, size) for size in self._sizes]
+            return torch.cat(
+                [self._scores(part.to(device).float(), inside, spaces) for part in embeddings.split(ROWS)]
+            )
 
-    def _scores(self, embeddings: Tensor) -> Tensor:
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return (self.dimension, self.components, len(self.gains)) if self.components else ()
+
+    def _scores(self, embeddings: Tensor, inside: Tensor | None, spaces: Sequence[Tensor]) -> Tensor:
         if not self.components:
             return torch.addmm(self.bias - self.mean @ self.weight, embeddings, self.weight)
-        centred = embeddings - self.mean
-        scores = torch.addmm(self.bias, centred, self.weight)
-        y = centred @ self.whitening
-        return scores.addmm_((y @ self.directions).square_(), self.gains).addmm_(y.square_(), self.squares)
+        centred, y, projected = (
+            space[: len(embeddings)] for space in spaces
+        )  # new memory would take a tenth of the time
+        torch.sub(embeddings, self.mean, out=centred)
+        torch.mm(centred, self.whitening, out=y)
+        scores = torch.addmm(self.bias, centred, self.weight) if inside is None else torch.addmm(self.bias, y, inside)
+        torch.mm(y, self.directions, out=projected)
+        return scores.addmm_(projected.square_(), self.gains).addmm_(y.square_(), self.squares)
+
+    def _inside(self) -> Tensor | None:
+        """a with w = W a, `[k, concepts]`: ⟨w, x − m⟩ = ⟨a, y⟩ takes k products in place of d. None where some concept's w is not in the
+        basis, but for rounding: what is left of it may change no score by more than 10⁻⁶ ‖w‖ ‖x − m‖.
+        """
+        inside = (self.whitening.T @ self.weight) / self.whitening.square().sum(0).unsqueeze(
+            1
+        )  # its columns are orthogonal
+        left = (self.weight - self.whitening @ inside).norm(dim=0)
+        return inside if bool((left <= 1e-6 * self.weight.norm(dim=0)).all()) else None
 
     def _apply(self, fn, recurse: bool = True):
         """Moves, and never casts: in 16 bits a score would be on the other side of its threshold."""

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from torch import distributed
 
+from ..examples.cache import NotMadeError, only_looking
 from ..examples.named import made
 
 
@@ -24,7 +25,7 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 def made_once(config: TrainingArguments | None, name: str, *, seed: int = 0) -> str:
     """Folder of a small model ([`~hf_unlearn.examples.named.made`]).
 
-    Of several processes the first one makes it, in a process of its own: its training must not look for the other processes.
+    Of several processes the first one makes what is not there, in a process of its own: its training must not look for the other processes.
 
     Args:
         config (`TrainingArguments`, *optional*): of the job; None where it runs in one process.
@@ -33,6 +34,8 @@ def made_once(config: TrainingArguments | None, name: str, *, seed: int = 0) -> 
     if config is None or config.world_size == 1:
         return str(made(name, seed=seed))
     with config.main_process_first(desc="training a small model"):
+        with suppress(NotMadeError), only_looking():
+            return str(made(name, seed=seed))
         alone = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
         alone = {name: value for name, value in alone.items() if not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
         command = [sys.executable, "-m", "hf_unlearn.examples", name, "--seed", str(seed)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..files import loading
 from ..hub.card import Figure
 from ..images import image_column, pixels
-from ..metrics.features import ClassifierFeatures, Features, features_of
+from ..metrics.features import ClassifierFeatures, FeatureMoments, Features, features_of
 from ..metrics.generation import UnlearnedResult, class_shift, density_coverage, frechet_distance, percentage_unlearned
 from .alone import made_once
 from .keys import run_training, tell
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MEASURE_SEED = 5  # apart from the noise of grids and replay
 NEIGHBOUR = 5  # that sets the radius of coverage
+PART = 512  # real images that are read at once
 
 
 def classifier_of(
@@ -52,14 +53,20 @@ def classifier_of(
 
 
 def reference_of(
-    rows: Dataset | None, classifier: ClassifierFeatures, shape: tuple[int, int, int], *, resize: bool
-) -> Features | None:
+    rows: Dataset | None,
+    classifier: ClassifierFeatures,
+    shape: tuple[int, int, int],
+    *,
+    resize: bool,
+    each: bool = True,
+) -> Features | FeatureMoments | None:
     """Features of real images to compare with; None where there are fewer than two.
 
     Args:
         rows (`Dataset`, *optional*): with a column of images; of `eval_split`, which errors name.
         shape: `(channels, height, width)` of what the model draws.
         resize (`bool`): fit the images to it.
+        each (`bool`, defaults to `True`): of each image, for coverage; else their moments alone, which take no more memory for more images.
 
     Raises:
         ValueError: no images, or images that do not fit the model.
@@ -67,8 +74,14 @@ def reference_of(
     if rows is None or len(rows) < 2:
         return None
     column = image_column(rows.column_names, "eval_split")
-    images = [rows[index][column] for index in range(len(rows))]
-    return features_of(pixels(images, shape, resize=resize, argument="eval_split"), classifier, value_range=(-1, 1))
+    found, moments = [], FeatureMoments()
+    for begin in range(0, len(rows), PART):
+        some = range(begin, min(begin + PART, len(rows)))
+        images = [rows[index][column] for index in some]
+        images = pixels(images, shape, resize=resize, argument="eval_split", rows=some)
+        part = features_of(images, classifier, value_range=(-1, 1))
+        found.append(part.values) if each else moments.update(part)
+    return Features(torch.cat(found), classifier.name) if each else moments
 
 
 @dataclass(frozen=True)
@@ -92,15 +105,15 @@ class Judge:
         classifier ([`ClassifierFeatures`]): counts classes; its features are what distances are measured on.
         samples (`int`): images drawn each time, ≥ 2.
         forgotten (`list[int]`): its classes that are forgotten; may be empty, then it only counts.
-        reference ([`Features`], *optional*): of real images of the other classes, by the same classifier.
+        reference ([`Features`] or [`FeatureMoments`], *optional*): of real images of the other classes, by the same classifier.
         split (`str`, *optional*): that they come from.
-        coverage (`bool`, defaults to `False`): also how many of them are near a sample.
+        coverage (`bool`, defaults to `False`): also how many of them are near a sample, which takes the features of each.
     """
 
     classifier: ClassifierFeatures
     samples: int
     forgotten: list[int] = field(default_factory=list)
-    reference: Features | None = None
+    reference: Features | FeatureMoments | None = None
     split: str | None = None
     coverage: bool = False
 

@@ -65,7 +65,7 @@ def _judge(parts: Parts, trainer: VDUTrainer, classifier: ClassifierFeatures, sa
             f"classifier={classifier.name!r}: has {count} classes, so none is the dataset's {forgotten[-1]}"
         )
     others = parts.evaluation.get("retain")
-    reference = reference_of(others, classifier, resolution(trainer.pipeline), resize=trainer.args.resize)
+    reference = reference_of(others, classifier, resolution(trainer.pipeline), resize=trainer.args.resize, each=False)
     return Judge(classifier, samples, forgotten, reference, parts.splits.get("retain"))
 
 

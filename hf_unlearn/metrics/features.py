@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from ..files import first_line
 from ..images import signed
 from ..modes import in_eval_mode
+from .moments import Moments
+
+
+AT_ONCE = 1024  # rows of features that are centred together
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +48,71 @@ class Features:
     def __len__(self) -> int:
         return len(self.values)
 
+    @property
+    def size(self) -> int:
+        """Numbers of an image, d."""
+        return self.values.shape[1]
 
-def check_comparable(real: Features, fake: Features, *, at_least: int, hint: str = "") -> None:
+
+class FeatureMoments:
+    """Count, mean and covariance of features that come in parts: all that a Fréchet distance asks for, d² numbers of however many images.
+
+    ```python
+    reference = FeatureMoments()
+    for images in batches:
+        reference.update(features_of(images, extractor))
+    ```
+    """
+
+    def __init__(self):
+        self._moments: Moments | None = None
+        self.extractor = ""
+
+    def update(self, features: Features) -> FeatureMoments:
+        """Take in some more; returns itself.
+
+        Args:
+            features ([`Features`]): of some images.
+
+        Raises:
+            ValueError: features of another extractor.
+        """
+        if self._moments is None:
+            self._moments, self.extractor = Moments(features.size), features.extractor
+        if (self.extractor, self.size) != (features.extractor, features.size):
+            raise ValueError(
+                f"features: of {features.extractor!r} with {features.size} numbers, others were of {self.extractor!r} with "
+                f"{self.size}; use one extractor"
+            )
+        for rows in features.values.split(AT_ONCE):
+            self._moments.update(rows.cpu().numpy())
+        return self
+
+    def __len__(self) -> int:
+        return 0 if self._moments is None else self._moments.count
+
+    @property
+    def size(self) -> int:
+        """Numbers of an image, d."""
+        return 0 if self._moments is None else len(self._moments.mean)
+
+    @property
+    def mean(self) -> Tensor:
+        """`[d]`, float64."""
+        return torch.from_numpy(self._moments.mean)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased, `[d, d]`, float64."""
+        return torch.from_numpy(self._moments.covariance)
+
+
+def check_comparable(
+    real: Features | FeatureMoments, fake: Features | FeatureMoments, *, at_least: int, hint: str = ""
+) -> None:
     """Raise `ValueError` unless the two come from one extractor and have `at_least` images each."""
-    if real.extractor != fake.extractor or real.values.shape[1] != fake.values.shape[1]:
-        sides = " and ".join(f"{side.extractor!r} with {side.values.shape[1]}" for side in (real, fake))
+    if (real.extractor, real.size) != (fake.extractor, fake.size):
+        sides = " and ".join(f"{side.extractor!r} with {side.size}" for side in (real, fake))
         raise ValueError(f"real, fake: must be features of one extractor, got {sides}")
     if min(len(real), len(fake)) < at_least:
         raise ValueError(f"real, fake: need at least {at_least} images each, got {len(real)} and {len(fake)}{hint}")

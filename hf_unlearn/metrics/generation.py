@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from .features import Features, check_comparable
+from .features import FeatureMoments, Features, check_comparable
 
 
 CHUNK = 1024  # rows of a distance matrix at a time
@@ -154,33 +154,27 @@ class FrechetResult:
     n_features: int
 
 
-def frechet_distance(real: Features, fake: Features) -> FrechetResult:
-    """Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, arXiv 1706.08500), computed
-    by torchmetrics: FID where the features are Inception's.
+def frechet_distance(real: Features | FeatureMoments, fake: Features | FeatureMoments) -> FrechetResult:
+    """Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, arXiv 1706.08500): FID
+    where the features are Inception's.
 
     `‖μ_r − μ_f‖² + tr(Σ_r + Σ_f − 2 (Σ_r Σ_f)^½)`. It is biased upwards, the more so the fewer images there are for
     each feature: only compare figures with the same extractor and the same `n_real` and `n_fake`.
 
     Args:
-        real, fake ([`Features`]): `[n, d]`, `[m, d]`; at least two images each.
+        real, fake ([`Features`] or [`~hf_unlearn.metrics.features.FeatureMoments`]): `[n, d]`, `[m, d]`; at least two images each. Either may
+            be held as its moments, which take the same memory however many images there are.
 
     Raises:
         ValueError: too few images, or features of different extractors.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     check_comparable(real, fake, at_least=2)
-    n_features = real.values.shape[1]
-    given = nn.Identity()
-    given.num_features = n_features  # torchmetrics 1.9 asks a network for it, or else shows it a random picture
-    # A figure of these two sets: under several processes torchmetrics would add up what each of them holds.
-    metric = FrechetInceptionDistance(feature=given, sync_on_compute=False).to(real.values.device)
-    # torchmetrics 1.9 keeps Σ x xᵀ, in float64, and subtracts n μ μᵀ: a common centre saves the digits this would lose.
-    centre = real.values.mean(0)
-    metric.update(real.values - centre, real=True)
-    metric.update(fake.values - centre, real=False)
-    distance = max(0.0, metric.compute().item())  # rounding takes the distance of equal sets below 0
-    return FrechetResult(distance, real.extractor, len(real), len(fake), n_features)
+    one, other = (FeatureMoments().update(side) if isinstance(side, Features) else side for side in (real, fake))
+    # The eigenvalues of Σ_r Σ_f are those of Σ_r^½ Σ_f Σ_r^½; rounding gives some a small imaginary part, or takes them below 0.
+    roots = torch.linalg.eigvals(one.covariance @ other.covariance).sqrt().real.sum()
+    traces = one.covariance.trace() + other.covariance.trace()
+    distance = max(0.0, float((one.mean - other.mean).square().sum() + traces - 2 * roots))
+    return FrechetResult(distance, real.extractor, len(real), len(fake), real.size)
 
 
 @dataclass(frozen=True)

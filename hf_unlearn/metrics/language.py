@@ -54,7 +54,7 @@ def answer_scores(logits: Tensor, labels: Tensor, *, k: float = 0.2) -> AnswerSc
     """Scores of one batch of answers. Of the logits no more than 64 MB are held in fp32 at a time, and only those of tokens that count.
 
     Args:
-        logits (`Tensor`): `[rows, length, vocabulary]`.
+        logits (`Tensor`): `[rows, length, vocabulary]`; or only those of the tokens that count, row after row, `[tokens, vocabulary]`.
         labels (`Tensor`): `[rows, length]`, −100 where a token is no part of the answer.
         k (`float`, defaults to 0.2): share of the least likely tokens that Min-K % takes, in (0, 1].
 
@@ -63,13 +63,14 @@ def answer_scores(logits: Tensor, labels: Tensor, *, k: float = 0.2) -> AnswerSc
     """
     if empty := (labels[:, 1:] != IGNORED).sum(1).eq(0).nonzero().flatten().tolist():
         raise ValueError(f"labels: no token counts in row{'s' * (len(empty) > 1)} {', '.join(map(str, empty[:5]))}")
-    logits, labels = logits[:, :-1], labels[:, 1:]
+    labels = labels[:, 1:]
     counts = labels != IGNORED
     own, normed = (torch.zeros(labels.shape, device=labels.device) for _ in range(2))
     first = labels.clone()
-    for places in counts.nonzero().split(max(1, AT_ONCE // logits.shape[-1])):
-        at = tuple(places.T)
-        log_p = logits[at].float().log_softmax(-1)
+    places, size = counts.nonzero(), max(1, AT_ONCE // logits.shape[-1])
+    for begin in range(0, len(places), size):
+        at = tuple(places[begin : begin + size].T)
+        log_p = (logits[at] if logits.dim() == 3 else logits[begin : begin + size]).float().log_softmax(-1)
         own[at] = log_p.gather(-1, labels[at].unsqueeze(-1)).squeeze(-1)
         first[at] = log_p.argmax(-1)
         # Min-K %++ (arXiv 2404.02936): how unlikely the token is beside the others that could have stood there.

@@ -4,6 +4,7 @@ know of each other.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 100  # characters of a value in an error
 # Keys that recipes had before, words that settings had, and what they are called now.
@@ -319,6 +322,10 @@ def check_parallelism(trainer, why: str, shares: bool = False) -> None:
     if trainer.is_deepspeed_enabled:
         raise ValueError(f"DeepSpeed is not supported: {why}; use {other}")
     if not trainer.is_fsdp_enabled:
+        if _launched_by("FSDP") and trainer.args.process_index == 0:  # of accelerate 1.15, without a word
+            logger.warning(
+                "FSDP: is for accelerators; on the CPU accelerate takes DDP, and each process has the whole model"
+            )
         return
     if not shares:
         raise ValueError(f"FSDP is not supported: {why}; use DDP")

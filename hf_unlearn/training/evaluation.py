@@ -17,6 +17,7 @@ from ..metrics import language
 from ..modes import looking
 from .answers import Answer, as_inputs, as_pair, greedy_answers, longest_first, padded, read_answer
 from .checks import check_number, shown
+from .logits import answered, in_batches, logits_at
 from .losses import IGNORED
 from .texts import as_prompt_completion, check_template, check_texts
 
@@ -202,12 +203,12 @@ def score(
         batch_size, k: see [`LanguageEvaluation`].
     """
     found = {field.name: np.empty(len(answers)) for field in fields(language.AnswerScores)}
-    for batch in longest_first([answer.ids for answer in answers], batch_size):
+    order = sum(longest_first([answer.ids for answer in answers], batch_size), [])
+    for batch in in_batches(order, [len(answer.counted) for answer in answers], batch_size, model):
         part = [answers[row] for row in batch]
         inputs = as_inputs([answer.ids for answer in part], device)
         labels = padded([answer.labels for answer in part], IGNORED, device)
-        # With prompt tuning the logits begin with those of the virtual tokens.
-        logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]
+        logits = logits_at(model, inputs, answered(labels))
         scores = language.answer_scores(logits, labels, k=k)
         for name, values in found.items():
             values[batch] = getattr(scores, name).double().cpu().numpy()

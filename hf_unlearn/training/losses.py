@@ -47,3 +47,9 @@ def mean_over_predictions(values: Tensor, targets: Tensor) -> Tensor:
     counted = (targets != IGNORED).flatten(1) if targets.dim() > 1 else (targets != IGNORED).unsqueeze(1)
     values = values.reshape(counted.shape)
     return values.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp(min=1)
+
+
+def mean_of_counted(values: Tensor, targets: Tensor) -> Tensor:
+    """As [`mean_over_predictions`] of values that are only there where a prediction counts, `[predictions]`, example after example."""
+    counted = targets != IGNORED
+    return mean_over_predictions(values.new_zeros(targets.shape).masked_scatter(counted, values), targets)

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from ..files import kept_private
 from ..images import grid
-from ..metrics.features import Features, features_of
+from ..metrics.features import FeatureMoments, Features, features_of
 from ..metrics.generation import frechet_distance, percentage_unlearned
 from ..parameters.sharding import is_shared
 from .trackers import Trackers, log_beside
@@ -130,7 +130,7 @@ class FIDCallback(_DrawsAtTimes):
 
     Args:
         trainer (`VDUTrainer` or `AdaptThenUnlearnTrainer`): add the callback to it with `trainer.add_callback`.
-        reference ([`~hf_unlearn.metrics.features.Features`]): of the reference images.
+        reference ([`~hf_unlearn.metrics.features.Features`] or [`~hf_unlearn.metrics.features.FeatureMoments`]): of the reference images.
         extractor (callable): what they were computed with; its name must be the same.
         samples (`int`): images drawn each time; FIDs compare only at equal sizes.
         steps (`int`, *optional*): optimiser steps between two looks. Default: before and after.
@@ -139,7 +139,7 @@ class FIDCallback(_DrawsAtTimes):
     def __init__(
         self,
         trainer: Draws,
-        reference: Features,
+        reference: Features | FeatureMoments,
         extractor: Callable[[Tensor], Tensor],
         *,
         samples: int = 256,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..training.collators import ALTERNATE
-from ..training.losses import mean_over_predictions
+from ..training.losses import IGNORED, mean_of_counted
 from . import losses
 
 
@@ -62,9 +62,9 @@ class ForgetLoss:
         trainer = self.trainer
         if self.args.retain_loss == "nll":
             return trainer.by_token(trainer.task_loss(model, batch), batch)
-        logits, targets = trainer.predictions(model, batch)
-        reference_logits, _ = trainer.predictions(trainer.reference_forward, batch)
-        return trainer.by_token(mean_over_predictions(losses.divergence(logits, reference_logits), targets), batch)
+        logits, targets = trainer.counted(model, batch)
+        reference_logits, _ = trainer.counted(trainer.reference_forward, batch)
+        return trainer.by_token(mean_of_counted(losses.divergence(logits, reference_logits), targets), batch)
 
     @property
     def retain_weight(self) -> float:
@@ -139,8 +139,8 @@ class Uniform(ForgetLoss):
     name = "uniform"
 
     def means(self, model: Callable, batch: Any) -> Tensor:
-        logits, targets = self.trainer.predictions(model, batch)
-        return mean_over_predictions(losses.uniform(logits), targets)
+        logits, targets = self.trainer.counted(model, batch)
+        return mean_of_counted(losses.uniform(logits), targets)
 
 
 class Redirect(ForgetLoss):
@@ -150,10 +150,10 @@ class Redirect(ForgetLoss):
 
     def means(self, model: Callable, batch: Any) -> Tensor:
         trainer = self.trainer
-        logits, targets = trainer.predictions(model, batch)
-        reference_logits, _ = trainer.predictions(trainer.reference_forward, batch)
-        values = losses.redirect(logits, reference_logits, trainer.family.excluded(logits, targets))
-        return mean_over_predictions(values, targets)
+        logits, targets = trainer.counted(model, batch)
+        reference_logits, _ = trainer.counted(trainer.reference_forward, batch)
+        excluded = trainer.family.excluded(logits, targets[targets != IGNORED])
+        return mean_of_counted(losses.redirect(logits, reference_logits, excluded), targets)
 
 
 def check_takes_means(loss: ForgetLoss) -> None:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from ..modes import looking
 from ..parameters.reference import ReferencePoint
-from ..training.losses import IGNORED
+from ..training.losses import IGNORED, mean_of_counted
 from ..training.trackers import Trackers
 from .objective import Batch
 
@@ -233,8 +233,9 @@ class UtilityMixin:
 
     def correct(self, model: Callable, batch: Batch) -> Tensor:
         """Whether every prediction of an example that counts is right: `[batch]`, bool."""
-        logits, targets = self.predictions(model, batch)
-        return ((logits.argmax(-1) == targets) | (targets == IGNORED)).view(len(targets), -1).all(1)
+        logits, targets = self.counted(model, batch)
+        wrong = logits.argmax(-1) != targets[targets != IGNORED]
+        return mean_of_counted(wrong.float(), targets) == 0
 
     def remembered(self) -> float:
         """How far from forgotten: accuracy above its target, or nats of loss below the held-out loss. ≤ 0: forgotten."""

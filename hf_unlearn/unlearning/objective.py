@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..parameters.fisher import diagonal_fisher
 from ..parameters.lora import LoRAProductAnchor, lora_layers
 from ..parameters.reference import ReferencePoint
 from ..training.collators import ALTERNATE
-from ..training.losses import IGNORED, cross_entropy
+from ..training.losses import IGNORED, cross_entropy, mean_of_counted
 from .classifiers.objective import ClassifierObjective
 from .classifiers.replay import perturb_images
 from .forget_loss import Ascent, ForgetLoss, Match, Npo, Redirect, Uniform
@@ -86,6 +87,18 @@ class ObjectiveMixin:
         """Logits `[batch, …, classes]` and the targets `[batch, …]` they answer, −100 where none."""
         return self.family.answers(forward, self.inputs_of(batch), self.labels_of(batch))
 
+    def counted(self, forward: Callable, batch: Batch, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits `[predictions, classes]` of the predictions that count alone, example after example, and the targets of all `[batch, …]`.
+
+        Args:
+            labels (`Tensor`, *optional*): in the place of the batch's.
+        """
+        if self.is_causal_lm:
+            labels = self.labels_of(batch) if labels is None else labels
+            return self.family.counted(forward, self.inputs_of(batch), labels, self.model)
+        logits, targets = self.predictions(forward, batch)
+        return logits[targets != IGNORED], targets
+
     def inputs_of(self, batch: Batch) -> dict[str, Tensor]:
         """What of a batch the model reads."""
         self._set_signature_columns_if_needed()
@@ -116,7 +129,8 @@ class ObjectiveMixin:
 
     def task_loss(self, model: Callable, batch: Batch) -> Tensor:
         """Loss of each example under the model's own task: `[batch]`, mean over its predictions."""
-        return cross_entropy(*self.predictions(model, batch))
+        logits, targets = self.counted(model, batch)
+        return mean_of_counted(cross_entropy(logits, targets[targets != IGNORED]), targets)
 
     def forget_loss(self, model: Callable, batch: Batch) -> Tensor:
         """What is minimised on the forget examples; a scalar or one value per example.
@@ -145,16 +159,18 @@ class ObjectiveMixin:
 
     def of_whole_texts(self, model: Callable, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """−log π and −log π* of all predictions of an example together, and how many count, `[batch]` each."""
-        logits, targets = self.predictions(model, batch)
-        reference_logits, _ = self.predictions(self.reference_forward, batch)
-        count = (targets != IGNORED).reshape(len(targets), -1).sum(1).clamp(min=1)
-        return cross_entropy(logits, targets) * count, cross_entropy(reference_logits, targets) * count, count
+        count = self._counts(batch).clamp(min=1)
+        return *(self.task_loss(forward, batch) * count for forward in (model, self.reference_forward)), count
 
     def retain_loss(self, model: Callable, batch: Batch) -> Tensor:
         """What is minimised on the retain examples: the task's own loss, or the divergence from the original's answers, unless the forget
         loss has one of its own; `[batch]`.
         """
         return self.forgetting.retain_loss(model, batch)
+
+    def seen_together(self, model: Callable, forget: Batch, replayed: Batch | None) -> AbstractContextManager[None]:
+        """Within, a step's losses are computed of these batches; a family may answer both at once."""
+        return nullcontext()
 
     def replay_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Inputs related to the forget examples on which the original says what is to be kept; see [`hf_unlearn.unlearning.classifiers.replay`]."""
@@ -177,9 +193,10 @@ class ObjectiveMixin:
 
     def replay_loss(self, model: Callable, batch: Batch) -> Tensor:
         """Divergence from the original on replay inputs, over the classes to be kept: `[batch]`, nats."""
-        reference_logits, _ = self.predictions(self.reference_forward, batch)
-        logits, _ = self.predictions(model, batch)
-        return self.family.replay_divergence(logits, reference_logits, batch)
+        labels = self.family.replayed(batch) if self.is_causal_lm else None
+        reference_logits, _ = self.counted(self.reference_forward, batch, labels)
+        logits, targets = self.counted(model, batch, labels)
+        return mean_of_counted(self.family.replay_divergence(logits, reference_logits), targets)
 
     @property
     def replay_weight(self) -> float:

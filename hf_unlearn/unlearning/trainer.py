@@ -229,15 +229,16 @@ class UnlearnMixin(
         model = Routed(model) if router_weight else model
         generator = self._generator(self.state.global_step, self._micro_step)
         forget = self.prepared(inputs["forget"], generator)
-        terms = {"forget": (self.args.forget_weight, self.forget_loss(model, forget).mean())}
-        if "retain" in inputs and (self.forgetting.watches_kept or self.forgetting.retain_weight):
-            retain = self.prepared(inputs["retain"], generator)
-            kept = self.retain_loss(model, retain).mean()
-            terms["retain"] = (self.forgetting.retain_weight, kept)
-            self.forgetting.saw(kept)
-        if self.replay_weight:
-            replayed = self.replay_inputs(forget, generator)
-            terms["replay"] = (self.replay_weight, self.replay_loss(model, replayed).mean())
+        keeps = "retain" in inputs and (self.forgetting.watches_kept or self.forgetting.retain_weight)
+        retain = self.prepared(inputs["retain"], generator) if keeps else None
+        replayed = self.replay_inputs(forget, generator) if self.replay_weight else None
+        with self.seen_together(model, forget, replayed):
+            terms = {"forget": (self.args.forget_weight, self.forget_loss(model, forget).mean())}
+            if keeps:
+                terms["retain"] = (self.forgetting.retain_weight, self.retain_loss(model, retain).mean())
+                self.forgetting.saw(terms["retain"][1])
+            if replayed is not None:
+                terms["replay"] = (self.replay_weight, self.replay_loss(model, replayed).mean())
         if router_weight and model.losses:
             terms["router"] = (router_weight, torch.stack(model.losses).mean())
         for name, (_, value) in terms.items():

@@ -700,6 +700,16 @@ def test_settings_of_fsdp(name, value, words, tmp_path, monkeypatch):
         check_parallelism(trainer, "it steps or shards out of sight", shares=True)
 
 
+@pytest.mark.parametrize(("launched", "told"), [("true", 1), ("false", 0)])
+def test_fsdp_on_the_cpu_is_told_to_be_none(launched, told, tmp_path, monkeypatch, caplog):
+    """accelerate takes DDP there, and every process needs the memory of the whole model."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", launched)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    assert not build("unlearn", tmp_path).is_fsdp_enabled
+    assert sum(record.message.startswith("FSDP: is for accelerators") for record in caplog.records) == told
+
+
 @pytest.mark.parametrize("name", ["unlearn", "in_run"])
 def test_deepspeed_is_refused_before_a_model_is_loaded(name, tmp_path, monkeypatch):
     args = JOBS[name].config(str(tmp_path), **QUIET)

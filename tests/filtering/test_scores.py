@@ -17,7 +17,7 @@ from hf_unlearn.filtering.fitting.forms import (
     pseudo_clean,
     quadratic,
 )
-from hf_unlearn.filtering.scores import Score, ScoreBank
+from hf_unlearn.filtering.scores import ROWS, Score, ScoreBank
 
 
 def gaussian(count, dimension, seed, shift=0.0):
@@ -285,6 +285,19 @@ class TestScoreBank:
         found = bank_of(scores)(torch.from_numpy(x))
         assert found.dtype == torch.float32
         assert_near(found, torch.from_numpy(np.stack([score(x) for score in scores], 1)).float())
+
+    @pytest.mark.parametrize(("chosen", "saved"), [([1], True), ([4, 1, 2], True), ([0, 1], False), ([1, 3], False)])
+    def test_of_many_rows_directions_in_the_basis_are_read_there(self, chosen, saved):
+        """Only where all are: a linear score's may lie outside, and would lose what does."""
+        scores, x = [mixed_scores()[index] for index in chosen], points(6, 2 * ROWS + 76)
+        bank = bank_of(scores)
+        found = bank(torch.from_numpy(x))
+        assert (bank._inside() is not None) == saved
+        assert_near(found, torch.from_numpy(np.stack([score(x) for score in scores], 1)).float())
+        few = torch.cat([bank(torch.from_numpy(part)) for part in np.split(x, 100)])
+        torch.testing.assert_close(
+            found, few, rtol=0, atol=1e-5 * float(few.abs().max())
+        )  # what thresholds leave room for
 
     def test_without_thresholds_everything_is_blocked(self):
         bank = ScoreBank.of(mixed_scores())

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
 
-from hf_unlearn.jobs.judging import Judge, Look
+from hf_unlearn.jobs import judging
+from hf_unlearn.jobs.judging import Judge, Look, reference_of
 from hf_unlearn.metrics.features import ClassifierFeatures, Features
 
 
@@ -20,3 +23,18 @@ def test_before_stands_before_after(tiny_resnet):
     assert figures.pop("fid") == pytest.approx((0.0, 8 * 50**2 + 8 * 50**2 * 12 / 11), rel=0.02, abs=1e-3)
     assert figures.pop("coverage") == (100.0, 50.0)
     assert figures == {"share": (50.0, 25.0), "pul": (0.0, 50.0), "total_variation": (0.0, 0.0)}
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_a_reference_is_read_in_parts(monkeypatch, tiny_resnet, each):
+    rows = Dataset.from_dict({"image": [Image.new("L", (8, 8), 20 * shade) for shade in range(11)]})
+    classifier = ClassifierFeatures(tiny_resnet, name="judge")
+    whole = reference_of(rows, classifier, (1, 8, 8), resize=False)
+    monkeypatch.setattr(judging, "PART", 4)
+    parts = reference_of(rows, classifier, (1, 8, 8), resize=False, each=each)
+    assert len(parts) == 11
+    mean = parts.values.mean(0) if each else parts.mean
+    torch.testing.assert_close(mean, whole.values.mean(0), rtol=1e-5, atol=1e-6)
+    small = Dataset.from_dict({"image": [*rows["image"], Image.new("L", (4, 4))]})
+    with pytest.raises(ValueError, match="an image is 4 × 4"):
+        reference_of(small, classifier, (1, 8, 8), resize=False, each=each)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy.stats import binom
 from torch import nn
 
 from hf_unlearn.metrics import generation
-from hf_unlearn.metrics.features import ClassifierFeatures, Features, features_of, inception_features
+from hf_unlearn.metrics.features import ClassifierFeatures, FeatureMoments, Features, features_of, inception_features
 from hf_unlearn.metrics.generation import (
     class_shift,
     density_coverage,
@@ -143,8 +144,64 @@ class TestFrechetDistance:
         assert frechet_distance(features(fake), features(real)).distance == expected
         assert frechet_distance(features(real.flip(0)), features(fake.flip(0))).distance == expected
 
+    @pytest.mark.parametrize("sizes", [(300, 200, 6), (12, 9, 20)])
+    def test_is_that_of_torchmetrics(self, sizes):
+        """Also of fewer images than numbers, whose covariances have no inverse."""
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        real, fake = (normal(count, sizes[2], seed=count) + count / 200 for count in sizes[:2])
+        given = nn.Identity()
+        given.num_features = sizes[2]
+        metric = FrechetInceptionDistance(feature=given)
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+        # Roots of eigenvalues that are 0 but for 1e-15 of the largest: 3e-8 of its root, of each.
+        assert frechet_distance(features(real), features(fake)).distance == pytest.approx(
+            metric.compute().item(), rel=1e-5
+        )
+
+    @pytest.mark.parametrize("offset", [0.0, 1e4])
+    def test_of_parts_is_that_of_the_whole(self, offset):
+        """Parts of every size, 1,024 rows and more among them, one of a single row."""
+        real, fake = normal(2_500, 6) @ normal(6, 6, seed=1) + offset, normal(3_000, 6, seed=2) + offset
+        held = FeatureMoments()
+        for part in real.split([1, 1_500, 999]):
+            held.update(features(part))
+        assert (len(held), held.size, held.extractor) == (2_500, 6, "test")
+        # Two passes: n rounded additions of numbers as large as the mean, each off by 2⁻⁵³ of them.
+        off = 2_500 * 2.0**-53 * real.abs().max().item()
+        centred = real - real.mean(0)
+        torch.testing.assert_close(held.mean, real.mean(0), rtol=0, atol=off)
+        torch.testing.assert_close(held.covariance, centred.T @ centred / 2_499, rtol=1e-12, atol=2 * off)
+        expected = frechet_distance(features(real), features(fake))
+        for one, other in ((held, features(fake)), (held, FeatureMoments().update(features(fake)))):
+            result = frechet_distance(one, other)
+            assert result.distance == pytest.approx(expected.distance, rel=1e-7 if offset else 1e-10)
+            assert (result.n_real, result.n_fake, result.n_features) == (2_500, 3_000, 6)
+
+    def test_memory_does_not_grow_with_the_images(self):
+        def peak(parts):
+            held = FeatureMoments()
+            tracemalloc.start()
+            for part in range(parts):
+                held.update(
+                    features(np.random.default_rng(part).standard_normal((1_000, 64)))
+                )  # numpy's, which is seen
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            return peak
+
+        peak(1)  # what is imported meanwhile
+        few, many = peak(2), peak(16)
+        assert many < few + 1_000 * 64 * 8 / 4  # not a quarter of one part more; all others would be fourteen
+
     def test_refuses(self):
         one, two = features(normal(1, 4)), features(normal(2, 4))
+        refuses(lambda: FeatureMoments().update(two).update(Features(normal(2, 4), "other")), "'test'", "'other'")
+        refuses(
+            lambda: frechet_distance(FeatureMoments().update(two), features(normal(2, 3))), "one extractor", "4", "3"
+        )
+        refuses(lambda: frechet_distance(two, FeatureMoments().update(one)), "at least 2", "got 2 and 1")
         refuses(lambda: frechet_distance(one, two), "at least 2", "got 1 and 2")
         refuses(lambda: frechet_distance(two, Features(normal(2, 4), "other")), "'test'", "'other'")
         refuses(lambda: frechet_distance(two, features(normal(2, 3))), "one extractor", "4", "3")

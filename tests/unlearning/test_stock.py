@@ -131,7 +131,9 @@ def test_noise_on_embeddings_reaches_the_student_alone(tiny_llama, tokenizer, tm
         def reference_forward(self, **inputs):
             outputs = super().reference_forward(**inputs)
             with torch.no_grad():
-                torch.testing.assert_close(outputs.logits, original(**inputs).logits)
+                found, whole = (logits.flatten(0, 1) for logits in (outputs.logits, original(**inputs).logits))
+                assert len(found) <= len(whole)  # where they are read
+                assert torch.cdist(found, whole, compute_mode="donot_use_mm_for_euclid_dist").amin(1).max() < 1e-4
             losses["asked"] = True
             return outputs
 

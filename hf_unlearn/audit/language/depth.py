@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import nn
 
 from ...metrics.language import answer_scores
 from ...modes import looking
 from ...training.answers import as_inputs, longest_first, padded
+from ...training.logits import answered, in_batches, only_at
 from ...training.losses import IGNORED
 from ..check import Reading
 from .answers import OnRows, asked_about
@@ -42,11 +44,13 @@ def lens(model: nn.Module, part: Part) -> np.ndarray:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head, norm, found = base.get_output_embeddings(), last_norm(base), None
     with looking(model) as device:
-        for batch in longest_first([answer.ids for answer in part.answers], BATCH):
+        order = sum(longest_first([answer.ids for answer in part.answers], BATCH), [])
+        for batch in in_batches(order, [len(answer.counted) for answer in part.answers], BATCH, model):
             answers = [part.answers[row] for row in batch]
             labels = padded([answer.labels for answer in answers], IGNORED, device)
             inputs = as_inputs([answer.ids for answer in answers], device)
-            states = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+            with only_at(model, torch.zeros_like(labels, dtype=torch.bool)):
+                states = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
             if not states or head is None or len(states) < 3:
                 raise ValueError(
                     "model: gives no hidden states below its last layer, or has no head to read them with"
@@ -54,7 +58,7 @@ def lens(model: nn.Module, part: Part) -> np.ndarray:
             states = states[1:-1]  # the first are the embeddings; the last have gone through the norm
             found = np.empty((len(states), len(part))) if found is None else found
             for depth, state in enumerate(states):
-                logits = head(norm(state[:, -labels.shape[1] :]))
+                logits = head(norm(state[:, -labels.shape[1] :][answered(labels)]))
                 found[depth, batch] = answer_scores(logits, labels).nll.double().cpu().numpy()
     return found
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from ...training.answers import as_inputs, greedy_answers, padded
 from ...training.evaluation import LanguageScores
-from ...training.losses import IGNORED, cross_entropy, next_tokens
+from ...training.logits import answered, logits_at
+from ...training.losses import IGNORED, cross_entropy, mean_of_counted
 from ..audited import AuditedModel
 from .data import BATCH, LanguageData, Part
 
@@ -79,8 +80,10 @@ def losses(model: nn.Module, part: Part) -> torch.Tensor:
     """Mean negative log-likelihood of each answer's tokens, with gradients: `[rows]`, nats."""
     device = next(model.parameters()).device
     labels = padded([answer.labels for answer in part.answers], IGNORED, device)
-    logits = model(**as_inputs([answer.ids for answer in part.answers], device), use_cache=False).logits
-    return cross_entropy(*next_tokens(logits, labels))
+    places = answered(labels)
+    logits = logits_at(model, as_inputs([answer.ids for answer in part.answers], device), places)
+    targets = labels[:, 1:]
+    return mean_of_counted(cross_entropy(logits, targets[places[:, :-1]]), targets)
 
 
 def pace(subject: LanguageSubject, data: LanguageData) -> tuple[float, float]:

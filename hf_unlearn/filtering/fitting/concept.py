@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from ...data import check_marks
+from ...metrics.moments import Moments
 from ..scores import Basis, Score, ScoreBank
 from . import forms
-from .background import Background, Moments
+from .background import Background
 from .rates import Rate, prevalence_from, release_of, residual_of
 from .thresholds import Threshold, max_false_alarm, min_recall, pooled_mean
 

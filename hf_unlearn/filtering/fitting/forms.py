@@ -8,8 +8,8 @@ import numpy as np
 from sklearn.covariance import ledoit_wolf
 from sklearn.svm import LinearSVC
 
+from ...metrics.moments import Moments
 from ..scores import Array, Basis, Score
-from .background import Moments
 
 
 ScoreName = Literal["quadratic", "lda", "linear_svc", "mean_difference"]

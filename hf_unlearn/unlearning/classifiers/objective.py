@@ -57,7 +57,7 @@ class ClassifierObjective:
             return excluded
         return excluded.expand_as(logits).scatter(-1, targets.clamp(min=0).unsqueeze(-1), True)
 
-    def replay_divergence(self, logits: Tensor, reference_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def replay_divergence(self, logits: Tensor, reference_logits: Tensor) -> Tensor:
         """Divergence from the original over the classes that are to be kept, `[batch]`, nats."""
         excluded = self.excluded(logits[0], logits.new_zeros(1).long()) if self.args.forget == "class" else None
         return divergence(logits, reference_logits, excluded)

@@ -19,6 +19,7 @@ from .architecture import Architecture
 from .encoded import EncodedImages, encode_prompts
 from .own_samples import OwnSamples
 from .pipelines import architecture_of
+from .together import Together, joined
 
 
 if TYPE_CHECKING:
@@ -94,9 +95,15 @@ class DenoisingMixin:
 
     def predictions(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the denoiser answers, and what the true noise would have it answer, `[batch, channels, height, width]`, fp32."""
-        times = self.schedule.times(batch["timesteps"])
-        answer = self.architecture.call(forward, batch["noisy"], times, batch["conditioning"])
+        answer = None if self._together is None else self._together.answer(self._answer, forward, batch)
+        answer = self._answer(forward, batch) if answer is None else answer
         return answer.float(), self.schedule.target(batch["clean"], batch["noise"], batch["timesteps"])
+
+    def _answer(self, forward: Callable, batch: Batch) -> Tensor:
+        times = self.schedule.times(batch["timesteps"])
+        return self.architecture.call(forward, batch["noisy"], times, batch["conditioning"])
+
+    _together: Together | None = None  # what a step asks about at once
 
     def _error(self, answer: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """w_t times the mean squared error over pixels, `[batch]`."""
@@ -186,6 +193,10 @@ class DenoisingMixin:
         """The scale of classifier-free guidance that is drawn with; 1 for none, also where the denoiser is told the scale instead."""
         return self.architecture.free_guidance(self.args.guidance_scale)
 
+    def answers(self, forward: Callable, *batches: Batch) -> tuple[Tensor, ...]:
+        """What the denoiser answers to each of several batches, which are one pass."""
+        return self._answer(forward, joined(batches)).float().split([len(batch["noisy"]) for batch in batches])
+
     def guided(self, forward: Callable, batch: Batch, scale: float | None = None) -> Tensor:
         """What the sampler sees: ε(∅) + s (ε(c) − ε(∅)), s a guidance scale, by default that which is drawn with (arXiv 2207.12598)."""
         return self.guide(*self.both_answers(forward, batch), scale)
@@ -196,8 +207,7 @@ class DenoisingMixin:
 
     def both_answers(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         """ε(c) and ε(∅)."""
-        answer, unprompted = (self.predictions(forward, shown)[0] for shown in (batch, self.without_words(batch)))
-        return answer, unprompted
+        return self.answers(forward, batch, self.without_words(batch))
 
     def without_words(self, batch: Batch) -> Batch:
         """The batch as it is shown to the sampler's unprompted half."""

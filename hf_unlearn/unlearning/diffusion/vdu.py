@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -29,6 +29,7 @@ from .prompt_effect import still_drawn
 from .redirect import KIN, redirect_concept
 from .redirect_prompts import RedirectPromptsConfig, RedirectPromptsTrainer
 from .stability import StabilityMixin
+from .together import Together
 from .unprompted import without_concept
 from .wordings import exchanged, kind_of, templates_for
 
@@ -188,6 +189,17 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
         low, high = self._timesteps
         return value * (len(self.forget_dataset) * (high - low) * batch["clean"][0].numel())
 
+    @contextmanager
+    def seen_together(self, model: Callable, forget: Batch, replayed: Batch | None) -> Iterator[None]:
+        """Without prompts, both batches are one pass of the student, and where the original is asked about both, one of the original."""
+        if replayed is not None and not is_prompted(self.pipeline):
+            asked = [self.reference_forward] if self.forget_loss_name == "redirect" else []
+            self._together = Together([forget, replayed], [model, *asked])
+        try:
+            yield
+        finally:
+            self._together = None
+
     # `redirect`: what the original would answer had it never seen the forgotten kind
 
     @property
@@ -207,11 +219,10 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
         Kin: concept ablation (arXiv 2303.13516, η = 0), ESD (arXiv 2303.07345, η > 0), and DELETE for classifiers (arXiv 2503.23751).
         """
         if is_prompted(self.pipeline):
-            neutral, _ = self.predictions(self.reference_forward, {**batch, "conditioning": batch["neutral"]})
-            eta = self.args.negative_guidance
+            shown, eta = {**batch, "conditioning": batch["neutral"]}, self.args.negative_guidance
             if not eta:
-                return neutral
-            answer, _ = self.predictions(self.reference_forward, batch)
+                return self.predictions(self.reference_forward, shown)[0]
+            neutral, answer = self.answers(self.reference_forward, shown, batch)
             return neutral - eta * (answer - neutral)
         answer, _ = self.predictions(self.reference_forward, batch)
         _, change = self.posterior(batch["noisy"], batch["timesteps"], self.schedule)
@@ -225,8 +236,8 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
     @torch.no_grad()
     def _answers_without(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The guided answer to the concept's words, that of the original to the neutral prompt, and ε*(∅)."""
-        neutral, unprompted = self.both_answers(self.reference_forward, {**batch, "conditioning": batch["neutral"]})
-        concept, _ = self.predictions(self.reference_forward, batch)
+        shown = {**batch, "conditioning": batch["neutral"]}
+        neutral, unprompted, concept = self.answers(self.reference_forward, shown, self.without_words(shown), batch)
         return self.guide(neutral, unprompted), without_concept(unprompted, concept, neutral)
 
     def _both_ways(self, model: Callable, batch: Batch, guided: Tensor, untold: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from ...files import load_tensors, save_tensors
+from ...metrics.language import AT_ONCE
 from ...modes import in_eval_mode
 from ...training.answers import as_inputs
+from ...training.logits import in_batches, logits_at, places_of
 from ...training.losses import IGNORED
 from .targets import Targets, likeliest
 
@@ -92,8 +94,8 @@ def ask(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> Ask
     """
     parts: list[list[Tensor]] = [[]] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda row: len(pairs[row].ids))
-    for begin in range(0, len(pairs), batch_size):
-        rows = order[begin : begin + batch_size]
+    counted = [sum(label != IGNORED for label in pair.labels) for pair in pairs]
+    for rows in in_batches(order, counted, batch_size, model):
         some = [pairs[row] for row in rows]
         asked = [[t for t, label in enumerate(pair.labels) if label != IGNORED and t > 0] for pair in some]
         own = _logits(model, [pair.ids for pair in some], [[t - 1 for t in places] for places in asked])
@@ -108,13 +110,21 @@ def ask(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> Ask
                 stays = torch.tensor([[pair.places[t] <= 0] for t in asked[place]], device=logits.device)
                 logits = torch.where(stays, logits, _named(others[place], pair, asked[place]))
             answer = torch.tensor([pair.labels[t] for t in asked[place]], device=logits.device)
-            parts[rows[place]] = [
-                part.cpu() for part in (*likeliest(logits), -F.cross_entropy(logits.float(), answer, reduction="none"))
-            ]
+            parts[rows[place]] = _said(logits, answer)
     counts = torch.tensor([0, *(len(part[0]) for part in parts)])
     targets = Targets(counts.cumsum(0), *(torch.cat(column) for column in zip(*parts, strict=True)))
     ids, labels = [pair.ids for pair in pairs], [pair.labels for pair in pairs]
     return Asked(Dataset.from_dict({"input_ids": ids, "labels": labels}), targets)
+
+
+def _said(logits: Tensor, answer: Tensor) -> list[Tensor]:
+    """What [`Targets`] keeps of places, on the CPU; few at a time, since this takes their logits in fp32 three times."""
+    few = max(1, AT_ONCE // logits.shape[-1])
+    parts = [
+        (*likeliest(some), -F.cross_entropy(some.float(), tokens, reduction="none"))
+        for some, tokens in zip(logits.split(few), answer.split(few), strict=True)
+    ]
+    return [torch.cat(part).cpu() for part in zip(*parts, strict=True)]
 
 
 def _is_same(pair: Pair, place: int) -> bool:
@@ -144,8 +154,8 @@ def log_p(model: nn.Module, pairs: Sequence[Pair], *, batch_size: int = 16) -> t
     """
     whole, names = torch.full((len(pairs),), torch.nan), torch.full((len(pairs),), torch.nan)
     order = sorted((row for row in range(len(pairs)) if pairs[row].other), key=lambda row: len(pairs[row].ids))
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin : begin + batch_size]
+    counted = [len(pair.other or ()) for pair in pairs]
+    for rows in in_batches(order, counted, batch_size, model):
         there = [range(_answer_begins(pairs[row]), len(pairs[row].other)) for row in rows]
         before = [[place - 1 for place in places] for places in there]
         found = _of_others(model, [pairs[row] for row in rows], before)
@@ -188,7 +198,11 @@ def _logits(model: nn.Module, rows: Sequence[Sequence[int]], places: Sequence[Se
         return []
     device = next(model.parameters()).device
     inputs = as_inputs(rows, device)
+    read = places_of(places, inputs["input_ids"].shape[1], device)
     with in_eval_mode(model), torch.no_grad():
-        logits = model(**inputs, use_cache=False).logits
-        logits = logits[:, -inputs["input_ids"].shape[1] :]  # behind the virtual tokens of prompt tuning
-    return [logits[number, torch.tensor(some, dtype=torch.long, device=device)] for number, some in enumerate(places)]
+        found = logits_at(model, inputs, read).split(read.sum(1).tolist())
+    # A place may be asked for twice, and in any order.
+    return [
+        logits[torch.searchsorted(one.nonzero().flatten(), torch.tensor(some, dtype=torch.long, device=device))]
+        for logits, one, some in zip(found, read, places, strict=True)
+    ]

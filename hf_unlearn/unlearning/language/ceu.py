@@ -15,11 +15,11 @@ def ceu(logits: Tensor, targets: Tensor) -> Tensor:
     r"""[`~hf_unlearn.unlearning.losses.redirect`] to the student's own distribution in the original's place, which takes no gradient.
 
     Args:
-        logits (`Tensor`): `[rows, tokens, vocabulary]`.
-        targets (`Tensor`): `[rows, tokens]`; −100 takes nothing away.
+        logits (`Tensor`): `[…, vocabulary]`.
+        targets (`Tensor`): `[…]`; −100 takes nothing away.
 
     Returns:
-        `Tensor`: `[rows, tokens]`.
+        `Tensor`: `[…]`.
     """
     own = torch.zeros_like(logits, dtype=torch.bool)
     own.scatter_(-1, targets.clamp(min=0).unsqueeze(-1), (targets >= 0).unsqueeze(-1))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...modes import in_eval_mode
 from ...training.answers import as_inputs
+from ...training.logits import only_at
 from .subject import Subjects, over_used
 
 
@@ -26,7 +27,8 @@ def last_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, batch_siz
         for begin in range(0, len(prompts), batch_size):
             rows = prompts[begin : begin + batch_size]
             inputs = as_inputs(rows, device)
-            states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
+            with only_at(model, torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)):
+                states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
             last = inputs["attention_mask"].sum(1) - 1
             found.append(F.normalize(states[torch.arange(len(rows), device=device), last].float(), dim=-1).cpu())
     return torch.cat(found)

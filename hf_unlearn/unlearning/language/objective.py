@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ...training.losses import IGNORED, mean_over_predictions, next_tokens
+from ...training.logits import logits_at
+from ...training.losses import IGNORED, next_tokens
 from ..losses import divergence
 
 
@@ -38,6 +40,21 @@ class LanguageObjective:
         targets = self._targets(labels, inputs.get("attention_mask"))
         return next_tokens(forward(**inputs, use_cache=False).logits, labels)[0], targets
 
+    def counted(
+        self, forward: Callable, inputs: Mapping[str, Tensor], labels: Tensor, model: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """Logits `[predictions, vocabulary]` of the tokens that count alone, text after text, and the tokens `[batch, length − 1]`.
+
+        Args:
+            model (`nn.Module`): whose head `forward` uses.
+        """
+        targets = self._targets(labels, inputs.get("attention_mask"))
+        places = F.pad(targets != IGNORED, (0, 1))
+        return logits_at(forward, inputs, places, model=self._hooked(model)), targets
+
+    def _hooked(self, model: nn.Module) -> nn.Module | None:
+        return None if self.args.torch_compile else model
+
     def counts(self, labels: Tensor, mask: Tensor | None) -> Tensor:
         """How many tokens of each text are predicted and count, `[batch]`."""
         return (self._targets(labels, mask) != IGNORED).sum(1)
@@ -51,10 +68,11 @@ class LanguageObjective:
         nothing = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device).expand_as(logits)
         return nothing.scatter(-1, targets.clamp(min=0).unsqueeze(-1), True)
 
-    def replay_divergence(self, logits: Tensor, reference_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Divergence from the original at every token that predicts a token, `[batch]`, nats."""
-        values = divergence(logits, reference_logits)
-        if (mask := batch.get("attention_mask")) is None:
-            return values.mean(1)
-        real = (mask[:, :-1] * mask[:, 1:]).bool()  # wherever the padding is
-        return mean_over_predictions(values, torch.where(real, 0, IGNORED))
+    def replayed(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Labels `[batch, length]` that count where a token is, wherever the padding is: replay compares what is said there."""
+        mask = batch.get("attention_mask")
+        return torch.zeros_like(batch["input_ids"]) if mask is None else torch.where(mask.bool(), 0, IGNORED)
+
+    def replay_divergence(self, logits: Tensor, reference_logits: Tensor) -> Tensor:
+        """Divergence from the original at every prediction, nats."""
+        return divergence(logits, reference_logits)

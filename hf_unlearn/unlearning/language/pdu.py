@@ -12,7 +12,7 @@ from .tokens import TokenLoss
 
 
 def pdu(logits: Tensor) -> Tensor:
-    r"""How far the logits are from flat: $(\max_c z_c - \bar z)^2$; `[rows, tokens, vocabulary] -> [rows, tokens]`."""
+    r"""How far the logits are from flat: $(\max_c z_c - \bar z)^2$; `[…, vocabulary] -> […]`."""
     logits = logits.float()
     return (logits.amax(-1) - logits.mean(-1)).square()
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...training.collators import ROW, WithRow
-from ...training.losses import IGNORED, mean_over_predictions
+from ...training.losses import IGNORED, mean_of_counted
 from .asked import Asked, ask, kept_rows, prompt_of
 from .checks import check_begins, check_keep, check_marks, check_unused, tell_about, tell_targets
 from .likeness import said_again
@@ -321,10 +321,6 @@ class RedirectMixin:
 
     def _kl(self, model, batch, asked: Asked) -> Tensor:
         """Divergence from what is asked for, a mean over the tokens of each row, `[batch]`, nats."""
-        logits, labels = self.predictions(model, batch)
-        counts = labels != IGNORED
+        logits, labels = self.counted(model, batch)
         targets = asked.targets.at(batch[ROW].tolist(), logits.device)
-        values = torch.zeros_like(labels, dtype=torch.float32).masked_scatter(
-            counts, divergence_from(logits[counts], *targets)
-        )
-        return mean_over_predictions(values, labels)
+        return mean_of_counted(divergence_from(logits, *targets), labels)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...training.logits import only_at
 from ...training.losses import mean_over_predictions
 from ..forget_loss import ForgetLoss, check_takes_means
 
@@ -68,7 +69,7 @@ class Rmu(ForgetLoss):
 
     def _hidden(self, forward: Callable, batch: Any) -> Tensor:
         layer = layers_of(self.trainer.model)[self.layer]
-        hidden = hidden_states(forward, self.trainer.inputs_of(batch), layer)
+        hidden = hidden_states(forward, self.trainer.inputs_of(batch), layer, self.trainer.model)
         return hidden[:, -self.trainer.labels_of(batch).shape[1] :]  # behind the virtual tokens of prompt tuning
 
 
@@ -119,12 +120,13 @@ def direction(size: int, seed: int) -> Tensor:
     return drawn / drawn.norm()
 
 
-def hidden_states(forward: Callable, inputs: Mapping[str, Tensor], layer: nn.Module) -> Tensor:
-    """What a layer puts out while the model runs, `[batch, tokens, size]`."""
+def hidden_states(forward: Callable, inputs: Mapping[str, Tensor], layer: nn.Module, model: PreTrainedModel) -> Tensor:
+    """What a layer of the model puts out while it runs, without logits, `[batch, tokens, size]`."""
     seen = []
     hook = layer.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
     try:
-        forward(**inputs, use_cache=False)
+        with only_at(model, torch.zeros_like(inputs["input_ids"], dtype=torch.bool)):
+            forward(**inputs, use_cache=False)
     finally:
         hook.remove()
     return seen[0]

@@ -13,7 +13,8 @@ from torch import nn
 from ...modes import looking
 from ...training.answers import Answer, read_answer
 from ...training.collators import ALTERNATE
-from ...training.losses import IGNORED, next_tokens
+from ...training.logits import logits_at, places_of
+from ...training.losses import IGNORED
 from ...training.texts import as_chat
 from .subject import special_tokens
 
@@ -73,6 +74,6 @@ def _log_p(model: nn.Module, answer: Answer, ends: Collection[int]) -> list[floa
     end = next((place for place in range(begin, len(answer.ids)) if answer.ids[place] in ends), len(answer.ids))
     with looking(model) as device:
         ids = torch.tensor([answer.ids], device=device)
-        logits = next_tokens(model(input_ids=ids, use_cache=False).logits, ids)[0]
-        log_p = logits[0, begin - 1 : end - 1].float().log_softmax(-1)
+        places = places_of([range(begin - 1, end - 1)], len(answer.ids), device)
+        log_p = logits_at(model, {"input_ids": ids}, places).float().log_softmax(-1)
         return log_p.gather(-1, ids[0, begin:end, None]).flatten().tolist()

@@ -15,12 +15,12 @@ def undial(logits: Tensor, reference_logits: Tensor, targets: Tensor, beta: floa
     [`~hf_unlearn.unlearning.losses.redirect`] is the case β → ∞.
 
     Args:
-        logits, reference_logits (`Tensor`): `[rows, tokens, vocabulary]`.
-        targets (`Tensor`): the answer, `[rows, tokens]`; −100 lowers nothing.
+        logits, reference_logits (`Tensor`): `[…, vocabulary]`.
+        targets (`Tensor`): the answer, `[…]`; −100 lowers nothing.
         beta (`float`): how far the logit is lowered.
 
     Returns:
-        `Tensor`: `[rows, tokens]`.
+        `Tensor`: `[…]`.
     """
     lowering = torch.where(targets >= 0, -beta, 0.0).unsqueeze(-1)
     target = reference_logits.float().scatter_add(-1, targets.clamp(min=0).unsqueeze(-1), lowering).softmax(-1)
@@ -33,5 +33,5 @@ class Undial(TokenLoss):
     name, credit = "undial", {"UNDIAL's loss": "2402.10052"}
 
     def of_tokens(self, logits: Tensor, targets: Tensor, batch: Any) -> Tensor:
-        reference_logits, _ = self.trainer.predictions(self.trainer.reference_forward, batch)
+        reference_logits, _ = self.trainer.counted(self.trainer.reference_forward, batch)
         return undial(logits, reference_logits, targets)

@@ -59,11 +59,12 @@ def theirs(name, logits, reference, targets, counts):
 
 
 def trainer_of(logits, reference, targets):
-    """What a loss asks of a trainer: of the model "student" or of the original."""
-    asked = {"student": (logits, targets), "original": (reference, targets)}
+    """What a loss asks of a trainer: of the model "student" or of the original, where a token counts."""
+    counts = targets != -100
+    asked = {"student": (logits[counts], targets), "original": (reference[counts], targets)}
     return SimpleNamespace(
-        args=None, retain_dataset=[], reference_forward="original", predictions=lambda model, batch: asked[model],
-        task_loss=lambda model, batch: cross_entropy(*asked[model]),
+        args=None, retain_dataset=[], reference_forward="original", counted=lambda model, batch: asked[model],
+        task_loss=lambda model, batch: cross_entropy(logits, targets),
     )  # fmt: skip
 
 
