@@ -17,7 +17,6 @@ QUIET: dict[str, Any] = {
     "logging_strategy": "no",
     "save_strategy": "no",
     "disable_tqdm": True,
-    "dataloader_pin_memory": False,
 }
 
 
