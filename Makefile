@@ -57,6 +57,7 @@ dist: $(STAMP)
 	$(BIN)/python -m build --outdir dist build/dist
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV), once: about 2 GB, minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e ".[dev]"
 	touch $@

@@ -23,7 +23,7 @@ from hf_unlearn.hub.verify import ProvenanceReport
 from .filtering import Filtered
 from .find import Found
 from .forget import Corrected, Forgotten, logits
-from .stage import Stage
+from .stage import THREADS, Stage
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def loaded_again(stage: Stage, hub: LoopbackHub, forgotten: Forgotten, filtered:
         command = [sys.executable, str(Path(__file__).with_name("loading.py")), *names, str(expected)]
         done = subprocess.run(  # in a session of its own, so that Ctrl-C is answered by this process alone
             command,
-            env=hub.environment(home) | {"TQDM_DISABLE": "1"},
+            env={THREADS: "1"} | hub.environment(home) | {"TQDM_DISABLE": "1"},
             check=True,
             stdout=subprocess.PIPE,
             text=True,

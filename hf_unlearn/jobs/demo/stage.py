@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ QUIET: dict[str, Any] = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
+THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass
@@ -56,9 +58,12 @@ class Stage:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch with one thread: for models this small a second one has to be waited for, and costs three times the processor's time."""
+    """torch with one thread: for models this small a second one has to be waited for. Who has set `OMP_NUM_THREADS` keeps it."""
     import torch
 
+    if THREADS in os.environ:
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
