@@ -145,6 +145,8 @@ def _something_else(name: str, kind: str) -> str:
     if (address := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)", name)) is not None:
         return f"is an address; give the id alone, {address[1]!r}"
     folder, is_pipeline = Path(name), "pipeline" in kind.lower()
+    if folder.is_absolute() and not folder.exists():
+        return f"there is no such folder; give a folder with {kind}, or an id on the Hub"
     if folder.is_file():
         return f"is a file; give a folder with {kind}, or an id on the Hub"
     if not is_pipeline and (folder / "model_index.json").is_file():

@@ -58,5 +58,6 @@ class TestLoading:
         assert (
             self.said(file, "a model") == f"model={file!r}: is a file; give a folder with a model, or an id on the Hub"
         )
+        assert self.said(f"{model}/none", "a model").startswith(f"model='{model}/none': there is no such folder; ")
         for name, kind in ((pipeline, "a pipeline"), (model, "a model"), ("me/nothing", "a model"), ("", "a model")):
             assert self.said(name, kind) == f"model={name!r}: neither a folder with {kind} nor an id on the Hub (gone)"

@@ -80,6 +80,8 @@ WRONG = [
     ("unlearn|ok.yaml|--fisher|no", "fisher='no': must be one of exact, monte_carlo"),
     ("unlearn|ok.yaml|--☃|1", "unknown key '☃'; "),
     ("unlearn|vdu_ddpm_digits|--measure_samples|1", "measure_samples=1: must be ≥ 2"),
+    ("unlearn|vdu_ddpm_digits|--pipeline|digits-ddpm", "unknown key 'pipeline'; did you mean 'model'?"),
+    ("filter|fit|filter_digits_gan|--model|digits-gan", "unknown key 'model'; did you mean 'pipeline'?"),
     ("unlearn|adapt_then_unlearn_digits|--marks|0", "marks=0: must be ≥ 1"),
     ("unlearn|redirect_digits_t2i|--strength|nan", "strength=nan: must be > 0"),
     ("unlearn|redirect_digits_t2i|--seed|-1", "seed=-1: must be in [0, 4294967296)"),

@@ -24,6 +24,7 @@ OF_LABELS = {
     "forget", "forget_accuracy", "bn", "fisher", "fisher_samples", "loss_reduction", "retain_loss", "rmu_layer",
     "rmu_coefficient", "pdu_rate",
 }  # fmt: skip
+ELSEWHERE = {"model": "pipeline", "pipeline": "model"}  # what recipes of other verbs call it
 TRUTH = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
 NULL = "null"
 FLAGS = ("json", "dry_run")  # that the command line takes apart from keys
@@ -49,6 +50,8 @@ def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
         return now
     if word in OF_LABELS:
         return "only models with labels or tokens have it; leave it out"
+    if (other := ELSEWHERE.get(word)) in known:
+        return f"did you mean {other!r}?"
     found = difflib.get_close_matches(word[:100], known, n=1)
     return f"did you mean {found[0]!r}?" if found else otherwise
 
