@@ -1,6 +1,6 @@
-# Two commands on a fresh machine with Python 3.11, pip and make: `make demo` and `make test`.
+# Two commands on a fresh machine with Python 3.11 or newer, pip and make: `make demo` and `make test`.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell for one in python3.11 python3.12 python3.13 python3; do $$one -c '' 2> /dev/null && echo $$one && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
