@@ -17,7 +17,6 @@ from hf_unlearn.audit.report import AuditReport
 from hf_unlearn.examples.classifier import predict
 from hf_unlearn.examples.datasets import digits
 from hf_unlearn.jobs.demo import filtering, find, page
-from hf_unlearn.jobs.demo.stage import one_thread
 
 
 FORGOTTEN, MISLABELLED = 5, 0
@@ -223,18 +222,3 @@ def test_a_check_on_its_line():
     """One margin below the retrained models is the left end, three above the right one."""
     line = page.on_a_line(value=0.5, low=-9.0, high=1.0, original=9.0, margin=0.5)
     assert line == {"dot": 50.0, "from": 0.0, "to": 75.0, "before": 100.0, "allowed": 50.0, "middle": 25.0}
-
-
-def test_one_thread_unless_somebody_has_said_how_many(monkeypatch):
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for said, within in ((None, 1), ("2", 2)):
-            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-            if said is not None:
-                monkeypatch.setenv("OMP_NUM_THREADS", said)
-            with one_thread():
-                assert torch.get_num_threads() == within
-            assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)

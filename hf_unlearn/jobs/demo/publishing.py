@@ -19,11 +19,12 @@ from hf_unlearn.examples.loopback_hub import LoopbackHub
 from hf_unlearn.hub.card import Figure
 from hf_unlearn.hub.sending import Publication
 from hf_unlearn.hub.verify import ProvenanceReport
+from hf_unlearn.modes import THREADS
 
 from .filtering import Filtered
 from .find import Found
 from .forget import Corrected, Forgotten, logits
-from .stage import THREADS, Stage
+from .stage import Stage
 
 
 @dataclass(frozen=True)

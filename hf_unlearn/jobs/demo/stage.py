@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ QUIET: dict[str, Any] = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
-THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass
@@ -54,22 +52,6 @@ class Stage:
 
     def say(self, text: str) -> None:
         print(f"  {text}", flush=True)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch with one thread: for models this small a second one has to be waited for. Who has set `OMP_NUM_THREADS` keeps it."""
-    import torch
-
-    if THREADS in os.environ:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
