@@ -1,6 +1,6 @@
-# Two commands on a fresh machine with Python 3.11, pip and make: `make demo` and `make test`.
+# Two commands on a fresh machine with Python 3.11 or newer, pip and make: `make demo` and `make test`.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell for one in python3.11 python3.12 python3.13 python3; do $$one -c '' 2> /dev/null && echo $$one && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -62,6 +62,7 @@ dist: $(STAMP)
 	$(BIN)/python -m build --outdir dist build/dist
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV), once: about 2 GB, minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e ".[dev]"
 	touch $@

@@ -20,6 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RECIPES = {  # recipe: words of its verb
     "pbu_digits": ["unlearn"],
+    "unlearn_examples_digits": ["unlearn"],
     "influence_labels_digits": ["influence"],
     "filter_digits_gan": ["filter", "fit"],
     "vdu_ddpm_digits": ["unlearn"],

@@ -32,7 +32,7 @@ from .jobs.recipe.methods import (
     of_any_verb,
     read_apart,
 )
-from .jobs.recipe.reading import FLAGS, UsageError, nearest, one, options
+from .jobs.recipe.reading import FLAGS, UsageError, nearest, one, options, recipe_file
 
 
 HELP = {"-h", "--help", "--help-all"}
@@ -87,9 +87,13 @@ def filter(arguments: Sequence[str]) -> None:
         _list("filter VERB", FILTER_VERBS)
         return
     if verb not in FILTER:
-        raise UsageError(
-            f"unknown verb {f'filter {verb[:50]}'!r}; {nearest(verb, FILTER, 'hf-unlearn filter --help lists them')}"
+        is_recipe = recipe_file(verb).is_file()
+        otherwise = (
+            f"say what to do with it, as in hf-unlearn filter fit {verb}"
+            if is_recipe
+            else "hf-unlearn filter --help lists them"
         )
+        raise UsageError(f"unknown verb {f'filter {verb[:50]}'!r}; {nearest(verb, FILTER, otherwise)}")
     # One recipe serves all three verbs: each leaves the keys of the others alone.
     _plain(f"filter {verb}", rest, FILTER[verb], FILTER_VERBS[verb], [*FILTER.values()])
 

@@ -38,8 +38,9 @@ def split_by_values(dataset: Dataset, column: str, values: Sequence[Any]) -> tup
     Raises:
         ValueError: no such column, or a value that does not occur in it.
     """
-    if isinstance(values, str):
-        raise ValueError(f"forget_values={values!r}: is one text; pass a list of values")
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        what = "is one text" if isinstance(values, str) else "is no list"
+        raise ValueError(f"forget_values={values!r}: {what}; pass a list of values, as in [{values!r}]")
     present = _column(dataset, column)
     feature = dataset.features.get(column)
     names = getattr(feature, "names", None) or []
@@ -74,6 +75,8 @@ def split_by_ids(dataset: Dataset, ids: Iterable[Any], *, column: str = "id") ->
 
 
 def _column(dataset: Dataset, column: str) -> list[Any]:
+    if isinstance(dataset, Mapping):
+        raise ValueError(f"dataset: has splits {', '.join(map(str, dataset))}; pass one of them")
     if column not in dataset.column_names:
         raise ValueError(f"column {column!r} is not in the dataset (it has {', '.join(dataset.column_names)})")
     return dataset.with_format(None)[column][:]

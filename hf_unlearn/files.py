@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -134,9 +135,25 @@ def loading(argument: str, name: Any, kind: str) -> Iterator[None]:
             f"{argument}={str(name)!r}: its weights are damaged ({first_line(error)}); restore the file from a copy"
         ) from error
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{argument}={str(name)!r}: neither a folder with {kind} nor an id on the Hub ({first_line(error)})"
-        ) from error
+        said = _something_else(str(name), kind)
+        said = said or f"neither a folder with {kind} nor an id on the Hub ({first_line(error)})"
+        raise ValueError(f"{argument}={str(name)!r}: {said}") from error
+
+
+def _something_else(name: str, kind: str) -> str:
+    """What to say of a name that is plainly not the one of such a thing; nothing where it may be."""
+    if (address := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)", name)) is not None:
+        return f"is an address; give the id alone, {address[1]!r}"
+    folder, is_pipeline = Path(name), "pipeline" in kind.lower()
+    if folder.is_absolute() and not folder.exists():
+        return f"there is no such folder; give a folder with {kind}, or an id on the Hub"
+    if folder.is_file():
+        return f"is a file; give a folder with {kind}, or an id on the Hub"
+    if not is_pipeline and (folder / "model_index.json").is_file():
+        return f"holds a pipeline (model_index.json); give a folder with {kind}, or an id on the Hub"
+    if is_pipeline and (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+        return f"holds a single model (config.json); give a folder with {kind}, or an id on the Hub"
+    return ""
 
 
 def sized(size: float) -> str:

@@ -1,9 +1,11 @@
-"""The one place where a picture changes form: PIL of every mode, array, tensor in [−1, 1], VAE latents, grid."""
+"""The one place where a picture changes form: PIL of every mode, array, tensor in [−1, 1], VAE latents, grid, data URI."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -281,6 +283,25 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     ]
     framed = [ImageOps.expand(image.convert("RGB"), border=2, fill="#868e96") for image in pictures]
     return make_image_grid(framed, rows=len(framed) // columns, cols=columns)
+
+
+def data_uri(image: Image.Image, *, form: str = "PNG", **options: Any) -> str:
+    """An address that holds a picture, for pages: upright, grey or RGB of 8 bits, what is transparent over white.
+
+    Args:
+        image: of any mode; values of `I` and `F` beyond [0, 255] are cut off, which PIL does.
+        form (`str`, defaults to `"PNG"`): file format as PIL names it.
+        options: for PIL's `save`.
+    """
+    if image.mode.startswith("I;16"):  # PIL would cut 16 bits off at 255
+        image = Image.fromarray(((of_pil(image)[0] + 1) * 127.5).round().byte().numpy())
+    elif image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode not in ("L", "RGB"):
+        image = _opaque(image)
+    file = BytesIO()
+    image.save(file, form, **options)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 @torch.no_grad()

@@ -1,13 +1,31 @@
-"""What a look at a model must leave as it was: its mode, and the random state."""
+"""What a look at a model must leave as it was: its mode, and the random state; and torch's threads, for a while."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import nn
+
+
+THREADS = "OMP_NUM_THREADS"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch with one thread: for very small models a second one has to be waited for. Who has set `OMP_NUM_THREADS` keeps it."""
+    if THREADS in os.environ:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

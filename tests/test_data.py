@@ -199,10 +199,13 @@ class TestSplits:
             (data.split_by_values, ("label", ["horse"]), "forget_values: 'horse' does not occur"),
             (data.split_by_values, ("label", [0, 3]), "forget_values: 3 does not occur"),
             (data.split_by_values, ("label", "dog"), "forget_values='dog': is one text"),
+            (data.split_by_values, ("label", 2), r"forget_values=2: is no list; pass a list of values, as in \[2\]"),
             (data.split_by_ids, (["a", "z", "y"],), "forget_ids: 'y' is not in column 'id' .2 unknown"),
         ):
             with pytest.raises(ValueError, match=f"^{message}"):
                 split(animals(), *arguments)
+        with pytest.raises(ValueError, match="^dataset: has splits train, test; pass one of them"):
+            data.split_by_values({"train": animals(), "test": animals()}, "label", [1])
         with pytest.raises(ValueError, match="sample_id"):
             data.split_by_ids(animals(), ["a"], column="sample_id")
 

@@ -1,5 +1,8 @@
 """Pictures to tensors in [−1, 1], and tensors to a picture."""
 
+import base64
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from picture_data import COLOUR, GREY, as_tensor, noise_image, refused
 from PIL import Image
 
 from hf_unlearn.filtering.encoding.preprocessing import ImagePreprocessing
-from hf_unlearn.images import grey_images, grid, look, of_pil, pixels, signed
+from hf_unlearn.images import data_uri, grey_images, grid, look, of_pil, pixels, signed
 
 
 FRAME = 2  # pixels of grey around each image of a grid
@@ -281,3 +284,40 @@ class TestGreyImages:
         luminance = (as_tensor(pictures[0]) * weights).sum(0)
         torch.testing.assert_close(images[0, 0].double(), luminance, rtol=0, atol=1.1 / 127.5)
         torch.testing.assert_close(images[1].double(), as_tensor(pictures[1]), rtol=0, atol=1e-6)
+
+
+class TestDataUri:
+    """Read by PIL again."""
+
+    def read(self, address):
+        head, _, content = address.partition(",")
+        return head, Image.open(BytesIO(base64.b64decode(content)))
+
+    @pytest.mark.parametrize("mode", ["L", "RGB"])
+    def test_holds_the_picture_to_the_pixel(self, mode):
+        image = noise_image(mode)
+        head, kept = self.read(data_uri(image))
+        assert head == "data:image/png;base64"
+        assert (kept.format, kept.mode) == ("PNG", mode)
+        np.testing.assert_array_equal(np.asarray(kept), np.asarray(image))
+
+    def test_in_another_format_with_its_options(self):
+        image = noise_image(size=(64, 64))
+        head, kept = self.read(data_uri(image, form="WEBP", quality=90))
+        assert (head, kept.format, kept.size) == ("data:image/webp;base64", "WEBP", (64, 64))
+        assert len(data_uri(image, form="WEBP", quality=10)) < len(data_uri(image, form="WEBP", quality=90))
+
+    def test_what_is_transparent_lies_over_white(self):
+        image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
+        image.putpixel((1, 0), (10, 20, 30, 0))
+        assert np.asarray(self.read(data_uri(image))[1]).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+    def test_sixteen_bits_keep_their_greys(self):
+        image = Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16))
+        assert np.asarray(self.read(data_uri(image))[1]).tolist() == [[0, 1, 128, 255]]
+
+    def test_stands_upright(self):
+        image = Image.new("L", (2, 1))
+        image.putpixel((0, 0), 200)
+        image.getexif()[0x0112] = 6  # to be turned by a quarter, clockwise
+        assert np.asarray(self.read(data_uri(image))[1]).tolist() == [[200], [0]]

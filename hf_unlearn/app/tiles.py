@@ -5,13 +5,13 @@ Pictures go into the page itself: nothing is written to a disk.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from ..images import data_uri
 
 
 SMALL, LARGEST = (
@@ -62,7 +62,5 @@ def _pictures(images: Tensor) -> list[str]:
         image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
         if not small:
             image.thumbnail((LARGEST, LARGEST))
-        content = io.BytesIO()
-        image.save(content, "PNG" if small else "WEBP", **({} if small else {"quality": 90}))
-        found.append(f"data:image/{'png' if small else 'webp'};base64,{base64.b64encode(content.getvalue()).decode()}")
+        found.append(data_uri(image) if small else data_uri(image, form="WEBP", quality=90))
     return found

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from .. import plots
 from ..files import kept_private
+from ..images import data_uri
 from .equivalence import CONFIDENCE
 from .findings import AuditFindings
 from .result import CheckResult
@@ -38,8 +40,11 @@ def page(report: AuditFindings, path: str | Path, drawn: str | Path | None = Non
     """The same with all numbers, what each check can show, and what was not checked. An HTML file; `drawn` is its picture, if it is there."""
     from jinja2 import Environment
 
-    with tempfile.TemporaryDirectory() as scratch:
-        image = base64.b64encode(Path(drawn or picture(report, Path(scratch, "audit.png"))).read_bytes()).decode()
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Image.open(drawn or picture(report, Path(scratch, "audit.png"))) as opened,
+    ):
+        image = data_uri(opened)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["first_upper"] = lambda text: text[:1].upper() + text[1:]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))

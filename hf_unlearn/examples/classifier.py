@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from ..data import split_by_values
 from ..files import complete_or_not_there
+from ..modes import one_thread
 from ..training.collators import RawCollator
 from .cache import Progress, made_once
 from .datasets import digits
@@ -70,7 +71,7 @@ def train_classifier(dataset, output_dir: str | Path, *, seed: int = 0, progress
         overrides: training arguments in place of [`TRAINING`].
     """
     processor = digits_processor()
-    with complete_or_not_there(output_dir) as scratch, tempfile.TemporaryDirectory() as run:
+    with complete_or_not_there(output_dir) as scratch, tempfile.TemporaryDirectory() as run, one_thread():
         arguments = TrainingArguments(
             output_dir=run,
             seed=seed,

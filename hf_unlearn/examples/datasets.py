@@ -64,9 +64,10 @@ def load(
             anew = {"download_mode": "force_redownload"} if (path / "README.md").is_file() else {}
             loaded = datasets.load_dataset(name, config, revision=revision, **anew)
     except OSError as error:
-        raise ValueError(
-            f"{argument}={name!r}: neither a folder here nor a dataset that the Hub gives ({first_line(error)})"
-        ) from error
+        said = f"neither a folder here nor a dataset that the Hub gives ({first_line(error)})"
+        if path.is_file():
+            said = "is a file; give the folder that it lies in"
+        raise ValueError(f"{argument}={name!r}: {said}") from error
     except ValueError as error:  # no such config, or none named where there are several
         why = " ".join(str(error).partition("Example of usage")[0].split())
         raise ValueError(f"{argument}={name!r}: {why}") from error

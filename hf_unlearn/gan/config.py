@@ -8,7 +8,7 @@ from typing import ClassVar
 from transformers import TrainingArguments
 
 from ..training.checks import REFUSED, REFUSED_OF_IMAGES, check_fields, check_hub_strategy, check_stock
-from ..training.config import GUARD_RANGES, IMAGE_RANGES, GuardArguments, ImageArguments
+from ..training.config import GUARD_RANGES, IMAGE_RANGES, GuardArguments, ImageArguments, settle
 
 
 RANGES = {
@@ -89,6 +89,7 @@ class GANConfig(ImageArguments, GuardArguments, TrainingArguments):
 
     def __post_init__(self):
         check_stock(self, self.refused)
+        settle(self)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # while one player moves, the other's parameters are unused
         if self.load_best_model_at_end and self.metric_for_best_model is None:

@@ -120,6 +120,7 @@ def publish(
         )
     if audit is not None:
         _check_audit(what, audit)
+    _check_kind(what)
     if not isinstance(what, str | Path) and not dry_run:  # what is written first may be large
         check_token(token)
     with suppress(OSError) if dry_run else nullcontext():
@@ -184,12 +185,16 @@ def _written(what: Any, repo_id: str, audit: Any, token: Any, options: dict[str,
         return what._written(repo_id, audit, token=token, **options)
     if is_pipeline(type(what)):
         return _pipeline(what, repo_id, audit, token, options)
-    if hasattr(what, "save_pretrained") and hasattr(what, "state_dict"):
-        return _model(what, repo_id, audit, token, options)
-    raise ValueError(
-        f"what: {type(what).__name__} cannot be published; pass a model, a pipeline, a filter, an influence report, a trainer of hf_unlearn, "
-        "or the folder that one of them was saved to"
-    )
+    return _model(what, repo_id, audit, token, options)
+
+
+def _check_kind(what: Any) -> None:
+    known = isinstance(what, str | Path) or hasattr(what, "_written") or is_pipeline(type(what))
+    if not known and not (hasattr(what, "save_pretrained") and hasattr(what, "state_dict")):
+        raise ValueError(
+            f"what: {type(what).__name__} cannot be published; pass a model, a pipeline, a filter, an influence report, a trainer of "
+            "hf_unlearn, or the folder that one of them was saved to"
+        )
 
 
 @contextmanager

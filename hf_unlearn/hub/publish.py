@@ -220,6 +220,7 @@ def save_settings(model: Any, folder: Path) -> None:
         ValueError: two of the weights share memory, and the model does not say so, or one is no tensor: no file could hold them.
     """
     from transformers import PreTrainedModel
+    from transformers.utils import logging
 
     _check_weights(model)
     if hasattr(model, "components"):
@@ -228,7 +229,13 @@ def save_settings(model: Any, folder: Path) -> None:
             if component is not None:
                 save_settings(component, folder / name)
     elif isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder, state_dict={})
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # of no shards
+        try:
+            model.save_pretrained(folder, state_dict={})
+        finally:
+            if bars:
+                logging.enable_progress_bar()
     elif hasattr(model, "save_config"):
         model.save_config(folder)
     elif hasattr(model, "save_pretrained"):

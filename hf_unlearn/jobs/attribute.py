@@ -53,7 +53,6 @@ def _report(job: AttributeJob, train: Dataset, targets: Dataset | None) -> Influ
     config = {
         "output_dir": job.output_dir, "report_to": "none", "per_device_eval_batch_size": job.batch_size, "layers": job.layers,
         "id_column": job.id_column, "seed": job.seed, "use_cpu": job.use_cpu, "max_grad_norm": job.max_grad_norm,
-        "dataloader_pin_memory": False,
     }  # fmt: skip
     model, processing_class = name, None
     args: Any = InfluenceConfig(**config)

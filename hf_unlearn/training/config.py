@@ -14,11 +14,21 @@ DRAWING_RANGES = {"≥ 0": ("grid_images",), "≥ 1": ("batch_size", "grid_steps
 
 
 def settle(args: Any) -> None:
-    """Defaults of TRL that would be refused or warned of. `bf16`, where it is not given (None) and there is no accelerator: fp32.
-    `gradient_checkpointing`: by the name that transformers 5.23 has for it.
+    """Defaults of transformers and TRL that would be refused or warned of. Without an accelerator: no pinned memory, and fp32 where
+    `bf16` is not given (None). `gradient_checkpointing`: by the name that transformers 5.23 has for it.
+
+    Raises:
+        ValueError: `report_to` names no tracker, which transformers would say once the model is loaded.
     """
-    if args.bf16 is None and not torch.accelerator.is_available():
-        args.bf16 = False
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    asked = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    if odd := [name for name in asked if name not in ("all", "none", *INTEGRATION_TO_CALLBACK)]:
+        raise ValueError(f"report_to={odd[0]!r}: must be all, none, or some of {', '.join(INTEGRATION_TO_CALLBACK)}")
+    if not torch.accelerator.is_available():
+        args.dataloader_pin_memory = False  # torch warns of it, and does not pin
+        if args.bf16 is None:
+            args.bf16 = False
     if args.activation_checkpointing is None:
         args.activation_checkpointing = args.gradient_checkpointing
 

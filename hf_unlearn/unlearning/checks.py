@@ -151,6 +151,11 @@ def check_labels(args, num_labels: int, **datasets: Any) -> list[int]:
         if dataset is None:
             continue
         if label_column(dataset) is None:
+            if len(dataset) and not isinstance(dataset[0], dict):
+                kind = type(dataset[0]).__name__
+                raise ValueError(
+                    f"{argument}: its rows are of type {kind}; pass a datasets.Dataset, or rows that are dicts"
+                )
             raise ValueError(
                 f"{argument}: has no label column; name it one of {', '.join(LABEL_COLUMNS)} (rename_column)"
             )

@@ -73,9 +73,11 @@ class OutcomeMixin:
         if (utility := self._utility_figure) is None:
             parts.append("what was lost elsewhere is not known (guard=False, and no data to keep)")
         else:
-            before, after = (f"{utility[when]:.3g} {utility['unit']}".rstrip() for when in ("before", "after"))
-            tolerance = self.utility_tolerance * (100 if self.utility_kind == "accuracy" else 1)
-            parts.append(f"{utility['name'].lower()} {after} ({before} before, tolerance {tolerance:g})")
+            share = self.utility_kind == "accuracy"
+            unit = "%" if share else f" {utility['unit']}".rstrip()
+            before, after = (f"{utility[when]:.3g}{unit}" for when in ("before", "after"))
+            tolerance = f"{100 * self.utility_tolerance:g} points" if share else f"{self.utility_tolerance:g}"
+            parts.append(f"{utility['name'].lower()} {after} ({before} before, tolerance {tolerance})")
         if self.guard:
             parts.append(f"kept is step {self._steps_taken:,}")
         return f"{type(self).__name__}, {self.state.global_step:,} steps: {'; '.join(parts)}"

@@ -384,7 +384,7 @@ def test_folders_that_hold_no_model(check_refused, tmp_path):
     (classifier / "model.safetensors").write_bytes(b"half")
     check_refused("pbu", f"model='{classifier}': its weights are damaged", "restore the file", model=classifier)
     folder = str(tmp_path / "classifier")
-    check_refused("vdu", f"model={folder!r}: its config names None", "UNet2DModel", pipeline=folder)
+    check_refused("vdu", f"model={folder!r}: its config names resnet", "UNet2DModel", pipeline=folder)
 
 
 # Arguments
@@ -434,6 +434,9 @@ ARGUMENTS = [
         "target_dataset": lambda: pairs(2).map(lambda row: {"completion": None})}),
     ("fine", "train_dataset: list is not a", "", {"train_dataset": lambda: list(pairs(3))}),
     ("fine", f"train_dataset: column '{ROW}'", "rename", {"train_dataset": lambda: pairs(2).add_column(ROW, [0, 1])}),
+    ("sft", "model: ResNetForImageClassification is no language model", "UnlearnTrainer", {"model": lambda: resnet()}),
+    ("unlearn", "forget_dataset: its rows are of type int", "Dataset", {
+        "forget": "class", "heldout_dataset": None, "forget_dataset": lambda: [1, 2]}),
     ("sft", "forget_dataset: holds images", "UnlearnTrainer", {"forget_dataset": pictures(Image.new("L", (8, 8)))}),
     *(("vdu", "forget_loss='redirect' needs what is to be kept", "own_samples", {"forget_loss": loss} | ANY)
       for loss in ("redirect", "bounded")),

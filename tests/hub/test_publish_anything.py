@@ -434,6 +434,7 @@ def test_refusals(hub, tiny_vit, tiny_ddpm, tmp_path):
         (original, "ME/Base", {"create_pr": True}, "repo_id: 'ME/Base' is the original's repository"),
         (tiny_ddpm.unet, "x", {}, "what: UNet2DModel is part of a pipeline"),
         ([1], "x", {}, "what: list cannot be published"),
+        (None, "x", {"token": False}, "what: NoneType cannot be published"),
         (str(tmp_path / "nothing"), "x", {}, "no such folder"),
         (tiny_vit, "x", {"audit": "audit.json"}, "audit: is a str; pass an AuditReport"),
         (report(), "x", {"audit": Audit()}, "audit: is of an unlearned model"),

@@ -264,9 +264,9 @@ class TestBadRecipes:
             ({}, "--learning-rat=1", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
             ({}, "--learning 1", "unknown key 'learning'; did you mean "),  # no abbreviations
             ({}, "--learning_rate fast", "learning_rate: 'fast' is not allowed; expected float"),
-            ({}, "--learning_rate", "learning_rate: expected one argument"),
+            ({}, "--learning_rate", "learning_rate: has no value; write one behind it"),
             ({}, "stray", "unexpected argument 'stray'; keys are written --key value"),
-            ({}, "--config", "config: expected one argument"),
+            ({}, "--config", "config: has no value; write one behind it"),
             ({"method": None}, "", f"method: missing; set it to one of {', '.join(UNLEARN)}"),
             ({"method": "pbo"}, "", f"method: 'pbo' is not one of {', '.join(UNLEARN)}; did you mean 'pbu'?"),
             ({"model": None}, "", "model: missing; set it to 'digits', a folder, or an id on the Hub"),

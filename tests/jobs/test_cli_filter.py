@@ -824,6 +824,12 @@ class TestBadData:
         line = fails("run", "--config", recipe(filter="nobody/nothing"), code=1)
         assert line.startswith("filter='nobody/nothing': neither a folder with a filter nor an id on the Hub (")
 
+    def test_no_generator_is_trained_where_no_filter_is(self, recipe, fails, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        line = fails("run", "--config", recipe(pipeline="digits-gan"), code=1)
+        assert line.startswith("filter: missing, and output_dir='out' holds none; ")
+        assert not (tmp_path / "cache").exists()
+
     def test_a_broken_filter_draws_nothing(self, fitted, fails):
         path = Path("out/model.safetensors")
         content = bytearray(path.read_bytes())

@@ -222,9 +222,3 @@ def test_a_check_on_its_line():
     """One margin below the retrained models is the left end, three above the right one."""
     line = page.on_a_line(value=0.5, low=-9.0, high=1.0, original=9.0, margin=0.5)
     assert line == {"dot": 50.0, "from": 0.0, "to": 75.0, "before": 100.0, "allowed": 50.0, "middle": 25.0}
-
-
-def test_a_picture_is_inlined_as_it_is():
-    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
-    kept = Image.open(BytesIO(base64.b64decode(page.inlined(Image.fromarray(pixels)).partition(",")[2])))
-    assert (np.asarray(kept) == pixels).all()

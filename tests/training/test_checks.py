@@ -3,8 +3,9 @@
 import math
 
 import pytest
+import torch
 
-from hf_unlearn import UnlearnConfig, UnlearnTrainer
+from hf_unlearn import GANConfig, InfluenceConfig, UnlearnConfig, UnlearnSFTConfig, UnlearnTrainer
 from hf_unlearn.training.checks import check_is_not_original, within
 
 
@@ -71,3 +72,14 @@ def test_a_denoiser_lies_in_the_folder_of_its_pipeline(tmp_path):
             check_is_not_original(tmp_path / output, tmp_path / "unet")
     check_is_not_original(tmp_path, "me/on-the-hub")
     check_is_not_original(tmp_path, None)
+
+
+@pytest.mark.parametrize("kind", [UnlearnConfig, UnlearnSFTConfig, InfluenceConfig, GANConfig])
+class TestSettled:
+    def test_memory_is_pinned_for_an_accelerator_alone(self, kind, tmp_path):
+        assert kind(str(tmp_path), report_to="none").dataloader_pin_memory == torch.accelerator.is_available()
+
+    @pytest.mark.parametrize("trackers", ["wand", ["tensorboard", "wand"]])
+    def test_a_tracker_that_there_is_none_of(self, kind, trackers, tmp_path):
+        with pytest.raises(ValueError, match="^report_to='wand': must be all, none, or some of .*wandb"):
+            kind(str(tmp_path), report_to=trackers)

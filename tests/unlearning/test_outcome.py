@@ -115,7 +115,10 @@ class TestClassifiers:
         trainer = UnlearnTrainer(tiny_vit, args, forget_dataset=images(8, [3]), retain_dataset=retain)
         line = ended(trainer)
         assert trainer.outcome.utility_drop == pytest.approx(before - accuracy(), abs=1e-6)
-        assert f"accuracy on what is kept {100 * accuracy():.3g} % ({100 * before:.3g} % before, tolerance 2)" in line
+        assert (
+            f"accuracy on what is kept {100 * accuracy():.3g}% ({100 * before:.3g}% before, tolerance 2 points)"
+            in line
+        )
 
     def test_a_destroyed_model(self, tiny_vit, tmp_path, ended):
         args = arguments(tmp_path, learning_rate=1e30, forget_loss="ascent", guard=False, max_steps=3)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +11,7 @@ import numpy as np
 
 from ...data import value_name
 from ...files import kept_private
+from ...images import data_uri
 from .tokens import TokenScores, tokens_in
 from .unit import said_of, signed
 
@@ -82,7 +81,7 @@ def _row(report: Pageable, row: Mapping[str, Any], target: str) -> dict[str, Any
     for name in report._joined:
         value = row[name]
         if hasattr(value, "save"):
-            images.append(_embedded(value))
+            images.append(data_uri(value))
         elif (text := _text(value, features[name])) and ("\n" in text or len(text) > LONG):
             texts.append(text)
         elif text:
@@ -112,9 +111,3 @@ def _text(value: Any, feature: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(turn, dict) and "content" in turn for turn in value):
         return "\n".join(f"{turn.get('role', '?')}: {turn['content']}" for turn in value)
     return "" if value is None else value_name(value, feature)
-
-
-def _embedded(image: Any) -> str:
-    file = BytesIO()
-    image.convert("RGB").save(file, format="PNG")
-    return base64.b64encode(file.getvalue()).decode()

@@ -19,7 +19,12 @@ from .unit import said_of
 
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-PAPER = "2510.10510"
+# Name, title and paper, by observation; of all others f-INE's.
+FINE = ("f-ine", "f-INE", "2510.10510")
+OTHERS = {
+    "finished": ("ek-fac", "influence functions with EK-FAC", "2308.03296"),
+    "segments": ("source", "SOURCE", "2405.12186"),
+}
 DATA = "data/train-00000-of-00001.parquet"
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
@@ -56,7 +61,7 @@ class PublishedReport:
             name: about[name] for name in ("targets", "observation", "optimizer", "steps", "settings") if name in about
         }
         config |= {"scale": self.scale, "burn_in": self.burn_in, "confidence": self.confidence}
-        method = {"name": "f-ine", "title": "f-INE", "arxiv": PAPER}
+        method = dict(zip(("name", "title", "arxiv"), OTHERS.get(about.get("observation"), FINE), strict=True))
         return other_record("influence report", method=method, config=config, seed=about.get("seed"))
 
     def dataset_card(
@@ -105,6 +110,7 @@ class PublishedReport:
                     *map(str, found),
                 ]
             )
+        _, by, paper = OTHERS.get(about.get("observation"), FINE)
         card = DatasetCard.from_template(
             data,
             template_path=str(TEMPLATE),
@@ -114,7 +120,8 @@ class PublishedReport:
             observed=line(about.get("observation", "not named")),
             unit=said_of(self.manifest),
             order_only=self.order_only,
-            paper=PAPER,
+            by=by,
+            paper=paper,
             targets=targets,
             columns=[line(name) for name in columns],
             confidence=f"{100 * self.confidence:g}",

@@ -72,7 +72,8 @@ class Shown(PublishedReport):
                 for row in reversed(shown) if harmful else shown:
                     extra = [_shown(row[column], features[column]) for column in joined]
                     cells = [name, str(row["sample_id"]), signed(row["mu"])]
-                    cells += [f"{signed(row['mu_low'])} … {signed(row['mu_high'])}", signed(row["z"], ".1f")]
+                    low, high = signed(row["mu_low"]), signed(row["mu_high"])
+                    cells += ["–" if "–" in (low, high) else f"{low} … {high}", signed(row["z"], ".1f")]
                     table.add_row(*map(escape, [*cells, str(row["n_observations"]), *extra]))
                 table.add_section()
         return table

@@ -59,8 +59,9 @@ def run(output_dir: str | Path = "demo", forgotten: int = 3, seed: int = 0) -> P
     )
 
     from ...examples.datasets import digits
+    from ...modes import one_thread
     from . import filtering, find, forget, page, publishing, verify
-    from .stage import Stage, hushed, one_thread
+    from .stage import Stage, hushed
 
     stage, splits = Stage(folder, forgotten, seed, begun=begun), digits()
     with hushed(), one_thread():

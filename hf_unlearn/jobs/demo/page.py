@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import DatasetDict
 from jinja2 import Environment
-from PIL import Image
 
 from hf_unlearn.audit.report import AuditReport
 from hf_unlearn.hub.provenance import library_versions
+from hf_unlearn.images import data_uri
 
 from .filtering import LOOKED_AT, Filtered
 from .find import Found
@@ -114,7 +112,7 @@ def suspects(found: Found, digits: dict[int, int]) -> list[dict[str, Any]]:
     """The most suspicious images: what they are labelled as, and what they are."""
     return [
         {
-            "image": inlined(row["image"]),
+            "image": data_uri(row["image"]),
             "label": row["label"],
             "digit": digits[row["id"]],
             "wrong": row["wrong"],
@@ -130,7 +128,7 @@ def answered(found: Found, corrected: Corrected, digits: dict[int, int]) -> list
     suspected = set(found.suspects["id"])
     return [
         {
-            "image": inlined(row["image"]), "label": row["label"], "digit": digits[row["id"]],
+            "image": data_uri(row["image"]), "label": row["label"], "digit": digits[row["id"]],
             "before": corrected.answers["original"].said[place], "after": corrected.answers["unlearned"].said[place],
             "found": row["id"] in suspected,
         }
@@ -141,7 +139,7 @@ def answered(found: Found, corrected: Corrected, digits: dict[int, int]) -> list
 def drawn(filtered: Filtered) -> list[dict[str, Any]]:
     """What is shown of the generator: a sample before and after the filter, and what it is."""
     return [
-        {"before": inlined(before), "after": inlined(after), "blocked": blocked, "undesired": undesired}
+        {"before": data_uri(before), "after": data_uri(after), "blocked": blocked, "undesired": undesired}
         for before, after, blocked, undesired in zip(
             filtered.before, filtered.after, filtered.blocked, filtered.undesired, strict=True
         )
@@ -182,10 +180,3 @@ def on_a_line(value: float, low: float, high: float, original: float, margin: fl
         "dot": place(value), "from": place(low), "to": place(high), "before": place(original), "allowed": place(margin),
         "middle": place(0.0),
     }  # fmt: skip
-
-
-def inlined(image: Image.Image) -> str:
-    """A picture as an address that holds it."""
-    file = BytesIO()
-    image.convert("L").save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

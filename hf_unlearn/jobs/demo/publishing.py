@@ -19,6 +19,7 @@ from hf_unlearn.examples.loopback_hub import LoopbackHub
 from hf_unlearn.hub.card import Figure
 from hf_unlearn.hub.sending import Publication
 from hf_unlearn.hub.verify import ProvenanceReport
+from hf_unlearn.modes import THREADS
 
 from .filtering import Filtered
 from .find import Found
@@ -121,7 +122,7 @@ def loaded_again(stage: Stage, hub: LoopbackHub, forgotten: Forgotten, filtered:
         command = [sys.executable, str(Path(__file__).with_name("loading.py")), *names, str(expected)]
         done = subprocess.run(  # in a session of its own, so that Ctrl-C is answered by this process alone
             command,
-            env=hub.environment(home) | {"TQDM_DISABLE": "1"},
+            env={THREADS: "1"} | hub.environment(home) | {"TQDM_DISABLE": "1"},
             check=True,
             stdout=subprocess.PIPE,
             text=True,

@@ -17,7 +17,6 @@ QUIET: dict[str, Any] = {
     "logging_strategy": "no",
     "save_strategy": "no",
     "disable_tqdm": True,
-    "dataloader_pin_memory": False,
 }
 
 
@@ -53,19 +52,6 @@ class Stage:
 
     def say(self, text: str) -> None:
         print(f"  {text}", flush=True)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch with one thread: for models this small a second one has to be waited for, and costs three times the processor's time."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -81,6 +81,11 @@ def filtered_pipeline(job: Any, **settings: Any) -> FilteredPipeline:
     Raises:
         ValueError: no pipeline, no filter, or two.
     """
+    missing = None
+    if not job.filter and not holds_a_filter(job.folder):
+        missing = ValueError(f"filter: missing, and output_dir={job.output_dir!r} holds none; {FIT_FIRST}")
+        if job.pipeline in SMALL:  # which have none of their own, and may take minutes to train
+            raise missing
     name, index = named_pipeline(job)
     own = saved.is_filtered(index)
     if own and (job.filter or job.filter_revision):
@@ -89,8 +94,8 @@ def filtered_pipeline(job: Any, **settings: Any) -> FilteredPipeline:
     if own:
         with loading("pipeline", job.pipeline, "a filtered pipeline"):
             return FilteredPipeline.from_pretrained(name, **settings, **_loading(job)).to(device_of(job))
-    if not job.filter and not holds_a_filter(job.folder):
-        raise ValueError(f"filter: missing, and output_dir={job.output_dir!r} holds none; {FIT_FIRST}")
+    if missing is not None:
+        raise missing
     source = {} if job.filter_revision is None else {"revision": job.filter_revision}
     with loading("filter", job.filter or job.output_dir, "a filter"):
         checker = FASTSafetyChecker.from_pretrained(job.filter or job.output_dir, **source)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ...examples.named import GANS
 from ...training.checks import check_fields, check_is_not_original
-from .checks import check_needs, check_numbers
+from .checks import check_needs, check_numbers, check_small
 
 
 @dataclass
@@ -64,6 +64,7 @@ class GANJob:
     def __post_init__(self):
         if not self.model:
             raise ValueError(f"model: missing; set it to {', '.join(map(repr, GANS))}, a folder, or an id on the Hub")
+        check_small(self, "model", GANS)
         check_fields(self, {"≥ 1": ("marks",), "≥ 2": ("measure_samples",)})
         self._check_feedback()
         self._check_measuring()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ...examples.named import LANGUAGE
 from ...training.checks import SEEDS, check_fields, check_is_not_original
-from .checks import check_at_most_one, check_target
+from .checks import check_at_most_one, check_small, check_target
 
 
 @dataclass
@@ -86,6 +87,7 @@ class AttributeJob:
         ):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing; set it to {example}")
+        check_small(self, "model", ("digits", *LANGUAGE))
         check_target(self)
         for name in ("target_column", "group_column", "index_dir", "checkpoints_folder"):
             if self.target and getattr(self, name):

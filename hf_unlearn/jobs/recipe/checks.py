@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...examples.named import NAMES
 from ...training.checks import check_fields, shown
 
 
@@ -75,6 +76,24 @@ def check_folders(given: Mapping[str, Any]) -> None:
         path = Path(value)
         if file := next((above for above in (path, *path.parents) if above.is_file()), None):
             raise ValueError(f"{name}: {shown(str(file))} is a file; name a folder")
+
+
+def check_small(job: Any, name: str, takes: Sequence[str]) -> None:
+    """Refuse the name of a small model of another kind; a folder of that name passes.
+
+    Args:
+        name (`str`): the key.
+        takes (`list[str]`): the small models that it may name.
+
+    Raises:
+        ValueError: naming the key and what it takes.
+    """
+    word = getattr(job, name)
+    if word in NAMES and word not in takes and not Path(word).exists():
+        known = ", ".join(map(repr, takes))
+        raise ValueError(
+            f"{name}: {word!r} is a model of another kind; set it to {known}, a folder, or an id on the Hub"
+        )
 
 
 def check_device(device: str | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from ...examples.named import DDPMS, GANS
 from ...hub.allowed import FILTERED, PIPELINE
 from ...training.checks import SEEDS, check_fields
-from .checks import check_at_most_one, check_device, check_needs, check_numbers
+from .checks import check_at_most_one, check_device, check_needs, check_numbers, check_small
 
 
 SMALL = (*GANS, *DDPMS)
@@ -59,6 +59,7 @@ class PipelineJob:
             raise ValueError(
                 f"pipeline: missing; set it to {', '.join(map(repr, SMALL))}, a folder, or an id on the Hub"
             )
+        check_small(self, "pipeline", SMALL)
         if not self.output_dir:
             raise ValueError("output_dir: missing; set it to the folder of the filter")
         if self.prompts is not None and not (self.prompts and all(prompt.strip() for prompt in self.prompts)):

@@ -210,6 +210,8 @@ def read_apart(
     keys, otherwise = method.keys, f"{help} lists the keys"
     path, given = one(given, "config"), {name: words for name, words in given.items() if name != "config"}
     values = of_command_line(given, keys, otherwise)
+    if path is not None and "method" not in keys and (verb := _verb_of_method(load_recipe(path)[0].get("method"))):
+        raise UsageError(f"{path}: unknown key 'method'; it is a recipe of hf-unlearn {verb}")
     foreign = [name for other in others for name in other.keys]
     return {} if path is None else of_recipe(path, keys, foreign, otherwise), values
 
@@ -226,12 +228,29 @@ def chosen(given: Mapping[str, Sequence[str]], methods: Mapping[str, Method]) ->
     known = ", ".join(methods)
     if name is None:
         recipe = "" if path else "; or give a recipe, as in --config recipe.yaml"
+        if path and (verb := _verb_without_methods(load_recipe(path)[0])):
+            recipe = f"; or is it a recipe of hf-unlearn {verb}?"
         raise UsageError(f"method: missing; set it to one of {known}{recipe}")
     if not isinstance(name, str) or name not in methods:
+        elsewhere = _verb_of_method(name)
+        fix = elsewhere and f"it is one of hf-unlearn {elsewhere}"
         raise UsageError(
-            f"method: {shown(name)} is not one of {known}; {nearest(str(name), methods, 'choose one of them')}"
+            f"method: {shown(name)} is not one of {known}; {fix or nearest(str(name), methods, 'choose one of them')}"
         )
     return name
+
+
+def _verb_of_method(name: Any) -> str:
+    """The verb that has a method of this name; nothing where none has."""
+    verbs = {"unlearn": UNLEARN, "influence": INFLUENCE}
+    return next((verb for verb, methods in verbs.items() if isinstance(name, str) and name in methods), "")
+
+
+def _verb_without_methods(recipe: Mapping[str, Any]) -> str:
+    """The verb whose keys all of a recipe's keys are; nothing where there is none."""
+    verbs = {"audit": [AUDIT], "filter fit": [*FILTER.values()]}
+    known = {verb: {key for method in methods for key in method.keys} for verb, methods in verbs.items()}
+    return next((verb for verb, keys in known.items() if recipe and recipe.keys() <= keys), "")
 
 
 def of_any_verb(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -23,6 +24,7 @@ OF_LABELS = {
     "forget", "forget_accuracy", "bn", "fisher", "fisher_samples", "loss_reduction", "retain_loss", "rmu_layer",
     "rmu_coefficient", "pdu_rate",
 }  # fmt: skip
+ELSEWHERE = {"model": "pipeline", "pipeline": "model"}  # what recipes of other verbs call it
 TRUTH = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
 NULL = "null"
 FLAGS = ("json", "dry_run")  # that the command line takes apart from keys
@@ -48,6 +50,8 @@ def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
         return now
     if word in OF_LABELS:
         return "only models with labels or tokens have it; leave it out"
+    if (other := ELSEWHERE.get(word)) in known:
+        return f"did you mean {other!r}?"
     found = difflib.get_close_matches(word[:100], known, n=1)
     return f"did you mean {found[0]!r}?" if found else otherwise
 
@@ -97,7 +101,7 @@ def one(given: Mapping[str, Sequence[str]], key: str) -> str | None:
     if key not in given:
         return None
     if not given[key]:
-        raise UsageError(f"{key}: expected one argument")
+        raise UsageError(f"{key}: has no value; write one behind it")
     if len(given[key]) > 1:
         raise _unexpected(given[key][1])
     return given[key][0]
@@ -112,7 +116,9 @@ def of_command_line(given: Mapping[str, Sequence[str]], keys: Mapping[str, Key],
     values = {}
     for name, words in given.items():
         positive = keys.get(name.removeprefix("no_"))
-        if name in keys and keys[name].element is not None and len(words) != 1:
+        if name in keys and keys[name].element is not None and (listed := _listed(words)) is not None:
+            values[name] = [convert(keys[name], word, keys[name].element) for word in listed]
+        elif name in keys and keys[name].element is not None and len(words) != 1:
             values[name] = [convert(keys[name], word, keys[name].element) for word in words] or one(given, name)
         elif name in keys:
             values[name] = True if bool in keys[name].kinds and not words else value_of(keys[name], one(given, name))
@@ -121,6 +127,20 @@ def of_command_line(given: Mapping[str, Sequence[str]], keys: Mapping[str, Key],
         else:
             raise UsageError(f"unknown key {shown(name)}; {nearest(name, keys, otherwise)}")
     return values
+
+
+def _listed(words: Sequence[str]) -> list[str] | None:
+    """What stands in `[3, 8]`, a list as recipes have it; None where the words are none."""
+    import yaml
+
+    text = " ".join(words)
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        found = yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError:
+        return None
+    return found if all(isinstance(one, str) for one in found) else None
 
 
 def value_of(key: Key, word: str) -> Any:
@@ -159,7 +179,7 @@ def convert(key: Key, word: str, *kinds: Any) -> Any:
                 _check_range(key, value)
                 return value
     if str in plain or not plain & set(READERS):
-        return word
+        return os.path.expanduser(word) if word.startswith("~/") else word  # as a shell would
     raise UsageError(f"{key.name}: {shown(word)} is not allowed; expected {described(kinds)}")
 
 
@@ -208,6 +228,8 @@ def load_recipe(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UsageError(f"config: cannot read {shown(path)} ({error.strerror}); {known}") from error
     except RecursionError:
         raise UsageError(f"{path}: is nested too deeply; a recipe has lines like 'method: pbu'") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: is not text in UTF-8 (byte {error.start}); save it as UTF-8") from error
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1}: {error.problem})" if mark else ""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...examples.named import TEXT_TO_IMAGE
 from ...training.checks import SEEDS, check_fields, check_is_not_original
-from .checks import check_device
+from .checks import check_device, check_small
 
 
 @dataclass
@@ -63,6 +64,7 @@ class RedirectJob:
     def __post_init__(self):
         if not self.model:
             raise ValueError("model: missing; set it to 'coloured-digits', a folder, or an id on the Hub")
+        check_small(self, "model", tuple(TEXT_TO_IMAGE))
         if not self.concept:
             raise ValueError("concept: missing; name the word or phrase to forget")
         if not self.output_dir:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...examples.named import LANGUAGE
 from ...training.checks import check_fields, check_is_not_original
-from .checks import check_at_most_one
+from .checks import check_at_most_one, check_small
 
 
 PRESETS = ("pbu", "vdu", "adapt_then_unlearn")  # the methods whose config has `paper`
@@ -62,6 +63,7 @@ class UnlearnJob:
             )
         if not self.model:
             raise ValueError("model: missing; set it to 'digits', a folder, or an id on the Hub")
+        check_small(self, "model", self._small)
         if self.forget_values and not self.forget_column:
             raise ValueError("forget_column: missing; name the column that holds forget_values, as in 'label'")
         if self.forget_column and not self.forget_values:
@@ -79,6 +81,11 @@ class UnlearnJob:
             if chosen != ["forget_dataset"] or needs:
                 why = f", which {needs[0]} needs" if needs else ""
                 raise ValueError(f"dataset: missing{why}; set it to 'digits', a folder, or an id on the Hub")
+
+    @property
+    def _small(self) -> tuple[str, ...]:
+        """Names of small models that it takes."""
+        return ("digits", *LANGUAGE)
 
     def _needs_forget_rows(self) -> bool:
         return True

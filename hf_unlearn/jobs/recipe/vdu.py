@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...examples.named import DDPMS, TEXT_TO_IMAGE
 from ...training.checks import check_fields
 from .checks import check_needs
 from .unlearn import UnlearnJob
@@ -38,6 +39,10 @@ class VDUJob(UnlearnJob):
         check_fields(self, {"≥ 2": ("measure_samples",), "≥ 1": ("forget_limit",)})
         example = "'digits', a folder, or an id"
         check_needs(self, ("retain", "dataset", example), ("eval_split", "dataset", example))
+
+    @property
+    def _small(self) -> tuple[str, ...]:
+        return (*DDPMS, *TEXT_TO_IMAGE)
 
     def _needs_forget_rows(self) -> bool:
         return False  # a concept or forget_prompts may stand in: the config knows

@@ -119,9 +119,12 @@ def _loaded(name: str) -> Any:
         if not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
             return DiffusionPipeline.from_pretrained(name)
     kinds = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel)}
-    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    config = json.loads((folder / "config.json").read_text())
+    kind = config.get("_class_name") or config.get("model_type")
     if kind not in kinds:
-        raise ValueError(f"model={name!r}: its config names {kind}, not one of {', '.join(kinds)}")
+        raise ValueError(
+            f"model={name!r}: its config names {kind}, not one of {', '.join(kinds)}; give a whole pipeline"
+        )
     with loading("model", name, "a denoiser"):
         return kinds[kind].from_pretrained(name)
 

@@ -14,6 +14,7 @@ from trl import SFTTrainer
 
 from ...data import overlap
 from ...training.collators import ALTERNATE
+from ...training.models import is_causal_lm
 from ...training.texts import as_prompt_completion, check_template, check_texts, count_tokens, fit_length
 from ..config import UnlearnSFTConfig
 from ..objective import FORGET_LOSSES
@@ -66,6 +67,10 @@ class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
 
     def _load(self, model, args, processing_class):
         model, processing_class, name = super()._load(model, args, processing_class)
+        if not is_causal_lm(model):
+            raise ValueError(
+                f"model: {type(model).__name__} is no language model that writes; UnlearnTrainer is for classifiers"
+            )
         self._loaded = model, args  # asked how it answers, before TRL has it
         if args.learning_rate is None:
             args.learning_rate = default_rate(model, self._peft_config is not None)

@@ -63,6 +63,7 @@ def test_it_has_no_unit_and_says_so(tmp_path, caplog):
     assert all(np.isnan(value) for value in report.sigma.values())
     assert np.isnan(report.dataset["mu_low"][:]).all()
     assert why in str(report.summary(2).caption)
+    assert set(report.summary(2).columns[3].cells) == {"–"}
     assert why in report.dataset_card("me/report").replace("\n", " ")
     assert why in caplog.text
     report.save_to_disk(tmp_path / "report")

@@ -55,6 +55,22 @@ class TestWhetherThereIsOne:
         assert "order only" in report.summary().caption
         assert "no unit" in report.dataset_card("me/report")
 
+    @pytest.mark.parametrize(
+        ("observation", "by", "paper"),
+        [
+            ("propagated", "f-INE", "2510.10510"),
+            ("finished", "influence functions with EK-FAC", "2308.03296"),
+            ("segments", "SOURCE", "2405.12186"),
+        ],
+    )
+    def test_a_card_names_what_was_done(self, observations, observation, by, paper):
+        report = InfluenceReport.from_observations(observations, about(observation=observation))
+        card = report.dataset_card("me/report")
+        assert f"taught a model, by {by} ([arXiv:{paper}]" in card
+        assert f"note={{{by}}}" in card
+        assert ("There are no intervals" in card) == ("with its interval" not in card) == (observation == "finished")
+        assert report._record()["method"]["arxiv"] == paper
+
     def test_of_themselves_examples_have_none(self):
         observations, mu = of_themselves()
         manifest = {"run_id": "r", "targets": ["self"], "observation": "propagated"}

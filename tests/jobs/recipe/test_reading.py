@@ -45,6 +45,15 @@ def test_kinds_in_a_list():
     )
 
 
+def test_a_list_as_recipes_have_it():
+    for words in (("3", "8"), ("[3, 8]",), ("[3,", "8]")):
+        assert values("--undesired", *words, method=UNLEARN["adapt_then_unlearn"]) == {"undesired": [3, 8]}
+    assert values("--forget_values", "[3]") == {"forget_values": ["3"]}
+    assert values("--forget_values", "[]") == {"forget_values": []}
+    for broken in ("[3", "[[3]]", "[a: 1]", "[3]]"):  # are words
+        assert values("--forget_values", broken) == {"forget_values": [broken]}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -53,7 +62,7 @@ def test_kinds_in_a_list():
         ("--no_learning_rate", "unknown key 'no_learning_rate'; did you mean 'learning_rate'?"),
         ("--replay_filter x", "unknown key 'replay_filter'; did you mean"),
         ("--guard yes no", "unexpected argument 'no'; keys are written --key value"),
-        ("--forget_values", "forget_values: expected one argument"),
+        ("--forget_values", "forget_values: has no value; write one behind it"),
         ("--save_strategy nonsense", "save_strategy='nonsense': must be one of "),
         ("--lr_scheduler_type cosin", "lr_scheduler_type='cosin': must be one of "),
         ("--forget_accuracy nan", "forget_accuracy=nan: must be in [0, 1)"),
