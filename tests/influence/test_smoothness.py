@@ -1,13 +1,16 @@
 """`smoothness`: three trainings by hand, and a trainer that is none the wiser."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import mlp, settings, vectors
+from datasets import Dataset
 
-from hf_unlearn import InfluenceTrainer, smoothness
-from hf_unlearn.influence.smoothness import agreement, trained_along
+from hf_unlearn import FINEConfig, FINETrainer, InfluenceTrainer, smoothness
+from hf_unlearn.influence.smoothness import ENOUGH, agreement, trained_along
 
 
 ROWS = 12
@@ -97,6 +100,13 @@ def test_agreement():
     assert agreement(0 * first, first) == 1
 
 
+def test_the_page_has_the_bound_of_the_warning(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import smoothness_report
+
+    assert smoothness_report.ENOUGH == ENOUGH
+
+
 def test_it_leaves_the_trainer_as_it_was(tmp_path):
     """What it trains afterwards, mini-batches, dropout and all, is what it would have trained."""
     ends = []
@@ -127,6 +137,23 @@ def test_the_three_have_one_order_and_one_noise(tmp_path):
     assert (moved > 1e-6).all()
 
 
+@pytest.mark.parametrize("each", [6, 2])
+def test_weights_of_one_are_a_run_of_a_language_model(each, tiny_llama, tokenizer, tmp_path):
+    """Of answers of different lengths, each of whose tokens counts as much."""
+    rows = {"prompt": ["Paris is"] * 6, "completion": [" the" * (1 + 3 * row) for row in range(6)]}
+    args = settings(
+        tmp_path, FINEConfig, per_device_train_batch_size=each, gradient_accumulation_steps=6 // each, max_steps=4, max_grad_norm=0.5
+    )  # fmt: skip
+    sets = {"train_dataset": Dataset.from_dict(rows), "target_dataset": Dataset.from_dict(rows)}
+    trainer = FINETrainer(tiny_llama, args, processing_class=tokenizer, **sets)
+    start = flat(trainer.model)
+    _, parameters = trained_along(trainer, steps=None, share=0.5, h=-0.5, seed=0)
+    trainer.train()  # all rows are in each step, so that their order is no matter
+    apart, way = (parameters[0] - flat(trainer.model)).norm(), (flat(trainer.model) - start).norm()
+    assert apart < 1e-3 * way
+    assert (parameters[1] - parameters[0]).norm() > 0.02 * way
+
+
 def test_short_ones_are_the_beginning_of_the_run(tmp_path):
     """Steps of a schedule that goes on after them, over epochs."""
     trainer = trainer_of(tmp_path, rows=11, per_device_train_batch_size=4, max_steps=-1, num_train_epochs=3)
@@ -134,6 +161,16 @@ def test_short_ones_are_the_beginning_of_the_run(tmp_path):
     torch.testing.assert_close(losses[None], losses[9], rtol=0, atol=0)
     torch.testing.assert_close(losses[None], losses[50], rtol=0, atol=0)
     assert not torch.allclose(losses[None], losses[7])
+
+
+@pytest.mark.parametrize(("rate", "warns"), [(0.02, False), (20.0, True)])
+def test_a_learning_rate_that_is_far_too_large_is_said(rate, warns, tmp_path, caplog):
+    """Of six models and shares of the rows: 0.98 to 1.00 of the small rate, −0.71 to −0.28 of the large one."""
+    args = {"learning_rate": rate, "per_device_train_batch_size": 6, "max_steps": 60}
+    with caplog.at_level("WARNING", "hf_unlearn"):
+        value = smoothness(trainer_of(tmp_path, rows=24, **args))
+    assert (value < 0.3) if warns else (value > 0.9)
+    assert ("smaller learning_rate" in caplog.text) == warns
 
 
 @pytest.mark.parametrize(
