@@ -9,6 +9,7 @@ from statistics import mean
 from scipy.stats import spearmanr
 
 
+ENOUGH = 0.6  # as in hf_unlearn/influence/smoothness.py, the import of which would take seconds
 LEAST_RELIABLE, BAD = (
     0.3,
     0.8,
