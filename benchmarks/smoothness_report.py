@@ -10,10 +10,8 @@ from scipy.stats import spearmanr
 
 
 ENOUGH = 0.6  # as in hf_unlearn/influence/smoothness.py, the import of which would take seconds
-LEAST_RELIABLE, BAD = (
-    0.3,
-    0.8,
-)  # of the truth that a run is judged by; disattenuated Spearman below which a run is called bad
+LEAST_RELIABLE = 0.3  # of the truth that a run is judged by
+BAD = 0.8  # disattenuated Spearman below which a run is called so
 
 
 def order_of(row: dict) -> float | None:
