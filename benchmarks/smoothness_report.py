@@ -126,6 +126,9 @@ trainings from one start do not see.
 
 def diffusion(found: dict) -> str:
     """The section on denoisers."""
+    missing = {"propagated", "one model"} - {row["method"] for row in found["rows"]}
+    names = [{"propagated": "`propagated`", "one model": "`attribute`"}[name] for name in sorted(missing)]
+    unfinished = f"\n\nNot measured yet: {', '.join(names)}." if names else ""
     return f"""### Images of a diffusion model
 
 `python benchmarks/influence_diffusion.py`: a U-Net of 0.16 M parameters learns {found["images"]} digits of {found["classes"]} classes; scores of one training. Judged by {found["halves"]} random halves of the images, in
@@ -134,5 +137,5 @@ which images of a class stay or go by {found["together"]}, each trained on {foun
 half do not agree ({found["agreement_as_it_is"]:.2f}): how well a training went as a whole hides what it was trained on. Less the mean over classes they do ({found["agreement"]:.2f}), so that no score can be
 expected above {found["ceiling"]:.2f}.
 
-{diffusion_table(found)}
+{diffusion_table(found)}{unfinished}
 """
