@@ -239,7 +239,7 @@ class _States(TrainerCallback):
         self.states.append(kept)
 
 
-def single_run(
+def trainer_of(
     judge: Judge,
     seed: int,
     folder: str,
@@ -247,9 +247,10 @@ def single_run(
     targets: dict[str, Dataset] | None = None,
     target: str | None = None,
     save: str = "no",
+    kind: type[InfluenceTrainer] = InfluenceTrainer,
     **config,
-) -> Run:
-    """Train once with [`InfluenceTrainer`], with the judge's settings; `save="epoch"` leaves checkpoints in the folder."""
+) -> InfluenceTrainer:
+    """With the judge's settings; `save="epoch"` leaves checkpoints in the folder."""
     settings = judge.settings
     set_seed(seed)
     arguments = InfluenceConfig(
@@ -260,11 +261,16 @@ def single_run(
     )  # fmt: skip
     if targets is None and target is None:
         targets = class_targets(judge)
-    states = _States()
-    trainer = InfluenceTrainer(
+    return kind(
         model_init=lambda: Labelled(DATA[settings.data].network()), args=arguments, train_dataset=Rows(judge.x, judge.labels),
-        target_dataset=targets, target=target, callbacks=[states],
+        target_dataset=targets, target=target,
     )  # fmt: skip
+
+
+def single_run(judge: Judge, seed: int, folder: str, **options) -> Run:
+    """Train once, as [`trainer_of`] has it."""
+    trainer, states = trainer_of(judge, seed, folder, **options), _States()
+    trainer.add_callback(states)
     trainer.train()
     return Run(trainer.influence, states.states, trainer.state.log_history[-1]["train_runtime"])
 

@@ -19,6 +19,7 @@ import influence_report
 import language_report
 import poison_report
 import scaling_report
+import smoothness_report
 import text_to_image_report
 
 
@@ -251,6 +252,9 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
         there = (HERE / "results" / "influence_finished.json").is_file()
         last = results("influence_finished") if there else None
         found["influence"].append(influence_report.render(*(results(f"influence_{name}") for name in names), last))
+    for name in ("smoothness", "diffusion"):
+        if (HERE / "results" / f"influence_{name}.json").is_file():
+            found["influence"].append(getattr(smoothness_report, name)(results(f"influence_{name}")))
     names = ("unlearning", "tuning", "cost")
     if all((HERE / "results" / f"language_{name}.json").is_file() for name in names):
         found["language"].append(language_report.render(*(results(f"language_{name}") for name in names)))

@@ -60,6 +60,7 @@ _EXPORTS = {
     "in_forget_set": "hub.verify",
     "publish": "hub.objects",
     "redirect_concept": "unlearning.diffusion.redirect",
+    "smoothness": "influence.smoothness",
     "speed": "unlearning.diffusion.speed",
     "uce": "unlearning.diffusion.uce",
     "verify_provenance": "hub.verify",

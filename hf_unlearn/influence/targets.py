@@ -99,6 +99,13 @@ class Targets:
             ]
         return torch.stack(sums)
 
+    @torch.no_grad()
+    def losses_of_examples(self, model: nn.Module) -> Tensor:
+        """ℓ of every example, one target after the other: `[examples]`, nats, float64."""
+        with _undisturbed(model):
+            parts = [losses for name in self.datasets for losses, _ in self._losses(model, name, 0, None)]
+        return torch.cat(parts).double()
+
     def _losses(self, model, name: str, step: int, examples: int | None) -> Iterator[tuple[Tensor, int]]:
         rows = self.datasets[name]
         chosen = range(len(rows))
