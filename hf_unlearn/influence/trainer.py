@@ -78,7 +78,8 @@ class FINEMixin(RecordingMixin, CalibratingMixin, WholeAtFirstMixin, RunMixin, L
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
         if isinstance(model, str | os.PathLike):
             model, processing_class, base_model = load_model(model, args, processing_class, any_head=True)
-        check_in_memory(model)
+        if model is not None:  # which model_init makes
+            check_in_memory(model)
         check_is_not_original(args.output_dir, base_model)
         self._originals = [origin(base_model)]
         train_dataset = self._readable(train_dataset, args, kwargs)

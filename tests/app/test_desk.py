@@ -106,7 +106,7 @@ def test_opened(names, choices, action, desk, folders):
         (["filter"], "judges a GAN's latents; open it with that GAN"),
         (["gan", "ddpm"], None),
         (["filter", "ddpm"], "judges a GAN's latents"),
-        (["nothing"], "neither a folder with a pipeline or a filter nor an id on the Hub"),
+        (["nothing"], "there is no such folder; give a folder with a pipeline or a filter, or an id on the Hub"),
         (["empty"], "neither a folder with a pipeline or a filter nor an id on the Hub"),
     ],
 )

@@ -440,7 +440,7 @@ class TestBadRecipes:
         ("keys", "message"),
         [
             ({"method": None}, "method: missing; set it to one of classifier, sft, attribute"),
-            ({"method": "pbu"}, "method: 'pbu' is not one of classifier, sft, attribute; choose one of them"),
+            ({"method": "pbu"}, "method: 'pbu' is not one of classifier, sft, attribute; it is one of hf-unlearn unlearn"),
             ({"model": None}, "model: missing; set it to 'digits', 'opinions', a folder, or an id on the Hub"),
             ({"output_dir": None}, "output_dir: missing; set it to the folder that gets the model and the report"),
             ({"model": "opinions"}, "model: 'opinions' belongs to method 'sft', this is 'classifier'"),
