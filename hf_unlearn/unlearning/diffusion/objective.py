@@ -118,7 +118,8 @@ class DenoisingMixin:
         """What is minimised on noisy forget images, `[batch]`, or a scalar."""
         name = self.forget_loss_name
         if name == "redirect":
-            return self._error(self.predictions(model, batch)[0], self.answer_without(batch), batch)
+            asked = self.answer_without(batch)  # first, while no graph is in memory
+            return self._error(self.predictions(model, batch)[0], asked, batch)
         if name == "uniform":
             return self._error(self.predictions(model, batch)[0], self._answer_of_noise(batch), batch)
         error = self.task_loss(model, batch)
@@ -149,7 +150,8 @@ class DenoisingMixin:
 
     def replay_loss(self, model: Callable, batch: Batch) -> Tensor:
         """Squared distance to what the original answers on its own samples ([`kept_answer`]), `[batch]`."""
-        return self._error(self.predictions(model, batch)[0], self.kept_answer(batch), batch)
+        kept = self.kept_answer(batch)
+        return self._error(self.predictions(model, batch)[0], kept, batch)
 
     def kept_answer(self, batch: Batch) -> Tensor:
         """What the student is to answer on samples of the original that are to be kept. Default: what the original does."""
