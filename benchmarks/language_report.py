@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable
 
 
@@ -162,10 +163,17 @@ def goals(cells: dict, mode: str, method: str = "redirect") -> str:
     return "\n".join(lines)
 
 
-def _how_many(seeds: set[int], sets: set[str]) -> str:
+def _how_many(rows: list[dict], seeds: set[int], sets: set[str]) -> str:
     if len(seeds) * len(sets) == 1:
         return "One training seed: of 160 questions a share of 5 % is known to ± 3.4 points only, so small differences say nothing."
-    return f"Means over {len(seeds)} training seeds{' and both sets' if len(sets) > 1 else ''}, as far as they are measured, but p, which is a median."
+    cells = Counter((row["method"], row["mode"], row["data"]) for row in rows)
+    fewer = {name_of(method, data) for (method, _, data), count in cells.items() if count < len(seeds) * len(sets)}
+    left = (
+        f" Of fewer are the rows of {', '.join(sorted(fewer))}: compare them with those of their seed in the results."
+        if fewer
+        else ""
+    )
+    return f"Means over {len(seeds)} training seeds{' and both sets' if len(sets) > 1 else ''}, but p, which is a median.{left}"
 
 
 MODES = {"full": "all weights", "lora": "an adapter (LoRA)"}
@@ -182,7 +190,7 @@ def render(results: dict, tuning: dict, cost: dict) -> str:
         f"""## Forgetting people in a language model
 
 `python benchmarks/language_unlearning.py`: a Llama of 5.3 M parameters knows 200 invented people by heart, eight facts each, and general
-questions (`examples/facts.py`). {" and ".join(f"{int(name[-2:])} %" for name in sorted(sets))} of them are forgotten. {_how_many(seeds, sets)} *Retrained*
+questions (`examples/facts.py`). {" and ".join(f"{int(name[-2:])} %" for name in sorted(sets))} of them are forgotten. {_how_many(rows, seeds, sets)} *Retrained*
 never learnt them. Facts are shares of answers with the right value, in percent; general text is the loss on held-out general rows against
 the original's; Min-K % (40 %) tells forgotten rows from people never seen, 0.5 is best; privleak is against the retrained model's.
 
