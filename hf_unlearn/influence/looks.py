@@ -152,13 +152,14 @@ class LookingMixin:
         # Of twice as many items, so that a step of one micro-batch, as at the end of an epoch, tells the two apart as well.
         items = None if num_items_in_batch is None else 2 * num_items_in_batch
         scale = self._loss_scale()
+        reads = self._weighs or (may_weigh and self._tells_weights)
         with self._unnoticed():
             state = random_states(self.args.device)
-            with self.compute_loss_context_manager(), seen_logits(self.model, with_gradient=True) as logits:
+            with self.compute_loss_context_manager(), seen_logits(self.model, with_gradient=reads) as logits:
                 loss = self.compute_loss(self.model, dict(inputs), num_items_in_batch=items)
             loss = loss[0] if isinstance(loss, tuple) else loss
             (scale * loss).backward()
-            shares = self._shares(logits, inputs, scale * weight / weight.sum().clamp(min=1))
+            shares = self._shares(logits, inputs, scale * weight / weight.sum().clamp(min=1)) if reads else None
             whole = self._norm()
             set_random_states(state, self.args.device)
             with self.compute_loss_context_manager():
@@ -169,7 +170,7 @@ class LookingMixin:
                 mean_over["step"] = self._items_per_step(items)
             name = min(mean_over, key=lambda name: (summed / mean_over[name] - loss).abs().item())
             taken, mean = summed / mean_over[name], weight / mean_over[name]
-            if shares is not None and (may_weigh or self._weighs):
+            if shares is not None:
                 shares = shares / scale
                 differs = (shares - mean).norm() > self._slack * shares.norm()
                 weighed = (shares * each).sum()  # other than the loss, where weights depend on the model
@@ -193,12 +194,17 @@ class LookingMixin:
         low = torch.is_autocast_enabled(self.args.device.type) or self.args.bf16 or self.args.fp16
         return 0.05 if low or any(p.dtype.itemsize < 4 for p in self._parameters.values()) else 0.01
 
+    @property
+    def _tells_weights(self) -> bool:
+        """Whether the loss of an example is known from its own logits."""
+        return not (self._has_own_loss or self.is_causal_lm or self.reads_labels)
+
     def _shares(self, seen: list[Tensor], inputs: Batch, of_mean: Tensor) -> Tensor | None:
         """cᵢ of a batch's loss that is Σ cᵢ ℓᵢ, ℓᵢ the examples' own, by its gradient at the logits: `[batch]`, ≥ 0, with whatever else the
         gradient was multiplied by; None where it is no such sum, or the logits do not say. `of_mean` are those of a mean.
         """
         labels = inputs.get((self.label_names or ["labels"])[0])
-        if self._has_own_loss or self.is_causal_lm or self.reads_labels or not seen or seen[0].grad is None:
+        if not seen or seen[0].grad is None:
             return None
         logits = seen[0].detach().float().requires_grad_()
         if self.problem(labels) != CLASSES:

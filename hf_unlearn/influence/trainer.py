@@ -86,10 +86,10 @@ class FINEMixin(RecordingMixin, CalibratingMixin, WholeAtFirstMixin, RunMixin, L
         sample_ids = sample_ids_of(train_dataset, args.id_column)
         sets = {} if target_dataset is None else target_sets_of(target_dataset)
         stock = self._stock_arguments(model, data_collator, train_dataset, processing_class, peft_config, sample_ids)
-        super().__init__(
-            args=args, eval_dataset=eval_dataset, processing_class=processing_class, **stock, **kwargs
-        )  # fmt: skip
-        ready_quantised(self.model)
+        with ready_quantised(self, model):
+            super().__init__(
+                args=args, eval_dataset=eval_dataset, processing_class=processing_class, **stock, **kwargs
+            )  # fmt: skip
         check_model(self)
         self.reads_labels = is_encoder_decoder(self.model)
         self.is_causal_lm = is_causal_lm(self.model) and not self.reads_labels

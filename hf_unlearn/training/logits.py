@@ -59,7 +59,7 @@ def _head(model: Callable) -> nn.Module | None:
     """What makes logits of hidden states; None where a hook would not be seen, or would be seen for ever."""
     if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
         return None
-    compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in model.modules())
+    compiled = any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in model.modules())
     return None if compiled else model.get_output_embeddings()
 
 

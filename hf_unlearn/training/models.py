@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
 from ..files import loading
+from ..hub.adapters import is_quantised
 from .checks import check_in_memory
 
 
@@ -123,18 +126,29 @@ def router_loss_weight(trainer) -> float:
     return getattr(config, "router_aux_loss_coef", 0.0) if getattr(config, "output_router_logits", False) else 0.0
 
 
-def ready_quantised(model: nn.Module) -> None:
-    """Make an adapter on weights that bitsandbytes quantised trainable as others are: in float32, where TRL 1.16 makes it bfloat16, in which
-    small steps are lost; and with gradients through the weights, which bitsandbytes 0.50 on some CPUs packs at the first forward pass in eval
-    mode, and from then on lets none through.
+@contextmanager
+def ready_quantised(trainer: Any, model: nn.Module | None) -> Iterator[None]:
+    """Around a stock trainer's constructor: makes an adapter on weights that bitsandbytes quantised trainable as others are. In float32, where
+    TRL 1.16 makes it bfloat16, in which small steps are lost, and one that the model came with as it was; and with gradients through the
+    weights, which bitsandbytes 0.50 on some CPUs packs at the first forward pass in eval mode, and from then on lets none through.
+
+    Args:
+        trainer: which has the model as `trainer.model` afterwards.
+        model (`nn.Module`, *optional*): what it is given.
     """
-    if not getattr(model, "is_quantized", False):
+    quantised = getattr(model, "is_quantized", False)
+    before = [(p, p.data) for p in model.parameters() if p.requires_grad] if quantised else []
+    yield
+    if not getattr(trainer.model, "is_quantized", False):
         return
-    for layer in model.modules():
-        if type(getattr(layer, "weight", None)).__name__ == "Params4bit":
+    for parameter, data in before:
+        if parameter.dtype.itemsize < data.dtype.itemsize:
+            parameter.data = data
+    for layer in trainer.model.modules():
+        if is_quantised(layer):
             layer.state_dict()  # takes them out of the packing
             layer.support_avx512bf16_for_cpu = False
-    for parameter in model.parameters():
+    for parameter in trainer.model.parameters():
         if parameter.requires_grad and parameter.dtype.is_floating_point and parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()
 

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..training.collators import ALTERNATE
 from ..training.losses import IGNORED, mean_of_counted
 from . import losses
 
@@ -165,17 +164,4 @@ def check_takes_means(loss: ForgetLoss) -> None:
     if loss.trainer.is_causal_lm and loss.args.loss_reduction != "example":
         raise ValueError(
             f"loss_reduction={loss.args.loss_reduction!r}: forget_loss={loss.name!r} takes means of texts; leave it out"
-        )
-
-
-def check_has_alternates(loss: ForgetLoss) -> None:
-    """Refuse forget rows without answers that are wanted instead.
-
-    Raises:
-        ValueError: as said.
-    """
-    if not loss.trainer.has_alternates:
-        raise ValueError(
-            f"forget_dataset: has no column '{ALTERNATE}', which forget_loss={loss.name!r} needs; give the answers that are wanted "
-            "instead there"
         )

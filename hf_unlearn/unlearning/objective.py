@@ -40,6 +40,11 @@ FORGET_LOSSES: dict[str, type[ForgetLoss]] = {
 }  # fmt: skip
 
 
+def takes_pairs(name: str) -> bool:
+    """Whether a `forget_loss` reads answers that are wanted instead; "bounded" means none that does."""
+    return name in FORGET_LOSSES and FORGET_LOSSES[name].paired
+
+
 class ObjectiveMixin:
     """The terms of the loss. `prepared`, `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` and `build_anchor` are
     for methods to override.

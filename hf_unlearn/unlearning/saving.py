@@ -121,13 +121,12 @@ class SavingMixin(PublishingMixin):
     def _chosen(self) -> dict[str, Any]:
         """The settings that a card tells."""
         chosen = {f.name: getattr(self.args, f.name) for f in fields(UnlearnArguments)}
-        chosen["forget_loss"] = loss = self.forget_loss_name
+        chosen["forget_loss"] = self.forget_loss_name
         for name in ("replay_weight", "fisher_weight"):
             chosen[name] = getattr(self, name)
         of_texts = () if self.is_causal_lm else ("loss_reduction",)
         of_some = {name for every in FORGET_LOSSES.values() for name in every.settings}
-        keeps = self.retain_dataset is not None or (loss == "redirect" and self.is_causal_lm)
-        alone = () if keeps else ("retain_per_forget",)
+        alone = ("retain_per_forget",) if self.retain_dataset is None else ()
         for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter", *of_texts, *of_some, *alone):
             chosen.pop(name)
         return (

@@ -30,7 +30,7 @@ from ..training.trackers import Trackers
 from .checks import check_arguments, check_labels, check_stock_arguments, check_trainable, first_rows
 from .config import UnlearnConfig
 from .guard import LOOKING, Guard, GuardState, UtilityMixin
-from .objective import FORGET_LOSSES, Batch, ObjectiveMixin
+from .objective import Batch, ObjectiveMixin, takes_pairs
 from .outcome import OutcomeMixin
 from .saving import SavingMixin
 from .sharing import SharingMixin
@@ -108,12 +108,12 @@ class UnlearnMixin(
         set_seed(args.seed)  # an adapter begins at random
         rows = forget_dataset if forget_dataset is not None else first_rows(eval_dataset)
         stock = self._stock_arguments(model, data_collator, rows, processing_class, peft_config)
-        super().__init__(
-            args=args, train_dataset=self._readable(rows, args, kwargs), eval_dataset=eval_dataset,
-            processing_class=processing_class, **stock, **kwargs,
-        )  # fmt: skip
+        with ready_quantised(self, model):
+            super().__init__(
+                args=args, train_dataset=self._readable(rows, args, kwargs), eval_dataset=eval_dataset,
+                processing_class=processing_class, **stock, **kwargs,
+            )  # fmt: skip
         self.model_init = model_init
-        ready_quantised(self.model)
         if forget_dataset is None:  # rows were there for the stock trainer, which looks at them
             self.train_dataset = None
         check_parallelism(self, "it steps or shards out of sight", shares=True)
@@ -170,8 +170,7 @@ class UnlearnMixin(
             super()._set_signature_columns_if_needed()
             collator = getattr(self.data_collator, "collator", self.data_collator)
             raw = [collator.column, *LABEL_COLUMNS] if isinstance(collator, RawCollator) else []
-            loss = FORGET_LOSSES.get(self.args.forget_loss)
-            paired = [ALTERNATE] if loss is not None and loss.paired else []
+            paired = [ALTERNATE] if takes_pairs(self.args.forget_loss) else []
             self._signature_columns = [*self._signature_columns, "forget", "retain", *paired, *raw]
 
     def _pruned(self, dataset):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...training.collators import ALTERNATE
-from ..forget_loss import Npo, check_has_alternates
+from ..forget_loss import Npo
 from ..losses import npo
 
 
@@ -35,7 +35,11 @@ class Dpo(Npo):
     name, credit, of_texts, paired = "dpo", {"DPO's loss": "2305.18290"}, True, True
 
     def check(self) -> None:
-        check_has_alternates(self)
+        if not self.trainer.has_alternates:
+            raise ValueError(
+                f"forget_dataset: has no column '{ALTERNATE}', which forget_loss={self.name!r} needs; give the answers that are wanted "
+                "instead there"
+            )
 
     def means(self, model: Callable, batch: Any) -> Tensor:
         *nlls, count = self.trainer.of_whole_texts(model, batch)

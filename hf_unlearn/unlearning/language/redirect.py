@@ -297,7 +297,8 @@ class RedirectMixin:
 
     @of_redirect
     def _chosen(self):
-        chosen = super()._chosen() | {"own_samples": self._own_samples}
+        added = {"own_samples": self._own_samples, "retain_per_forget": self.args.retain_per_forget}
+        chosen = super()._chosen() | added
         return {name: value for name, value in chosen.items() if name not in ("retain_loss", "replay_weight")}
 
     # The loss

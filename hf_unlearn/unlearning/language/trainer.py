@@ -17,7 +17,7 @@ from ...training.collators import ALTERNATE
 from ...training.models import is_causal_lm
 from ...training.texts import as_prompt_completion, check_template, check_texts, count_tokens, fit_length
 from ..config import UnlearnSFTConfig
-from ..objective import FORGET_LOSSES
+from ..objective import takes_pairs
 from ..stock import parts_of
 from ..trainer import UnlearnMixin
 from .alternates import wanted_instead
@@ -168,8 +168,7 @@ class UnlearnSFTTrainer(RedirectMixin, AltPOMixin, UnlearnMixin, SFTTrainer):
             dataset = self.as_asked(dataset, argument, processing_class)
             check_template(dataset, processing_class, argument)
         whole, alternates = dataset_name == "train", None
-        loss = FORGET_LOSSES.get(args.forget_loss)  # of "bounded" it is not chosen yet, and not one of pairs
-        if whole and loss is not None and loss.paired and "input_ids" not in dataset.column_names:
+        if whole and takes_pairs(args.forget_loss) and "input_ids" not in dataset.column_names:
             alternates = wanted_instead(dataset, args.forget_loss, args.seed)
         if alternates is not None:
             others = (processing_class, args, packing, formatting_func, ALTERNATE)
