@@ -36,11 +36,12 @@ from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig, UnlearnTrainer
 from hf_unlearn.audit.check import Reading, Readings
 from hf_unlearn.audit.classifiers.data import classifier_data
 from hf_unlearn.audit.classifiers.family import STANDARD
-from hf_unlearn.audit.classifiers.subject import head_of, look_at
+from hf_unlearn.audit.classifiers.subject import look_at
 from hf_unlearn.audit.digests import digest_of
 from hf_unlearn.audit.run import Store, audit, judged
 from hf_unlearn.examples.classifier import TRAINING, digits_model
 from hf_unlearn.files import complete_or_not_there
+from hf_unlearn.training.models import head_of
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -117,6 +117,23 @@ def problem_of(model: nn.Module, labels: Tensor) -> str:
     return problem or CLASSES
 
 
+def head_of(model: nn.Module) -> nn.Linear:
+    """The last linear layer with a number for each class.
+
+    Raises:
+        ValueError: there is none.
+    """
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    heads = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and classes in (None, module.out_features)
+    ]
+    if not heads:
+        raise ValueError(f"model: {type(model).__name__} has no linear head with {classes} outputs")
+    return heads[-1]
+
+
 def router_loss_weight(trainer) -> float:
     """What the stock trainer weighs the load-balancing loss of a mixture of experts with, beside the task's; 0 where it has none."""
     if hasattr(trainer, "aux_loss_enabled"):  # TRL's

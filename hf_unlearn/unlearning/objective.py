@@ -17,6 +17,7 @@ from ..parameters.lora import LoRAProductAnchor, lora_layers
 from ..parameters.reference import ReferencePoint
 from ..training.collators import ALTERNATE
 from ..training.losses import IGNORED, cross_entropy, mean_of_counted
+from .classifiers.closing import ClosingMixin
 from .classifiers.objective import ClassifierObjective
 from .classifiers.replay import perturb_images
 from .forget_loss import Ascent, ForgetLoss, Match, Npo, Redirect, Uniform
@@ -45,7 +46,7 @@ def takes_pairs(name: str) -> bool:
     return name in FORGET_LOSSES and FORGET_LOSSES[name].paired
 
 
-class ObjectiveMixin:
+class ObjectiveMixin(ClosingMixin):
     """The terms of the loss. `prepared`, `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` and `build_anchor` are
     for methods to override.
     """

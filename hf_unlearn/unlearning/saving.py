@@ -132,6 +132,11 @@ class SavingMixin(PublishingMixin):
         return (
             chosen
             | self._quantisation
+            | (
+                {}
+                if self.row_gap is None
+                else {"closed_rows": f"the mean of the others, {self.row_gap:.3g} nats lower"}
+            )
             | self.forgetting.chosen()
             | {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
         )

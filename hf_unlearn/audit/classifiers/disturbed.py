@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ...training.models import head_of
 from ..check import Reading
 from ..weights import layers_of, prune_smallest, quantised, weights_of
 from .answers import OnRows
 from .data import ClassifierData, Part
-from .subject import ClassifierSubject, head_of, look_at
+from .subject import ClassifierSubject, look_at
 
 
 PRUNED = (0.1, 0.2, 0.3)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...training.models import is_causal_lm
+from ...training.models import head_of, is_causal_lm
 from ..check import Check, Role
 from ..functions import Functions
 from ..store import Store
@@ -19,7 +19,7 @@ from .disturbed import Noisy, Pruned, Quantised
 from .membership import MembershipByEntropy, MembershipByLoss
 from .relearning import RelearnBesideNew, RelearnForget, RelearnRetained, RelearnUnrelated
 from .shadows import ROWS, SwapTest, UnlearningLiRA, trials
-from .subject import ClassifierSubject, head_of, pace
+from .subject import ClassifierSubject, pace
 
 
 NAME = "classifier"

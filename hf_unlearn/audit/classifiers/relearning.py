@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ...modes import seeded_generator
 from ...training.losses import cross_entropy
+from ...training.models import head_of
 from ..audited import reshuffled, trained_on
 from ..check import Reading, Role
 from ..weights import size_of_weights
 from .answers import OnRows
 from .data import ClassifierData, Part
-from .subject import ClassifierSubject, Look, head_of, look_at
+from .subject import ClassifierSubject, Look, look_at
 
 
 MARKS = (1, 2, 3, 5, 8, 12, 20)  # steps after which is looked

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ...modes import looking
 from ...training.losses import cross_entropy
+from ...training.models import head_of
 from ..audited import AuditedModel
 from .data import BATCH, ClassifierData, Part
 
@@ -97,25 +98,6 @@ def pooled(state: Tensor, mask: Tensor | None) -> Tensor:
         weights = mask.to(state.dtype).unsqueeze(-1)
         return (state * weights).sum(1) / weights.sum(1).clamp(min=1)
     return state.flatten(2).mean(-1) if state.dim() > 3 else state.mean(1) if state.dim() == 3 else state
-
-
-def head_of(model: nn.Module) -> nn.Linear:
-    """The last linear layer with a number for each class.
-
-    Raises:
-        ValueError: there is none.
-    """
-    classes = getattr(getattr(model, "config", None), "num_labels", None)
-    heads = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and classes in (None, module.out_features)
-    ]
-    if not heads:
-        raise ValueError(
-            f"model: {type(model).__name__} has no linear head with {classes} outputs, which the checks refit"
-        )
-    return heads[-1]
 
 
 def pace(subject: ClassifierSubject, data: ClassifierData) -> tuple[float, float]:

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from hf_unlearn.audit.classifiers.disturbed import Noisy, Pruned, Quantised, _noise
-from hf_unlearn.audit.classifiers.subject import ClassifierSubject, head_of
+from hf_unlearn.audit.classifiers.subject import ClassifierSubject
 from hf_unlearn.audit.weights import quantised, weights_of
+from hf_unlearn.training.models import head_of
 
 
 class TestQuantised:
