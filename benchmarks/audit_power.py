@@ -1,6 +1,6 @@
 """What an audit says of classifiers whose truth is known: planted cases, methods, and one more retrained model.
 
-    python benchmarks/audit_power.py [--quick] [--power] [--data fashion_mnist]
+    python benchmarks/audit_power.py [--quick] [--power] [--data fashion_mnist] [--only CASE …]
 
 Digits: five originals, of which each of four classes is to be forgotten; six retrained models a class are the references. Verdicts and values go to
 benchmarks/results/audit_power.json as they are found, the tables to docs/benchmarks.md. Models, and what checks read of them, are kept in
@@ -139,7 +139,7 @@ def by(trainer: type, **settings) -> Callable[..., nn.Module]:
         model = world.original(seed)
         with tempfile.TemporaryDirectory() as folder:
             config = (
-                PBUConfig(folder, seed=seed, **QUIET)
+                PBUConfig(folder, seed=seed, **settings, **QUIET)
                 if trainer is PBUTrainer
                 else UnlearnConfig(folder, seed=seed, **plain | settings, **QUIET)
             )
@@ -160,6 +160,7 @@ CASES = {
     ),
     "ascent": Case(by(UnlearnTrainer, forget_loss="ascent", learning_rate=3e-5, bn="frozen", num_train_epochs=15)),
     "DELETE": Case(by(UnlearnTrainer, forget_loss="redirect", learning_rate=1e-4, bn="frozen", num_train_epochs=20)),
+    "PBU, row left": Case(by(PBUTrainer, forget_loss="redirect")),
     "PBU": Case(by(PBUTrainer)),
 }
 
@@ -418,12 +419,14 @@ def main() -> None:
         "--power", action="store_true", help="only what fewer references and forget examples would have said"
     )
     parser.add_argument("--data", choices=("digits", "fashion_mnist"), default="digits")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), help="cases")
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     world = World(options.quick) if options.data == "digits" else FashionWorld(options.quick)
     results, key = RESULTS / f"{world.name}.json", ("case", "seed", "class")
-    for name, seed, forgotten in () if options.power else plan(world, options.quick):
+    every = [] if options.power else plan(world, options.quick)
+    for name, seed, forgotten in (one for one in every if one[0] in options.only):
         report = world.audited(
             world.case(name, seed, forgotten), seed, forgotten, list(range(world.references)),
             checks="quick" if options.quick and options.data != "digits" else "standard",

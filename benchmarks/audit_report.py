@@ -23,6 +23,7 @@ LABELS = {
     "random labels": "random labels",
     "ascent": "gradient ascent",
     "DELETE": "DELETE's loss",
+    "PBU, row left": "PBU, its row left as it is",
     "PBU": "**PBU, our defaults**",
 }
 

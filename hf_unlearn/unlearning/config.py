@@ -37,12 +37,13 @@ class UnlearnArguments(GuardArguments):
     > What to forget
         forget (`"class"` | `"examples"`, defaults to `"class"`): delete every trace of the labels in the forget set, or
             only of these examples. The right answers differ: a model that never saw an example may still classify it.
-        forget_loss (`str`, defaults to `"bounded"`): `"ascent"`, `"npo"`, `"redirect"`, `"uniform"`, `"match"`, or
+        forget_loss (`str`, defaults to `"bounded"`): `"ascent"`, `"npo"`, `"redirect"`, `"sever"`, `"uniform"`, `"match"`, or
             for texts `"simnpo"`, `"undial"`, `"wga"`, `"satimp"` or `"ceu"` with their papers' settings; `"dpo"`, which prefers what a
             column `alternate` of the forget rows answers instead; `"idkdpo"` and `"altpo"`, where without such a column "I don't
             know" is preferred, or answers with other facts that the original writes; `"rmu"`, which sends hidden states to a random
             vector; `"pdu"`, which flattens logits under a limit on the loss of `retain_dataset=`; or `"bounded"`, which chooses:
-            `"match"` to forget examples from a classifier, which needs the loss of held-out data, and `"redirect"` to forget a class, or texts.
+            `"match"` to forget examples from a classifier, which needs the loss of held-out data, `"sever"` to forget a class, where the head is
+            a linear layer that is trained, else `"redirect"`, as for texts.
         forget_weight (`float`, defaults to 1.0): weight of the forget loss, > 0.
         preference_beta (`float`, defaults to 0.1): inverse temperature β of `npo`, `dpo`, `idkdpo` and `altpo`.
         loss_reduction (`"example"` | `"token"` | `"sum"`, defaults to `"example"`): of texts: a mean over the tokens of each that
@@ -105,7 +106,7 @@ class UnlearnArguments(GuardArguments):
 
     forget: Literal["class", "examples"] = "class"
     forget_loss: Literal[
-        "bounded", "ascent", "npo", "redirect", "uniform", "match", "simnpo", "undial", "wga", "satimp", "ceu", "dpo", "idkdpo",
+        "bounded", "ascent", "npo", "redirect", "sever", "uniform", "match", "simnpo", "undial", "wga", "satimp", "ceu", "dpo", "idkdpo",
         "altpo", "rmu", "pdu",
     ] = "bounded"  # fmt: skip
     forget_weight: float = 1.0

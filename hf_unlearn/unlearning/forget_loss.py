@@ -84,6 +84,12 @@ class ForgetLoss:
     def stepped(self) -> None:
         """After the last backward pass of each optimiser step."""
 
+    def ended(self) -> None:
+        """After the last step, on the state that is kept and before it is judged."""
+
+    def told(self) -> str | None:
+        """What was done in the end, for the line that a run ends with."""
+
     def state(self) -> Any:
         """What a run that goes on needs to know, as JSON has it."""
 

@@ -17,9 +17,9 @@ from ..parameters.lora import LoRAProductAnchor, lora_layers
 from ..parameters.reference import ReferencePoint
 from ..training.collators import ALTERNATE
 from ..training.losses import IGNORED, cross_entropy, mean_of_counted
-from .classifiers.closing import ClosingMixin
 from .classifiers.objective import ClassifierObjective
 from .classifiers.replay import perturb_images
+from .classifiers.sever import Sever
 from .forget_loss import Ascent, ForgetLoss, Match, Npo, Redirect, Uniform
 from .language.ceu import Ceu
 from .language.objective import LanguageObjective
@@ -36,7 +36,7 @@ Batch = Mapping[str, Tensor]
 FORGET_LOSSES: dict[str, type[ForgetLoss]] = {
     loss.name: loss
     for loss in (
-        Ascent, Npo, Redirect, Uniform, Match, SimNpo, Undial, Wga, SatImp, Ceu, Dpo, IdkDpo, AltPo, Rmu, Pdu,
+        Ascent, Npo, Redirect, Sever, Uniform, Match, SimNpo, Undial, Wga, SatImp, Ceu, Dpo, IdkDpo, AltPo, Rmu, Pdu,
     )
 }  # fmt: skip
 
@@ -46,7 +46,7 @@ def takes_pairs(name: str) -> bool:
     return name in FORGET_LOSSES and FORGET_LOSSES[name].paired
 
 
-class ObjectiveMixin(ClosingMixin):
+class ObjectiveMixin:
     """The terms of the loss. `prepared`, `task_loss`, `forget_loss`, `retain_loss`, `replay_inputs` and `build_anchor` are
     for methods to override.
     """
@@ -73,7 +73,7 @@ class ObjectiveMixin(ClosingMixin):
 
     def _choose_forget_loss(self) -> str:
         has_target = self.args.heldout_loss is not None or self.heldout_dataset is not None
-        bounded = self.family.choose(has_target)
+        bounded = self.family.choose(has_target, self.model)
         name = bounded if self.args.forget_loss == "bounded" else self.args.forget_loss
         self._check_is_for(name)
         return name

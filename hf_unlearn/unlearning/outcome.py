@@ -78,8 +78,8 @@ class OutcomeMixin:
             before, after = (f"{utility[when]:.3g}{unit}" for when in ("before", "after"))
             tolerance = f"{100 * self.utility_tolerance:g} points" if share else f"{self.utility_tolerance:g}"
             parts.append(f"{utility['name'].lower()} {after} ({before} before, tolerance {tolerance})")
-        if self.row_gap is not None:
-            parts.append(f"its row of the head is the mean of the others', {self.row_gap:.3g} nats lower")
+        if (told := self.forgetting.told()) is not None:
+            parts.append(told)
         if self.guard:
             parts.append(f"kept is step {self._steps_taken:,}")
         return f"{type(self).__name__}, {self.state.global_step:,} steps: {'; '.join(parts)}"

@@ -126,17 +126,17 @@ class SavingMixin(PublishingMixin):
             chosen[name] = getattr(self, name)
         of_texts = () if self.is_causal_lm else ("loss_reduction",)
         of_some = {name for every in FORGET_LOSSES.values() for name in every.settings}
-        alone = ("retain_per_forget",) if self.retain_dataset is None else ()
-        for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter", *of_texts, *of_some, *alone):
+        unused = {
+            "retain_per_forget": self.retain_dataset is None,
+            "bn": not self._batchnorms,
+            "forget_accuracy": self.args.forget != "class",
+        } | dict.fromkeys(("fisher", "fisher_examples", "fisher_samples"), not self.fisher_weight)
+        idle = [name for name, is_idle in unused.items() if is_idle]
+        for name in ("heldout_loss", "guard_steps", "id_column", "merge_adapter", *of_texts, *of_some, *idle):
             chosen.pop(name)
         return (
             chosen
             | self._quantisation
-            | (
-                {}
-                if self.row_gap is None
-                else {"closed_rows": f"the mean of the others, {self.row_gap:.3g} nats lower"}
-            )
             | self.forgetting.chosen()
             | {name: getattr(self.args, name) for name in RUN_SETTINGS if getattr(self.args, name) != -1}
         )

@@ -363,7 +363,7 @@ class UnlearnMixin(
             done = super()._train(checkpoint, **kwargs)
         if not held:
             self.reference = ReferencePoint.load(file, self.args.device).sharded_like(self.model)
-        self._after_steps()
+        self.forgetting.ended()
         self.outcome = self.judge()
         tell_outcome(self, self.outcome_line)
         return done

@@ -110,9 +110,9 @@ class TestLossOfAStep:
             expected += 2.0 * replayed(p, p_original, forgotten)
             assert record["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
-    def test_bounded_means_redirect_or_match(self, tiny_vit, tmp_path):
+    def test_bounded_means_sever_or_match(self, tiny_vit, tmp_path):
         forget = images(4, [3])
-        assert UnlearnTrainer(tiny_vit, arguments(tmp_path), forget_dataset=forget).forget_loss_name == "redirect"
+        assert UnlearnTrainer(tiny_vit, arguments(tmp_path), forget_dataset=forget).forget_loss_name == "sever"
         args, heldout = arguments(tmp_path, forget="examples"), images(5, [3, 4], seed=2)
         trainer = UnlearnTrainer(tiny_vit, args, forget_dataset=forget, heldout_dataset=heldout)
         assert trainer.forget_loss_name == "match"

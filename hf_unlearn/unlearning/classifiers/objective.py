@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..losses import divergence
+from .sever import trained_head
 
 
 class ClassifierObjective:
@@ -22,8 +23,9 @@ class ClassifierObjective:
     def __init__(self, args, num_labels: int, forgotten_classes: Sequence[int]):
         self.args, self.num_labels, self.forgotten_classes = args, num_labels, forgotten_classes
 
-    def choose(self, has_target: bool) -> str:
-        """Which loss `forget_loss="bounded"` means: to forget a class, `redirect`; single examples look like unseen ones.
+    def choose(self, has_target: bool, model: nn.Module) -> str:
+        """Which loss `forget_loss="bounded"` means: to forget a class, `sever` where the head is a linear layer that is trained and `redirect` where it
+        is not; single examples look like unseen ones.
 
         Raises:
             ValueError: every class is to be forgotten, or what unseen examples look like is not known.
@@ -33,7 +35,7 @@ class ClassifierObjective:
                 raise ValueError(
                     "forget_dataset: holds every class of the model, so none is left; use forget='examples'"
                 )
-            return "redirect"
+            return "redirect" if self.args.torch_compile or trained_head(model) is None else "sever"
         if not has_target and self.args.forget_loss == "bounded":
             raise ValueError(
                 "heldout_dataset: missing; single examples are forgotten when their loss is that of unseen data: pass "

@@ -23,7 +23,7 @@ class LanguageObjective:
     def __init__(self, args):
         self.args = args
 
-    def choose(self, has_target: bool) -> str:
+    def choose(self, has_target: bool, model: nn.Module) -> str:
         """Which loss `forget_loss="bounded"` means: `redirect`.
 
         Raises:

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageClassification
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig, UnlearnTrainer
 from hf_unlearn.examples.classifier import digits_model, digits_processor, predict
 from hf_unlearn.training.losses import cross_entropy
-from hf_unlearn.unlearning.classifiers.closing import close_rows
+from hf_unlearn.unlearning.classifiers.sever import WEIGHT, close_rows, severed
 
 
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
@@ -36,6 +36,49 @@ def forgotten(digits_folder, digits_parts, tmp_path_factory):
     return trainer, AutoModelForImageClassification.from_pretrained(digits_folder)
 
 
+def test_features_of_other_classes_are_what_is_asked_for():
+    """Of a net that was trained to the end: class means on the vertices of a simplex, and rows that point at them."""
+    vertices = torch.eye(4) - 1 / 4
+    means, scale = severed(2 * vertices, vertices[[1]].expand(4, -1), 2 * vertices[1].dot(vertices[1]).item(), 4), 1.5
+    torch.testing.assert_close(means, torch.tensor([0, (1 + 1 / 3) ** 2, 0, 0]), atol=1e-6, rtol=0)
+    assert scale == pytest.approx(2 * 0.75)
+
+
+def test_the_loss_of_a_step_is_redirect_s_and_that_of_features_by_hand(digits_folder, digits_parts, tmp_path):
+    losses, rows = {}, digits_parts["forget"].select(range(16))
+    for name in ("redirect", "sever"):
+        trainer = PBUTrainer(
+            str(digits_folder),
+            PBUConfig(str(tmp_path / name), **QUIET, forget_loss=name, learning_rate=0.0, max_steps=1, guard=False),
+            forget_dataset=rows,
+        )
+        trainer.train()
+        (batch,) = trainer._batches(trainer.forget_dataset, None)
+        losses[name] = trainer.forget_loss(trainer.model.eval(), batch).detach()
+    model = AutoModelForImageClassification.from_pretrained(digits_folder).eval()
+    features = model.resnet(batch["pixel_values"]).pooler_output.flatten(1)
+    weight = model.classifier[-1].weight
+    scores = features @ (weight[3] - weight.mean(0))
+    assert trainer.forgetting.scale == pytest.approx(scores.mean().item(), rel=1e-4)
+    by_hand = WEIGHT * (scores / scores.mean() + 1 / 9) ** 2
+    torch.testing.assert_close(losses["sever"] - losses["redirect"], by_hand, rtol=1e-3, atol=1e-2)
+
+
+def test_features_do_not_point_at_the_class_any_more(forgotten, digits_parts):
+    trainer, original = forgotten
+
+    def scores(model, rows):
+        inputs = digits_processor()(rows["image"][:], return_tensors="pt")
+        with torch.no_grad():
+            features = copy.deepcopy(model).eval().resnet(**inputs).pooler_output.flatten(1)
+        return features @ trainer.forgetting.directions[3]
+
+    was, now = (scores(model, digits_parts["forget"]).mean() for model in (original, trainer.model))
+    others = scores(original, digits_parts["retain"])
+    assert abs(now - others.mean()) < 2 * others.std()
+    assert was - others.mean() > 4 * others.std()
+
+
 @pytest.mark.parametrize("rows", [[3], [0, 4]])
 def test_a_closed_row_is_the_mean_of_those_that_are_kept_and_lower(rows):
     torch.manual_seed(0)
@@ -54,8 +97,8 @@ def test_the_label_gets_the_odds_that_the_original_gives_to_being_wrong(forgotte
     wrong = -was.logsumexp(-1).mean()  # log of the probability of all other classes
     level = min(wrong, now[:, KEPT].amin(-1).mean())
     assert now[:, 3].mean() == pytest.approx(level.item(), abs=1e-4)
-    torch.testing.assert_close(now[:, 3], now[:, KEPT].mean(-1) - trainer.row_gap, rtol=0, atol=1e-4)
-    assert f"{trainer.row_gap:.3g} nats lower" in trainer.outcome_line
+    torch.testing.assert_close(now[:, 3], now[:, KEPT].mean(-1) - trainer.forgetting.gap, rtol=0, atol=1e-4)
+    assert f"{trainer.forgetting.gap:.3g} nats lower" in trainer.outcome_line
 
 
 def test_it_is_saved_and_told(forgotten, digits_parts, tmp_path):
@@ -76,7 +119,7 @@ def test_training_on_other_classes_alone_brings_a_class_nearer_unless_it_is_clos
         str(digits_folder), PBUConfig(str(tmp_path), **QUIET, **loss), forget_dataset=digits_parts["forget"]
     )
     trainer.train()
-    assert (trainer.row_gap is not None) == closed
+    assert trainer.forget_loss_name == ("sever" if closed else "redirect")
     before = odds(logits(trainer.model, digits_parts["forget"]))[:, 3].mean()
     model, inputs = trainer.model.eval(), digits_processor()(digits_parts["retain"]["image"][:], return_tensors="pt")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
@@ -105,7 +148,7 @@ def test_a_second_run_does_not_open_it(forgotten, digits_parts, tmp_path):
 def unchanged(trainer, name="classifier.weight"):
     before = weights(trainer.model)[name].clone()
     trainer.train()
-    assert trainer.row_gap is None
+    assert getattr(trainer.forgetting, "gap", None) is None
     assert "nats lower" not in trainer.outcome_line
     return torch.equal(weights(trainer.model)[name], before)
 
@@ -127,11 +170,15 @@ def test_other_goals_and_losses_leave_rows_alone(given, tiny_vit, tmp_path):
 EASY = {**QUIET, "learning_rate": 0.0, "max_steps": 1, "forget_accuracy": 0.99, "guard": False}
 
 
-def test_a_head_that_is_not_trained_stays(tiny_vit, tmp_path, caplog):
+def test_a_head_that_is_not_trained_stays(tiny_vit, tmp_path):
     tiny_vit.classifier.requires_grad_(False)
-    with caplog.at_level(logging.WARNING, "hf_unlearn"):
-        assert unchanged(PBUTrainer(tiny_vit, PBUConfig(str(tmp_path), **EASY), forget_dataset=images(20, [3])))
-    assert "no trained linear layer with a bias" in caplog.text
+    trainer = PBUTrainer(tiny_vit, PBUConfig(str(tmp_path), **EASY), forget_dataset=images(20, [3]))
+    assert trainer.forget_loss_name == "redirect"
+    assert unchanged(trainer)
+    with pytest.raises(
+        ValueError, match="sever': the model has no linear head with a bias that is trained; use 'redirect'"
+    ):
+        PBUTrainer(tiny_vit, PBUConfig(str(tmp_path), **EASY, forget_loss="sever"), forget_dataset=images(20, [3]))
 
 
 def test_a_head_that_does_not_give_the_logits_stays(tiny_vit, tmp_path, caplog):
@@ -142,10 +189,10 @@ def test_a_head_that_does_not_give_the_logits_stays(tiny_vit, tmp_path, caplog):
         return output
 
     tiny_vit.register_forward_hook(halve)
-    args = PBUConfig(str(tmp_path), **EASY, forget_weight=1e-9)
+    args = PBUConfig(str(tmp_path), **EASY)
     with caplog.at_level(logging.WARNING, "hf_unlearn"):
         assert unchanged(PBUTrainer(tiny_vit, args, forget_dataset=images(20, [3])))
-    assert "does not give its logits" in caplog.text
+    assert "does not give the model's logits" in caplog.text
 
 
 def test_an_adapter_s_own_head_is_closed_and_the_base_s_is_not(tiny_vit, tmp_path):
@@ -156,7 +203,7 @@ def test_an_adapter_s_own_head_is_closed_and_the_base_s_is_not(tiny_vit, tmp_pat
     )
     trainer.train()
     head = trainer.model.base_model.model.classifier
-    assert trainer.row_gap is not None
+    assert trainer.forgetting.gap is not None
     assert torch.equal(head.original_module.weight, base)
     torch.testing.assert_close(head.modules_to_save["default"].weight[3], base[KEPT].mean(0), rtol=0, atol=1e-6)
 

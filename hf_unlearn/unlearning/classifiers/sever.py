@@ -1,0 +1,217 @@
+"""Sever: a class goes from what the head is given, and its row of the head is closed in the end. The default for forgetting a class.
+
+DELETE's loss ([`~hf_unlearn.unlearning.forget_loss.Redirect`]) takes a class from a classifier's answers, and an audit brings it back: features still tell
+it from others, and as few steps move the weights little, twenty on the other classes alone undo them. Two things are ours:
+
+1. **The features no longer point at the class.** Of features h = h_θ(x), the score of the label in the original's head is s = u·h with
+   u = w*_y − mean of w*, and s̄ its mean over the forget examples in the original. In a net that was trained to the end the class means are the
+   vertices of a simplex (neural collapse, arXiv 2008.08186): those of other classes score −s̄/(K−1). So that is where they are sent, by
+
+       WEIGHT · (s/s̄ + 1/(K−1))².
+
+2. **The row is closed.** A model that never saw the class has nothing to go back to: all that training ever did to its row was to lower it. In the state
+   that is kept the row becomes the mean of the other rows, lowered by a gap: z_f(x) = mean of z_k(x) over kept k, minus the gap. So the class is never
+   the answer, and what is trained on others lowers it further. Alone it would be a mask, which an audit calls *suppressed*; POUR (arXiv 2511.19339)
+   leaves the row with nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...parameters.reference import trainable_parameters
+from ...parameters.sharding import let_go, own, sharded_like, whole
+from ...training.models import head_of
+from ..forget_loss import Redirect
+
+
+logger = logging.getLogger(__name__)
+
+WEIGHT = 100.0  # of the first, chosen by benchmarks/sever_choice.py
+ALIKE = 0.01  # of the size of logits: how near to them what the head gives must be
+
+
+def severed(features: Tensor, directions: Tensor, scale: float, classes: int) -> Tensor:
+    r"""How far features are from where those of other classes are: $\big(\tfrac{u \cdot h}{\bar s} + \tfrac1{K-1}\big)^2$.
+
+    Args:
+        features (`Tensor`): h, `[batch, width]`.
+        directions (`Tensor`): u of each label, `[batch, width]`.
+        scale (`float`): s̄, what u·h is on average in the original.
+        classes (`int`): K.
+
+    Returns:
+        `Tensor`: `[batch]`.
+    """
+    return ((features.float() * directions).sum(-1) / scale + 1 / (classes - 1)).square()
+
+
+@torch.no_grad()
+def close_rows(head: nn.Linear, forgotten: Sequence[int], gap: float) -> None:
+    """Make rows of a head the mean of the others, lowered; in place.
+
+    Args:
+        head (`nn.Linear`): with a bias and a row for each class.
+        forgotten (`list[int]`): rows to close; at least one other remains.
+        gap (`float`): nats below the mean of the other logits.
+    """
+    rows, others = [*forgotten], head.out_features - len(forgotten)
+    mixed = torch.eye(head.out_features, device=head.weight.device)
+    mixed[rows] = 1 / others
+    mixed[:, rows] = 0
+    lowered = torch.zeros(head.out_features, device=head.weight.device)
+    lowered[rows] = gap
+    weight, bias = mixed @ whole(head.weight).float(), mixed @ whole(head.bias).float() - lowered
+    for parameter, value in ((head.weight, weight), (head.bias, bias)):
+        own(parameter).copy_(own(sharded_like(value, parameter)))
+
+
+def trained_head(model: nn.Module) -> nn.Linear | None:
+    """The linear layer that gives a classifier's logits, if it has one with a bias and both are trained."""
+    try:
+        head = head_of(model)
+    except ValueError:
+        return None
+    trained = {id(parameter) for parameter in trainable_parameters(model).values()}
+    return head if head.bias is not None and {id(head.weight), id(head.bias)} <= trained else None
+
+
+@contextmanager
+def given_to(head: nn.Module) -> Iterator[list[Tensor]]:
+    """What a layer is given within, one tensor a forward pass."""
+    given: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    try:
+        yield given
+    finally:
+        handle.remove()
+
+
+class Sever(Redirect):
+    """DELETE's loss, and a class that the features no longer point at; in the end its row of the head is closed.
+
+    Attributes:
+        gap (`float`, *optional*): nats that closed rows lie below the mean of the others; None where none is closed.
+    """
+
+    name = "sever"
+
+    def __init__(self, trainer: Any):
+        super().__init__(trainer)
+        self.gap: float | None = None
+        self.scale = 0.0  # s̄; 0 where features have no say
+        self.directions: Tensor | None = None
+
+    def check(self) -> None:
+        trainer = self.trainer
+        if not trainer.is_classifier or self.args.forget != "class":
+            raise ValueError("forget_loss='sever': takes a class from a classifier; use 'redirect', or leave it out")
+        if self.args.torch_compile:
+            raise ValueError(
+                "torch_compile=True: forget_loss='sever' reads features by hooks, which a compiled model skips; use 'redirect'"
+            )
+        if self.head is None:
+            raise ValueError(
+                "forget_loss='sever': the model has no linear head with a bias that is trained; use 'redirect'"
+            )
+
+    @property
+    def head(self) -> nn.Linear | None:
+        return trained_head(self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False))
+
+    # While it is trained
+
+    def begin(self, state: Any = None) -> None:
+        trainer, head = self.trainer, self.head
+        weight, bias = (self._was(parameter) for parameter in (head.weight, head.bias))
+        self.directions = (weight - weight.mean(0)).to(self.args.device)
+
+        def look(batch: Any) -> Tensor:
+            """The score of each label, `[batch]`; not a number where what the head gives is not the logits."""
+            with given_to(head) as given:
+                logits, labels = trainer.predictions(trainer.reference_forward, batch)
+            h = given[0].float()
+            if h.dim() != 2 or (F.linear(h, weight, bias) - logits).abs().max() > ALIKE * logits.abs().max():
+                return torch.full(labels.shape, torch.nan, device=labels.device)
+            return (h * self.directions[labels]).sum(-1)
+
+        scale = trainer.mean_of(look, trainer.forget_dataset)
+        if scale != scale:
+            logger.warning(
+                "the last linear layer does not give the model's logits: forget_loss='redirect' is what is done, and training on other classes may "
+                "bring back what is forgotten"
+            )
+        self.scale = scale if scale > 0 else 0.0  # not above 0: the original does not know the class
+
+    def _was(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter of the head in the original, whole, in fp32."""
+        named = trainable_parameters(self.trainer.model)
+        name = next(name for name, one in named.items() if one is parameter)
+        return whole(self.trainer.reference.parameters[name]).float().to(self.args.device)
+
+    def means(self, model: Callable, batch: Any) -> Tensor:
+        with given_to(self.head) as given:
+            loss = super().means(model, batch)
+        if not self.scale:
+            return loss
+        labels = self.trainer.labels_of(batch)
+        return loss + WEIGHT * severed(given[0], self.directions[labels], self.scale, len(self.directions))
+
+    # In the end
+
+    def ended(self) -> None:
+        """Close the rows, if the state that is kept has forgotten already: a row that is closed over a class which is known would hide it.
+
+        The gap gives the label of a forget example the lowest of three means of log-odds: those that the original finds itself wrong, so little
+        as training leaves for what it lowers; those of the least likely class that is kept; and what the original gives it, of a model whose row
+        was closed before.
+        """
+        trainer, self.gap = self.trainer, None
+        known = trainer.mean_of(lambda batch: trainer.correct(trainer.model, batch), trainer.forget_dataset)
+        if not self.scale or trainer.above_target(known=known) > 0:
+            return
+        looks = (self._mean_kept, self._least_kept, self._found_wrong, self._given)
+        mean, *levels = trainer._means(looks, trainer.forget_dataset)
+        let_go(trainer.model)
+        self.gap = mean - min(levels)
+        close_rows(self.head, trainer.forgotten_classes, self.gap)
+
+    def told(self) -> str | None:
+        return (
+            None if self.gap is None else f"its row of the head is the mean of the others', {self.gap:.3g} nats lower"
+        )
+
+    def chosen(self) -> dict[str, Any]:
+        closed = {} if self.gap is None else {"closed_rows": f"the mean of the others, {self.gap:.3g} nats lower"}
+        return super().chosen() | {"feature_weight": WEIGHT} | closed
+
+    # Log-odds of a batch, `[batch]`, nats
+
+    def _odds(self, forward: Callable, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the kept classes `[batch, kept]`, of all `[batch, classes]`, and of the labels `[batch]`, to all that are kept."""
+        logits, labels = self.trainer.predictions(forward, batch)
+        kept = ~self.trainer.family.excluded(logits, labels)
+        odds = logits.float() - logits[:, kept].float().logsumexp(-1, keepdim=True)
+        return odds[:, kept], odds, odds.gather(-1, labels[:, None])[:, 0]
+
+    def _mean_kept(self, batch: Any) -> Tensor:
+        return self._odds(self.trainer.model, batch)[0].mean(-1)
+
+    def _least_kept(self, batch: Any) -> Tensor:
+        return self._odds(self.trainer.model, batch)[0].amin(-1)
+
+    def _found_wrong(self, batch: Any) -> Tensor:
+        """log Σ p* over the kept classes."""
+        return -self._odds(self.trainer.reference_forward, batch)[1].logsumexp(-1)
+
+    def _given(self, batch: Any) -> Tensor:
+        """log p* of the labels."""
+        _, odds, labels = self._odds(self.trainer.reference_forward, batch)
+        return labels - odds.logsumexp(-1)
