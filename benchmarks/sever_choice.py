@@ -2,8 +2,8 @@
 
     python benchmarks/sever_choice.py [--quick]
 
-Digits of other seeds and classes than those of audit_power.py, judged on the validation images, beside six retrained models a class. Chosen is what most audits
-call *forgotten*, and of those what is farthest within the margins. Results go to benchmarks/results/sever_choice.json as they are found, the table to
+Digits of other seeds and classes than those of audit_power.py, judged on the validation images, beside six retrained models a class. Chosen is what is within
+the margins in most audits, by the check that is nearest to its own, and of those what is farthest within. Results go to benchmarks/results/sever_choice.json as they are found, the table to
 docs/benchmarks.md.
 """
 
@@ -28,7 +28,7 @@ from hf_unlearn.unlearning.classifiers import sever
 
 RESULTS = Path(__file__).parent / "results" / "sever_choice.json"
 JOBS = ((5, 0), (6, 4), (5, 6), (6, 9))  # seeds and classes
-RATES, WEIGHTS = (2e-4, 5e-4, 1e-3), (0.0, 10.0, 30.0, 100.0, 300.0)
+RATES, WEIGHTS = (2e-4, 5e-4), (0.0, 0.1, 0.3, 1.0, 3.0)
 
 
 class ChoiceWorld(World):
@@ -54,8 +54,8 @@ def measured(world: World, seed: int, forgotten: int, rate: float, weight: float
     model = forgotten_by(world, seed, forgotten, rate, weight)
     report = world.audited(model, seed, forgotten, list(range(world.references)))
     found = {one.name: one for one in report.results}
-    # How much of its margin each check's distance takes, at its upper end.
-    taken = {name: one.high / one.margin for name, one in found.items() if one.margin}
+    # How much of its margin each check's distance takes, at its upper end; some twenty validation images of a class are too few to tell of them alone.
+    taken = {name: one.high / one.margin for name, one in found.items() if one.margin and name != "unseen_accuracy"}
     worst = max(taken, key=taken.get)
     return {
         "rate": rate, "weight": weight, "seed": seed, "class": forgotten, "verdict": report.verdict.word, "worst": worst, "taken": taken[worst],

@@ -180,7 +180,14 @@ class TestAnchor:
     @pytest.mark.filterwarnings("ignore:There is a performance drop")
     def test_logged_values_are_the_penalties(self, tiny_vit, tmp_path):
         start = weights(tiny_vit)
-        args = arguments(tmp_path, isotropic_weight=0.7, fisher_weight=3.0, logging_strategy="steps", logging_steps=1)
+        args = arguments(
+            tmp_path,
+            isotropic_weight=0.7,
+            fisher_weight=3.0,
+            logging_strategy="steps",
+            logging_steps=1,
+            forget_loss="redirect",
+        )
         trainer = UnlearnTrainer(tiny_vit, args, forget_dataset=images(8, [3]))
         trainer.train()
         fisher = load_file(tmp_path / "_private" / "fisher.safetensors")

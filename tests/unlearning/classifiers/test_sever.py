@@ -39,9 +39,9 @@ def forgotten(digits_folder, digits_parts, tmp_path_factory):
 def test_features_of_other_classes_are_what_is_asked_for():
     """Of a net that was trained to the end: class means on the vertices of a simplex, and rows that point at them."""
     vertices = torch.eye(4) - 1 / 4
-    means, scale = severed(2 * vertices, vertices[[1]].expand(4, -1), 2 * vertices[1].dot(vertices[1]).item(), 4), 1.5
-    torch.testing.assert_close(means, torch.tensor([0, (1 + 1 / 3) ** 2, 0, 0]), atol=1e-6, rtol=0)
-    assert scale == pytest.approx(2 * 0.75)
+    score = 2 * vertices[1].dot(vertices[1]).item()
+    far = severed(2 * vertices, vertices[[1]].expand(4, -1), score, 4)
+    torch.testing.assert_close(far, torch.tensor([0, (score * 4 / 3) ** 2, 0, 0]), atol=1e-6, rtol=0)
 
 
 def test_the_loss_of_a_step_is_redirect_s_and_that_of_features_by_hand(digits_folder, digits_parts, tmp_path):
@@ -59,8 +59,8 @@ def test_the_loss_of_a_step_is_redirect_s_and_that_of_features_by_hand(digits_fo
     features = model.resnet(batch["pixel_values"]).pooler_output.flatten(1)
     weight = model.classifier[-1].weight
     scores = features @ (weight[3] - weight.mean(0))
-    assert trainer.forgetting.scale == pytest.approx(scores.mean().item(), rel=1e-4)
-    by_hand = WEIGHT * (scores / scores.mean() + 1 / 9) ** 2
+    assert trainer.forgetting.score == pytest.approx(scores.mean().item(), rel=1e-4)
+    by_hand = WEIGHT * (scores + scores.mean() / 9) ** 2
     torch.testing.assert_close(losses["sever"] - losses["redirect"], by_hand, rtol=1e-3, atol=1e-2)
 
 
@@ -195,15 +195,15 @@ def test_a_head_that_does_not_give_the_logits_stays(tiny_vit, tmp_path, caplog):
     assert "does not give the model's logits" in caplog.text
 
 
-def test_an_adapter_s_own_head_is_closed_and_the_base_s_is_not(tiny_vit, tmp_path):
+def test_the_head_of_an_adapter_is_its_own(tiny_vit, tmp_path):
     base = tiny_vit.classifier.weight.detach().clone()
     adapter = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
-    trainer = PBUTrainer(
-        tiny_vit, PBUConfig(str(tmp_path), **EASY), forget_dataset=images(20, [3]), peft_config=adapter
-    )
-    trainer.train()
+    args = PBUConfig(str(tmp_path), **EASY)
+    trainer = PBUTrainer(tiny_vit, args, forget_dataset=images(20, [3]), peft_config=adapter)
     head = trainer.model.base_model.model.classifier
-    assert trainer.forgetting.gap is not None
+    assert trainer.forgetting.head is head.modules_to_save["default"]
+    trainer.train()
+    close_rows(trainer.forgetting.head, [3], 1.0)
     assert torch.equal(head.original_module.weight, base)
     torch.testing.assert_close(head.modules_to_save["default"].weight[3], base[KEPT].mean(0), rtol=0, atol=1e-6)
 
