@@ -128,7 +128,7 @@ class SavingMixin(PublishingMixin):
         of_some = {name for every in FORGET_LOSSES.values() for name in every.settings}
         unused = {
             "retain_per_forget": self.retain_dataset is None,
-            "bn": not self._batchnorms,
+            "bn": self.is_causal_lm,
             "forget_accuracy": self.args.forget != "class",
         } | dict.fromkeys(("fisher", "fisher_examples", "fisher_samples"), not self.fisher_weight)
         idle = [name for name, is_idle in unused.items() if is_idle]

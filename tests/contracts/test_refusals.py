@@ -525,7 +525,7 @@ BOUNDED, NATURAL, SHARE = "must be in [0, 1)", "must be ≥ 1", "must be ≥ 0"
 SETTINGS = {  # by job: name, values, and what is said of them
     "unlearn": [
         ("forget", ["classes", ""], "must be one of class, examples"),
-        ("forget_loss", ["redirct", "Ascent"], "bounded, ascent, npo, redirect, uniform, match, simnpo, "),
+        ("forget_loss", ["redirct", "Ascent"], "bounded, ascent, npo, redirect, sever, uniform, match, simnpo, "),
         ("loss_reduction", ["mean"], "must be one of example, token, sum; it is called 'example' now"),
         ("retain_loss", ["KL"], "must be one of nll, kl"),
         ("fisher", ["diagonal"], "must be one of exact, monte_carlo"),

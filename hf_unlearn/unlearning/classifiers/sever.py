@@ -107,6 +107,7 @@ class Sever(Redirect):
     def __init__(self, trainer: Any):
         super().__init__(trainer)
         self.gap: float | None = None
+        self.head: nn.Linear | None = None
         self.score = 0.0  # s̄, not a number where features have no say
         self.directions: Tensor | None = None
 
@@ -118,19 +119,19 @@ class Sever(Redirect):
             raise ValueError(
                 "torch_compile=True: forget_loss='sever' reads features by hooks, which a compiled model skips; use 'redirect'"
             )
-        if self.head is None:
+        if self._trained_head() is None:
             raise ValueError(
                 "forget_loss='sever': the model has no linear head with a bias that is trained; use 'redirect'"
             )
 
-    @property
-    def head(self) -> nn.Linear | None:
+    def _trained_head(self) -> nn.Linear | None:
         return trained_head(self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False))
 
     # While it is trained
 
     def begin(self, state: Any = None) -> None:
-        trainer, head = self.trainer, self.head
+        trainer, head = self.trainer, self._trained_head()
+        self.head = head
         weight, bias = (self._was(parameter) for parameter in (head.weight, head.bias))
         self.directions = (weight - weight.mean(0)).to(self.args.device)
 
