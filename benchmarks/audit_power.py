@@ -160,7 +160,7 @@ CASES = {
     ),
     "ascent": Case(by(UnlearnTrainer, forget_loss="ascent", learning_rate=3e-5, bn="frozen", num_train_epochs=15)),
     "DELETE": Case(by(UnlearnTrainer, forget_loss="redirect", learning_rate=1e-4, bn="frozen", num_train_epochs=20)),
-    "PBU, row left": Case(by(PBUTrainer, forget_loss="redirect")),
+    "PBU, redirect alone": Case(by(PBUTrainer, forget_loss="redirect")),
     "PBU": Case(by(PBUTrainer)),
 }
 
@@ -438,7 +438,8 @@ def main() -> None:
         power_of_examples(world, True)
     if not options.quick:
         found = kept_power(results)
-        found["power"] = power(world) if options.data == "digits" else []
+        if options.data == "digits" and options.only == list(CASES):  # it draws from all that was read
+            found["power"] = power(world)
         if options.power:
             found["power_of_examples"] = rounded(power_of_examples(world, False))
         keep(results, [], key, **found)

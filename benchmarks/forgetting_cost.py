@@ -42,7 +42,7 @@ VARIANTS = {
     "with the Fisher anchor": {"fisher_weight": 0.14},
     "without the isotropic anchor": {"isotropic_weight": 0.0},
     "without replay": {"replay_weight": 0.0},
-    "its row of the head left as it is": {"forget_loss": "redirect"},
+    "redirect alone: features and row left as they are": {"forget_loss": "redirect"},
     "half the steps": {"max_steps": 20, "guard_steps": 10},
     "batches of 64, half the steps": {"per_device_train_batch_size": 64, "max_steps": 20, "guard_steps": 10},
 }
@@ -50,7 +50,6 @@ PARTS = {  # what is timed within a job: methods of the trainer, and their name
     "_compute_fisher": "Fisher",
     "utility": "looks: utility",
     "remembered": "looks: forgotten",
-    "_after_steps": "closing the row",
     "judge": "judged at the end",
     "forget_loss": "forget loss, forward",
     "replay_loss": "replay loss, forward",
