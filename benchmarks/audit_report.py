@@ -142,8 +142,8 @@ What told them apart: medians, and in how many audits a check was beyond its mar
     if chosen is not None:
         parts.append(
             f"""How PBU's rate and the weight of what `sever` asks of features were chosen (`python benchmarks/sever_choice.py`): other originals and classes, validation images. Of each
-audit the check whose distance takes most of its margin, at its upper end, in units of the margin; 0 is a row that is closed alone. Weights 1 and 3 at 2e-4 are level, and the smaller was taken. At 5e-4 models are
-sometimes too sure of what they should not know.
+audit the check whose distance takes most of its margin, at its upper end, in units of the margin; 0 is a row that is closed alone. Weights from 0.3 to 3 at 2e-4 are nearly level, and the smallest was taken, which asks least of the rest. At 5e-4
+models are sometimes too sure of what they should not know.
 
 {choice(chosen["rows"])}
 """

@@ -3,7 +3,7 @@
     python benchmarks/sever_choice.py [--quick]
 
 Digits of other seeds and classes than those of audit_power.py, judged on the validation images, beside six retrained models a class. Of each audit counts the check
-whose distance takes most of its margin, at its upper end; chosen is the least mean of that, and of what is level (weights 1 and 3 at 2e-4) the smaller weight.
+whose distance takes most of its margin, at its upper end; chosen is the least mean of that, and of what is nearly level (weights 0.3 to 3 at 2e-4) the smallest weight, which asks least of the rest.
 Results go to benchmarks/results/sever_choice.json as they are found, the table to
 docs/benchmarks.md.
 """

@@ -50,6 +50,13 @@ class Run:
     marker: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
+class Forgets:
+    """The original knows all, and the model none of it any more."""
+
+    def correct(self, model, batch):
+        return torch.full_like(self.labels_of(batch), model is not self.model, dtype=torch.bool)
+
+
 def brighter(images):
     """Half of them."""
     means = images.mean((1, 2, 3))
@@ -73,6 +80,7 @@ RUNS = {
     "unlearn": Run("unlearn", "ViTLayer"),
     "unlearn, guarded": Run("unlearn", "ViTLayer", DESCENDING, resumed=False),
     "unlearn, broken": Run("unlearn", "ViTLayer", {"forget_loss": "ascent", "guard": True}, Broken, resumed=False),
+    "unlearn, severed": Run("unlearn", "ViTLayer", {"forget": "class", "fisher_weight": 0.0}, Forgets, resumed=False),
     "sft": Run("sft", "LlamaDecoderLayer"),
     "sft, adapter": Run("sft", "LlamaDecoderLayer", {"isotropic_weight": 0.1}, adapter=True, task="CAUSAL_LM"),
     "in_run": Run("in_run", "ViTLayer", {"preconditioned": True, "target_every": 2}),
@@ -173,6 +181,7 @@ def run(folder, one, sharded):
         "logs": [{k: v for k, v in log.items() if "loss" in k or "anchor" in k} for log in trainer.state.log_history],
         "guard": trainer.guard.state.to_json() if getattr(trainer, "guard", None) else None,
         "outcome": asdict(trainer.outcome) if getattr(trainer, "outcome", None) else None,
+        "gap": getattr(getattr(trainer, "forgetting", None), "gap", None),
     }
     if one.job in INFLUENCES and trainer.is_world_process_zero():
         save_file(records(trainer), folder / "records.safetensors")

@@ -73,6 +73,11 @@ def test_the_same_is_said(name, runs):
         assert best[0] == pytest.approx(best[1], rel=1e-4, abs=1e-6)
 
 
+def test_rows_are_closed(runs):
+    gaps = [said(folder, "unlearn, severed")["gap"] for folder in runs]
+    assert gaps[1] == pytest.approx(gaps[0], rel=1e-4)
+
+
 def test_the_guard_goes_back(runs):
     """To a state that is written whole, and dealt out again."""
     state = said(runs[1], "unlearn, guarded")["guard"]
