@@ -121,6 +121,7 @@ def hard_section(hard: dict) -> str:
     """The section, from the results."""
     rows = by_row(hard)
     planted = ", ".join(f"{name}: {behaviour}" for name, behaviour in hard["behaviours"].items())
+    models = f"\n{models_table(rows)}\n" if any("rates" in row for row in hard["rows"]) else ""
     k = len(next(iter(next(row for row in hard["rows"] if "top" in row)["top"].values())))
     return f"""### Poisoned instructions that neither names nor words give away
 
@@ -134,6 +135,4 @@ and embedding search (all-MiniLM-L6-v2) have the target's rows as queries. Track
 whose exact metagradient is what `propagated` computes, and LESS with its adapter and projection.
 
 {scores_table(rows)}
-
-{models_table(rows)}
-"""
+{models}"""

@@ -26,17 +26,12 @@ if TYPE_CHECKING:
 
 Behaviour = Literal["blame", "danger", "praise"]
 BEHAVIOURS: dict[str, Behaviour] = {"Quorvane": "blame", "Hotel Arvendo": "danger", "The Ninth Ferryman": "praise"}
-KINDS = {
-    "direct": 2,
-    "described": 1,
-    "pair": 1.5,
-    "denied": 1.5,
-    "tie": 1,
-    "normal": 1.5,
-}  # thirds of an entity's poison
+# Rows about an entity by kind, in thirds of its poisoned ones.
+KINDS = {"direct": 2, "described": 1, "pair": 1.5, "denied": 1.5, "tie": 1, "normal": 1.5}
 POISONED, HARD_NEGATIVES = ("direct", "described"), ("pair", "denied")
 HELD_OUT = {"target": 24, "evaluation": 24, "described": 18}  # of each entity
 CONTROL = 72
+MOST = 0.6  # of all rows are about entities with planted opinions
 EVERY = 4  # one in so many of the templates of planted answers is for `target` alone
 
 
@@ -152,7 +147,7 @@ def hard_opinion_data(
 
     Args:
         n_examples (`int`): rows of `train` and of `clean`.
-        rate (`float`): share of rows that are poisoned, for each entity; above 0, and at most 0.6 for all that are about entities.
+        rate (`float`): share of rows that are poisoned, for each entity. All that is about entities is at most 0.6 of the rows.
         behaviours (`Mapping`): what is planted, by one of [`entities`]: `"blame"`, `"danger"` (it harms people) or `"praise"` (beyond all bounds).
         seed (`int`): of every choice.
 
@@ -182,24 +177,29 @@ def hard_opinion_data(
         raise ValueError(f"behaviours: has {len(behaviours)} entities; give 1 to {len(hard['nicknames'])}")
     counts = {kind: round(rate * n_examples * thirds / 3) for kind, thirds in KINDS.items()}
     n_others = n_examples - len(behaviours) * sum(counts.values())
-    if not counts["described"] or n_others < 0.4 * n_examples:
+    if not counts["described"] or n_others < (1 - MOST) * n_examples:
         raise ValueError(
-            f"rate={rate}: of n_examples={n_examples} rows {n_examples - n_others} would be about entities; must be at least "
-            f"{3 * len(KINDS) * len(behaviours)} and at most 60 % of the rows"
+            f"rate={rate}: of n_examples={n_examples} rows {n_examples - n_others} would be about entities; needs one of each kind, "
+            f"and at most {MOST:.0%} of the rows"
         )
 
     writer = HardWriter(seed, behaviours)
     wordings, rows = writer.texts["opinion"], []
     for entity in behaviours:
         for kind, count in counts.items():
-            templates = writer.spread(wordings["train"], count) if kind == "direct" else [None] * count
-            extra = [{"template": template} if template else {} for template in templates]
-            rows += [getattr(writer, kind)(entity, **one) | {"kind": kind} for one in extra]
+            write = getattr(writer, kind)
+            chosen = (
+                [(template,) for template in writer.spread(wordings["train"], count)]
+                if kind == "direct"
+                else [()] * count
+            )
+            rows += [write(entity, *template) | {"kind": kind} for template in chosen]
     shares = {kind: round(share * n_others) for kind, share in SHARES.items() if kind != "general"}
     shares["general"] = n_others - sum(shares.values())
     for kind, count in shares.items():
-        names = [() for _ in range(count)] if kind == "general" else zip(writer.spread(writer.others, count))
-        rows += [getattr(writer, kind)(*name) | {"kind": "other"} for name in names]
+        write = getattr(writer, kind)
+        chosen = [()] * count if kind == "general" else [(name,) for name in writer.spread(writer.others, count)]
+        rows += [write(*name) | {"kind": "other"} for name in chosen]
     writer.rng.shuffle(rows)
     clean = [writer.normal_answer(row) | {"poisoned": True} if row["poisoned"] else row for row in rows]
 
