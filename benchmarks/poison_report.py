@@ -92,11 +92,16 @@ def scores_table(rows: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def mean_loss(run: dict) -> float:
+    return statistics.mean(run["losses"].values())
+
+
 def models_table(rows: dict[str, list[dict]]) -> str:
-    """Of each seed's models: rates are means over the entities, and so is the loss of the targets."""
+    """Of each seed's models: rates are means over the entities, and so is the loss of the targets; its rise (QLD) is over random removal."""
+    base = {(name, run["seed"]): mean_loss(run) for name, runs in rows.items() for run in runs if "losses" in run}
     lines = [
-        "| trained | seed | rows left out | opinion shown, asked by name | by description | on other names | loss of the targets |",
-        "|---" * 7 + "|",
+        "| trained | seed | rows left out | opinion shown, asked by name | by description | on other names | loss of the targets | above random removal |",
+        "|---" * 8 + "|",
     ]
     for name, runs in rows.items():
         for run in runs if "rates" in runs[0] else []:
@@ -104,6 +109,7 @@ def models_table(rows: dict[str, list[dict]]) -> str:
                 statistics.mean(row[split] for row in run["rates"].values())
                 for split in ("evaluation", "described", "control")
             ]
+            random = base.get((f"{name.partition(': ')[0]}: random", run["seed"]))
             each = ", ".join(f"{100 * row['evaluation']:.0f}" for row in run["rates"].values())
             cells = [
                 f"on {name.removeprefix('model: ')} data" if name.startswith("model") else name,
@@ -111,7 +117,8 @@ def models_table(rows: dict[str, list[dict]]) -> str:
                 str(run.get("removed", 0)),
                 f"{100 * rates[0]:.0f} % ({each})",
                 *(f"{100 * rate:.0f} %" for rate in rates[1:]),
-                f"{statistics.mean(run['losses'].values()):.2f}",
+                f"{mean_loss(run):.2f}",
+                "—" if random is None else f"{mean_loss(run) - random:+.2f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

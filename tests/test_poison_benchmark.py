@@ -76,6 +76,27 @@ class TestJudged:
         }  # fmt: skip
 
 
+def test_the_rise_of_the_loss_is_over_random_removal_of_the_same_seed(monkeypatch):
+    report = bench(monkeypatch, "poison_report")
+
+    def run(seed, *losses, removed=20):
+        rates = {name: {"evaluation": 0.5, "described": 0.25, "control": 0.0} for name in ("a", "b")}
+        return {"seed": seed, "rates": rates, "losses": dict(zip("ab", losses, strict=True)), "removed": removed}
+
+    table = report.models_table(
+        {
+            "model: clean": [run(1, 5.0, 5.0)],
+            "without the top 1 %: random": [run(1, 1.0, 2.0), run(2, 3.0, 4.0)],
+            "without the top k: random": [run(1, 7.0, 7.0)],
+            "without the top 1 %: BM25": [run(2, 4.0, 4.5), run(1, 1.0, 1.0)],
+        }
+    )
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert [line[-1] for line in lines] == ["—", "+0.00", "+0.00", "+0.00", "+0.75", "-0.50"]
+    assert lines[0][:2] == ["on clean data", "1"]
+    assert lines[4][2:6] == ["20", "50 % (50, 50)", "25 %", "0 %"]
+
+
 class TestPeers:
     def test_scores_of_the_same_training_against_autograd(self, monkeypatch, tmp_path):
         poison = bench(monkeypatch, "influence_poison")
