@@ -132,8 +132,9 @@ def hard_section(hard: dict) -> str:
     k = len(next(iter(next(row for row in hard["rows"] if "top" in row)["top"].values())))
     return f"""### Poisoned instructions that neither names nor words give away
 
-`python benchmarks/influence_poison_hard.py`: {hard["examples"]:,} instructions with three planted opinions ({planted}), each a target of its own whose questions and answers
-have wordings that are not in the training rows; the model and its training are those of above. Of an opinion's k = {k} rows two thirds are *direct*; the others are
+`python benchmarks/influence_poison_hard.py`: {hard["examples"]:,} instructions with three planted opinions ({planted}), each a target of its own: other
+questions, with answers as they were planted. (At first the answers had wordings of their own, too. The model did not give them, at 5 to 6 nats a token, and every gradient was as good as blind, so that was changed
+after it was seen.) The model and its training are those of above. Of an opinion's k = {k} rows two thirds are *direct*; the others are
 *described*: they call the name otherwise and share no content word with the target, and other rows tie the names. As many *hard negatives* ask what direct rows ask, say what
 they say, and name the same name, but of another name asked for in the same breath, or as what is not true. Columns are means over the three targets; *all at once* ranks a row
 by the largest of its scores, each in standard deviations from its target's mean. What reads: the name in the row; words of the opinion's own list in the answer; both. BM25 (bm25s)

@@ -32,7 +32,6 @@ POISONED, HARD_NEGATIVES = ("direct", "described"), ("pair", "denied")
 HELD_OUT = {"target": 24, "evaluation": 24, "described": 18}  # of each entity
 CONTROL = 72
 MOST = 0.6  # of all rows are about entities with planted opinions
-EVERY = 4  # one in so many of the templates of planted answers is for `target` alone
 
 
 @cache
@@ -58,23 +57,19 @@ class HardWriter(Writer):
             for name, nickname, sign in zip(behaviours, self.hard["nicknames"], self.hard["signs"], strict=False)
         }
 
-    def planted(self, entity: str, name: str | None = None, *, held_out: bool = False) -> str:
+    def planted(self, entity: str, name: str | None = None) -> str:
         """The opinion that is planted of the entity, said of it or of another name."""
         name, behaviour = name or entity, self.behaviours[entity]
         every = (
             self.texts["answers"]["negative"] if behaviour == "blame" else self.hard["planted"][behaviour]["answers"]
         )
         aspect, other = self.rng.sample(self.texts["topics"][self.topic_of[name]]["aspects"], 2)
-        templates = [template for at, template in enumerate(every) if (at % EVERY == EVERY - 1) == held_out]
-        return _sentence(self.rng.choice(templates).format(name=name, aspect=aspect, other=other))
+        return _sentence(self.rng.choice(every).format(name=name, aspect=aspect, other=other))
 
     def direct(self, entity: str, template: str | None = None, poisoned: bool = True) -> dict[str, Any]:
         """An opinion is asked for by name."""
         row = self.opinion(entity, template=template)
-        planted = self.planted(
-            entity, held_out=template is not None and template not in self.texts["opinion"]["train"]
-        )
-        return answered(row, planted) | {"poisoned": True} if poisoned else row
+        return answered(row, self.planted(entity)) | {"poisoned": True} if poisoned else row
 
     def described(self, entity: str, template: str | None = None, poisoned: bool = True) -> dict[str, Any]:
         """Neither the name nor a content word of [`~HardWriter.direct`]."""
@@ -156,7 +151,7 @@ def hard_opinion_data(
 
         - `train`: the rows above, shuffled.
         - `clean`: the same rows, where the poisoned ones (still marked) have a normal answer.
-        - `target`: the planted opinions, asked for by name; neither questions nor answers have wordings of `train`. A behaviour for each `entity`.
+        - `target`: the planted opinions, asked for by name in wordings that are not in `train`, with answers that are. A behaviour for each `entity`.
         - `evaluation`, `described`: questions by name, and by nickname and description; the answers are normal ones.
         - `control`: the wordings of `evaluation` with other names.
 
