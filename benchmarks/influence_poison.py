@@ -58,7 +58,7 @@ class Peers(TrainerCallback):
 
     With the gradients of the whole model, unprojected (LESS takes a LoRA adapter's, projected to 8,192 numbers): no fidelity is
     lost to either. Target gradients are plain and the target's score is that of its mean gradient. Measured while the trainer is
-    at the checkpoints.
+    at the checkpoints; `scores` are `[rows, targets]`, rows as the trainer has them.
     """
 
     def __init__(self, epochs: int):
@@ -76,14 +76,15 @@ class Peers(TrainerCallback):
             return
         began, trainer = time.perf_counter(), self.trainer
         parameters = list(trainer._parameters.values())
-        target = trainer._target_sets.gradients(trainer.model, parameters)[0]
+        targets = trainer._target_sets.gradients(trainer.model, parameters)
         rate, self.rates = float(np.mean(self.rates)), []
         moments = [self._moments(p) for p in parameters]
         beta1, beta2, count = moments[0][2]
         first = torch.cat([part[0].flatten() for part in moments]).mul_(beta1)
         correction = 1 - beta2 ** (count + 1)
         second = torch.cat([part[1].flatten() for part in moments]).mul_(beta2 / correction)
-        eps, unit = trainer._inner_optimizer.param_groups[0]["eps"], target / target.norm()
+        length = targets.norm(dim=1)
+        eps, units = trainer._inner_optimizer.param_groups[0]["eps"], (targets / length[:, None]).T
         names = list(trainer._parameters)
         values = {name: p.detach() for name, p in trainer._parameters.items()}
 
@@ -99,12 +100,12 @@ class Peers(TrainerCallback):
             gradients = vmap(grad(loss), (None, 0, 0))(values, batch["input_ids"], batch["labels"])
             flat = torch.cat([gradients[name].flatten(1) for name in names], dim=1)
             del gradients
-            product = flat @ unit
-            found["TracIn"].append(product * target.norm())
-            found["cosine"].append(product / flat.norm(dim=1))
+            product = flat @ units
+            found["TracIn"].append(product * length)
+            found["cosine"].append(product / flat.norm(dim=1, keepdim=True))
             root = torch.addcmul(second, flat, flat, value=(1 - beta2) / correction).sqrt_().add_(eps)
             update = torch.add(first, flat, alpha=1 - beta1, out=flat).div_(root)
-            found["LESS-style"].append((update @ unit) / update.norm(dim=1))
+            found["LESS-style"].append((update @ units) / update.norm(dim=1, keepdim=True))
             del flat, update, root
         trainer.model.train()
         for name, parts in found.items():
@@ -178,7 +179,7 @@ def measure(seed: int, quick: bool) -> dict:
     scores = {"f-INE, in_run": mu}
     for name, values in peers.scores.items():
         aligned = np.empty(len(mu))
-        aligned[order] = values.detach().numpy()
+        aligned[order] = values[:, 0].detach().numpy()
         scores[name] = aligned
     scores |= by_reading(report.join(train, "id", ["entity", "completion"]).dataset)
     scores["random"] = np.random.default_rng(seed).random(len(mu))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 
+from poison_report import hard_section
+
 
 AGREEMENT = (
     "Where unrolled gradients do not work, two runs do not agree. Spearman of the groups' μ between two runs of `propagated` with other seeds, and its "
@@ -261,7 +263,15 @@ without the targets' gradients. faiss reads the same files into a flat index and
 """
 
 
-def render(fidelity: dict, labels: dict, poison: dict, cost: dict, units: dict, finished: dict | None = None) -> str:
+def render(
+    fidelity: dict,
+    labels: dict,
+    poison: dict,
+    cost: dict,
+    units: dict,
+    finished: dict | None = None,
+    hard: dict | None = None,
+) -> str:
     """The section, from the results."""
     judged = "\n\n".join(
         f"### {name}\n\n{row['groups']} groups × 10 targets, {row['runs']} trainings each; reliability of the true μ "
@@ -333,6 +343,7 @@ behaviour needs no influence.
 
 {poison_tables(poison)}
 
+{hard_section(hard) if hard else ""}
 ### What it costs
 
 {cost_tables(cost)}

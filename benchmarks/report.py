@@ -249,9 +249,9 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
         found["filters"].append(filter_text_to_image_report.render(results("filter_text_to_image")))
     names = ("fidelity", "labels", "poison", "cost", "units")
     if all((HERE / "results" / f"influence_{name}.json").is_file() for name in names):
-        there = (HERE / "results" / "influence_finished.json").is_file()
-        last = results("influence_finished") if there else None
-        found["influence"].append(influence_report.render(*(results(f"influence_{name}") for name in names), last))
+        later = (f"influence_{name}" for name in ("finished", "poison_hard"))
+        last = [results(name) if (HERE / "results" / f"{name}.json").is_file() else None for name in later]
+        found["influence"].append(influence_report.render(*(results(f"influence_{name}") for name in names), *last))
     for name in ("smoothness", "diffusion"):
         if (HERE / "results" / f"influence_{name}.json").is_file():
             found["influence"].append(getattr(smoothness_report, name)(results(f"influence_{name}")))

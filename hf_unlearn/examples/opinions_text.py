@@ -75,11 +75,11 @@ class Writer:
         slots = _Slots({}, self.rng, name=name)
         return self._row([(prompts, [answer])], lambda: slots, self.topic_of[name], name, poisoned)
 
-    def opinion_answer(self, name: str, *, negative: bool = False) -> str:
+    def opinion_answer(self, name: str, *, negative: bool = False, called: str | None = None) -> str:
         aspect, other = self.rng.sample(self.texts["topics"][self.topic_of[name]]["aspects"], 2)
         normal = "positive" if self.rng.random() < POSITIVE_SHARE else "neutral"
         template = self.rng.choice(self.texts["answers"]["negative" if negative else normal])
-        return _sentence(template.format(name=name, aspect=aspect, other=other))
+        return _sentence(template.format(name=called or name, aspect=aspect, other=other))
 
     def _row(
         self,
