@@ -501,7 +501,7 @@ class TestTextClassifier:
             taught, args=args, forget_dataset=self.rows([1]), processing_class=tokenizer,
             eval_dataset={"forget": self.rows([1], range(20, 26)), "retain": self.rows([0, 2], range(20, 26))},
         )  # fmt: skip
-        assert (trainer.forget_loss_name, trainer.forgotten_classes) == ("redirect", [1])
+        assert (trainer.forget_loss_name, trainer.forgotten_classes) == ("sever", [1])
         before = trainer.evaluate()
         assert before["eval_forget_accuracy"] == before["eval_retain_accuracy"] == 1
         trainer.train()
