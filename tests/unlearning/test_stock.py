@@ -266,7 +266,7 @@ def test_a_smaller_batch_begins_again_from_the_original(tiny_vit, tmp_path):
         model = copy.deepcopy(tiny_vit)
         args = arguments(
             tmp_path / str(size), per_device_train_batch_size=size, auto_find_batch_size=True, max_steps=4, guard=True,
-            guard_steps=1, utility_tolerance=1e9, optim="adamw_torch", learning_rate=1e-3,
+            guard_steps=1, utility_tolerance=1e9, optim="adamw_torch", learning_rate=1e-3, forget_loss="redirect",
         )  # fmt: skip
         trainer = trainer_class(model, args, forget_dataset=images(30, [3]))
         torch.manual_seed(0)
@@ -282,7 +282,7 @@ def test_a_smaller_batch_begins_again_from_the_original(tiny_vit, tmp_path):
 def test_the_best_checkpoint_without_a_guard(tiny_vit, tmp_path):
     args = arguments(
         tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        metric_for_best_model="eval_loss", greater_is_better=False, learning_rate=0.05,
+        metric_for_best_model="eval_loss", greater_is_better=False, learning_rate=0.05, forget_loss="redirect",
     )  # fmt: skip
     seen = {}
 
