@@ -18,8 +18,8 @@ class PBUConfig(UnlearnConfig):
     not collapse when there are hundreds.
 
     The paper's loss is `forget_weight · (−CE) + fisher_weight · Σ Fᵢ(θᵢ−θ*ᵢ)² + isotropic_weight · ‖θ−θ*‖²`, that is α, β
-    and γ. −CE has no lower bound, so by default the forget loss is `redirect`, which is
-    DELETE's (arXiv 2503.23751), with data-free replay beside it.
+    and γ. −CE has no lower bound, so by default the forget loss is `sever`: DELETE's (arXiv 2503.23751), features that no longer
+    point at the class, and a row of the head that is closed in the end; with data-free replay beside it.
     [`PBUConfig.paper`] is the paper's objective and schedule, with every safety off.
 
     The defaults were chosen on the validation split of scikit-learn's digits (docs/methods/pbu.md).
