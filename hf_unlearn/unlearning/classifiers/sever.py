@@ -63,14 +63,11 @@ def close_rows(head: nn.Linear, forgotten: Sequence[int], gap: float) -> None:
         forgotten (`list[int]`): rows to close; at least one other remains.
         gap (`float`): nats below the mean of the other logits.
     """
-    rows, others = [*forgotten], head.out_features - len(forgotten)
-    mixed = torch.eye(head.out_features, device=head.weight.device)
-    mixed[rows] = 1 / others
-    mixed[:, rows] = 0
-    lowered = torch.zeros(head.out_features, device=head.weight.device)
-    lowered[rows] = gap
-    weight, bias = mixed @ whole(head.weight).float(), mixed @ whole(head.bias).float() - lowered
-    for parameter, value in ((head.weight, weight), (head.bias, bias)):
+    closed = torch.zeros(head.out_features, dtype=torch.bool)
+    closed[[*forgotten]] = True
+    for parameter, lower in ((head.weight, 0.0), (head.bias, gap)):
+        value = whole(parameter).clone()
+        value[closed] = (value[~closed].float().mean(0) - lower).to(value.dtype)
         own(parameter).copy_(own(sharded_like(value, parameter)))
 
 
