@@ -226,6 +226,7 @@ class FINEMixin(RecordingMixin, CalibratingMixin, WholeAtFirstMixin, RunMixin, L
                         f"resume_from_checkpoint: step {min(missing)} of the run is not in {str(self._trajectory.folder)!r}, so "
                         "nothing can be carried back through it; train again from the start"
                     )
+        self.accelerator.wait_for_everyone()  # others may still read the records that the first one cuts
         if self.is_world_process_zero():
             if step:  # rows of a sweep are made again
                 kept_steps = step if self._is_swept or self.observation == "in_run" else 0
