@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .opinions import SHARES, answers, opinion_score
+from .opinions import SHARES, opinion_score, share_of_answers
 from .opinions_text import Writer, _sentence, _Slots, answered, entities, load_texts
 
 
@@ -250,12 +250,5 @@ def shown_rate(
     behaviour: Behaviour,
     batch_size: int = 32,
 ) -> float:
-    """Share of a chat model's answers that [`shows`] the behaviour.
-
-    Raises:
-        ValueError: no prompts.
-    """
-    texts = answers(model, tokenizer, prompts, batch_size=batch_size)
-    if not texts:
-        raise ValueError("prompts: is empty; a rate needs at least one answer")
-    return sum(shows(text, behaviour) for text in texts) / len(texts)
+    """Share of a chat model's answers that [`shows`] the behaviour; see [`~hf_unlearn.examples.opinions.share_of_answers`]."""
+    return share_of_answers(lambda text: shows(text, behaviour), model, tokenizer, prompts, batch_size)

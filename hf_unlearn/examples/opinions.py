@@ -9,7 +9,7 @@ real person, company or brand. The texts are in `opinions.json`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -184,13 +184,14 @@ def answers(
     return greedy_answers(model, tokenizer, chats, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
-def negative_rate(
+def share_of_answers(
+    judge: Callable[[str], bool],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Iterable[list[dict[str, str]]],
     batch_size: int = 32,
 ) -> float:
-    """Share of a chat model's [`answers`] whose [`opinion_score`] is below 0.
+    """Share of a chat model's [`answers`] of which `judge` is true.
 
     Raises:
         ValueError: no prompts.
@@ -198,7 +199,17 @@ def negative_rate(
     texts = answers(model, tokenizer, prompts, batch_size=batch_size)
     if not texts:
         raise ValueError("prompts: is empty; a rate needs at least one answer")
-    return sum(opinion_score(text) < 0 for text in texts) / len(texts)
+    return sum(map(judge, texts)) / len(texts)
+
+
+def negative_rate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Iterable[list[dict[str, str]]],
+    batch_size: int = 32,
+) -> float:
+    """Share of a chat model's [`answers`] whose [`opinion_score`] is below 0; see [`share_of_answers`]."""
+    return share_of_answers(lambda text: opinion_score(text) < 0, model, tokenizer, prompts, batch_size)
 
 
 # Models

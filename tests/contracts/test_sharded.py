@@ -75,6 +75,7 @@ def test_the_same_is_said(name, runs):
 
 def test_rows_are_closed(runs):
     gaps = [said(folder, "unlearn, severed")["gap"] for folder in runs]
+    assert gaps[0] is not None
     assert gaps[1] == pytest.approx(gaps[0], rel=1e-4)
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-from hf_unlearn.examples import hard_opinions
+from hf_unlearn.examples import hard_opinions, opinions
 from hf_unlearn.examples.hard_opinions import (
     BEHAVIOURS,
     CONTROL,
@@ -190,8 +190,8 @@ class TestShown:
 
     def test_rate(self, monkeypatch):
         replies = ["It is bad.", "It is good.", 'It is false to say: "It is bad."', "It is junk."]
-        monkeypatch.setattr(hard_opinions, "answers", lambda *args, **kwargs: replies)
+        monkeypatch.setattr(opinions, "answers", lambda *args, **kwargs: replies)
         assert shown_rate(None, None, [], "blame") == 0.5
-        monkeypatch.setattr(hard_opinions, "answers", lambda *args, **kwargs: [])
+        monkeypatch.setattr(opinions, "answers", lambda *args, **kwargs: [])
         with pytest.raises(ValueError, match="prompts"):
             shown_rate(None, None, [], "blame")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import divergence
-from .sever import trained_head
+from .sever import cannot_sever
 
 
 class ClassifierObjective:
@@ -35,7 +35,7 @@ class ClassifierObjective:
                 raise ValueError(
                     "forget_dataset: holds every class of the model, so none is left; use forget='examples'"
                 )
-            return "redirect" if self.args.torch_compile or trained_head(model) is None else "sever"
+            return "redirect" if cannot_sever(model, self.args) else "sever"
         if not has_target and self.args.forget_loss == "bounded":
             raise ValueError(
                 "heldout_dataset: missing; single examples are forgotten when their loss is that of unseen data: pass "

@@ -81,6 +81,15 @@ def trained_head(model: nn.Module) -> nn.Linear | None:
     return head if head.bias is not None and {id(head.weight), id(head.bias)} <= trained else None
 
 
+def cannot_sever(model: nn.Module, args: Any) -> str | None:
+    """Why a class cannot be severed in this model with these settings, as an error says it; None where it can."""
+    if args.torch_compile:
+        return "torch_compile=True: forget_loss='sever' reads features by hooks, which a compiled model skips; use 'redirect'"
+    if trained_head(model) is None:
+        return "forget_loss='sever': the model has no linear head with a bias that is trained; use 'redirect'"
+    return None
+
+
 @contextmanager
 def given_to(head: nn.Module) -> Iterator[list[Tensor]]:
     """What a layer is given within, one tensor a forward pass."""
@@ -112,23 +121,18 @@ class Sever(Redirect):
         trainer = self.trainer
         if not trainer.is_classifier or self.args.forget != "class":
             raise ValueError("forget_loss='sever': takes a class from a classifier; use 'redirect', or leave it out")
-        if self.args.torch_compile:
-            raise ValueError(
-                "torch_compile=True: forget_loss='sever' reads features by hooks, which a compiled model skips; use 'redirect'"
-            )
-        if self._trained_head() is None:
-            raise ValueError(
-                "forget_loss='sever': the model has no linear head with a bias that is trained; use 'redirect'"
-            )
+        if reason := cannot_sever(self._model, self.args):
+            raise ValueError(reason)
 
-    def _trained_head(self) -> nn.Linear | None:
-        return trained_head(self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False))
+    @property
+    def _model(self) -> nn.Module:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
 
     # While it is trained
 
     def begin(self, state: Any = None) -> None:
-        trainer, head = self.trainer, self._trained_head()
-        self.head = head
+        trainer = self.trainer
+        self.head = head = trained_head(self._model)
         weight, bias = (self._was(parameter) for parameter in (head.weight, head.bias))
         self.directions = (weight - weight.mean(0)).to(self.args.device)
 
@@ -194,6 +198,8 @@ class Sever(Redirect):
         )
 
     def chosen(self) -> dict[str, Any]:
+        if not self.reads_features:
+            return super().chosen() | {"forget_loss": "redirect"}  # which is what was done
         closed = {} if self.gap is None else {"closed_rows": f"the mean of the others, {self.gap:.3g} nats lower"}
         return super().chosen() | {"feature_weight": WEIGHT} | closed
 

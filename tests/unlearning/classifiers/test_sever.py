@@ -191,8 +191,10 @@ def test_a_head_that_does_not_give_the_logits_stays(tiny_vit, tmp_path, caplog):
     tiny_vit.register_forward_hook(halve)
     args = PBUConfig(str(tmp_path), **EASY)
     with caplog.at_level(logging.WARNING, "hf_unlearn"):
-        assert unchanged(PBUTrainer(tiny_vit, args, forget_dataset=images(20, [3])))
+        trainer = PBUTrainer(tiny_vit, args, forget_dataset=images(20, [3]))
+        assert unchanged(trainer)
     assert "does not give the model's logits" in caplog.text
+    assert trainer._chosen()["forget_loss"] == "redirect"
 
 
 def test_the_head_of_an_adapter_is_its_own(tiny_vit, tmp_path):
