@@ -207,7 +207,7 @@ def main() -> None:
     for name, found in result["runs"].items():
         print(name)
         for score, row in found.items():
-            curve = "  ".join(f"{float(share):.0%} {value:.2f}" for share, value in row["jaccard"].items())
+            curve = "  ".join(f"{100 * float(share):.0f} % {value:.2f}" for share, value in row["jaccard"].items())
             print(f"  {score:34} recall at 20 % {np.mean(row['recall']['0.2']):.3f}   Jaccard {curve}")
 
 

@@ -103,7 +103,7 @@ def fit_table(growth: dict[str, Any], shapes: dict[str, Any]) -> str:
     for row, of_memory, of_time in zip(along_parameters(growth), memory.errors, time.errors, strict=True):
         lines.append(
             f"| {row['part']} | {row['parameters'] / 1e6:.1f} M | {row['operations'] / 1e9:.1f} G | {counted_bytes(row, shapes) / 2**20:.0f} | {row['mb']:.0f} | "
-            f"{of_memory:+.0%} | {row['seconds']:.2f} | {of_time:+.0%} |"
+            f"{100 * of_memory:+.0f} % | {row['seconds']:.2f} | {100 * of_time:+.0f} % |"
         )
     return "\n".join(lines)
 
@@ -149,7 +149,7 @@ def prediction_table(growth: dict[str, Any], shapes: dict[str, Any], influence: 
     for case in cases(growth, influence):
         for gpus in GPUS:
             said = predicted(case, shapes[case.shape], gpus, memory, shares)
-            parts = [f"{said[name] / said['seconds']:.0%}" for name in ("compute", "passing", "network")]
+            parts = [f"{100 * (said[name] / said['seconds']):.0f} %" for name in ("compute", "passing", "network")]
             over = said["memory"] / CAPACITY
             room = " (does not fit)" if over > 1 else " (may not fit)" if over * (1 + memory.worst) > 1 else ""
             lines.append(
@@ -262,16 +262,16 @@ The model is `benchmarks/cost_model.py`. For a step on n examples, with the oper
 - **network**: DDP reduces the gradients once; FSDP2 gathers the weights for each pass, and scatters the gradients.
 
 Its constants, fitted by least squares of relative errors on the steps of the table below, three sizes of five steps: the slope of memory is {memory.constants[0]:.2f}
-(worst error {memory.worst:.0%}); a step takes {time.constants[0] * 1e9:.3g} s for each 10⁹ operations, {time.constants[1] * 1e9:.2g} s for each 10⁹ parameters and {time.constants[2]:.2g} s besides
-(worst error {time.worst:.0%}).
-That is {utilisation:.0%} of the operations and {efficiency:.0%} of the bytes a second that this processor's best product and copy reach.{apart}
+(worst error {100 * memory.worst:.0f} %); a step takes {time.constants[0] * 1e9:.3g} s for each 10⁹ operations, {time.constants[1] * 1e9:.2g} s for each 10⁹ parameters and {time.constants[2]:.2g} s besides
+(worst error {100 * time.worst:.0f} %).
+That is {100 * utilisation:.0f} % of the operations and {100 * efficiency:.0f} % of the bytes a second that this processor's best product and copy reach.{apart}
 
 {fit_table(growth, shapes)}
 
 ## Predictions for GPUs
 
 **Nothing in this table was measured on a GPU.** Data sheet of an H200: {RATE / 1e12:.0f} T operations a second in bf16, {BANDWIDTH / 1e12:.1f} TB/s, {CAPACITY / GB:.0f} GB; {INSIDE / GB:.0f} GB/s to the {A_MACHINE - 1}
-others of a machine, {OUTSIDE / GB:.0f} GB/s to another machine. {ASSUMED:.0%} of the operations are assumed to be reached, as Llama 3
+others of a machine, {OUTSIDE / GB:.0f} GB/s to another machine. {100 * ASSUMED:.0f} % of the operations are assumed to be reached, as Llama 3
 405B's training did on H100s (38 to 43 %, [arXiv 2407.21783](https://arxiv.org/abs/2407.21783)), and of the bandwidth the share above: the weakest assumptions, by which seconds may be
 off by a factor of two. Memory may be off by the error above and by what kernels and the allocator hold besides. Each GPU takes one text of 2,048 tokens to forget and two to keep, or 4 (SDXL: 2)
 latents to forget and as many to keep; activation checkpointing for the Llama. LoRA and U-Nets run under DDP, a whole Llama under FSDP2.

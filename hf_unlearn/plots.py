@@ -163,7 +163,7 @@ def ranked_mu(
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color="#868e96", linewidth=1, zorder=1)
-    interval = f"{confidence:.0%} interval"
+    interval = f"{100 * confidence:.0f} % interval"
     few, shown = len(mu) <= READABLE, (low, high)
     if few:
         known = np.isfinite(low) & np.isfinite(high)

@@ -61,7 +61,7 @@ def page(report: AuditFindings, path: str | Path, drawn: str | Path | None = Non
                 parts=PARTS,
                 models=_models(report),
                 headings=HEADINGS,
-                confidence=f"{CONFIDENCE:.0%}",
+                confidence=f"{100 * CONFIDENCE:.0f} %",
             ),
             encoding="utf-8",
         )
@@ -102,7 +102,7 @@ def _spread(one: CheckResult) -> dict[str, Any]:
     """A check's line over training seeds: the mean of one audit, its standard deviation, and the shares of its variance."""
     found = one.over_seeds
     whole = sum(found[part] for part in PARTS)
-    shares = [f"{found[part] / whole:.0%}" if whole else "–" for part in PARTS]
+    shares = [f"{100 * (found[part] / whole):.0f} %" if whole else "–" for part in PARTS]
     return {"title": one.title, "cells": [one.shown(found["mean"]), one.shown(found["sd"]), *shares]}
 
 

@@ -175,7 +175,7 @@ def hard_opinion_data(
     if not counts["described"] or n_others < (1 - MOST) * n_examples:
         raise ValueError(
             f"rate={rate}: of n_examples={n_examples} rows {n_examples - n_others} would be about entities; needs one of each kind, "
-            f"and at most {MOST:.0%} of the rows"
+            f"and at most {100 * MOST:.0f} % of the rows"
         )
 
     writer = HardWriter(seed, behaviours)

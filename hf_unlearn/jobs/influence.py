@@ -182,8 +182,8 @@ def tell(
             )
             faulty = [value for value, hit in zip(rows["sample_id"][:], marked, strict=True) if hit]
             out.print(
-                f"{target}: {found} of {marked.sum()} rows with {check} ({found / max(1, marked.sum()):.0%}) among the {looked} "
-                f"examples with the largest μ ({INSPECTED:.0%}), {other} among those with the smallest",
+                f"{target}: {found} of {marked.sum()} rows with {check} ({100 * (found / max(1, marked.sum())):.0f} %) among the {looked} "
+                f"examples with the largest μ ({100 * INSPECTED:.0f} %), {other} among those with the smallest",
                 markup=False,
             )
             if target == "self" and np.isfinite(report.observations.mean_margin()).any():

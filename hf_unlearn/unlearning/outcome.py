@@ -102,13 +102,13 @@ class OutcomeMixin:
     def _forgotten_how_far(self, outcome: Outcome) -> str:
         now, original = outcome.now, outcome.original
         what = "forget examples" if self.is_classifier else "forget texts"
-        known, loss = f"{original['known']:.1%} before", f"{original['loss']:.3g} before"
+        known, loss = f"{100 * original['known']:.1f} % before", f"{original['loss']:.3g} before"
         if self.args.forget == "class":
-            known += f", target {self.args.forget_accuracy:.1%}"
+            known += f", target {100 * self.args.forget_accuracy:.1f} %"
         elif self.heldout_loss is not None:
             loss += f", target {self.heldout_loss:.3g}"
         right = "right" if self.is_classifier else "word for word"
-        return f"{now['known']:.1%} of the {what} are answered {right} ({known}), their loss is {now['loss']:.3g} nats ({loss})"
+        return f"{100 * now['known']:.1f} % of the {what} are answered {right} ({known}), their loss is {now['loss']:.3g} nats ({loss})"
 
     @property
     def outcome_figures(self) -> list[Figure]:
@@ -155,7 +155,7 @@ class OutcomeMixin:
         if now["loss"] - original["loss"] <= DEFAULT_TOLERANCE["loss"]:  # what counts as no change where data are kept
             return f"a loss of {now['loss']:.3g} nats, {original['loss']:.3g} before"
         if not self.is_classifier and now["known"] > original["known"] / 2:
-            return f"{now['known']:.1%} of the texts are known word for word, {original['known']:.1%} before"
+            return f"{100 * now['known']:.1f} % of the texts are known word for word, {100 * original['known']:.1f} % before"
         return None
 
     @property

@@ -117,7 +117,7 @@ class TestRepeated:
         text = (folder / "audit.html").read_text().partition("Over training seeds")[2].partition("</table>")[0]
         (line,) = [row for row in text.split("<tr>") if one.title in row]
         parts = [one.over_seeds[part] for part in ("training", "unlearning", "evaluation")]
-        shares = [f"{part / sum(parts):.0%}" for part in parts]
+        shares = [f"{100 * (part / sum(parts)):.0f} %" for part in parts]
         assert re.findall(r"<td>([^<]*)</td>", line) == [
             one.shown(one.over_seeds["mean"]),
             one.shown(one.over_seeds["sd"]),

@@ -132,7 +132,7 @@ class TestWrongLabels:
         assert wrong == 215
         assert found > 0.4 * wrong  # 0.67 ± 0.03 over 4 seeds; a guess finds 0.20 ± 0.03
         assert (
-            f"self: {found} of 215 rows with wrong ({found / 215:.0%}) among the 215 examples with the largest μ (20%)"
+            f"self: {found} of 215 rows with wrong ({100 * (found / 215):.0f} %) among the 215 examples with the largest μ (20 %)"
             in shown
         )
         table = [line for line in shown.splitlines() if line.startswith("│ self")]
@@ -227,7 +227,7 @@ class TestPoison:
             assert f"], {row['n_examples']} examples" in shown
         found, marked = found_first(report, "poisoned")  # what no step has seen is not found
         assert marked == 80
-        assert f"target: {found} of 80 rows with poisoned ({found / 80:.0%}) among the 400 examples" in shown
+        assert f"target: {found} of 80 rows with poisoned ({100 * (found / 80):.0f} %) among the 400 examples" in shown
         plots = out / "_private/plots"
         assert {path.name for path in plots.iterdir()} == {"influence_ranked.png", "influence_groups.png"}
         assert all(map(is_picture, plots.iterdir()))
@@ -400,7 +400,9 @@ class TestTargets:
             mu = np.array(report.select(target=target)["mu"][:])
             first = np.argsort(np.where(np.isfinite(mu), -mu, np.inf), kind="stable")[:13]
             found = sum(i % 8 == 0 and bool(np.isfinite(mu[i])) for i in first)
-            assert f"{target}: {found} of 8 rows with faulty ({found / 8:.0%}) among the 13 examples" in shown
+            assert (
+                f"{target}: {found} of 8 rows with faulty ({100 * (found / 8):.0f} %) among the 13 examples" in shown
+            )
             for row in report.group("batch", target):
                 assert f"{target} batch={row['group']}: μ {row['mu']:+.2f} [" in shown
         names = {path.name for path in (tmp_path / "out/_private/plots").iterdir()}

@@ -65,7 +65,7 @@ class TestTexts:
         outcome = trainer.outcome
         assert (outcome.original["known"], outcome.original["loss"]) == pytest.approx(before, rel=1e-4)
         assert (outcome.now["known"], outcome.now["loss"]) == pytest.approx(after, rel=1e-4)
-        assert f"{after[0]:.1%} of the forget texts are answered word for word (100.0% before)" in line
+        assert f"{100 * after[0]:.1f} % of the forget texts are answered word for word (100.0 % before)" in line
         assert ("kept is step 4" in line) == guard
         said = (
             f"What was to be forgotten is as likely as before: a loss of {after[1]:.3g} nats, {before[1]:.3g} before."
@@ -94,7 +94,10 @@ class TestClassifiers:
         trainer = PBUTrainer(tiny_resnet, args, forget_dataset=rows)
         line = ended(trainer)
         assert trainer.outcome.remembered == pytest.approx(share - 0.01)
-        assert f"{share:.1%} of the forget examples are answered right ({share:.1%} before, target 1.0%)" in line
+        assert (
+            f"{100 * share:.1f} % of the forget examples are answered right ({100 * share:.1f} % before, target 1.0 %)"
+            in line
+        )
         assert "what was lost elsewhere is not known" in line
         (failed,) = trainer.failed_checks
         assert failed.startswith(

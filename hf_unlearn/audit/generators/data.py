@@ -173,12 +173,12 @@ def generator_data(
         raise ValueError(f"forget: has no images, and {type(audited.model).__name__} takes no prompts; pass images")
     if len(forgotten) and (found := float(known(forgotten.pixels)[0].double().mean())) < 0.5:
         raise ValueError(
-            f"marker: takes {found:.0%} of the forget images for what was to be forgotten; it must see the kind in most of them"
+            f"marker: takes {100 * found:.0f} % of the forget images for what was to be forgotten; it must see the kind in most of them"
         )
     false_alarms = float(known(kept.pixels)[0].double().mean()) if len(kept) else 0.0
     if false_alarms > 0.5:
         raise ValueError(
-            f"marker: takes {false_alarms:.0%} of the retained images for what was to be forgotten; it must see the kind in few of them"
+            f"marker: takes {100 * false_alarms:.0f} % of the retained images for what was to be forgotten; it must see the kind in few of them"
         )
     others = unseen.pixels if len(unseen) else kept.pixels
     real = others[~known(others)[0]] if len(others) else others

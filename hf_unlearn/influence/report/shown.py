@@ -54,7 +54,7 @@ class Shown(PublishedReport):
         targets = self._some_targets(target)
         features = self.dataset.features
         joined = [name for name in self._joined if getattr(features[name], "dtype", None) in SHORT]
-        interval = f"{self.confidence:.0%} interval"
+        interval = f"{100 * self.confidence:.0f} % interval"
         unseen = self.manifest.get("unseen") or {}
         missed = f" {100 * unseen['share']:.1f} % of the trainable parameters were not seen." if unseen else ""
         table = Table(

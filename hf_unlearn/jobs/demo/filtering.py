@@ -89,8 +89,8 @@ def play(stage: Stage, encoder: str, looks: str) -> Filtered:
     )
     stage.say(f"the filter promises: {act.promise}")
     stage.say(
-        f"of {FRESH:,} fresh samples {act.share_before:.1%} show a {stage.forgotten}, of those released {act.share_after:.1%}; "
-        f"{act.false_alarms:.1%} of the others are held back"
+        f"of {FRESH:,} fresh samples {100 * act.share_before:.1f} % show a {stage.forgotten}, of those released {100 * act.share_after:.1f} %; "
+        f"{100 * act.false_alarms:.1f} % of the others are held back"
     )
     return act
 

@@ -61,8 +61,8 @@ def play(stage: Stage, rows: Dataset) -> Found:
     all_within = 1 + max(rank for rank, wrong in enumerate(ranking["wrong"]) if wrong)
     found = Found(train, suspects, all_within, report, trainer.args.output_dir)
     stage.say(
-        f"of the {planted} most suspicious images {found.hits} are those: precision and recall {found.hits / planted:.0%}, "
-        f"by chance {planted / len(train):.1%}; all {planted} are among the first {all_within}"
+        f"of the {planted} most suspicious images {found.hits} are those: precision and recall {100 * (found.hits / planted):.0f} %, "
+        f"by chance {100 * (planted / len(train)):.1f} %; all {planted} are among the first {all_within}"
     )
     return found
 

@@ -78,7 +78,7 @@ def forget_answers(stage: Stage, found: Found, splits: DatasetDict) -> Corrected
     for name, one in said.items():
         stage.say(
             f"{name:9}  the wrong label {one.wrong:2}, the digit itself {one.right:2} of {len(one.said)}; "
-            f"test accuracy {one.accuracy:.1%}"
+            f"test accuracy {100 * one.accuracy:.1f} %"
         )
     return Corrected(trainer, retrained, said)
 
@@ -130,7 +130,7 @@ def forget_class(stage: Stage, corrected: Corrected, found: Found, splits: Datas
     forgotten = Forgotten(trainer, forget, retain, retrained, accuracy)
     for name in folders:
         on_it, on_others = forgotten.on(name, digit)
-        stage.say(f"{name:9}  accuracy on the {digit} {on_it:6.1%}, on the others {on_others:.1%}")
+        stage.say(f"{name:9}  accuracy on the {digit} {100 * on_it:5.1f} %, on the others {100 * on_others:.1f} %")
     return forgotten
 
 

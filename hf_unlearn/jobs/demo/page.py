@@ -97,15 +97,14 @@ def measured(
     (was, others_were), (is_now, others_are) = (forgotten.on(name, digit) for name in ("original", "unlearned"))
     lines = checks(report)
     within = sum(one["status"] == "within" for one in lines)
-    cards = [
+    return [
         Card("Find", f"{found.hits} of {planted}", f"wrong labels are among the {planted} most suspicious of {rows:,} images; by chance {planted**2 / rows:.1f}"),
         Card("Forget answers", f"{before} → {after}", f"of {planted} mislabelled images are called by their wrong label"),
-        Card("Forget a class", f"{was:.1%} → {is_now:.1%}", f"right answers on the digit {digit}; on the others {others_were:.1%} → {others_are:.1%}"),
+        Card("Forget a class", f"{100 * was:.1f} % → {100 * is_now:.1f} %", f"right answers on the digit {digit}; on the others {100 * others_were:.1f} % → {100 * others_are:.1f} %"),
         Card("Verify", report.verdict.word, f"{within} of {len(lines)} checks find no more than in models that never saw it"),
-        Card("Filter", f"{filtered.share_before:.1%} → {filtered.share_after:.1%}", f"of a generator's samples show a {digit}, after {filtered.marks} marks"),
+        Card("Filter", f"{100 * filtered.share_before:.1f} % → {100 * filtered.share_after:.1f} %", f"of a generator's samples show a {digit}, after {filtered.marks} marks"),
         Card("Publish", f"{published.same['answers']} of {published.same['asked']}", "answers are the same from a new process that loads it with stock classes"),
     ]  # fmt: skip
-    return [Card(one.verb, one.number.replace("%", " %"), one.words.replace("%", " %")) for one in cards]
 
 
 def suspects(found: Found, digits: dict[int, int]) -> list[dict[str, Any]]:

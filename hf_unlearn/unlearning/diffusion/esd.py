@@ -147,4 +147,4 @@ class ESDTrainer(DiffusionUnlearnTrainer):
         return {"away": away, "loss": away}
 
     def _forgotten_how_far(self, outcome: Outcome) -> str:
-        return f"the answers went {self._way(outcome):.0%} of the way that was asked for"
+        return f"the answers went {100 * self._way(outcome):.0f} % of the way that was asked for"

@@ -252,12 +252,12 @@ class DenoisingMixin:
         said = f"the denoising error on the forget set is {now['error']:.4g} ({original['error']:.4g} before"
         said += ")" if self.heldout_loss is None else f", target {self.heldout_loss:.4g})"
         way = self._way(outcome)
-        return said if way is None else f"{said}, and the answers went {way:.0%} of the way that was asked for"
+        return said if way is None else f"{said}, and the answers went {100 * way:.0f} % of the way that was asked for"
 
     def _as_before(self, outcome: Outcome) -> str | None:
         way = self._way(outcome)
         if way is not None:
-            return f"the answers went {way:.0%} of the way that was asked for" if way < LITTLE else None
+            return f"the answers went {100 * way:.0f} % of the way that was asked for" if way < LITTLE else None
         now, original = outcome.now["error"], outcome.original["error"]
         if now <= (1 + UNCHANGED) * original:
             return f"a denoising error of {now:.4g}, {original:.4g} before"

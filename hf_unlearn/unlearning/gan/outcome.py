@@ -76,7 +76,7 @@ class GANOutcomeMixin:
         """In one sentence: how much is left of what was to be forgotten."""
         said = "how much is left of what was to be forgotten is not known, the marks are too few to tell"
         if self.outcome is not None:
-            said = f"{self.outcome.after:.1%} of the samples show what was to be forgotten ({self.outcome.before:.1%} before)"
+            said = f"{100 * self.outcome.after:.1f} % of the samples show what was to be forgotten ({100 * self.outcome.before:.1f} % before)"
         kept = f"kept is step {self._steps_taken:,}" if self.guard else "quality was not looked at (guard=False)"
         return f"{type(self).__name__}, {self.state.global_step:,} steps: {said}; {kept}"
 
@@ -94,4 +94,4 @@ class GANOutcomeMixin:
         drawn = self.outcome
         if drawn is None or drawn.after <= drawn.before / 2:
             return None
-        return f"What was to be forgotten is still drawn: {drawn.after:.1%} of the samples show it, {drawn.before:.1%} before."
+        return f"What was to be forgotten is still drawn: {100 * drawn.after:.1f} % of the samples show it, {100 * drawn.before:.1f} % before."

@@ -203,7 +203,7 @@ class RedirectMixin:
     def nothing_to_forget(self) -> str:
         return (
             "the original knows the forget texts no better than if they were about somebody whom it never met "
-            f"({self.others['known']:.1%} word for word, probability {self.others['probability']:.3g})"
+            f"({100 * self.others['known']:.1f} % word for word, probability {self.others['probability']:.3g})"
         )
 
     @of_redirect
@@ -258,7 +258,7 @@ class RedirectMixin:
         now, before = outcome.now["probability"], outcome.original["probability"]
         others = self.others
         return (
-            f"{said}, their probability {now:.3g} ({before:.3g} before); about somebody else {others['known']:.1%} would be, with "
+            f"{said}, their probability {now:.3g} ({before:.3g} before); about somebody else {100 * others['known']:.1f} % would be, with "
             f"probability {others['probability']:.3g}"
         )
 

@@ -84,8 +84,8 @@ class TestData:
             ({"marker": classes}, "^marker: gives class numbers, and the forget rows have no label"),
             ({"marker": lambda shown: shown.mean((1, 2, 3))}, "^marker: gives torch.float32"),
             ({"marker": lambda shown: torch.zeros(3, dtype=torch.bool)}, r"^marker: gives torch.bool of shape \[3\]"),
-            ({"forget": RETAIN}, "^marker: takes 0% of the forget images"),
-            ({"retain": FORGET}, "^marker: takes 100% of the retained images"),
+            ({"forget": RETAIN}, "^marker: takes 0 % of the forget images"),
+            ({"retain": FORGET}, "^marker: takes 100 % of the retained images"),
         ],
     )
     def test_what_does_not_fit_is_refused(self, change, message):

@@ -339,7 +339,8 @@ class TestSaving:
         assert failed.startswith("What was to be forgotten is still drawn: ")
         assert f"not passed: {failed}" in [record.getMessage() for record in caplog.records]
         assert (
-            f"AdaptThenUnlearnTrainer, 1 steps: {trainer.outcome.after:.1%} of the samples" in capsys.readouterr().out
+            f"AdaptThenUnlearnTrainer, 1 steps: {100 * trainer.outcome.after:.1f} % of the samples"
+            in capsys.readouterr().out
         )
         card = trainer.model_card(tmp_path).content
         assert failed in card

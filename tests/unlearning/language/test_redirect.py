@@ -291,7 +291,7 @@ class TestWhatIsSaid:
         trainer.train()
         assert trainer.state.global_step == 0
         assert same(before, weights(parrot))
-        why = "the original knows the forget texts no better than if they were about somebody whom it never met (0.0% word for word, "
+        why = "the original knows the forget texts no better than if they were about somebody whom it never met (0.0 % word for word, "
         assert trainer.failed_checks[0].startswith(f"Nothing was there to forget before the first step: {why}")
         assert any(line.startswith(f"forgotten before the first step: {why}") for line in self.said(caplog))
         trainer.save_model()

@@ -538,7 +538,7 @@ def test_with_retained_data_the_other_answers_stay(taught, tokenizer, tmp_path, 
             assert (trainer.forget_loss_name, trainer.replay_weight) == ("npo", 0)
             assert (trainer.guard.best.step, trainer.failed_checks) == (20, [])
             assert retained.max() < 0.3
-            assert "0.0% of the forget texts are answered word for word (100.0% before)" in capsys.readouterr().out
+            assert "0.0 % of the forget texts are answered word for word (100.0 % before)" in capsys.readouterr().out
             assert not [record for record in caplog.records if record.name.startswith("hf_unlearn")]
         else:  # 5 of 9 on the seed this was measured with
             assert any(failed.startswith("Utility fell by") for failed in trainer.failed_checks)
