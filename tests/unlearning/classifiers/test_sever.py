@@ -11,7 +11,8 @@ from transformers import AutoModelForImageClassification
 from hf_unlearn import PBUConfig, PBUTrainer, UnlearnConfig, UnlearnTrainer
 from hf_unlearn.examples.classifier import digits_model, digits_processor, predict
 from hf_unlearn.training.losses import cross_entropy
-from hf_unlearn.unlearning.classifiers.sever import WEIGHT, close_rows, severed
+from hf_unlearn.unlearning.classifiers.sever import WEIGHT, Sever, close_rows, severed
+from hf_unlearn.unlearning.forget_loss import ForgetLoss, Match, Redirect
 
 
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
@@ -160,10 +161,15 @@ def test_what_is_still_known_is_not_hidden(tiny_vit, tmp_path):
     assert unchanged(PBUTrainer(tiny_vit, args, forget_dataset=rows))
 
 
-@pytest.mark.parametrize("given", [{"forget_loss": "redirect"}, {"forget": "examples", "heldout_loss": 2.0}])
-def test_other_goals_and_losses_leave_rows_alone(given, tiny_vit, tmp_path):
-    args = UnlearnConfig(str(tmp_path), **QUIET, learning_rate=0.0, max_steps=1, forget_accuracy=0.99, **given)
-    assert unchanged(UnlearnTrainer(tiny_vit, args, forget_dataset=images(20, [3])))
+@pytest.mark.parametrize(
+    ("given", "loss"),
+    [({}, Sever), ({"forget_loss": "redirect"}, Redirect), ({"forget": "examples", "heldout_loss": 2.0}, Match)],
+)
+def test_rows_are_closed_for_a_class_only_and_by_no_other_loss(given, loss, tiny_vit, tmp_path):
+    args = UnlearnConfig(str(tmp_path), **QUIET, **given)
+    trainer = UnlearnTrainer(tiny_vit, args, forget_dataset=images(20, [3]))
+    assert type(trainer.forgetting) is loss
+    assert (loss.ended is not ForgetLoss.ended) == (loss is Sever)
 
 
 # `forget_accuracy=0.99`: an untrained model counts as one that has forgotten.
