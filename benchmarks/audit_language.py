@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,8 +75,7 @@ def audited(recipe: FactsRecipe, model: Path, references: int, checks: str | Seq
 
 def run(
     recipe: FactsRecipe, cases: list[str], seeds: int, references: int, checks: str | Sequence[str], **overrides
-) -> list[dict]:
-    rows = []
+) -> Iterator[dict]:
     for seed in range(seeds):
         for case in cases:
             one, began = replace(recipe, seed=seed), time.perf_counter()
@@ -85,9 +84,8 @@ def run(
             report = audited(one, model, references, checks)
             row = row_of(report, case, seed, None)
             row |= {"seconds": report.seconds, "estimated": report.estimated_seconds, "right": CASES[case]}
-            rows.append(row)
             print(f"seed {seed}: {case:10} {report.verdict} ({time.perf_counter() - began:.0f} s)", flush=True)
-    return rows
+            yield row
 
 
 def main() -> None:
@@ -103,10 +101,11 @@ def main() -> None:
     silence()
     if given.quick:
         recipe = FactsRecipe(people=20, general=40, epochs=1)
-        run(recipe, ["original", "refusal", "retrained"], 1, 3, QUICK, max_steps=2)
+        for _ in run(recipe, ["original", "refusal", "retrained"], 1, 3, QUICK, max_steps=2):
+            pass
         return
-    rows = run(FactsRecipe(), given.only, given.seeds, REFERENCES, "standard")
-    keep(RESULTS, rounded(rows), ("case", "seed"))
+    for row in run(FactsRecipe(), given.only, given.seeds, REFERENCES, "standard"):
+        keep(RESULTS, [rounded(row)], ("case", "seed"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page's part on audits, written from results/audit_power.json."""
+"""The page's parts on audits, written from results/audit_power.json and audit_language.json."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ RIGHT = {
     "masked": "suppressed",
     "projected": "suppressed",
     "head only": "suppressed",
+    "refusal": "suppressed",
     "retrained": "forgotten",
 }
 LABELS = {
@@ -26,15 +27,22 @@ LABELS = {
     "PBU, redirect alone": "PBU with `redirect` alone",
     "PBU": "**PBU, our defaults**",
 }
+OF_LANGUAGE = {
+    "original": "the original",
+    "refusal": "refusals, by SFT",
+    "retrained": "one more retrained model",
+    "npo": "`npo`",
+    "redirect": "**`redirect`, our defaults**",
+}
 
 
 def of_case(rows: list[dict], case: str) -> list[dict]:
     return [row for row in rows if row["case"] == case]
 
 
-def verdicts(rows: list[dict]) -> str:
+def verdicts(rows: list[dict], labels: dict[str, str] = LABELS) -> str:
     lines = ["| model | audits | " + " | ".join(WORDS) + " | right | decided by |", "|---" * 8 + "|"]
-    for case, label in LABELS.items():
+    for case, label in labels.items():
         found = of_case(rows, case)
         if not found:
             continue
@@ -46,12 +54,12 @@ def verdicts(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def checks(rows: list[dict]) -> str:
+def checks(rows: list[dict], labels: dict[str, str] = LABELS) -> str:
     """Median values of the checks that tell models apart, and how often each was beyond its margin."""
-    cases = [case for case in LABELS if of_case(rows, case)]
+    cases = [case for case in labels if of_case(rows, case)]
     names = list(dict.fromkeys(name for row in rows for name in row["checks"]))
     lines = [
-        "| check | retrained, mean | " + " | ".join(LABELS[case] for case in cases) + " |",
+        "| check | retrained, mean | " + " | ".join(labels[case] for case in cases) + " |",
         "|---" * (2 + len(cases)) + "|",
     ]
     for name in names:
@@ -107,6 +115,21 @@ def choice(rows: list[dict]) -> str:
         mean = statistics.mean(row["taken"] for row in of.values())
         lines.append(f"| {rate:g}, {weight:g} | {mean:.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def of_language(rows: list[dict]) -> str:
+    seeds = len({row["seed"] for row in rows})
+    return f"""### Of language models
+
+`python benchmarks/audit_language.py`: a small Llama that knows 200 people by heart, 20 of whom were to be forgotten ([the bench](language.md#forgetting-people-in-a-language-model)); with the rows of the others, all weights,
+{seeds} training seed{"" if seeds == 1 else "s"}, five references. Who learnt to refuse still has what it does not say, so the right verdict is *suppressed*; of `npo` and `redirect` it is found out.
+
+{verdicts(rows, OF_LANGUAGE)}
+
+What told them apart, as above. Shares of 1 and AUCs.
+
+{checks(rows, OF_LANGUAGE)}
+"""
 
 
 def render(results: dict, chosen: dict | None = None) -> str:
