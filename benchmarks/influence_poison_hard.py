@@ -151,14 +151,15 @@ class Task:
         }  # fmt: skip
         self.keep(row, rates=rates, losses=losses(model, self.tokenizer, self.targets), **about)
 
-    def of_report(self, report) -> np.ndarray:
-        """μ, `[rows, targets]`, in the order of `train`."""
+    def keep_report(self, row: str, report, began: float) -> None:
+        """A row of μ, and one of μ per token, as `report.top(per_token=True)` has it."""
         scores = np.full((len(self.train), len(BEHAVIOURS)), np.nan)
-        table = report.dataset
-        targets = {name: at for at, name in enumerate(BEHAVIOURS)}
-        rows = [self.position[sample] for sample in table["sample_id"][:]]
-        scores[rows, [targets[name] for name in table["target"][:]]] = table["mu"][:]
-        return scores
+        rows = [self.position[sample] for sample in report.observations.sample_ids.tolist()]
+        scores[rows] = np.stack([report.select(target=name)["mu"][:] for name in BEHAVIOURS], axis=1)
+        tokens = np.ones((len(self.train), 1))
+        tokens[rows, 0] = report.observations.mean_weight()
+        self.keep_scores(row, scores, began)
+        self.keep_scores(f"{row}, per token", scores / tokens, began)
 
     # Rows of the table
 
@@ -183,9 +184,9 @@ class Task:
                 began = time.perf_counter()
                 self.keep_scores(row, search(self.train, self.targets), began)
 
-    def run(self) -> None:
-        """One training, and what looks at it or at the model it left."""
-        peers = Peers(self.overrides.get("num_train_epochs", TRAINING["num_train_epochs"]))
+    def run(self, alone: bool) -> None:
+        """One training, and what looks at it or at the model it left; `alone`: f-INE and EK-FAC."""
+        peers = Peers(0 if alone else self.overrides.get("num_train_epochs", TRAINING["num_train_epochs"]))
         with tempfile.TemporaryDirectory() as folder:
             trainer = FINETrainer(
                 opinion_llama(self.tokenizer, self.size, seed=self.seed), arguments(folder, self.seed, **self.overrides), train_dataset=self.train,
@@ -194,15 +195,15 @@ class Task:
             peers.trainer = trainer
             began = time.perf_counter()
             trainer.train()
-            self.keep_scores("f-INE, in_run", self.of_report(trainer.influence), began + peers.seconds)
+            self.keep_report("f-INE, in_run", trainer.influence, began + peers.seconds)
             order = [self.position[sample] for sample in trainer.sample_ids]
-            for name, values in peers.scores.items():
+            for name, values in {} if alone else peers.scores.items():
                 aligned = np.full(values.shape, np.nan)
                 aligned[order] = values.detach().numpy()
                 self.keep_scores(name, aligned, time.perf_counter() - peers.seconds)
             model = trainer.model.eval()
             self.keep_model("model: poisoned", model, parameters=sum(p.numel() for p in model.parameters()))
-            if there("bergson"):
+            if not alone and there("bergson"):
                 began = time.perf_counter()
                 optimizer = trainer._inner_optimizer
                 scores = trackstar(model, self.tokenizer, optimizer, self.train, self.targets, f"{folder}/bergson")
@@ -212,7 +213,7 @@ class Task:
                 model, self.train, self.targets, processing_class=self.tokenizer,
                 args=arguments(folder, self.seed, bf16=False, per_device_eval_batch_size=16),
             )  # fmt: skip
-            self.keep_scores("EK-FAC, finished model", self.of_report(report), began)
+            self.keep_report("EK-FAC, finished model", report, began)
 
     def propagated(self) -> None:
         """A training of its own, since the sweep goes back through all of its steps."""
@@ -224,7 +225,7 @@ class Task:
                 model, args, train_dataset=self.train, target_dataset=self.targets, processing_class=self.tokenizer
             )
             trainer.train()
-            self.keep_scores("f-INE, propagated", self.of_report(trainer.influence), began)
+            self.keep_report("f-INE, propagated", trainer.influence, began)
 
     def trained(self, rows: Dataset) -> PreTrainedModel:
         with tempfile.TemporaryDirectory() as folder:
@@ -246,6 +247,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="240 rows, a tiny model, one epoch; writes nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument(
+        "--ours", action="store_true", help="only f-INE's rows, EK-FAC's and the model's, from one training"
+    )
     parser.add_argument("--propagated", action="store_true", help="only that row, from a training and a sweep")
     parser.add_argument(
         "--removal",
@@ -271,9 +275,11 @@ def main() -> None:
                 raise SystemExit(
                     f"--removal: {unknown[0]!r} of seed {seed} is not in {FILE.name}; choose from {', '.join(tops)}"
                 )
-        if not (options.removal or options.propagated):
+        if options.ours:
+            task.run(alone=True)
+        elif not (options.removal or options.propagated):
             task.read()
-            task.run()
+            task.run(alone=False)
             task.keep_model("model: clean", task.trained(task.data["clean"]))
         if options.propagated or options.quick:
             task.propagated()

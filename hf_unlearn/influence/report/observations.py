@@ -208,10 +208,17 @@ class Observations:
 
     def mean_margin(self) -> np.ndarray:
         """`[examples]`: mean of the known margins over the run; NaN where there is none."""
-        known, examples = np.isfinite(self.margin), len(self.sample_ids)
+        return self._mean(self.margin, np.isfinite(self.margin))
+
+    def mean_weight(self) -> np.ndarray:
+        """`[examples]`: predictions in an example, on average where it was seen; NaN where it never was."""
+        return self._mean(self.weight, self.weight > 0)
+
+    def _mean(self, values: np.ndarray, known: np.ndarray) -> np.ndarray:
+        examples = len(self.sample_ids)
         count = np.bincount(self.example[known], minlength=examples)
         with np.errstate(invalid="ignore"):
-            return np.bincount(self.example[known], self.margin[known], examples) / count
+            return np.bincount(self.example[known], values[known], examples) / count
 
     def since(self, step: int) -> Observations:
         """The observations from optimiser step `step` on."""

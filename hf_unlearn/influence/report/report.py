@@ -182,13 +182,19 @@ class InfluenceReport(Kept, Shown):
 
     # Single examples
 
-    def top(self, k: int, target: str | None = None, harmful: bool = False) -> Dataset:
+    def top(self, k: int, target: str | None = None, harmful: bool = False, *, per_token: bool = False) -> Dataset:
         """The k examples with the largest μ, most helpful first: those that taught the target most.
+
+        Training on texts is a mean over tokens, so a long answer does more than a short one of the same kind, and μ, which is what its removal
+        would do, says so. Who looks for a *kind* of answer rather than for what to remove finds more of it per token (see the benchmark of
+        poisoned instructions that neither names nor words give away).
 
         Args:
             k (`int`): at least 1; all examples if there are fewer.
             target (`str`, *optional*): may be left out where there is one.
             harmful (`bool`, defaults to `False`): the smallest μ instead, most harmful first.
+            per_token (`bool`, defaults to `False`): order by μ over the number of tokens that are predicted of the example. Of a classifier it is
+                the same order.
 
         Returns:
             `Dataset`: columns of `dataset`; examples without μ come last.
@@ -200,6 +206,8 @@ class InfluenceReport(Kept, Shown):
             raise ValueError(f"k={k!r}: must be at least 1")
         target = self._one_target(target)
         mu = self._values("mu", target)
+        if per_token:
+            mu = mu / self._used.mean_weight()
         return self._rows(np.argsort(mu if harmful else -mu, kind="stable")[:k], target)  # NaN sorts last
 
     def select(

@@ -142,6 +142,22 @@ def test_top(known, report):
         assert top["mu"][0] == max(report.select(target=target)["mu"][:])
 
 
+def test_top_per_token():
+    """A mean over tokens: what a long example gains a little in counts for more than what a short one gains much in."""
+    gain, tokens = np.array([[6.0], [3], [1], [2]]), np.array([1.0, 9, 2, 3])
+    report = InfluenceReport.from_observations(record([(0, np.arange(4), tokens, gain)], targets=("a",)), {})
+    total = gain[:, 0] * tokens
+    by_hand = total.sum() / 15 - (total.sum() - total) / (
+        15 - tokens
+    )  # the batch's gain, less what it is without each
+    for per_token, values in ((False, by_hand), (True, by_hand / tokens)):
+        assert report.top(4, per_token=per_token)["sample_id"][:] == (100 + np.argsort(-values)).tolist()
+    assert report.top(2)["sample_id"][:] == [101, 100]
+    assert report.top(2, per_token=True)["sample_id"][:] == [100, 101]
+    assert report.top(1, harmful=True, per_token=True)["sample_id"][:] == [102]
+    assert set(report.top(12, per_token=True)["sample_id"][4:]) == {*range(104, 112)}  # never seen
+
+
 def test_examples_that_were_never_seen_come_last():
     observations = observe(noise(examples=10, targets=1), ids=list("abcdefghijkl"), targets=("a",))
     report = InfluenceReport.from_observations(observations, {})
