@@ -1,7 +1,8 @@
 """The cards of the recipes that run on a CPU in minutes: `python benchmarks/model_cards.py` writes `model_cards/`.
 
 A card is what the recipe's own command leaves behind; figures are those of the machine that it ran on. `--only` makes those of some recipes, also
-of one that has none yet; `--quick` makes one into a temporary folder, and leaves `model_cards/` alone.
+of one that has none yet; `--quick` makes one into a temporary folder, and leaves `model_cards/` alone. What else is given goes to the recipe's
+command, as marks of samples have to: `--only adapt_then_unlearn_fashion_mnist --undesired 4 17 23`.
 """
 
 import argparse
@@ -30,9 +31,9 @@ def verb_of(name):
     return re.search(r"^#   hf-unlearn ((?:filter )?\w+) ", text, re.MULTILINE)[1]
 
 
-def card_of(name, folder):
+def card_of(name, folder, settings=()):
     """Text of the card that a recipe's command leaves in a folder."""
-    code = cli.main([*verb_of(name).split(), "--config", name, "--output_dir", str(folder)])
+    code = cli.main([*verb_of(name).split(), "--config", name, "--output_dir", str(folder), *settings])
     if code != 0:
         raise SystemExit(f"{name}: exit code {code}")
     if verb_of(name) == "influence":
@@ -88,10 +89,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="*", default=made(), metavar="RECIPE")
-    arguments = parser.parse_args()
+    arguments, settings = parser.parse_known_args()
     for name in QUICK[:1] if arguments.quick else arguments.only:
         with tempfile.TemporaryDirectory() as folder:
-            card = card_of(name, Path(folder, name))
+            card = card_of(name, Path(folder, name), settings)
             print(card)
             if not arguments.quick:
                 (CARDS / f"{name}.md").write_text(card, encoding="utf-8")
