@@ -1,6 +1,6 @@
 """What an audit says of generators whose truth is known: originals, retrained ones, and models that VDU and Adapt-then-Unlearn made forget.
 
-    python benchmarks/audit_generators.py [--quick] [--family ddpm gan]
+    python benchmarks/audit_generators.py [--quick] [--family ddpm gan] [--seeds 1] [--classes 3]
 
 Digits: of each family one original a seed, of which each of three classes is to be forgotten, and five retrained models a class as references. Verdicts and
 values go to benchmarks/results/audit_generators.json as they are found; models are kept in ~/.cache/hf_unlearn (minutes each). `--quick`: models of short
@@ -162,10 +162,12 @@ def main() -> None:
         "--quick", action="store_true", help="short trainings, one class, quick checks; nothing is written"
     )
     parser.add_argument("--family", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of originals")
+    parser.add_argument("--classes", nargs="+", type=int, default=CLASSES)
     options = parser.parse_args()
     start()
     with tempfile.TemporaryDirectory() as scratch:
-        seeds, classes = ((1,), (3,)) if options.quick else (SEEDS, CLASSES)
+        seeds, classes = ((1,), (3,)) if options.quick else (options.seeds, options.classes)
         make = (
             partial(World, references=3, quick=Path(scratch))
             if options.quick
