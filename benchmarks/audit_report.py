@@ -1,4 +1,4 @@
-"""The page's parts on audits, written from results/audit_power.json and audit_language.json."""
+"""The page's parts on audits, written from results/audit_power.json, audit_language.json and audit_generators.json."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ OF_LANGUAGE = {
 }
 
 
+OF_GENERATORS = {
+    "ddpm original": "DDPM: the original",
+    "ddpm retrained": "DDPM: one more retrained model",
+    "ddpm VDU": "**VDU, our defaults**",
+    "gan original": "GAN: the original",
+    "gan retrained": "GAN: one more retrained model",
+    "gan Adapt-then-Unlearn": "**Adapt-then-Unlearn, our defaults**",
+}
+
+
 def of_case(rows: list[dict], case: str) -> list[dict]:
     return [row for row in rows if row["case"] == case]
 
@@ -47,7 +57,8 @@ def verdicts(rows: list[dict], labels: dict[str, str] = LABELS) -> str:
         if not found:
             continue
         words = Counter(row["verdict"] for row in found)
-        right = f"{100 * words[RIGHT[case]] / len(found):.0f} %" if case in RIGHT else "–"
+        planted = RIGHT.get(case.removeprefix("ddpm ").removeprefix("gan "))
+        right = f"{100 * words[planted] / len(found):.0f} %" if planted else "–"
         by = ", ".join(f"{name} {count}" for name, count in Counter(row["decided_by"] for row in found).most_common(3))
         cells = " | ".join(str(words[word] or "") for word in WORDS)
         lines.append(f"| {label} | {len(found)} | {cells} | {right} | {by} |")
@@ -129,6 +140,31 @@ def of_language(rows: list[dict]) -> str:
 What told them apart, as above. Shares of 1 and AUCs.
 
 {checks(rows, OF_LANGUAGE)}
+"""
+
+
+def of_generators(rows: list[dict]) -> str:
+    """The same tables, of rows that keep each retrained model's value and PUL."""
+    order = ("audited", "original", "retrained", "low", "high", "margin", "status")
+    alike = []
+    for row in rows:
+        checks_of = {
+            name: [statistics.mean(one[key]) if key == "retrained" else one[key] for key in order]
+            for name, one in row["checks"].items()
+        }
+        alike.append(row | {"case": f"{row['family']} {row['case']}", "checks": checks_of, "mu": [row["residual_mu"]]})
+    by_class = ", ".join(
+        f"class {one} of seed {seed}" for one, seed in dict.fromkeys((row["class"], row["seed"]) for row in rows)
+    )
+    return f"""### Of generators of images
+
+`python benchmarks/audit_generators.py`: the digits' small DDPM and GAN, five references a class; {by_class}. A classifier marks what shows the class.
+
+{verdicts(alike, OF_GENERATORS)}
+
+What told them apart, as above.
+
+{checks(alike, OF_GENERATORS)}
 """
 
 

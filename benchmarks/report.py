@@ -264,8 +264,9 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
     if (HERE / "results" / "audit_power.json").is_file():
         there = (HERE / "results" / "sever_choice.json").is_file()
         found["audit"].append(audit_report.render(results("audit_power"), results("sever_choice") if there else None))
-    if (HERE / "results" / "audit_language.json").is_file():
-        found["audit"].append(audit_report.of_language(results("audit_language")["rows"]))
+    for family in ("language", "generators"):
+        if (HERE / "results" / f"audit_{family}.json").is_file():
+            found["audit"].append(getattr(audit_report, f"of_{family}")(results(f"audit_{family}")["rows"]))
     if (HERE / "results" / "poison_unlearning.json").is_file():
         found["language"].append(poison_report.render(results("poison_unlearning")))
     if all((HERE / "results" / f"text_to_image{name}.json").is_file() for name in ("", "_tuning")):
