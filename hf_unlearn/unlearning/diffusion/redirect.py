@@ -19,7 +19,7 @@ from .asked_concepts import anchors_for, kept_without, no_difference, wordings_f
 from .closed_form import in_null_space, low_rank, regression
 from .pipelines import architecture_of, text_side_of
 from .prompt_effect import LASTING, PromptEffect, measured
-from .text_moments import TextMoments, moments_between, moments_of, weighted
+from .text_moments import Anchors, TextMoments, add_to, moments_between, moments_of, weighted
 from .text_side import TextLayer, TextSide
 from .wordings import kept_prompts, neighbours
 
@@ -84,10 +84,14 @@ class ConceptRedirection:
         anchors = anchors_for(side, concept, anchor, batch_size)
         by_concept = wordings_for(side, anchors, wordings)
         kept = _kept(side, keep, anchors, batch_size)
-        forgotten = [_asked(side, name, anchors[name], pairs, batch_size) for name, pairs in by_concept.items()]
-        here, change = ({s: sum(one[part][s] for one in forgotten) for s in forgotten[0][part]} for part in (0, 1))
-        instead = {other: 1.0 for pairs in by_concept.values() for _, other in pairs}
-        kept = kept.plus(moments_of(side, instead, batch_size))  # the anchors stay what they are
+        others = Anchors(side, 2 * batch_size)
+        here, change = {}, {}  # sums over concepts
+        for name, pairs in by_concept.items():
+            own = _asked(side, name, anchors[name], pairs, others, batch_size)
+            for total, moments in zip((here, change), own, strict=True):
+                for stream, moment in moments.items():
+                    add_to(total, stream, moment)
+        kept = kept.plus(others.moments())  # the anchors stay what they are
         solve = in_null_space if null_space else regression
         changes, second = {}, {}
         for stream, moment in here.items():
@@ -254,9 +258,9 @@ def _kept(side: TextSide, keep: Any, anchors: Mapping[str, str], batch_size: int
 
 
 def _asked(
-    side: TextSide, concept: str, anchor: str, pairs: Sequence[tuple[str, str]], batch_size: int
+    side: TextSide, concept: str, anchor: str, pairs: Sequence[tuple[str, str]], anchors: Anchors, batch_size: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    here, change, largest = moments_between(side, pairs, batch_size)
+    here, change, largest = moments_between(side, pairs, anchors, batch_size)
     if not largest:
         raise ValueError(no_difference(concept, anchor))
     return here, change

@@ -136,28 +136,73 @@ def weighted(prompts: Iterable[str], near: Sequence[str] = ()) -> dict[str, floa
 @quiet()
 def moments_of(side: TextSide, weights: Mapping[str, float], batch_size: int) -> TextMoments:
     """[`TextMoments.of`] a text side, for prompts with weights."""
-    sums: dict[str, Tensor] = {}
-    rows: dict[str, float] = {}
+    found = _Sums()
     for batch in _batches(list(weights), batch_size):
-        told = side.told(batch)
-        weight = torch.tensor([weights[prompt] for prompt in batch], dtype=torch.float64)
+        found.add(side.told(batch), [weights[prompt] for prompt in batch])
+    return found.moments(side)
+
+
+class _Sums:
+    """The sums that [`TextMoments`] are the means of."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.rows: dict[str, float] = {}
+
+    def add(self, told: Told, weights: Sequence[float]) -> None:
+        weight = torch.tensor(weights, dtype=torch.float64)
         for stream, (states, owner) in _rows(told).items():
             w = weight.to(owner.device)[owner]
-            _add(sums, stream, (states * w[:, None]).T @ states)
-            rows[stream] = rows.get(stream, 0.0) + w.sum().item()
-    second = {stream: total / rows[stream] for stream, total in sums.items()}
-    for stream, moment in second.items():
-        if not moment.isfinite().all():
-            raise ValueError(
-                f"pipe: its text encoder gives NaN or infinity ({stream}); load it in float32 or bfloat16"
-            )
-    return TextMoments(second, rows, _probe(side))
+            add_to(self.sums, stream, (states * w[:, None]).T @ states)
+            self.rows[stream] = self.rows.get(stream, 0.0) + w.sum().item()
+
+    def moments(self, side: TextSide) -> TextMoments:
+        second = {stream: total / self.rows[stream] for stream, total in self.sums.items()}
+        for stream, moment in second.items():
+            if not moment.isfinite().all():
+                raise ValueError(
+                    f"pipe: its text encoder gives NaN or infinity ({stream}); load it in float32 or bfloat16"
+                )
+        return TextMoments(second, self.rows, _probe(side))
+
+
+class Anchors:
+    """What wordings of anchors are encoded as, and the moments of them all. Many concepts may have one anchor, whose wordings are encoded once.
+
+    Args:
+        side (`TextSide`): of the pipeline.
+        limit (`int`): wordings that are remembered.
+    """
+
+    def __init__(self, side: TextSide, limit: int):
+        self.side, self.limit = side, limit
+        self._sums, self._counted = _Sums(), set()
+        self._known: dict[str, Told] = {}
+
+    def told(self, prompts: Sequence[str]) -> Told:
+        """Tokens, attention and pooled vectors of the prompts."""
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]:
+            told = self.side.told(new)
+            self._sums.add(told, [float(prompt not in self._counted) for prompt in new])
+            self._counted.update(new)
+            parts = (told.tokens, told.attended, [None] * len(new) if told.pooled is None else told.pooled)
+            self._known |= {prompt: Told(*one) for prompt, *one in zip(new, *parts, strict=True)}
+        tokens, attended, pooled = zip(
+            *((one.tokens, one.attended, one.pooled) for one in map(self._known.__getitem__, prompts)), strict=True
+        )
+        for prompt in list(self._known)[: max(0, len(self._known) - self.limit)]:
+            del self._known[prompt]
+        return Told(torch.stack(tokens), torch.stack(attended), None if pooled[0] is None else torch.stack(pooled))
+
+    def moments(self) -> TextMoments:
+        """Those of every prompt that was asked for, once each."""
+        return self._sums.moments(self.side)
 
 
 @torch.no_grad()
 @quiet()
 def moments_between(
-    side: TextSide, pairs: Sequence[tuple[str, str]], batch_size: int
+    side: TextSide, pairs: Sequence[tuple[str, str]], anchors: Anchors, batch_size: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     r"""What a redirection asks for, as means over rows: $\sum h_p h_p^\top$ and $\sum (h_a - h_p) h_p^\top$ by stream, and the largest
     $|h_a - h_p|$.
@@ -166,12 +211,14 @@ def moments_between(
 
     Args:
         pairs (`Sequence[tuple[str, str]]`): a wording that names the concept, and the same with the anchor.
+        anchors ([`Anchors`]): encode the latter.
     """
     sums: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     rows: dict[str, int] = {}
     largest = 0.0
     for batch in _batches(list(pairs), batch_size):
-        asked, instead = (side.told(prompts) for prompts in zip(*batch, strict=True))
+        concepts, others = zip(*batch, strict=True)
+        asked, instead = side.told(concepts), anchors.told(others)
         places = aligned_places(side, batch, asked.tokens.shape[1]).to(asked.tokens.device)
         moved = instead.tokens.gather(1, places[..., None].expand(*places.shape, instead.tokens.shape[2]))
         instead = Told(moved, asked.attended, instead.pooled)
@@ -180,7 +227,7 @@ def moments_between(
             change = targets[stream][0] - states
             largest = max(largest, change.abs().max().item())
             for total, product in zip(sums, (states.T @ states, change.T @ states), strict=True):
-                _add(total, stream, product)
+                add_to(total, stream, product)
             rows[stream] = rows.get(stream, 0) + len(states)
     here, change = ({stream: total / rows[stream] for stream, total in found.items()} for found in sums)
     return here, change, largest
@@ -255,7 +302,8 @@ def _alike(first: Tensor, second: Tensor) -> bool:
     return (first - second).norm().item() <= 0.05 * max(first.norm().item(), second.norm().item())
 
 
-def _add(sums: dict[str, Tensor], stream: str, product: Tensor) -> None:
+def add_to(sums: dict[str, Tensor], stream: str, product: Tensor) -> None:
+    """Add to the sum of a stream, in place."""
     if stream in sums:
         sums[stream] += product
     else:

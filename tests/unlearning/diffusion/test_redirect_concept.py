@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_unlearn import ConceptRedirection, PromptEffect, TextMoments, redirect_concept
 from hf_unlearn.unlearning.diffusion.pipelines import text_side_of
+from hf_unlearn.unlearning.diffusion.text_side import TextSide
 from hf_unlearn.unlearning.diffusion.wordings import kept_prompts
 
 
@@ -119,6 +120,22 @@ class TestClosedForm:
         )
         total = cat.second["tokens"] + dog.second["tokens"]
         torch.testing.assert_close(both.second["tokens"], total, rtol=0, atol=1e-9)
+
+    def test_wordings_of_an_anchor_are_encoded_once_and_kept_once(self, monkeypatch):
+        """Many concepts with one anchor: its wordings are kept as if they were asked for alone."""
+        names, wordings, encoded = ANIMALS[:6], ["a {}", "a photo of a {}"], []
+        told = TextSide.told
+        monkeypatch.setattr(TextSide, "told", lambda side, prompts: encoded.extend(prompts) or told(side, prompts))
+        pipe = tiny("sd")
+        settings = {"anchor": "horse", "wordings": wordings, "keep": KEPT}
+        found = ConceptRedirection.of(pipe, names, **settings, keep_weight=3.0, batch_size=2)
+        assert all(encoded.count(one.format("horse")) == 1 for one in wordings)
+        without = ConceptRedirection.of(pipe, names, **settings, keep_weight=0.0)
+        kept = TextMoments.of(pipe, KEPT)
+        rows = text_side_of(pipe).told([one.format("horse") for one in wordings]).tokens.double().flatten(0, 1)
+        total = kept.second["tokens"] * kept.rows["tokens"] + rows.T @ rows
+        both = total / (kept.rows["tokens"] + len(rows))
+        torch.testing.assert_close(found.second["tokens"], without.second["tokens"] + 3 * both, rtol=0, atol=1e-6)
 
     def test_strength_is_a_dial(self):
         pipe, half, whole = (tiny("sd") for _ in range(3))
