@@ -153,12 +153,14 @@ def of_generators(rows: list[dict]) -> str:
             for name, one in row["checks"].items()
         }
         alike.append(row | {"case": f"{row['family']} {row['case']}", "checks": checks_of, "mu": [row["residual_mu"]]})
-    by_class = ", ".join(
-        f"class {one} of seed {seed}" for one, seed in dict.fromkeys((row["class"], row["seed"]) for row in rows)
+    families = " and ".join(
+        {"ddpm": "DDPM", "gan": "GAN"}[one] for one in dict.fromkeys(row["family"] for row in rows)
     )
+    jobs = dict.fromkeys((row["class"], row["seed"]) for row in rows)
+    by_class = ", ".join(f"class {forgotten} of seed {seed}" for forgotten, seed in jobs)
     return f"""### Of generators of images
 
-`python benchmarks/audit_generators.py`: the digits' small DDPM and GAN, five references a class; {by_class}. A classifier marks what shows the class.
+`python benchmarks/audit_generators.py`: the digits' small {families}, five references a class; {by_class}. A classifier marks what shows the class.
 
 {verdicts(alike, OF_GENERATORS)}
 
