@@ -128,6 +128,28 @@ def choice(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def of_gaps(rows: list[dict]) -> str:
+    """What `sever` leaves of a class beside what models have that never saw it."""
+    lines = [
+        "| data, classes | epochs | class | original | least likely kept class | `sever` | retrained, mean (range) | `sever` − retrained |",
+        "|---" * 8 + "|",
+    ]
+    for row in rows:
+        never = row["retrained"]
+        mean = statistics.mean(never)
+        values = " | ".join(f"{row[name]:+.1f}" for name in ("original", "least", "rule"))
+        lines.append(
+            f"| {row['data']}, {row['classes']} | {row['epochs']} | {row['class']} | {values} | {mean:+.1f} ({min(never):+.1f} to {max(never):+.1f}) | "
+            f"{row['rule'] - mean:+.1f} |"
+        )
+    table = "\n".join(lines)
+    return f"""How low a closed row lies (`python benchmarks/sever_gap.py`): log-odds of the label to all kept classes, means over the forget images, nats. `sever` takes the lower of two: as
+likely as the original finds itself wrong, or as the least likely class that is kept. Models that never saw the class are what it should be.
+
+{table}
+"""
+
+
 def of_language(rows: list[dict]) -> str:
     seeds = len({row["seed"] for row in rows})
     return f"""### Of language models

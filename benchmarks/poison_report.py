@@ -139,7 +139,7 @@ after it was seen.) The model and its training are those of above. Of an opinion
 they say, and name the same name, but of another name asked for in the same breath, or as what is not true. Columns are means over the three targets; *all at once* ranks a row
 by the largest of its scores, each in standard deviations from its target's mean. What reads: the name in the row; words of the opinion's own list in the answer; both. BM25 (bm25s)
 and embedding search (all-MiniLM-L6-v2) have the target's rows as queries. TrackStar is bergson's, on the finished model with Adam's second moments, without embeddings; EK-FAC is
-`attribute`. Seconds are of a busy machine; `in_run`'s have the training in it that it belongs to, and LESS-style, cosine and TracIn are looked at together. Not run: bergson's MAGIC,
+`attribute`. *Per token* is μ over the number of tokens that are predicted of a row, as `report.top(per_token=True)` has it, which was found on a seed that is not here. Seconds are of a busy machine; `in_run`'s have the training in it that it belongs to, and LESS-style, cosine and TracIn are looked at together. Not run: bergson's MAGIC,
 whose exact metagradient is what `propagated` computes, and LESS with its adapter and projection.
 
 {scores_table(rows)}

@@ -264,6 +264,8 @@ parameters. The anchor's cost is that of passing over the parameters, so its sha
     if (HERE / "results" / "audit_power.json").is_file():
         there = (HERE / "results" / "sever_choice.json").is_file()
         found["audit"].append(audit_report.render(results("audit_power"), results("sever_choice") if there else None))
+    if (HERE / "results" / "sever_gap.json").is_file():
+        found["audit"].append(audit_report.of_gaps(results("sever_gap")["rows"]))
     for family in ("language", "generators"):
         if (HERE / "results" / f"audit_{family}.json").is_file():
             found["audit"].append(getattr(audit_report, f"of_{family}")(results(f"audit_{family}")["rows"]))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...training.checks import shown
 from .anchor_words import MANY, AnchorWords
 from .text_moments import last_words
-from .text_side import TextSide
+from .text_side import TextSide, tell_of_length
 from .wordings import exchanged, filled, kind_of, naming, templates_for
 
 
@@ -107,7 +107,7 @@ def wordings_for(
             raise ValueError(f"wordings: none asks for {name!r}; add one, or a template with {{}}")
         found[name] = [(prompt, exchanged(prompt, anchors)) for prompt in dict.fromkeys(prompts)]
     if wordings is not None:
-        _tell_of_length("wordings", side, wordings)
+        tell_of_length("wordings", side, wordings)
         found = {name: _read(side, name, pairs) for name, pairs in found.items()}
     return found
 
@@ -158,7 +158,7 @@ def kept_without(side: TextSide, keep: Sequence[str], concepts: Sequence[str]) -
             len(prompts),
             shown(first),
         )
-    _tell_of_length("keep", side, kept)
+    tell_of_length("keep", side, kept)
     return kept
 
 
@@ -171,20 +171,6 @@ def _read(side: TextSide, concept: str, pairs: list[tuple[str, str]]) -> list[tu
             f"wordings: the encoder reads none as far as {concept!r}, or as the same as the anchor; shorten them"
         )
     return [pair for pair, does in zip(pairs, differs, strict=True) if does]
-
-
-def _tell_of_length(argument: str, side: TextSide, prompts: Sequence[str]) -> None:
-    if not prompts:
-        return
-    for (_, length), ids in zip(side.segments(), side.ids(prompts, whole=True), strict=True):
-        if long := [len(tokens) for tokens in ids if len(tokens) > length]:
-            logger.warning(
-                "%s: %d of %d have more than the encoder's %d tokens; what stands behind is not read",
-                argument,
-                len(long),
-                len(prompts),
-                length,
-            )
 
 
 def _texts(argument: str, texts: Iterable[Any], *, may_be_empty: bool = False) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...modes import in_eval_mode
 from .architecture import Architecture
 from .pipelines import architecture_of
+from .text_side import quiet
 
 
 if TYPE_CHECKING:
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _quiet(architecture: Architecture) -> Iterator[None]:
-    """Eval mode without progress bars, and afterwards as before."""
+    """Eval mode without progress bars, and without a line for each batch of long prompts, and afterwards as before."""
     pipeline = architecture.pipe_that_draws
     shown = getattr(pipeline, "_progress_bar_config", None)
     pipeline.set_progress_bar_config(disable=True)
     try:
-        with in_eval_mode(architecture.denoiser):
+        with quiet(), in_eval_mode(architecture.denoiser):
             yield
     finally:
         if shown is None:

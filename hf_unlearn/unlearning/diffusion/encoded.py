@@ -13,6 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ...images import image_column, look, pixels, to_latents
 from .architecture import AT_ONCE, PROMPT_COLUMNS, cast
 from .pipelines import architecture_of
+from .text_side import TextSide, quiet, tell_of_length
 
 
 if TYPE_CHECKING:
@@ -138,10 +139,13 @@ def encode_prompts(
     different, architecture = sorted(set(prompts)), architecture_of(pipeline)
     for name in architecture.encoders_there:
         getattr(pipeline, name).to(device)
-    parts = [
-        cast(architecture.conditioning(different[begin : begin + AT_ONCE], device, guidance_scale), torch.float32)
-        for begin in range(0, len(different), AT_ONCE)
-    ]
+    if isinstance(architecture, TextSide):
+        tell_of_length("prompts", architecture, different)
+    with quiet():
+        parts = [
+            cast(architecture.conditioning(different[begin : begin + AT_ONCE], device, guidance_scale), torch.float32)
+            for begin in range(0, len(different), AT_ONCE)
+        ]
     place = {prompt: row for row, prompt in enumerate(different)}
     told = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
     return told, torch.tensor([place[prompt] for prompt in prompts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from .architecture import Architecture, cast
 
+
+logger = logging.getLogger(__name__)
 
 TOKENS, POOLED = "tokens", "pooled"  # the two streams in which text reaches a denoiser
 
@@ -52,18 +55,38 @@ class TextLayer:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of diffusers for the time of a `with` block, or of a function. A level is set once: setting it goes through all loggers."""
-    from diffusers.utils import logging
+    """No warnings of diffusers and transformers for the time of a `with` block, or of a function. A level is set once: setting it goes through
+    all loggers.
+    """
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
 
-    level = logging.get_verbosity()
-    if level >= logging.ERROR:
-        yield
-        return
-    logging.set_verbosity_error()
+    levels = [(library, library.get_verbosity()) for library in (of_diffusers, of_transformers)]
+    loud = [(library, level) for library, level in levels if level < library.ERROR]
+    for library, _ in loud:
+        library.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        for library, level in loud:
+            library.set_verbosity(level)
+
+
+def tell_of_length(argument: str, side: TextSide, prompts: Sequence[str]) -> None:
+    """Say how many of an argument's prompts the encoder does not read whole, in one line for all."""
+    if not prompts:
+        return
+    with quiet():
+        whole = side.ids(prompts, whole=True)
+    for (_, length), ids in zip(side.segments(), whole, strict=True):
+        if long := [len(tokens) for tokens in ids if len(tokens) > length]:
+            logger.warning(
+                "%s: %d of %d have more than the encoder's %d tokens; what stands behind is not read",
+                argument,
+                len(long),
+                len(prompts),
+                length,
+            )
 
 
 class TextSide(Architecture):

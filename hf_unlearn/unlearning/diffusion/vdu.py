@@ -20,6 +20,7 @@ from ...training.checks import check_fields
 from ...training.pictures import METRIC_SEED
 from ...training.trackers import log_beside
 from ..objective import Batch
+from ..outcome import Outcome
 from .concept import settled
 from .denoiser import is_prompted
 from .encoded import prompts_of
@@ -354,6 +355,15 @@ class VDUTrainer(StabilityMixin, RedirectPromptsTrainer):
             for name, images in drawn.items():
                 figures[name] = torch.as_tensor(self.marker(images)).float().mean().item()
         return figures
+
+    def _forgotten_how_far(self, outcome: Outcome) -> str:
+        said, now, before = super()._forgotten_how_far(outcome), outcome.now, outcome.original
+        if "effect" not in now:
+            return said
+        said = f"the effect of the forget prompts, times guidance, is {now['effect']:.3g} ({before['effect']:.3g} before), {said}"
+        if "shown" in now:
+            said = f"{100 * now['shown']:.1f} % of the images drawn for them show it ({100 * before['shown']:.1f} % before), {said}"
+        return said
 
     @property
     def failed_checks(self) -> list[str]:

@@ -126,6 +126,17 @@ def test_is_told_and_answers_what_the_stock_pipeline_does(kind, dtype):
     assert len({value.shape[0] for value in conditioning.values()} | {2}) == 1
 
 
+def test_long_prompts_are_told_of_in_one_line(caplog):
+    """However many batches of them are encoded and drawn; the libraries would say it of each."""
+    pipe = tiny("sd")
+    prompts = [f"{'red ' * 20}{name}" for name in ("cat", "dog")] + ["a cat"]
+    caplog.clear()
+    encode_prompts(prompts, pipe, device="cpu")
+    generate(pipe, prompts, num_inference_steps=1, batch_size=1)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["prompts: 2 of 3 have more than the encoder's 12 tokens; what stands behind is not read"]
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "pixart", "sd3", "dit"])
 def test_without_a_prompt_it_is_told_what_guidance_tells_it(kind):
     """Which for SDXL are zeros."""

@@ -129,6 +129,7 @@ class TestTheFirstAct:
         logged = [row["prompt_effect"] for row in trainer.state.log_history if "prompt_effect" in row]
         assert logged == [pytest.approx(outcome.now["effect"], rel=1e-4)] * 2
         assert abs(outcome.now["effect"]) < 0.95 * outcome.original["effect"]
+        assert f"times guidance, is {outcome.now['effect']:.3g} (7.5 before)" in trainer.outcome_line
 
     # With T5 a thousand kept prompts of 256 tokens are encoded, twice.
     @pytest.mark.parametrize(
