@@ -186,8 +186,8 @@ class InfluenceReport(Kept, Shown):
         """The k examples with the largest μ, most helpful first: those that taught the target most.
 
         Training on texts is a mean over tokens, so a long answer does more than a short one of the same kind, and μ, which is what its removal
-        would do, says so. Who looks for a *kind* of answer rather than for what to remove finds more of it per token (see the benchmark of
-        poisoned instructions that neither names nor words give away).
+        would do to the target's loss, says so. Who looks for a *kind* of answer finds more of it per token (see the benchmark of poisoned
+        instructions that neither names nor words give away).
 
         Args:
             k (`int`): at least 1; all examples if there are fewer.
