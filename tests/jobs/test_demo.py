@@ -108,7 +108,7 @@ class TestTheWholeLoop:
         before, after, alarms = map(
             float,
             re.search(
-                r"fresh samples ([\d.]+)% show a 5, of those released ([\d.]+)%; ([\d.]+)%", demo[1].stdout
+                r"fresh samples ([\d.]+) % show a 5, of those released ([\d.]+) %; ([\d.]+) %", demo[1].stdout
             ).groups(),
         )
         assert after < before / 3
@@ -154,7 +154,7 @@ class TestTheWholeLoop:
             number, words = line[18:].split("  ", 1)  # after the verb
             assert number in read
             assert words in read
-        told = re.search(r"fresh samples ([\d.]+)% show a 5, of those released ([\d.]+)%", demo[1].stdout).groups()
+        told = re.search(r"fresh samples ([\d.]+) % show a 5, of those released ([\d.]+) %", demo[1].stdout).groups()
         assert "{} % → {} %".format(*told) in read
         for name in ("digits-corrected", "digits-without-5", "digits-gan-filtered", "digits-influence"):
             assert f"me/{name}" in read
