@@ -358,7 +358,7 @@ Of VDU alone, the weight of what is replayed:
 ### What the closed form costs on large pipelines
 
 `python benchmarks/text_to_image_cost.py`: random weights in the shapes of Stable Diffusion 1.5 and SDXL, {cost["threads"]} threads; seconds. A small vocabulary (what a token is does
-not change the arithmetic), no VAE, text encoders in float32. *Encoding*: the wordings and those of the anchor. *From scratch*: with {max(row["kept"] for row in cost["rows"]):,} kept
+not change the arithmetic), a small VAE, text encoders in float32. *Encoding*: the wordings and those of the anchor. *From scratch*: with {max(row["kept"] for row in cost["rows"]):,} kept
 prompts encoded first, estimated from a part of them; with `TextMoments` that is done once for all.
 
 {cost_table(cost)}
