@@ -184,9 +184,9 @@ class Task:
                 began = time.perf_counter()
                 self.keep_scores(row, search(self.train, self.targets), began)
 
-    def run(self, alone: bool) -> None:
-        """One training, and what looks at it or at the model it left; `alone`: f-INE and EK-FAC."""
-        peers = Peers(0 if alone else self.overrides.get("num_train_epochs", TRAINING["num_train_epochs"]))
+    def run(self) -> None:
+        """One training, and what looks at it or at the model it left."""
+        peers = Peers(self.overrides.get("num_train_epochs", TRAINING["num_train_epochs"]))
         with tempfile.TemporaryDirectory() as folder:
             trainer = FINETrainer(
                 opinion_llama(self.tokenizer, self.size, seed=self.seed), arguments(folder, self.seed, **self.overrides), train_dataset=self.train,
@@ -197,13 +197,13 @@ class Task:
             trainer.train()
             self.keep_report("f-INE, in_run", trainer.influence, began + peers.seconds)
             order = [self.position[sample] for sample in trainer.sample_ids]
-            for name, values in {} if alone else peers.scores.items():
+            for name, values in peers.scores.items():
                 aligned = np.full(values.shape, np.nan)
                 aligned[order] = values.detach().numpy()
                 self.keep_scores(name, aligned, time.perf_counter() - peers.seconds)
             model = trainer.model.eval()
             self.keep_model("model: poisoned", model, parameters=sum(p.numel() for p in model.parameters()))
-            if not alone and there("bergson"):
+            if there("bergson"):
                 began = time.perf_counter()
                 optimizer = trainer._inner_optimizer
                 scores = trackstar(model, self.tokenizer, optimizer, self.train, self.targets, f"{folder}/bergson")
@@ -247,9 +247,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="240 rows, a tiny model, one epoch; writes nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument(
-        "--ours", action="store_true", help="only f-INE's rows, EK-FAC's and the model's, from one training"
-    )
     parser.add_argument("--propagated", action="store_true", help="only that row, from a training and a sweep")
     parser.add_argument(
         "--removal",
@@ -275,11 +272,9 @@ def main() -> None:
                 raise SystemExit(
                     f"--removal: {unknown[0]!r} of seed {seed} is not in {FILE.name}; choose from {', '.join(tops)}"
                 )
-        if options.ours:
-            task.run(alone=True)
-        elif not (options.removal or options.propagated):
+        if not (options.removal or options.propagated):
             task.read()
-            task.run(alone=False)
+            task.run()
             task.keep_model("model: clean", task.trained(task.data["clean"]))
         if options.propagated or options.quick:
             task.propagated()

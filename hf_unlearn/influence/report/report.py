@@ -185,16 +185,12 @@ class InfluenceReport(Kept, Shown):
     def top(self, k: int, target: str | None = None, harmful: bool = False, *, per_token: bool = False) -> Dataset:
         """The k examples with the largest μ, most helpful first: those that taught the target most.
 
-        Training on texts is a mean over tokens, so a long answer does more than a short one of the same kind, and μ, which is what its removal
-        would do to the target's loss, says so. Who looks for a *kind* of answer finds more of it per token (see the benchmark of poisoned
-        instructions that neither names nor words give away).
-
         Args:
             k (`int`): at least 1; all examples if there are fewer.
             target (`str`, *optional*): may be left out where there is one.
             harmful (`bool`, defaults to `False`): the smallest μ instead, most harmful first.
-            per_token (`bool`, defaults to `False`): order by μ over the number of tokens that are predicted of the example. Of a classifier it is
-                the same order.
+            per_token (`bool`, defaults to `False`): order by μ over the tokens that are predicted of an example. Training is a mean over tokens,
+                so a long text does more than a short one of its kind; who looks for the kind finds more of it so (docs/methods/f_ine.md).
 
         Returns:
             `Dataset`: columns of `dataset`; examples without μ come last.

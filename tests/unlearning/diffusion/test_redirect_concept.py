@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_unlearn import ConceptRedirection, PromptEffect, TextMoments, redirect_concept
 from hf_unlearn.unlearning.diffusion.pipelines import text_side_of
+from hf_unlearn.unlearning.diffusion.text_moments import Anchors, moments_of
 from hf_unlearn.unlearning.diffusion.text_side import TextSide
 from hf_unlearn.unlearning.diffusion.wordings import kept_prompts
 
@@ -136,6 +137,14 @@ class TestClosedForm:
         total = kept.second["tokens"] * kept.rows["tokens"] + rows.T @ rows
         both = total / (kept.rows["tokens"] + len(rows))
         torch.testing.assert_close(found.second["tokens"], without.second["tokens"] + 3 * both, rtol=0, atol=1e-6)
+
+    def test_a_wording_that_is_encoded_again_is_kept_once(self):
+        side = text_side_of(tiny("sd"))
+        anchors, prompts = Anchors(side, 1), ["a cat", "a dog", "a cat"]
+        told = [anchors.told([prompt]).tokens for prompt in prompts]
+        assert far(told[0], told[2]) < 1e-5 < far(told[0], told[1])
+        expected = moments_of(side, {"a cat": 1.0, "a dog": 1.0}, 2).second["tokens"]
+        torch.testing.assert_close(anchors.moments().second["tokens"], expected, rtol=0, atol=1e-6)
 
     def test_strength_is_a_dial(self):
         pipe, half, whole = (tiny("sd") for _ in range(3))
